@@ -1,0 +1,47 @@
+"""Exact low-precision floating-point formats: rounding, encoding, packing.
+
+Every well-formed format name can be imported, and stands for a `FloatFormat`:
+
+    >>> from fpformats import E2M1, E2M1U, quantize
+    >>> quantize(1.27, E2M1)
+    1.5
+    >>> quantize(-1.27, E2M1U)
+    0.0
+"""
+
+from __future__ import annotations
+
+from fpformats.convert import decode, encode, quantize, values
+from fpformats.formats import FloatFormat, Specials
+from fpformats.names import format_name, parse
+from fpformats.rounding import Rounding, Saturation
+from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
+
+__all__ = [
+    "FloatFormat",
+    "Rounding",
+    "Saturation",
+    "Specials",
+    "decode",
+    "decode_scaled",
+    "encode",
+    "encode_scaled",
+    "format_name",
+    "parse",
+    "quantize",
+    "quantize_scaled",
+    "values",
+]
+
+
+def __getattr__(name: str) -> FloatFormat:
+    """Resolve a format name, as in ``from fpformats import E2M1U``."""
+    try:
+        return parse(name)
+    except ValueError as error:
+        raise AttributeError(f"module 'fpformats' has no attribute {name!r}: {error}") from None
+
+
+def __dir__() -> list[str]:
+    """List the public names; formats are resolved on demand and not listed."""
+    return sorted(__all__)

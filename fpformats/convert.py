@@ -1,0 +1,252 @@
+"""Between values of a carrier type, values of a format, and codes.
+
+All functions take NumPy arrays, torch tensors (on any device, of any shape and strides) and
+single Python numbers, and return the same kind. Every result is rounded once, exactly as the
+definition in `fpformats.exact` says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats.kernels import portable
+from fpformats.operands import (
+    carrier_named,
+    carrier_of,
+    cast,
+    check_out,
+    grid_of,
+    is_compiling,
+    is_tensor,
+    library_of,
+    narrowed,
+    needs_gradient,
+    quiet,
+    shaped,
+    widened,
+    working_carrier,
+)
+from fpformats.rounding import check_policy
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from fpformats.formats import FloatFormat
+
+NEAREST = "NearestTiesToEven"
+FINITE = "SatFinite"
+
+
+def quantize(
+    x: Any,
+    fmt: FloatFormat,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: None = None,
+    clip_gradient: bool = False,
+    out: Any = None,
+) -> Any:
+    """Round to the values of a format, in the same carrier type.
+
+    Rounding and saturation are IEEE P3109's (4.6): to the nearest value, ties to the even code,
+    in one rounding of the value as given; then everything beyond the range, infinities too,
+    becomes the nearest finite value. So negative numbers become 0 in an unsigned format. NaN
+    stays NaN, and -0.0 stays -0.0 where the format has it.
+
+    Args:
+        x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
+        fmt: The format.
+        rounding: "NearestTiesToEven".
+        saturation: "SatFinite".
+        random: None.
+        clip_gradient: The gradient passes straight through to a tensor `x` that requires one;
+            if True, only where `x` is in the range of the format.
+        out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
+
+    Returns:
+        Rounded values of the kind, shape, dtype and device of `x`, or `out`.
+
+    Raises:
+        TypeError: If `x` is not floating point, or `out` is of another kind or dtype.
+        ValueError: If the dtype of `x` cannot hold every value of the format, a policy is
+            unknown, or `out` has another shape or device, or would cut off a gradient.
+
+    Example:
+        >>> from fpformats import E2M1, E2M1U
+        >>> import numpy as np
+        >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1)
+        array([ 0.5,  1. , -3. ,  6. ])
+        >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1U)
+        array([0.5, 1. , 0. , 6. ])
+    """
+    check_policy(rounding, saturation, random)
+    grid = grid_of(fmt, carrier_of(x))
+    check_out(out, x)
+    if needs_gradient(x, out=out):
+        from fpformats.gradients import straight_through
+
+        inside = (x >= grid.low) & (x <= grid.high) if clip_gradient else None
+        return straight_through(_rounded(x, fmt, None), x, inside)
+    return _rounded(x, fmt, out)
+
+
+def encode(
+    x: Any,
+    fmt: FloatFormat,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: None = None,
+    nan: int | None = None,
+) -> Any:
+    """Round to the codes of a format.
+
+    Args:
+        x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
+        fmt: The format.
+        rounding: "NearestTiesToEven".
+        saturation: "SatFinite".
+        random: None.
+        nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
+
+    Returns:
+        Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, of the kind, shape
+        and device of `x`; an int for a number.
+
+    Raises:
+        TypeError: If `x` is not floating point.
+        ValueError: If `x` contains NaN, the format has none and `nan` is None (where
+            torch.compile hides whether it does, `nan` is required instead); if the dtype of `x`
+            cannot hold every value of the format, or an option is out of range.
+
+    Example:
+        >>> from fpformats import E2M1, E4M3
+        >>> encode(-1.27, E2M1)
+        11
+        >>> encode(float("nan"), E4M3), encode(float("nan"), E2M1, nan=0)
+        (127, 0)
+    """
+    check_policy(rounding, saturation, random)
+    carrier = carrier_of(x)
+    grid = grid_of(fmt, carrier)
+    if nan is not None and not 0 <= nan < fmt.code_count:
+        raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
+    xp, values = library_of(x), widened(x, working_carrier(carrier))
+    if nan is None and not fmt.has_nan:
+        _refuse_nan(xp, values, fmt)
+    elif nan is not None:
+        grid = grid._replace(nan_code=nan)
+    with quiet():
+        codes = portable.encode(xp, portable.quantize(xp, values, grid), grid)
+    width = max(8, 1 << (fmt.bits - 1).bit_length())
+    return shaped(cast(codes, f"uint{width}"), x)
+
+
+def decode(codes: Any, fmt: FloatFormat, dtype: Any = "float32") -> Any:
+    """Give the values of codes.
+
+    Args:
+        codes: Array or tensor of any integer dtype and any shape, or an int.
+        fmt: The format.
+        dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
+            (torch only), float32 or float64.
+
+    Returns:
+        Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
+
+    Raises:
+        TypeError: If `codes` are not integers, or `dtype` is not a carrier.
+        ValueError: If a code is out of range (not looked at under torch.compile), or the dtype
+            cannot hold every value of the format.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> import numpy as np
+        >>> decode(np.array([[0, 1], [7, 15]]), E2M1)
+        array([[ 0. ,  0.5],
+               [ 6. , -6. ]], dtype=float32)
+    """
+    carrier = carrier_named(dtype)
+    grid = grid_of(fmt, carrier)
+    _check_codes(codes, fmt)
+    xp, working = library_of(codes), working_carrier(carrier)
+    integer = working.name.replace("float", "int")
+    with quiet():
+        values = portable.decode(xp, _as_integers(codes, integer), grid)
+    return shaped(cast(values, carrier.name), codes)
+
+
+def values(fmt: FloatFormat) -> NDArray[np.float64]:
+    """List the distinct finite values of a format in ascending order.
+
+    Args:
+        fmt: A format of at most 24 bits.
+
+    Returns:
+        One-dimensional float64 array; zero is in it once, as +0.0.
+
+    Raises:
+        ValueError: If the format has more codes than can sensibly be listed.
+
+    Example:
+        >>> from fpformats import E3M0U
+        >>> values(E3M0U).tolist()
+        [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+    """
+    if fmt.bits > 24:
+        raise ValueError(f"{fmt} has 2**{fmt.bits} codes; values are listed up to 24 bits")
+    magnitudes = decode(np.arange(fmt.max_code + 1), fmt, "float64")
+    negative = -magnitudes[:0:-1] if fmt.signed else magnitudes[:0]
+    listed: NDArray[np.float64] = np.concatenate([negative, magnitudes])
+    return listed
+
+
+def _rounded(x: Any, fmt: FloatFormat, out: Any) -> Any:
+    carrier = carrier_of(x)
+    with quiet():
+        array = widened(x, working_carrier(carrier))
+        return narrowed(portable.quantize(library_of(x), array, grid_of(fmt, carrier)), x, out)
+
+
+def _refuse_nan(xp: ModuleType, values: Any, fmt: FloatFormat) -> None:
+    if is_compiling():
+        raise ValueError(f"nan is None, and {fmt} has no NaN: torch.compile needs nan= as a code")
+    if bool(xp.isnan(values).any()):
+        raise ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")
+
+
+def _check_codes(codes: Any, fmt: FloatFormat) -> None:
+    unsigned = _check_integer(codes)
+    if is_compiling() or (unsigned and codes.itemsize * 8 == fmt.bits):
+        return
+    if isinstance(codes, int):
+        low = high = codes
+    else:
+        # torch has no minimum of its wider unsigned integers.
+        plain = cast(codes, "int64") if is_tensor(codes) else codes
+        if 0 in plain.shape:
+            return
+        low, high = int(plain.min()), int(plain.max())
+    if low < 0 or high >= fmt.code_count:
+        raise ValueError(f"codes are {low} to {high}; those of {fmt} are 0 to {fmt.code_count - 1}")
+
+
+def _check_integer(codes: Any) -> bool:
+    """Check that codes are integers, and tell whether they are of an unsigned array type."""
+    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
+    if not name.startswith(("int", "uint")):
+        raise TypeError(f"codes are of type {name}; they must be integers")
+    return name.startswith("uint")
+
+
+def _as_integers(codes: Any, dtype: str) -> Any:
+    if is_tensor(codes):
+        return cast(codes, dtype)
+    # Through the unsigned type, so that an int beyond the signed one wraps as arrays do.
+    unsigned = np.asarray(codes, dtype=f"u{dtype}") if isinstance(codes, int) else codes
+    return np.atleast_1d(unsigned).astype(dtype)

@@ -1,0 +1,273 @@
+"""What a minifloat format is: a handful of facts, and everything that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_EXPONENT_BITS = 11
+MAX_MANTISSA_BITS = 52
+
+
+class Specials(Enum):
+    """Which codes of a format are not finite numbers."""
+
+    FINITE_ONLY = "finite only"
+    """None: every code is a finite number."""
+
+    NAN_ONLY = "NaN at all-ones magnitude, no infinity"
+    """NaN where every exponent and mantissa bit is set (OCP OFP8 E4M3)."""
+
+    IEEE = "IEEE infinities and NaNs"
+    """The top exponent field holds infinity (mantissa 0) and NaN (other mantissas)."""
+
+    FNUZ = "NaN at negative zero, no infinity"
+    """NaN takes the code of negative zero, so that zero has no sign."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class FloatFormat:
+    """A binary floating-point format, of at most 11 exponent and 52 mantissa bits.
+
+    A code is, from the top, a sign bit (signed formats only), the exponent field F and the
+    mantissa field T. With M mantissa bits it stands for::
+
+        T * 2**(1 - bias - M)              where F = 0 (zero and the subnormals)
+        (2**M + T) * 2**(F - bias - M)     elsewhere
+
+    as in OCP OFP8 1.0, section 5. Without subnormals the second line holds for F = 0 too, except
+    that the code with T = 0 is zero. An unsigned format has no sign bit and no negative value.
+    Magnitudes grow with their codes, so "ties to even" can mean the code.
+
+    Instances are immutable, hashable, and equal when all their fields are.
+
+    Attributes:
+        exponent_bits: Width of the exponent field, 0 to 11. With 0 the format is fixed point.
+        mantissa_bits: Width of the mantissa field, 0 to 52.
+        signed: Whether codes have a sign bit.
+        bias: Exponent bias, any integer. By default 2**(E-1) - 1, but 0 for E = 0, and 2**(E-1)
+            under `Specials.FNUZ`.
+        specials: Which codes are NaN or infinity.
+        subnormals: Whether exponent field 0 holds the subnormal numbers.
+
+    Raises:
+        ValueError: If an argument is out of range, or no finite nonzero value would be left.
+
+    Example:
+        >>> fmt = FloatFormat(2, 1, signed=False)
+        >>> fmt
+        FloatFormat(E2M1U: 3 bits, unsigned, bias 1, max 6, finite only)
+        >>> fmt.values().tolist()
+        [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    signed: bool = True
+    bias: int = None  # type: ignore[assignment]
+    specials: Specials = Specials.FINITE_ONLY
+    subnormals: bool = True
+
+    def __post_init__(self) -> None:
+        _check_width("exponent_bits", self.exponent_bits, MAX_EXPONENT_BITS)
+        _check_width("mantissa_bits", self.mantissa_bits, MAX_MANTISSA_BITS)
+        if not isinstance(self.specials, Specials):
+            raise ValueError(f"specials is {self.specials!r}; allowed: {list(Specials)}")
+        bias: object = self.bias
+        if bias is None:
+            object.__setattr__(self, "bias", default_bias(self.exponent_bits, self.specials))
+        elif not _is_int(bias):
+            raise ValueError(f"bias is {bias!r}; it must be an integer")
+        if self.specials is Specials.FNUZ and not self.signed:
+            raise ValueError("specials is FNUZ; an unsigned format has no negative zero to use")
+        if not self.subnormals and min(self.exponent_bits, self.mantissa_bits) == 0:
+            raise ValueError("subnormals is False; that needs exponent_bits and mantissa_bits > 0")
+        if self.max_code < 1:
+            raise ValueError(
+                f"exponent_bits {self.exponent_bits} and mantissa_bits {self.mantissa_bits} leave "
+                f"no finite nonzero value with specials {self.specials.name}; add a bit"
+            )
+
+    def __str__(self) -> str:
+        from fpformats.names import format_name
+
+        return format_name(self)
+
+    def __repr__(self) -> str:
+        sign = "signed" if self.signed else "unsigned"
+        subnormals = "" if self.subnormals else ", no subnormals"
+        return (
+            f"FloatFormat({self}: {self.bits} bits, {sign}, bias {self.bias}, "
+            f"max {_readable(self.exact_max)}, {self.specials.value}{subnormals})"
+        )
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Number of bits of a code below the sign bit."""
+        return self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bits(self) -> int:
+        """Number of bits of a code."""
+        return self.magnitude_bits + self.signed
+
+    @property
+    def code_count(self) -> int:
+        """Number of codes, special ones included."""
+        return 1 << self.bits
+
+    @property
+    def max_code(self) -> int:
+        """Code of the largest finite value."""
+        if self.specials is Specials.IEEE:
+            return (((1 << self.exponent_bits) - 1) << self.mantissa_bits) - 1
+        return (1 << self.magnitude_bits) - (2 if self.specials is Specials.NAN_ONLY else 1)
+
+    @property
+    def has_infinity(self) -> bool:
+        """Whether a code stands for infinity."""
+        return self.specials is Specials.IEEE
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether a code stands for NaN."""
+        return self.nan_code is not None
+
+    @property
+    def has_negative_zero(self) -> bool:
+        """Whether zero has a sign."""
+        return self.signed and self.specials is not Specials.FNUZ
+
+    @property
+    def infinity_code(self) -> int | None:
+        """Code of positive infinity, None where there is none."""
+        return self.max_code + 1 if self.has_infinity else None
+
+    @property
+    def nan_code(self) -> int | None:
+        """Code that NaN is encoded to, the positive quiet one of several; None without NaN."""
+        if self.specials is Specials.NAN_ONLY:
+            return self.max_code + 1
+        if self.specials is Specials.FNUZ:
+            return 1 << self.magnitude_bits
+        if self.specials is Specials.IEEE and self.mantissa_bits:
+            return self.max_code + 1 + (1 << (self.mantissa_bits - 1))
+        return None
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the lowest binade with a full mantissa."""
+        return 1 - self.bias if self.subnormals else -self.bias
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of `max`: the e in 2**e <= max < 2**(e+1)."""
+        significand, exponent = self.scaled_magnitude(self.max_code)
+        return significand.bit_length() - 1 + exponent
+
+    def scaled_magnitude(self, code: int) -> tuple[int, int]:
+        """Give integers (n, e) such that the code of a finite value >= 0 stands for n * 2**e."""
+        field, fraction = divmod(code, 1 << self.mantissa_bits)
+        if code == 0 or (field == 0 and self.subnormals):
+            return fraction, 1 - self.bias - self.mantissa_bits
+        return fraction + (1 << self.mantissa_bits), field - self.bias - self.mantissa_bits
+
+    @property
+    def exact_max(self) -> Fraction:
+        """Largest finite value, as a fraction: some formats exceed float64."""
+        significand, exponent = self.scaled_magnitude(self.max_code)
+        return significand * Fraction(2) ** exponent
+
+    @property
+    def max(self) -> float:
+        """Largest finite value; OverflowError where float64 cannot hold it (see `exact_max`)."""
+        return float(self.exact_max)
+
+    @property
+    def min(self) -> float:
+        """Lowest finite value: -max, or 0 where the format is unsigned."""
+        return -self.max if self.signed else 0.0
+
+    @property
+    def smallest(self) -> float:
+        """Smallest value above zero, subnormal where there are subnormals."""
+        significand, exponent = self.scaled_magnitude(1)
+        return float(significand * Fraction(2) ** exponent)
+
+    @property
+    def smallest_subnormal(self) -> float | None:
+        """Smallest subnormal value, None where there is none."""
+        return self.smallest if self.subnormals and self.mantissa_bits else None
+
+    @property
+    def smallest_normal(self) -> float | None:
+        """Smallest value with a full mantissa, None where all values are subnormal."""
+        if not self.subnormals:
+            return self.smallest
+        if self.max_code >> self.mantissa_bits == 0:
+            return None
+        return float(Fraction(2) ** self.min_exponent)
+
+    def quantize(self, x: Any, **options: Any) -> Any:
+        """Round `x` to this format: `fpformats.quantize` with this format."""
+        from fpformats.convert import quantize
+
+        return quantize(x, self, **options)
+
+    def encode(self, x: Any, **options: Any) -> Any:
+        """Round `x` to this format's codes: `fpformats.encode` with this format."""
+        from fpformats.convert import encode
+
+        return encode(x, self, **options)
+
+    def decode(self, codes: Any, dtype: Any = "float32") -> Any:
+        """Give the values of `codes`: `fpformats.decode` with this format."""
+        from fpformats.convert import decode
+
+        return decode(codes, self, dtype)
+
+    def values(self) -> NDArray[np.float64]:
+        """List the distinct finite values in ascending order: `fpformats.values`."""
+        from fpformats.convert import values
+
+        return values(self)
+
+
+def default_bias(exponent_bits: int, specials: Specials) -> int:
+    """Give the bias that a format has unless it says otherwise.
+
+    Args:
+        exponent_bits: Width of the exponent field.
+        specials: Which codes are special: under FNUZ the bias is one more, as in LLVM's types.
+
+    Returns:
+        2**(E-1) - 1, or 2**(E-1) under FNUZ; 0 for E = 0.
+    """
+    half = (1 << exponent_bits) >> 1
+    return half if specials is Specials.FNUZ else max(0, half - 1)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_width(argument: str, width: int, limit: int) -> None:
+    if not _is_int(width) or not 0 <= width <= limit:
+        raise ValueError(f"{argument} is {width!r}; it must be an integer from 0 to {limit}")
+
+
+def _readable(value: Fraction) -> str:
+    """Write a value in full where that is short, else as an integer times a power of two."""
+    if value.denominator == 1 and value < 10**9:
+        return str(value)
+    if value < 10**9 and value.denominator <= 1 << 16:
+        return str(float(value))
+    numerator, denominator = value.numerator, value.denominator
+    twos = (numerator & -numerator).bit_length() - 1
+    return f"{numerator >> twos} * 2**{twos - denominator.bit_length() + 1}"

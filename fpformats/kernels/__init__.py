@@ -1,0 +1,1 @@
+"""Kernels: the rounding itself, on arrays and a flat parameter struct."""

@@ -1,0 +1,190 @@
+"""The parameters of a kernel: one format seen from one carrier, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+
+
+class Carrier(NamedTuple):
+    """A floating-point type that holds values: its mantissa bits and exponent bias."""
+
+    name: str
+    mantissa_bits: int
+    bias: int
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+        return 1 - self.bias
+
+
+CARRIERS = {
+    carrier.name: carrier
+    for carrier in (
+        Carrier("float16", 10, 15),
+        Carrier("bfloat16", 7, 127),
+        Carrier("float32", 23, 127),
+        Carrier("float64", 52, 1023),
+    )
+}
+
+
+class Grid(NamedTuple):
+    """What the kernels know of a format, in units of one carrier.
+
+    Attributes:
+        floating: Name of the carrier's dtype.
+        integer: Name of the integer dtype as wide.
+        width: Mantissa bits of the carrier.
+        exponent_mask: Pattern of the carrier's exponent field.
+        low: Lowest finite value.
+        high: Largest finite value.
+        floor: Power of two below which the spacing stays constant.
+        ceiling: Power of two above which the spacing need not grow.
+        first_field: Exponent field that `floor` has, or would have, in the carrier.
+        spacing: Distance between neighbours within a binade, divided by its power of two.
+        magic: What `floor` to `ceiling` are multiplied by to get numbers whose last bit is the
+            spacing; 0 where the carrier has no such numbers.
+        ties_by_parity: Whether a binade is one step wide, so that parity is the exponent's.
+        smallest: Smallest value above zero if that is not one step from it, else 0.
+        signed: Whether there are negative values.
+        negative_zero: Whether zero has a sign.
+        magnitude_bits: Width of a code below the sign.
+        shift: Mantissa bits that the carrier has beyond the format; -1 if every code is linear.
+        offset: Carrier pattern, cut by `shift`, minus the code, for codes that are not linear.
+        linear: Codes below this one are linear: they stand for as many times `quantum`.
+        linear_high: What magnitudes can be cut off at without changing a linear one.
+        quantum: Smallest spacing.
+        infinity_code: Magnitude of infinity's code, -1 without.
+        nan_code: Code for NaN, -1 without.
+        first_nan: Smallest magnitude that is NaN; -1 without.
+        nan_is_negative_zero: Whether NaN has the code of negative zero.
+        lift: Power of two that makes the carrier's subnormal numbers normal, or 0.
+        lifted: Grid of the values times `lift`, for formats with values that are subnormal in
+            the carrier (without being subnormal, or one step from zero, in the format).
+    """
+
+    floating: str
+    integer: str
+    width: int
+    exponent_mask: int
+    low: float
+    high: float
+    floor: float
+    ceiling: float
+    first_field: int
+    spacing: float
+    magic: float
+    ties_by_parity: bool
+    smallest: float
+    signed: bool
+    negative_zero: bool
+    magnitude_bits: int
+    shift: int
+    offset: int
+    linear: int
+    linear_high: float
+    quantum: float
+    infinity_code: int
+    nan_code: int
+    first_nan: int
+    nan_is_negative_zero: bool
+    lift: float
+    lifted: Grid | None
+
+
+def holds(carrier: Carrier, fmt: FloatFormat) -> bool:
+    """Tell whether every finite value of a format is exact in a carrier.
+
+    Args:
+        carrier: The carrier.
+        fmt: The format.
+
+    Returns:
+        Whether neither precision nor range nor the smallest step is beyond the carrier.
+
+    Example:
+        >>> from fpformats.formats import FloatFormat
+        >>> holds(CARRIERS["float16"], FloatFormat(8, 3))
+        False
+    """
+    significand, _ = fmt.scaled_magnitude(fmt.max_code)
+    _, smallest_step = fmt.scaled_magnitude(1)
+    return (
+        significand.bit_length() <= carrier.mantissa_bits + 1
+        and fmt.max_exponent <= carrier.bias
+        and smallest_step >= carrier.min_exponent - carrier.mantissa_bits
+    )
+
+
+def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
+    """Work out the kernel parameters of a format in a carrier that holds it.
+
+    Args:
+        fmt: The format.
+        carrier: The carrier, float32 or float64.
+        lift: Exponent of a power of two that all values are multiplied by, and beyond which
+            they are cut off.
+
+    Returns:
+        The parameters, of which all floats are exact in the carrier.
+    """
+    width, mantissa_bits = carrier.mantissa_bits, fmt.mantissa_bits
+    step = fmt.scaled_magnitude(1)[1] + lift
+    top, bottom = fmt.max_exponent + lift, fmt.min_exponent + lift
+    if lift and top > lift:
+        top, high = lift, math.ldexp(1.0, lift)
+    else:
+        high = _scaled(fmt, fmt.max_code, lift)
+    # Where all values are subnormal, the grid is also that of their last binade.
+    bottom = min(bottom, top)
+    digits = bottom - step
+    needs_lift = bottom < carrier.min_exponent
+    # With one value in a binade, the code of `ceiling` must be odd: see portable._break_ties.
+    ceiling = top - (digits == 0 and (top - bottom) % 2)
+    has_magic = digits <= width - 2 and top + width - digits <= carrier.bias
+    linear = 1 << mantissa_bits if fmt.subnormals else 1
+    nan_code = -1 if fmt.nan_code is None else fmt.nan_code
+    nan_is_negative_zero = nan_code == 1 << fmt.magnitude_bits
+    return Grid(
+        floating=carrier.name,
+        integer=carrier.name.replace("float", "int"),
+        width=width,
+        exponent_mask=(2 * carrier.bias + 1) << width,
+        low=-high if fmt.signed else 0.0,
+        high=high,
+        floor=math.ldexp(1.0, max(bottom, carrier.min_exponent)),
+        ceiling=math.ldexp(1.0, max(ceiling, bottom, carrier.min_exponent)),
+        first_field=bottom + carrier.bias,
+        spacing=math.ldexp(1.0, -digits),
+        magic=math.ldexp(1.5, width - digits) if has_magic else 0.0,
+        ties_by_parity=digits == 0,
+        smallest=0.0 if fmt.subnormals else _scaled(fmt, 1, lift),
+        signed=fmt.signed,
+        negative_zero=fmt.has_negative_zero,
+        magnitude_bits=fmt.magnitude_bits,
+        shift=-1 if fmt.max_code < linear else width - mantissa_bits,
+        offset=(carrier.bias - fmt.bias + lift) << mantissa_bits,
+        linear=linear,
+        linear_high=high if fmt.max_code < linear else math.ldexp(linear, step),
+        quantum=math.ldexp(1.0, step),
+        infinity_code=-1 if fmt.infinity_code is None else fmt.infinity_code,
+        nan_code=nan_code,
+        first_nan=-1 if nan_is_negative_zero or nan_code < 0 else _first_nan(fmt),
+        nan_is_negative_zero=nan_is_negative_zero,
+        lift=math.ldexp(1.0, width) if needs_lift else 0.0,
+        lifted=make_grid(fmt, carrier, width) if needs_lift else None,
+    )
+
+
+def _scaled(fmt: FloatFormat, code: int, lift: int) -> float:
+    significand, exponent = fmt.scaled_magnitude(code)
+    return math.ldexp(significand, exponent + lift)
+
+
+def _first_nan(fmt: FloatFormat) -> int:
+    return fmt.max_code + 1 + fmt.has_infinity

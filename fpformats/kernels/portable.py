@@ -1,0 +1,162 @@
+"""Rounding, encoding and decoding in whole-array operations, for NumPy and for torch.
+
+The functions take the library as `xp`: the modules numpy and torch spell these operations alike.
+
+Rounding is left to the hardware: a number of the carrier whose last bit is the spacing that the
+format has at x is added to x and subtracted again, so that the sum is rounded to that spacing,
+once, to nearest with ties to even. The spacing comes from the exponent bits of x.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fpformats.kernels.grid import Grid
+
+
+def quantize(xp: ModuleType, x: Any, grid: Grid) -> Any:
+    """Round to the nearest value of a format.
+
+    Args:
+        xp: The library of `x`, numpy or torch.
+        x: Array of the grid's carrier. NaN stays NaN.
+        grid: The format.
+
+    Returns:
+        A new array of the shape and dtype of `x`.
+    """
+    if grid.lifted is not None:
+        lifted = _round(xp, xp.clip(x, -1.0, 1.0) * grid.lift, grid.lifted) / grid.lift
+        return xp.where(abs(x) < grid.floor, lifted, _round(xp, x, grid))
+    return _round(xp, x, grid)
+
+
+def encode(xp: ModuleType, values: Any, grid: Grid) -> Any:
+    """Give the codes of values that are on the grid.
+
+    Args:
+        xp: The library of `values`, numpy or torch.
+        values: Array of the grid's carrier, of finite values of the format or NaN.
+        grid: The format.
+
+    Returns:
+        Array of signed integers as wide as the carrier, with the codes in the low bits.
+    """
+    nan = xp.isnan(values)
+    values = xp.where(nan, 0.0, values)
+    codes = _index(xp, abs(values), grid)
+    if grid.lifted is not None:
+        lifted = _index(xp, xp.clip(abs(values), 0.0, 1.0) * grid.lift, grid.lifted)
+        codes = xp.where(abs(values) < grid.floor, lifted, codes)
+    if grid.signed:
+        top = grid.exponent_mask.bit_length()
+        codes |= ((_bits(xp, values, grid) >> top) & 1) << grid.magnitude_bits
+    return codes if grid.nan_code < 0 else xp.where(nan, grid.nan_code, codes)
+
+
+def decode(xp: ModuleType, codes: Any, grid: Grid) -> Any:
+    """Give the values of codes.
+
+    Args:
+        xp: The library of `codes`, numpy or torch.
+        codes: Array of signed integers as wide as the grid's carrier.
+        grid: The format.
+
+    Returns:
+        Array of the grid's carrier.
+    """
+    magnitudes = codes & ((1 << grid.magnitude_bits) - 1)
+    values = _from_index(xp, magnitudes, grid)
+    if grid.lifted is not None:
+        lifted = _from_index(xp, magnitudes, grid.lifted) / grid.lift
+        values = xp.where(lifted < grid.floor, lifted, values)
+    if grid.infinity_code >= 0:
+        values = xp.where(magnitudes == grid.infinity_code, float("inf"), values)
+    if grid.first_nan >= 0:
+        values = xp.where(magnitudes >= grid.first_nan, float("nan"), values)
+    if not grid.signed:
+        return values
+    negative = ((codes >> grid.magnitude_bits) & 1) == 1
+    if grid.nan_is_negative_zero:
+        values = xp.where(negative & (magnitudes == 0), float("nan"), values)
+    return xp.where(negative, -values, values)
+
+
+def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
+    y = xp.clip(x, grid.low, grid.high)
+    if grid.smallest:
+        y = _round_below_smallest(xp, y, grid)
+    binade = _floats(xp, _bits(xp, y, grid) & grid.exponent_mask, grid)
+    xp.clip(binade, grid.floor, grid.ceiling, out=binade)
+    if grid.ties_by_parity:
+        y = _break_ties(xp, y, binade, grid)
+    if grid.magic:
+        _snap(y, binade, grid.magic)
+    else:
+        binade *= grid.spacing
+        y /= binade
+        xp.round(y, out=y)
+        y *= binade
+    if not grid.signed:
+        return xp.abs(y, out=y)
+    xp.copysign(y, x, out=y)
+    if not grid.negative_zero:
+        y += 0.0
+    return y
+
+
+def _round_below_smallest(xp: ModuleType, y: Any, grid: Grid) -> Any:
+    """Decide between zero and a smallest value that is more than one step from it."""
+    magnitude = abs(y)
+    above_half = xp.where(magnitude + magnitude > grid.smallest, grid.smallest, 0.0)
+    return xp.where(magnitude < grid.smallest, above_half, magnitude)
+
+
+def _break_ties(xp: ModuleType, y: Any, binade: Any, grid: Grid) -> Any:
+    """Move ties off the middle where rounding the mantissa to even would not round the code.
+
+    Without mantissa bits the hardware sees a tie between 1 and 2 steps and goes to 2, up. In
+    binades whose own code is even it must go down, which the next smaller number does. The
+    clamp of `binade` makes its code odd for NaN, whose pattern must not change.
+    """
+    even = ((_bits(xp, binade, grid) >> grid.width) - grid.first_field) & 1
+    return _floats(xp, _bits(xp, y, grid) - even, grid)
+
+
+def _index(xp: ModuleType, magnitudes: Any, grid: Grid) -> Any:
+    """Give the codes of values >= 0, of which the larger of two readings is the code."""
+    codes = xp.asarray(
+        xp.clip(magnitudes, 0.0, grid.linear_high) / grid.quantum, dtype=getattr(xp, grid.integer)
+    )
+    if grid.shift < 0:
+        return codes
+    return xp.maximum(codes, (_bits(xp, magnitudes, grid) >> grid.shift) - grid.offset)
+
+
+def _from_index(xp: ModuleType, magnitudes: Any, grid: Grid) -> Any:
+    linear = xp.asarray(magnitudes, dtype=getattr(xp, grid.floating)) * grid.quantum
+    if grid.shift < 0:
+        return linear
+    pattern = (magnitudes + grid.offset) << grid.shift
+    return xp.where(magnitudes < grid.linear, linear, _floats(xp, pattern, grid))
+
+
+def _snap(y: Any, binade: Any, magic: float) -> None:
+    """Round y, in place, to the last bit of `magic` times `binade`, a product that is exact."""
+    if hasattr(y, "add_"):  # torch multiplies and adds in one pass
+        y.add_(binade, alpha=magic).sub_(binade, alpha=magic)
+    else:
+        binade *= magic
+        y += binade
+        y -= binade
+
+
+def _bits(xp: ModuleType, values: Any, grid: Grid) -> Any:
+    return values.view(getattr(xp, grid.integer))
+
+
+def _floats(xp: ModuleType, bits: Any, grid: Grid) -> Any:
+    return bits.view(getattr(xp, grid.floating))

@@ -1,0 +1,166 @@
+"""What callers pass in: NumPy arrays, torch tensors and Python numbers, and their carriers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fpformats.formats import FloatFormat
+
+
+def is_tensor(x: object) -> bool:
+    """Tell whether `x` is a torch tensor, without importing torch: a tensor's maker has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def is_compiling() -> bool:
+    """Tell whether torch.compile is tracing, where no value can be looked at."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def library_of(x: object) -> ModuleType:
+    """Give the library of `x`: the module torch or numpy."""
+    return sys.modules["torch"] if is_tensor(x) else np
+
+
+def carrier_of(x: Any, argument: str = "x") -> Carrier:
+    """Give the carrier that `x` is held in; a Python float is a float64.
+
+    Raises:
+        TypeError: If `x` is not a floating-point array, tensor or number of a known width.
+    """
+    if isinstance(x, float):
+        return CARRIERS["float64"]
+    if not (is_tensor(x) or isinstance(x, np.ndarray | np.generic)):
+        raise TypeError(
+            f"{argument} is a {type(x).__name__}; it must be a NumPy array, a torch tensor or a "
+            "float"
+        )
+    return carrier_named(x.dtype, argument)
+
+
+def carrier_named(dtype: Any, argument: str = "dtype") -> Carrier:
+    """Give the carrier of a NumPy or torch dtype, or of its name.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
+    if name not in CARRIERS:
+        raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(CARRIERS)}")
+    return CARRIERS[name]
+
+
+def working_carrier(carrier: Carrier) -> Carrier:
+    """Give the carrier that the kernels compute in: float64 for itself, else float32."""
+    return CARRIERS["float64" if carrier.name == "float64" else "float32"]
+
+
+def grid_of(fmt: FloatFormat, carrier: Carrier) -> Grid:
+    """Give the kernel parameters of a format for values held in a carrier.
+
+    Raises:
+        ValueError: If the carrier cannot hold every value of the format.
+    """
+    if not holds(carrier, fmt):
+        wider = next((wide.name for wide in CARRIERS.values() if holds(wide, fmt)), None)
+        advice = f"use {wider}" if wider else "no array type does, use fpformats.exact"
+        raise ValueError(f"{carrier.name} cannot hold every value of {fmt!r}; {advice}")
+    # Tracing looks into the cache's function anyway, and warns about the cache.
+    make = make_grid if is_compiling() else _cached_grid
+    return make(fmt, working_carrier(carrier))
+
+
+def widened(x: Any, carrier: Carrier) -> Any:
+    """Give `x` as an array of at least one dimension in a working carrier, exactly."""
+    if is_tensor(x):
+        return cast(x.detach(), carrier.name)
+    return np.atleast_1d(np.asarray(x, dtype=carrier.name))
+
+
+def cast(y: Any, dtype: str) -> Any:
+    """Give an array or tensor another dtype, by its name."""
+    if is_tensor(y):
+        return y.to(getattr(sys.modules["torch"], dtype))
+    return y.astype(dtype, copy=False)
+
+
+def shaped(y: Any, x: Any) -> Any:
+    """Give a result the kind and shape of the input `x`: an array, a tensor or a number."""
+    if is_tensor(x):
+        return y
+    if isinstance(x, np.ndarray):
+        return y.reshape(x.shape)
+    return y[0] if isinstance(x, np.generic) else y.item()
+
+
+def narrowed(y: Any, x: Any, out: Any = None) -> Any:
+    """Give a result the kind, shape and dtype of the input `x`, in `out` if there is one."""
+    if out is None:
+        return shaped(cast(y, carrier_of(x).name), x)
+    if is_tensor(x):
+        return out.copy_(y)
+    out[...] = y.reshape(out.shape)
+    return out
+
+
+def check_out(out: Any, x: Any) -> None:
+    """Check that `out` can take a result of the kind, shape and dtype of `x`.
+
+    Raises:
+        TypeError: If it is of another library or dtype.
+        ValueError: If its shape or device differ, or gradients would have to pass through it.
+    """
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray) and not is_tensor(out):
+        raise TypeError(f"out is a {type(out).__name__}; it must be an array or a tensor")
+    if is_tensor(out) != is_tensor(x) or out.dtype != x.dtype:
+        raise TypeError(f"out is {_describe(out)}; x is {_describe(x)}, and out must be alike")
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(f"out has shape {tuple(out.shape)}; x has shape {tuple(x.shape)}")
+    if is_tensor(out) and out.device != x.device:
+        raise ValueError(f"out is on {out.device}; x is on {x.device}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def needs_gradient(*inputs: Any, out: Any) -> bool:
+    """Tell whether a gradient has to be carried to one of the inputs.
+
+    Raises:
+        ValueError: If one has, and a result in `out` would cut it off.
+    """
+    tensors = [x for x in inputs if is_tensor(x)]
+    if not any(x.requires_grad for x in tensors) or not sys.modules["torch"].is_grad_enabled():
+        return False
+    if out is not None:
+        raise ValueError("out is given, but an input requires a gradient; leave out= away")
+    return True
+
+
+def quiet() -> contextlib.AbstractContextManager[object]:
+    """Keep NumPy from warning of overflow in results that are then not used."""
+    if is_compiling():
+        return contextlib.nullcontext()
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+def _describe(x: Any) -> str:
+    return f"{type(x).__name__} of {getattr(x, 'dtype', 'float64')}"
+
+
+@functools.cache
+def _cached_grid(fmt: FloatFormat, carrier: Carrier) -> Grid:
+    return make_grid(fmt, carrier)
