@@ -14,6 +14,7 @@ from __future__ import annotations
 from fpformats.convert import decode, encode, quantize, values
 from fpformats.formats import FloatFormat, Specials
 from fpformats.names import format_name, parse
+from fpformats.packing import pack, unpack
 from fpformats.rounding import Rounding, Saturation
 from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
 
@@ -27,9 +28,11 @@ __all__ = [
     "encode",
     "encode_scaled",
     "format_name",
+    "pack",
     "parse",
     "quantize",
     "quantize_scaled",
+    "unpack",
     "values",
 ]
 

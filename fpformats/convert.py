@@ -16,6 +16,7 @@ from fpformats.operands import (
     carrier_named,
     carrier_of,
     cast,
+    check_codes,
     check_out,
     grid_of,
     is_compiling,
@@ -137,12 +138,11 @@ def encode(
     if nan is not None and not 0 <= nan < fmt.code_count:
         raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
     xp, values = library_of(x), widened(x, working_carrier(carrier))
-    if nan is None and not fmt.has_nan:
+    nan_code = fmt.nan_code if nan is None else nan
+    if nan_code is None:
         _refuse_nan(xp, values, fmt)
-    elif nan is not None:
-        grid = grid._replace(nan_code=nan)
     with quiet():
-        codes = portable.encode(xp, portable.quantize(xp, values, grid), grid)
+        codes = portable.encode(xp, portable.quantize(xp, values, grid), grid, nan_code)
     width = max(8, 1 << (fmt.bits - 1).bit_length())
     return shaped(cast(codes, f"uint{width}"), x)
 
@@ -173,7 +173,7 @@ def decode(codes: Any, fmt: FloatFormat, dtype: Any = "float32") -> Any:
     """
     carrier = carrier_named(dtype)
     grid = grid_of(fmt, carrier)
-    _check_codes(codes, fmt)
+    check_codes(codes, fmt.bits, str(fmt))
     xp, working = library_of(codes), working_carrier(carrier)
     integer = working.name.replace("float", "int")
     with quiet():
@@ -218,30 +218,6 @@ def _refuse_nan(xp: ModuleType, values: Any, fmt: FloatFormat) -> None:
         raise ValueError(f"nan is None, and {fmt} has no NaN: torch.compile needs nan= as a code")
     if bool(xp.isnan(values).any()):
         raise ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")
-
-
-def _check_codes(codes: Any, fmt: FloatFormat) -> None:
-    unsigned = _check_integer(codes)
-    if is_compiling() or (unsigned and codes.itemsize * 8 == fmt.bits):
-        return
-    if isinstance(codes, int):
-        low = high = codes
-    else:
-        # torch has no minimum of its wider unsigned integers.
-        plain = cast(codes, "int64") if is_tensor(codes) else codes
-        if 0 in plain.shape:
-            return
-        low, high = int(plain.min()), int(plain.max())
-    if low < 0 or high >= fmt.code_count:
-        raise ValueError(f"codes are {low} to {high}; those of {fmt} are 0 to {fmt.code_count - 1}")
-
-
-def _check_integer(codes: Any) -> bool:
-    """Check that codes are integers, and tell whether they are of an unsigned array type."""
-    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
-    if not name.startswith(("int", "uint")):
-        raise TypeError(f"codes are of type {name}; they must be integers")
-    return name.startswith("uint")
 
 
 def _as_integers(codes: Any, dtype: str) -> Any:

@@ -136,6 +136,23 @@ def check_out(out: Any, x: Any) -> None:
         raise ValueError("out is read-only")
 
 
+def check_codes(codes: Any, bits: int, owner: str) -> None:
+    """Check that `codes` are integers of at most `bits` bits; under torch.compile, integers.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If one is negative or too large for `owner`.
+    """
+    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
+    if not name.startswith(("int", "uint")):
+        raise TypeError(f"codes are of type {name}; they must be integers")
+    if is_compiling() or name == f"uint{bits}":
+        return
+    low, high = (codes, codes) if isinstance(codes, int) else _extremes(codes)
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"codes are {low} to {high}; {owner} has codes 0 to {(1 << bits) - 1}")
+
+
 def needs_gradient(*inputs: Any, out: Any) -> bool:
     """Tell whether a gradient has to be carried to one of the inputs.
 
@@ -155,6 +172,12 @@ def quiet() -> contextlib.AbstractContextManager[object]:
     if is_compiling():
         return contextlib.nullcontext()
     return np.errstate(over="ignore", invalid="ignore")
+
+
+def _extremes(codes: Any) -> tuple[int, int]:
+    # torch has no minimum of its wider unsigned integers.
+    plain = cast(codes, "int64") if is_tensor(codes) else np.asarray(codes)
+    return (int(plain.min()), int(plain.max())) if 0 not in plain.shape else (0, 0)
 
 
 def _describe(x: Any) -> str:

@@ -183,7 +183,7 @@ def _parameter(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
     if value is None and argument == "zero_point":
         return None
     shape = tuple(getattr(x, "shape", ()))
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
         array = _full(float(value), x, carrier)
     else:
         array = _converted(argument, value, x, carrier)

@@ -60,10 +60,10 @@ class Grid(NamedTuple):
         linear_high: What magnitudes can be cut off at without changing a linear one.
         quantum: Smallest spacing.
         infinity_code: Magnitude of infinity's code, -1 without.
-        nan_code: Code for NaN, -1 without.
         first_nan: Smallest magnitude that is NaN; -1 without.
         nan_is_negative_zero: Whether NaN has the code of negative zero.
         lift: Power of two that makes the carrier's subnormal numbers normal, or 0.
+        lifted_codes: Codes below this one stand for subnormal numbers of the carrier, or 0.
         lifted: Grid of the values times `lift`, for formats with values that are subnormal in
             the carrier (without being subnormal, or one step from zero, in the format).
     """
@@ -90,10 +90,10 @@ class Grid(NamedTuple):
     linear_high: float
     quantum: float
     infinity_code: int
-    nan_code: int
     first_nan: int
     nan_is_negative_zero: bool
     lift: float
+    lifted_codes: int
     lifted: Grid | None
 
 
@@ -148,8 +148,7 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
     ceiling = top - (digits == 0 and (top - bottom) % 2)
     has_magic = digits <= width - 2 and top + width - digits <= carrier.bias
     linear = 1 << mantissa_bits if fmt.subnormals else 1
-    nan_code = -1 if fmt.nan_code is None else fmt.nan_code
-    nan_is_negative_zero = nan_code == 1 << fmt.magnitude_bits
+    nan_is_negative_zero = fmt.nan_code == 1 << fmt.magnitude_bits
     return Grid(
         floating=carrier.name,
         integer=carrier.name.replace("float", "int"),
@@ -173,10 +172,10 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         linear_high=high if fmt.max_code < linear else math.ldexp(linear, step),
         quantum=math.ldexp(1.0, step),
         infinity_code=-1 if fmt.infinity_code is None else fmt.infinity_code,
-        nan_code=nan_code,
-        first_nan=-1 if nan_is_negative_zero or nan_code < 0 else _first_nan(fmt),
+        first_nan=_first_nan(fmt) if fmt.has_nan and not nan_is_negative_zero else -1,
         nan_is_negative_zero=nan_is_negative_zero,
         lift=math.ldexp(1.0, width) if needs_lift else 0.0,
+        lifted_codes=(1 - carrier.bias + fmt.bias) << mantissa_bits if needs_lift else 0,
         lifted=make_grid(fmt, carrier, width) if needs_lift else None,
     )
 

@@ -29,32 +29,39 @@ def quantize(xp: ModuleType, x: Any, grid: Grid) -> Any:
         A new array of the shape and dtype of `x`.
     """
     if grid.lifted is not None:
+        x = xp.clip(x, grid.low, grid.high)
         lifted = _round(xp, xp.clip(x, -1.0, 1.0) * grid.lift, grid.lifted) / grid.lift
         return xp.where(abs(x) < grid.floor, lifted, _round(xp, x, grid))
     return _round(xp, x, grid)
 
 
-def encode(xp: ModuleType, values: Any, grid: Grid) -> Any:
+def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any:
     """Give the codes of values that are on the grid.
 
     Args:
         xp: The library of `values`, numpy or torch.
         values: Array of the grid's carrier, of finite values of the format or NaN.
         grid: The format.
+        nan_code: Code to give for NaN; None if there is no NaN in `values`.
 
     Returns:
         Array of signed integers as wide as the carrier, with the codes in the low bits.
     """
-    nan = xp.isnan(values)
-    values = xp.where(nan, 0.0, values)
+    nan = None
+    if nan_code is not None:
+        nan = xp.isnan(values)
+        values = xp.where(nan, 0.0, values)
     codes = _index(xp, abs(values), grid)
     if grid.lifted is not None:
         lifted = _index(xp, xp.clip(abs(values), 0.0, 1.0) * grid.lift, grid.lifted)
         codes = xp.where(abs(values) < grid.floor, lifted, codes)
+    top = grid.exponent_mask.bit_length()
     if grid.signed:
-        top = grid.exponent_mask.bit_length()
         codes |= ((_bits(xp, values, grid) >> top) & 1) << grid.magnitude_bits
-    return codes if grid.nan_code < 0 else xp.where(nan, grid.nan_code, codes)
+    if nan_code is None:
+        return codes
+    # As a signed number of the same bits, where the format fills the carrier.
+    return xp.where(nan, nan_code - (nan_code >> top << (top + 1)), codes)
 
 
 def decode(xp: ModuleType, codes: Any, grid: Grid) -> Any:
@@ -72,7 +79,7 @@ def decode(xp: ModuleType, codes: Any, grid: Grid) -> Any:
     values = _from_index(xp, magnitudes, grid)
     if grid.lifted is not None:
         lifted = _from_index(xp, magnitudes, grid.lifted) / grid.lift
-        values = xp.where(lifted < grid.floor, lifted, values)
+        values = xp.where(magnitudes < grid.lifted_codes, lifted, values)
     if grid.infinity_code >= 0:
         values = xp.where(magnitudes == grid.infinity_code, float("inf"), values)
     if grid.first_nan >= 0:
@@ -111,8 +118,7 @@ def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
 def _round_below_smallest(xp: ModuleType, y: Any, grid: Grid) -> Any:
     """Decide between zero and a smallest value that is more than one step from it."""
     magnitude = abs(y)
-    above_half = xp.where(magnitude + magnitude > grid.smallest, grid.smallest, 0.0)
-    return xp.where(magnitude < grid.smallest, above_half, magnitude)
+    return xp.clip(magnitude, grid.smallest, grid.high) * (magnitude + magnitude > grid.smallest)
 
 
 def _break_ties(xp: ModuleType, y: Any, binade: Any, grid: Grid) -> Any:

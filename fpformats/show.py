@@ -1,0 +1,85 @@
+"""Formats for the eye: a table of all codes, and the values on a line."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fpformats.convert import decode, values
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+
+MAX_BITS = 10
+LINE_WIDTH = 72
+
+
+def describe(fmt: FloatFormat) -> str:
+    """Describe a format: its facts, its number line, and a row for every code.
+
+    Args:
+        fmt: A format of at most 10 bits.
+
+    Returns:
+        The description, several lines.
+
+    Raises:
+        ValueError: If the format has too many codes to show.
+
+    Example:
+        >>> from fpformats import E1M1U
+        >>> print(describe(E1M1U))
+        FloatFormat(E1M1U: 2 bits, unsigned, bias 0, max 3, finite only)
+        smallest 1, exponents 1 to 1, subnormal below 2
+        <BLANKLINE>
+        |                       |                       |                       |
+        0                                                                       3
+        <BLANKLINE>
+        code  bits  value
+           0   0 0  0
+           1   0 1  1
+           2   1 0  2
+           3   1 1  3
+    """
+    if fmt.bits > MAX_BITS:
+        raise ValueError(f"{fmt} has {fmt.bits} bits; at most {MAX_BITS} can be shown")
+    facts = f"smallest {fmt.smallest:g}, exponents {fmt.min_exponent} to {fmt.max_exponent}"
+    if fmt.smallest_subnormal and fmt.smallest_normal:
+        facts += f", subnormal below {fmt.smallest_normal:g}"
+    return "\n".join([repr(fmt), facts, "", number_line(fmt), "", *_table(fmt)])
+
+
+def number_line(fmt: FloatFormat) -> str:
+    """Draw the finite values of a format on a line of text, to scale, above its two ends.
+
+    Args:
+        fmt: The format.
+
+    Returns:
+        Two lines of text.
+    """
+    listed = values(fmt)
+    low, high = listed[0], listed[-1]
+    line = [" "] * (LINE_WIDTH + 1)
+    for place in np.rint((listed / high - low / high) / (1 - low / high) * LINE_WIDTH):
+        line[int(place)] = "|"
+    ends = f"{low:g}", f"{high:g}"
+    return "".join(line) + "\n" + ends[0] + ends[1].rjust(LINE_WIDTH + 1 - len(ends[0]))
+
+
+def _table(fmt: FloatFormat) -> list[str]:
+    numbers = decode(np.arange(fmt.code_count), fmt, "float64")
+    rows = [(str(code), _fields(code, fmt), f"{x:.12g}") for code, x in enumerate(numbers)]
+    rows.insert(0, ("code", "bits", "value"))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return [f"{code:>{widths[0]}}  {bits:>{widths[1]}}  {value}" for code, bits, value in rows]
+
+
+def _fields(code: int, fmt: FloatFormat) -> str:
+    """Write the sign, exponent and mantissa fields of a code, apart from one another."""
+    digits = f"{code:0{fmt.bits}b}"
+    ends = [0, int(fmt.signed), fmt.signed + fmt.exponent_bits, fmt.bits]
+    parts = [digits[start:end] for start, end in pairwise(ends)]
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,156 @@
+"""Inputs on which rounding goes wrong, and what they must become, by the definition."""
+
+import functools
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+
+from fpformats import FloatFormat, Specials, exact
+from fpformats.kernels.grid import CARRIERS, holds
+
+
+def small_formats():
+    """Every finite-only format of up to 8 bits below the sign, and the standards' special ones."""
+    formats = [
+        FloatFormat(e, m, signed)
+        for e in range(9)
+        for m in range(9 - e)
+        for signed in (True, False)
+        if e + m > 0
+    ]
+    for specials in (Specials.NAN_ONLY, Specials.IEEE, Specials.FNUZ):
+        formats += [FloatFormat(e, 7 - e, specials=specials) for e in range(1, 8)]
+    formats += [FloatFormat(e, 4 - e, specials=Specials.NAN_ONLY, signed=False) for e in range(4)]
+    formats += [FloatFormat(e, 5 - e, subnormals=False) for e in range(1, 5)]
+    formats += [FloatFormat(e, 5 - e, signed=False, subnormals=False) for e in range(1, 5)]
+    formats += [FloatFormat(4, 3, bias=11, specials=Specials.FNUZ), FloatFormat(2, 1, bias=-40)]
+    return formats
+
+
+def edge_formats():
+    """Formats at the ends of what a carrier holds, where an intermediate might not fit."""
+    return [
+        *(FloatFormat(2, m, bias=150 - m) for m in range(4)),
+        *(FloatFormat(8, m, bias=128) for m in range(6)),
+        *(FloatFormat(8, m, bias=150 - m, signed=False) for m in (0, 1, 3, 7)),
+        *(FloatFormat(3, m, bias=-120) for m in (0, 1, 5)),
+        FloatFormat(8, 3, bias=140, subnormals=False),
+        FloatFormat(8, 4, bias=140, specials=Specials.FNUZ),
+        FloatFormat(0, 8, bias=-127),
+        FloatFormat(1, 7, bias=-126),
+        FloatFormat(0, 1, bias=148),
+        FloatFormat(1, 0, bias=-126, signed=False),
+    ]
+
+
+def wide_formats():
+    """Formats whose codes are too many to visit, up to all that float64 has."""
+    ieee = Specials.IEEE
+    return [
+        FloatFormat(5, 10, specials=ieee),
+        FloatFormat(8, 7, specials=ieee),
+        FloatFormat(8, 10, specials=ieee),
+        FloatFormat(8, 23, specials=ieee),
+        FloatFormat(8, 22, specials=ieee),
+        FloatFormat(8, 21, specials=ieee),
+        FloatFormat(4, 21),
+        FloatFormat(4, 22),
+        FloatFormat(4, 23, signed=False),
+        FloatFormat(0, 24),
+        FloatFormat(0, 24, bias=-127),
+        FloatFormat(11, 52, specials=ieee),
+        FloatFormat(11, 51, specials=ieee),
+        FloatFormat(11, 50, specials=ieee),
+        FloatFormat(5, 52),
+        FloatFormat(11, 0, bias=1024),
+        FloatFormat(11, 0, bias=1074, signed=False),
+        FloatFormat(11, 3, bias=1050, subnormals=False),
+        FloatFormat(11, 40, bias=1030, specials=Specials.FNUZ),
+        FloatFormat(2, 52, bias=1023),
+        FloatFormat(10, 12),
+    ]
+
+
+def carriers_of(fmt, names=("float32", "float64")):
+    return [name for name in names if holds(CARRIERS[name], fmt)]
+
+
+@functools.cache
+def magnitudes(fmt):
+    """All finite values >= 0 in code order, as fractions, from the definition."""
+    return [Fraction(exact.decode(code, fmt)) for code in range(fmt.max_code + 1)]
+
+
+def boundaries(fmt, dtype):
+    """Give inputs around every value and midpoint of a format, and the codes that they take.
+
+    Inputs are, for every value and every midpoint of neighbours, the number itself where the
+    dtype has it, and the nearest numbers of the dtype below and above; then what overflows.
+    """
+    listed = magnitudes(fmt)
+    inputs, codes = [], []
+    middles = [(low + high) / 2 for low, high in pairwise(listed)]
+    for code, value in enumerate(listed):
+        below, at, above = _around(value, dtype)
+        assert at is not None, "the dtype must hold the format"
+        near = [at]
+        # Where the dtype is no finer than the format, the neighbours lie beyond the midpoints.
+        near += [below] * (code > 0 and below > middles[code - 1])
+        near += [above] * (value == listed[-1] or above < middles[code])
+        inputs += near
+        codes += [code] * len(near)
+    for code, middle in enumerate(middles):
+        below, at, above = _around(middle, dtype)
+        inputs += [below, above]
+        codes += [code, code + 1]
+        if at is not None:
+            inputs.append(at)
+            codes.append(code + code % 2)
+    top = len(listed) - 1
+    overflow = [float(np.finfo(dtype).max), math.inf]
+    for factor in (Fraction(5, 4), Fraction(3, 2), Fraction(2), Fraction(4)):
+        overflow += [x for x in _around(listed[-1] * factor, dtype) if x is not None]
+    inputs += [x for x in overflow if x >= listed[-1]]
+    codes += [top] * sum(x >= listed[-1] for x in overflow)
+    return np.array(inputs, dtype=dtype), np.array(codes, dtype=np.int64)
+
+
+def signed_boundaries(fmt, dtype):
+    """Give `boundaries` with both signs, negative zero among them, and expected codes."""
+    x, codes = boundaries(fmt, dtype)
+    if not fmt.signed:
+        negative = np.zeros_like(codes)
+    elif fmt.has_negative_zero:
+        negative = codes + (1 << fmt.magnitude_bits)
+    else:
+        negative = np.where(codes == 0, 0, codes + (1 << fmt.magnitude_bits))
+    return np.concatenate([x, -x]), np.concatenate([codes, negative])
+
+
+def values_at(codes, fmt, dtype):
+    """Give the values of codes by the definition, in a dtype that holds them."""
+    table = [float(exact.decode(code, fmt)) for code in range(fmt.code_count)]
+    return np.array(table, dtype=dtype)[codes]
+
+
+def assert_same_bits(actual, expected):
+    """Assert that two arrays agree bit for bit, but for the payload of NaN."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(actual, expected)
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(actual[numbers]), np.signbit(expected[numbers]))
+
+
+def _around(exact_value, dtype):
+    """Give the dtype's nearest numbers below, at (or None) and above a value."""
+    kind = np.dtype(dtype).type
+    with np.errstate(over="ignore"):
+        near = kind(float(exact_value)) if exact_value < 2**1024 else kind(math.inf)
+    at_value = math.isfinite(near) and Fraction(float(near)) == exact_value
+    below = np.nextafter(near, kind(-math.inf)) if at_value or near > exact_value else near
+    above = np.nextafter(near, kind(math.inf)) if at_value or near < exact_value else near
+    return float(below), float(near) if at_value else None, float(above)

@@ -1,0 +1,452 @@
+import math
+import subprocess
+import sys
+from fractions import Fraction
+
+import gfloat
+import gfloat.formats
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import (
+    assert_same_bits,
+    boundaries,
+    carriers_of,
+    edge_formats,
+    signed_boundaries,
+    small_formats,
+    values_at,
+    wide_formats,
+)
+
+import fpformats
+from fpformats import (
+    FloatFormat,
+    Specials,
+    decode,
+    encode,
+    exact,
+    parse,
+    quantize,
+    strategies,
+    values,
+)
+
+BOUNDED = [
+    pytest.param(fmt, dtype, id=f"{fmt}-{dtype}")
+    for fmt in small_formats() + edge_formats()
+    for dtype in carriers_of(fmt)
+]
+HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+
+@pytest.mark.parametrize(("fmt", "dtype"), BOUNDED)
+def test_every_value_midpoint_and_neighbour_rounds_as_defined(fmt, dtype):
+    x, codes = signed_boundaries(fmt, dtype)
+    expected = values_at(codes, fmt, dtype)
+    assert_same_bits(quantize(x, fmt), expected)
+    assert_same_bits(quantize(torch.from_numpy(x), fmt).numpy(), expected)
+    option = {} if fmt.has_nan else {"nan": 0}
+    np.testing.assert_array_equal(encode(x, fmt, **option), codes)
+    np.testing.assert_array_equal(encode(torch.from_numpy(x), fmt, **option).numpy(), codes)
+
+
+@pytest.mark.parametrize(("fmt", "dtype"), BOUNDED)
+def test_every_code_decodes_as_defined_and_encodes_back(fmt, dtype):
+    codes = np.arange(fmt.code_count)
+    expected = values_at(codes, fmt, dtype)
+    decoded = decode(codes, fmt, dtype)
+    assert_same_bits(decoded, expected)
+    assert_same_bits(decode(torch.from_numpy(codes), fmt, dtype).numpy(), expected)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(encode(decoded[finite], fmt), codes[finite])
+
+
+@pytest.mark.parametrize("fmt", [f for f in small_formats() if f.bits <= 6], ids=str)
+def test_the_definition_agrees_with_the_boundary_table(fmt):
+    x, codes = signed_boundaries(fmt, "float64")
+    assert [exact.encode(float(value), fmt) for value in x] == codes.tolist()
+
+
+@pytest.mark.parametrize("name", ["E2M1", "E2M1U", "E4M3", "E5M2", "E3M0", "E4M0U", "E3M3NS"])
+def test_every_half_precision_input_rounds_as_defined(name):
+    fmt = parse(name)
+    table = values(fmt)[values(fmt) >= 0]
+    middles = (table[1:] + table[:-1]) / 2
+    magnitudes = np.abs(HALVES).astype(np.float64)
+    low = np.searchsorted(middles, magnitudes, side="left")  # ties down
+    high = np.searchsorted(middles, magnitudes, side="right")  # ties up
+    expected = np.copysign(table[np.where(low % 2 == 0, low, high)], HALVES)
+    expected = np.where(np.isnan(HALVES), np.nan, expected if fmt.signed else expected.clip(0) + 0)
+    for carrier in ("float16", "float32", "float64"):
+        assert_same_bits(quantize(HALVES.astype(carrier), fmt), expected.astype(carrier))
+        x = torch.from_numpy(HALVES.astype(carrier))
+        assert_same_bits(quantize(x, fmt).numpy(), expected.astype(carrier))
+
+
+@pytest.mark.parametrize("fmt", wide_formats() + edge_formats(), ids=str)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_wide_formats_round_as_defined(fmt, data):
+    for dtype in carriers_of(fmt):
+        aimed = strategies.near_ties(fmt, dtype) | strategies.floats(dtype)
+        x = np.array(data.draw(st.lists(aimed, min_size=1, max_size=12)), dtype=dtype)
+        expected = [float(exact.quantize(float(value), fmt)) for value in x]
+        assert_same_bits(quantize(x, fmt), np.array(expected, dtype=dtype))
+        assert_same_bits(quantize(torch.from_numpy(x), fmt).numpy(), np.array(expected, dtype))
+        x = x[~np.isnan(x)]
+        codes = [exact.encode(float(value), fmt) for value in x]
+        assert encode(x, fmt).tolist() == codes
+        assert encode(torch.from_numpy(x), fmt).tolist() == codes
+        assert_same_bits(decode(encode(x, fmt), fmt, dtype), quantize(x, fmt))
+        assert_same_bits(
+            decode(encode(torch.from_numpy(x), fmt), fmt, dtype).numpy(), quantize(x, fmt)
+        )
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_format_rounds_as_defined(data):
+    dtype = data.draw(st.sampled_from(["float32", "float64"]))
+    fmt = data.draw(strategies.formats(dtype))
+    x = data.draw(strategies.near_ties(fmt, dtype) | strategies.floats(dtype))
+    expected = np.dtype(dtype).type(float(exact.quantize(float(x), fmt)))
+    assert_same_bits(quantize(x, fmt), expected)
+    if not math.isnan(x):
+        assert encode(x, fmt) == exact.encode(float(x), fmt)
+    code = data.draw(strategies.codes(fmt))
+    decoded = np.float64(exact.decode(code, fmt))
+    assert_same_bits(np.float64(decode(code, fmt, dtype)), decoded)
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "expected"),
+    [
+        ("E4M3", 1 + 2**-4 + 2**-45, 1.125),
+        ("E2M1", 0.25 - 2**-26, 0.0),
+        ("E2M1", 0.25, 0.0),
+        ("E2M1", 0.25 + 2**-50, 0.5),
+        ("E2M1", 1.27, 1.5),
+        ("E2M1", 8.0, 6.0),
+        ("E2M1", 8 - 2**-21, 6.0),
+        ("E5M2", 65536.0, 57344.0),
+        ("E5M10IEEE", 131008.0, 65504.0),
+        ("E4M3", 480.0, 448.0),
+        ("E4M3F", 1e9, 480.0),
+        ("E2M1U", -3.0, 0.0),
+        ("E3M0", 1.5, 2.0),
+        ("E3M0", 3.0, 2.0 if (1 + 3) % 2 == 0 else 4.0),
+        ("E4M0U", 1.5, 2.0),
+        ("E4M0U", 0.75, 0.5),
+        ("E5M2", math.inf, 57344.0),
+        ("E5M2", -math.inf, -57344.0),
+    ],
+)
+def test_mistakes_of_other_libraries(name, x, expected):
+    assert quantize(x, parse(name)) == expected
+    assert quantize(torch.tensor(x, dtype=torch.float64), parse(name)).item() == expected
+
+
+@pytest.mark.parametrize("name", ["E2M1", "E2M1U", "E4M3", "E4M3F", "E3M0", "E2M1NS", "E4M3FNUZ"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_nan_never_becomes_a_number(name, dtype):
+    fmt = parse(name)
+    unsigned = f"uint{8 * np.dtype(dtype).itemsize}"
+    top = np.array(np.inf, dtype).view(unsigned)
+    sign = 1 << (8 * np.dtype(dtype).itemsize - 1)
+    patterns = [top + 1, top + 3, np.array(np.nan, dtype).view(unsigned), sign - 1, sign + top + 1]
+    nans = np.array(patterns, dtype=unsigned).view(dtype)
+    assert np.isnan(quantize(nans, fmt)).all()
+    assert quantize(torch.from_numpy(nans), fmt).isnan().all()
+
+
+def test_encoding_nan_gives_the_formats_nan_or_the_callers_code_or_an_error():
+    x = np.array([1.0, math.nan], dtype=np.float32)
+    assert encode(x, parse("E4M3")).tolist() == [0x38, 0x7F]
+    assert encode(x, parse("E5M2")).tolist() == [0x3C, 0x7E]
+    assert encode(x, parse("E4M3FNUZ")).tolist() == [0x40, 0x80]
+    assert encode(x, parse("E4M3U"), nan=5).tolist() == [0x38, 5]
+    assert encode(torch.from_numpy(-x), parse("E2M1"), nan=3).tolist() == [10, 3]
+    with pytest.raises(ValueError, match=r"x contains NaN.*E2M1"):
+        encode(x, parse("E2M1"))
+    with pytest.raises(ValueError, match="nan is 16; codes of E2M1 are 0 to 15"):
+        encode(x, parse("E2M1"), nan=16)
+
+
+def test_negative_zero_is_kept_by_formats_that_have_it():
+    x = np.array([-0.0, -1e-45], dtype=np.float32)
+    assert np.signbit(quantize(x, parse("E2M1"))).all()
+    assert encode(x, parse("E2M1")).tolist() == [8, 8]
+    for name in ("E2M1U", "E4M3FNUZ", "E8M8B135FNUZ", "E8M3B147U"):
+        assert not np.signbit(quantize(x, parse(name))).any()
+        assert not quantize(torch.from_numpy(x), parse(name)).signbit().any()
+        assert encode(x, parse(name)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "oracle"),
+    [
+        ("E4M3", ml_dtypes.float8_e4m3fn),
+        ("E5M2", ml_dtypes.float8_e5m2),
+        ("E4M3IEEE", ml_dtypes.float8_e4m3),
+        ("E3M4IEEE", ml_dtypes.float8_e3m4),
+        ("E4M3FNUZ", ml_dtypes.float8_e4m3fnuz),
+        ("E5M2FNUZ", ml_dtypes.float8_e5m2fnuz),
+        ("E4M3B11FNUZ", ml_dtypes.float8_e4m3b11fnuz),
+        ("E2M1", ml_dtypes.float4_e2m1fn),
+        ("E2M3", ml_dtypes.float6_e2m3fn),
+        ("E3M2", ml_dtypes.float6_e3m2fn),
+        ("E8M7IEEE", ml_dtypes.bfloat16),
+    ],
+)
+def test_ml_dtypes_agrees_from_float32(name, oracle):
+    # Not beyond the range, where ml_dtypes overflows to NaN or infinity; not from float64, where
+    # it rounds twice; its float4 and float6 have no NaN to compare.
+    fmt = parse(name)
+    x = HALVES[np.isfinite(HALVES)].astype(np.float32)
+    if fmt.bits <= 8:
+        x = np.concatenate([x, signed_boundaries(fmt, "float32")[0]])
+    x = x[np.abs(x) <= fmt.max]
+    theirs = x.astype(oracle)
+    assert_same_bits(quantize(x, fmt), theirs.astype(np.float32))
+    codes = encode(x, fmt)
+    np.testing.assert_array_equal(codes, theirs.view(codes.dtype))
+    every = np.arange(fmt.code_count).astype(codes.dtype)
+    assert_same_bits(decode(every, fmt), every.view(oracle).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "oracle"),
+    [
+        ("E4M3", gfloat.formats.format_info_ocp_e4m3),
+        ("E5M2", gfloat.formats.format_info_ocp_e5m2),
+        ("E2M1", gfloat.formats.format_info_ocp_e2m1),
+        ("E2M3", gfloat.formats.format_info_ocp_e2m3),
+        ("E3M2", gfloat.formats.format_info_ocp_e3m2),
+    ],
+)
+def test_gfloat_agrees_from_float64(name, oracle):
+    fmt = parse(name)
+    x = signed_boundaries(fmt, "float64")[0]
+    expected = [gfloat.round_float(oracle, float(value), sat=True) for value in x]
+    assert_same_bits(quantize(x, fmt), np.array(expected))
+
+
+def test_numpy_half_precision_agrees_from_float64():
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal(10**5) * 10.0 ** generator.uniform(-9, 4.8, 10**5)
+    x = x[np.abs(x) < 65504]
+    assert_same_bits(quantize(x, parse("E5M10IEEE")), x.astype(np.float16).astype(np.float64))
+
+
+def test_torch_narrow_types_agree_from_float32():
+    x = torch.randn(10**5) * 100
+    for name, dtype in (("E8M7IEEE", torch.bfloat16), ("E5M2", torch.float8_e5m2)):
+        assert torch.equal(quantize(x, parse(name)), x.to(dtype).float())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_rounding_is_idempotent_monotonic_and_nearest(data):
+    fmt = data.draw(strategies.formats("float64", max_bits=16))
+    aimed = strategies.near_ties(fmt, "float64")
+    x = np.sort(np.array(data.draw(st.lists(aimed, min_size=1, max_size=20))))
+    q = quantize(x, fmt)
+    assert_same_bits(quantize(q, fmt), q)
+    assert (np.diff(q) >= 0).all()
+    low, high = -fmt.exact_max if fmt.signed else Fraction(0), fmt.exact_max
+    for value, rounded in zip(x.tolist(), q.tolist(), strict=True):
+        if low <= value <= high:
+            code = encode(abs(rounded), fmt)
+            gap = max(
+                abs(Fraction(exact.decode(other, fmt)) - Fraction(abs(rounded)))
+                for other in (max(code - 1, 0), min(code + 1, fmt.max_code))
+            )
+            assert 2 * abs(Fraction(value) - Fraction(rounded)) <= gap
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), shift=st.integers(-20, 20))
+def test_shifting_the_bias_scales_the_grid(data, shift):
+    e, m = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 8))
+    fmt, shifted = FloatFormat(e, m), FloatFormat(e, m, bias=FloatFormat(e, m).bias - shift)
+    x = float(data.draw(strategies.near_ties(fmt, "float64")))
+    assert quantize(math.ldexp(x, shift), shifted) == math.ldexp(quantize(x, fmt), shift)
+
+
+@pytest.mark.parametrize(
+    "fmt", [f for f in small_formats() if f.signed and f.specials is not Specials.FNUZ], ids=str
+)
+def test_unsigned_formats_agree_with_signed_ones_above_zero(fmt):
+    unsigned = FloatFormat(
+        fmt.exponent_bits, fmt.mantissa_bits, False, fmt.bias, fmt.specials, fmt.subnormals
+    )
+    x, _ = boundaries(fmt, "float64")
+    assert_same_bits(quantize(x, unsigned), quantize(x, fmt))
+    assert (quantize(-x, unsigned) == 0).all()
+
+
+@pytest.mark.parametrize("exponent_bits", range(6))
+def test_a_mantissa_bit_more_keeps_every_value(exponent_bits):
+    for mantissa_bits in range(1, 7):
+        fine = FloatFormat(exponent_bits, mantissa_bits + 1, bias=3)
+        coarse = values(FloatFormat(exponent_bits, mantissa_bits, bias=3))
+        assert np.isin(coarse, values(fine)).all()
+
+
+def test_values_are_distinct_finite_and_sorted():
+    for fmt in small_formats():
+        listed = values(fmt)
+        assert (np.diff(listed) > 0).all()
+        assert np.isfinite(listed).all()
+        assert len(listed) == (fmt.max_code * 2 if fmt.signed else fmt.max_code) + 1
+        assert not np.signbit(listed[listed == 0]).any()
+    with pytest.raises(ValueError, match=r"E8M23 has 2\*\*32 codes"):
+        values(parse("E8M23"))
+
+
+def test_kind_shape_strides_and_dtype_are_kept():
+    fmt = parse("E2M1")
+    assert isinstance(quantize(1.27, fmt), float)
+    assert type(quantize(np.float32(1.27), fmt)) is np.float32
+    assert type(encode(1.27, fmt)) is int
+    assert quantize(np.array(1.27, np.float32), fmt).shape == ()
+    assert encode(np.zeros((0, 3)), fmt).shape == (0, 3)
+    assert quantize(torch.zeros(0, 3), fmt).shape == (0, 3)
+    x = torch.randn(6, 5, 4)
+    for view in (x, x.permute(2, 0, 1), x[::2, :, 1:3], x[:1].expand(6, 5, 4), x[0, 0, 0]):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            given_view = view.to(dtype)
+            q = quantize(given_view, fmt)
+            assert q.dtype == dtype
+            assert torch.equal(q, quantize(given_view.contiguous().clone(), fmt))
+            assert_same_bits(q.double().numpy(), quantize(given_view.double().numpy(), fmt))
+    y = x.numpy().transpose(1, 2, 0)[:, ::-2]
+    assert_same_bits(quantize(y, fmt), quantize(np.ascontiguousarray(y), fmt))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("E2M1", 8), ("E5M2", 8), ("E4M4", 16), ("E5M10", 16), ("E5M11", 32)]
+)
+def test_codes_take_the_smallest_unsigned_type(name, bits):
+    assert encode(np.ones(3), parse(name)).dtype == f"uint{bits}"
+    assert encode(torch.ones(3), parse(name)).dtype == getattr(torch, f"uint{bits}")
+    assert encode(np.ones(3), parse("E11M52IEEE")).dtype == np.uint64
+
+
+def test_out_is_written_and_may_be_the_input():
+    fmt = parse("E2M1")
+    for x in (np.linspace(-8, 8, 40).reshape(4, 10), torch.linspace(-8, 8, 40).reshape(4, 10)):
+        expected = quantize(x, fmt)
+        out = x + 0
+        assert quantize(x, fmt, out=out) is out
+        assert (out == expected).all()
+        assert quantize(x, fmt, out=x) is x
+        assert (x == expected).all()
+
+
+def test_a_bad_out_is_refused_before_anything_is_written():
+    fmt, x = parse("E2M1"), np.full((2, 3), 0.3, np.float32)
+    with pytest.raises(ValueError, match=r"out has shape \(3, 2\)"):
+        quantize(x, fmt, out=np.zeros((3, 2), np.float32))
+    with pytest.raises(TypeError, match="out is ndarray of float64"):
+        quantize(x, fmt, out=np.zeros((2, 3)))
+    with pytest.raises(TypeError, match="out is a float"):
+        quantize(x, fmt, out=1.0)
+    with pytest.raises(TypeError, match="out is Tensor"):
+        quantize(x, fmt, out=torch.zeros(2, 3))
+    frozen = np.zeros((2, 3), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        quantize(x, fmt, out=frozen)
+    grad = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        quantize(grad, fmt, out=torch.zeros(3))
+    y = x.copy()
+    with pytest.raises(ValueError, match="rounding"):
+        quantize(y, fmt, rounding="Nearest", out=y)
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("x", [1, True, "1", [1.0], None, 1j, np.arange(3), np.ones(3, bool)])
+def test_only_floating_point_is_rounded(x):
+    for function in (quantize, encode):
+        with pytest.raises(TypeError, match=r"^x (is|has)"):
+            function(x, parse("E2M1"))
+
+
+def test_only_integers_are_decoded():
+    for codes in (1.0, np.ones(3), torch.ones(3), torch.ones(3, dtype=torch.bool), True, "3"):
+        with pytest.raises(TypeError, match="they must be integers"):
+            decode(codes, parse("E2M1"))
+    with pytest.raises(TypeError, match="dtype has dtype int32"):
+        decode(3, parse("E2M1"), "int32")
+
+
+@pytest.mark.parametrize("codes", [16, -1, np.array([3, 16]), np.array([-1]), torch.tensor([16])])
+def test_codes_out_of_range_are_refused(codes):
+    with pytest.raises(ValueError, match="E2M1 has codes 0 to 15"):
+        decode(codes, parse("E2M1"))
+
+
+def test_codes_of_wide_unsigned_tensors_are_checked_too():
+    with pytest.raises(ValueError, match="E5M9 has codes"):
+        decode(torch.tensor([2**15 + 1]).to(torch.uint16), parse("E5M9"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "advice"),
+    [
+        (np.float16, "E8M3", "use float64"),
+        (np.float16, "E5M10F", "use bfloat16|use float32"),
+        (np.float32, "E8M7", "use float64"),
+        (np.float32, "E5M24", "use float64"),
+        (np.float64, "E11M52", "use fpformats.exact"),
+    ],
+)
+def test_a_carrier_that_cannot_hold_the_format_is_refused(dtype, name, advice):
+    x = np.ones(2, dtype)
+    for function in (quantize, encode):
+        with pytest.raises(ValueError, match=f"{x.dtype} cannot hold .*{advice}"):
+            function(x, parse(name))
+    with pytest.raises(ValueError, match="cannot hold"):
+        decode(np.array([1]), parse(name), dtype)
+
+
+def test_only_the_carried_policies_are_accepted():
+    fmt = parse("E2M1")
+    for function in (quantize, encode):
+        with pytest.raises(ValueError, match="rounding is 'ToOdd'; allowed: NearestTiesToEven"):
+            function(1.0, fmt, rounding="ToOdd")
+        with pytest.raises(ValueError, match="saturation is 'SatNone'; allowed: SatFinite"):
+            function(1.0, fmt, saturation="SatNone")
+        with pytest.raises(ValueError, match="random must be None"):
+            function(1.0, fmt, random=1)
+    assert quantize(1.3, fmt, rounding=fpformats.Rounding.NearestTiesToEven) == 1.5
+
+
+def test_numpy_users_do_not_pay_for_torch():
+    program = (
+        "import sys, numpy as np, fpformats as fp;"
+        "q = fp.quantize_scaled(np.ones(3), fp.E2M1, 0.7, 0.1);"
+        "fp.pack(fp.encode(q, fp.E2M1), 4); fp.decode(3, fp.E2M1U);"
+        "assert 'torch' not in sys.modules and 'hypothesis' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
+
+
+@pytest.mark.parametrize("name", ["E2M1U", "E4M3", "E3M0", "E4M3FNUZ", "E8M10IEEE", "E8M4B128FNUZ"])
+def test_compiled_graphs_give_the_same_bits(name):
+    fmt = parse(name)
+    torch._dynamo.reset()
+    x = torch.cat([torch.randn(64) * 4, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])])
+    x = torch.cat([x, torch.tensor([1e-40, -1e-40, 0.25, 0.75, 1.5, 3.0])])
+    compiled = torch.compile(lambda x: (quantize(x, fmt), encode(x, fmt, nan=1)), fullgraph=True)
+    values, codes = compiled(x)
+    assert_same_bits(values.numpy(), quantize(x, fmt).numpy())
+    assert torch.equal(codes, encode(x, fmt, nan=1))
+    decoded = torch.compile(lambda c: decode(c, fmt), fullgraph=True)(codes)
+    assert_same_bits(decoded.numpy(), decode(codes, fmt).numpy())

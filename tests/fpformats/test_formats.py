@@ -1,0 +1,138 @@
+import dataclasses
+import pickle
+from fractions import Fraction
+
+import pytest
+from oracles import edge_formats, small_formats, wide_formats
+
+from fpformats import FloatFormat, Specials, exact, parse
+
+# The table of OCP OFP8 1.0 and OCP MX 1.0, of LLVM's float types and of IEEE 754.
+STANDARD = [
+    # name, bits, bias, max, smallest normal, smallest subnormal
+    ("E2M1", 4, 1, 6, 1, 0.5),
+    ("E2M3", 6, 1, 7.5, 1, 0.125),
+    ("E3M2", 6, 3, 28, 0.25, 0.0625),
+    ("E4M3", 8, 7, 448, 2**-6, 2**-9),
+    ("E5M2", 8, 15, 57344, 2**-14, 2**-16),
+    ("E4M3IEEE", 8, 7, 240, 2**-6, 2**-9),
+    ("E3M4IEEE", 8, 3, 15.5, 2**-2, 2**-6),
+    ("E4M3FNUZ", 8, 8, 240, 2**-7, 2**-10),
+    ("E5M2FNUZ", 8, 16, 57344, 2**-15, 2**-17),
+    ("E4M3B11FNUZ", 8, 11, 30, 2**-10, 2**-13),
+    ("E4M3UFN", 7, 7, 448, 2**-6, 2**-9),
+    ("E5M3UFN", 8, 15, 114688, 2**-14, 2**-17),
+    ("E5M10IEEE", 16, 15, 65504, 2**-14, 2**-24),
+    ("E8M7IEEE", 16, 127, (2 - 2**-7) * 2.0**127, 2.0**-126, 2.0**-133),
+    ("E8M10IEEE", 19, 127, (2 - 2**-10) * 2.0**127, 2.0**-126, 2.0**-136),
+    ("E8M23IEEE", 32, 127, (2 - 2**-23) * 2.0**127, 2.0**-126, 2.0**-149),
+    ("E11M52IEEE", 64, 1023, 1.7976931348623157e308, 2.0**-1022, 5e-324),
+    ("E4M3F", 8, 7, 480, 2**-6, 2**-9),
+    ("E5M2F", 8, 15, 114688, 2**-14, 2**-16),
+    ("E2M1U", 3, 1, 6, 1, 0.5),
+    ("E1M3U", 4, 0, 3.75, 2, 0.25),
+    ("E4M0U", 4, 7, 256, 2**-6, None),
+    ("E3M0", 4, 3, 16, 0.25, None),
+    ("E0M4U", 4, 0, 1.875, None, 0.125),
+]
+
+
+@pytest.mark.parametrize(("name", "bits", "bias", "largest", "normal", "subnormal"), STANDARD)
+def test_the_standards_numbers(name, bits, bias, largest, normal, subnormal):
+    fmt = parse(name)
+    assert (fmt.bits, fmt.bias, fmt.max) == (bits, bias, largest)
+    assert (fmt.smallest_normal, fmt.smallest_subnormal) == (normal, subnormal)
+    assert fmt.min == (-largest if fmt.signed else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "nan", "infinity"),
+    [
+        ("E4M3", 0x7F, None),
+        ("E5M2", 0x7E, 0x7C),
+        ("E4M3IEEE", 0x7C, 0x78),
+        ("E4M3FNUZ", 0x80, None),
+        ("E4M3UFN", 0x7F, None),
+        ("E3M0IEEE", None, 7),
+        ("E2M1", None, None),
+    ],
+)
+def test_the_codes_of_specials(name, nan, infinity):
+    fmt = parse(name)
+    assert (fmt.nan_code, fmt.infinity_code) == (nan, infinity)
+    assert (fmt.has_nan, fmt.has_infinity) == (nan is not None, infinity is not None)
+
+
+@pytest.mark.parametrize("fmt", small_formats() + edge_formats() + wide_formats(), ids=str)
+def test_derived_facts_agree_with_the_definition(fmt):
+    assert fmt.exact_max == exact.decode(fmt.max_code, fmt)
+    assert fmt.smallest == exact.decode(1, fmt)
+    assert 2 ** Fraction(fmt.max_exponent) <= fmt.exact_max < 2 ** Fraction(fmt.max_exponent + 1)
+    codes = [fmt.max_code + 1, fmt.code_count - 1, 1 << fmt.magnitude_bits]
+    last_is_finite = fmt.max_code + 1 == 1 << fmt.magnitude_bits
+    after = [abs(exact.decode(code, fmt)) for code in codes if code < fmt.code_count]
+    assert last_is_finite or not after[0] <= fmt.exact_max
+    if fmt.nan_code is not None:
+        assert exact.decode(fmt.nan_code, fmt) != exact.decode(fmt.nan_code, fmt)
+    if fmt.infinity_code is not None:
+        assert exact.decode(fmt.infinity_code, fmt) == float("inf")
+
+
+def test_repr_says_bits_max_and_specials():
+    assert repr(parse("E4M3")) == (
+        "FloatFormat(E4M3: 8 bits, signed, bias 7, max 448, NaN at all-ones magnitude, no infinity)"
+    )
+    assert repr(parse("E8M7")) == (
+        "FloatFormat(E8M7: 16 bits, signed, bias 127, max 255 * 2**121, finite only)"
+    )
+    assert "no subnormals" in repr(parse("E2M1NS"))
+
+
+def test_formats_are_values():
+    fmt = FloatFormat(2, 1, signed=False)
+    assert fmt == FloatFormat(2, 1, False, 1, Specials.FINITE_ONLY, True) == parse("E2M1U")
+    assert len({fmt, parse("E2M1U"), parse("E2M1")}) == 2
+    assert pickle.loads(pickle.dumps(fmt)) == fmt  # noqa: S301
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fmt.bias = 2
+    assert not hasattr(fmt, "__dict__")
+
+
+def test_methods_delegate():
+    fmt = parse("E2M1")
+    assert fmt.quantize(1.27) == 1.5
+    assert fmt.encode(float("nan"), nan=3) == 3
+    assert fmt.decode(7) == 6.0
+    assert fmt.values()[0] == -6.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exponent_bits": 12, "mantissa_bits": 1}, "exponent_bits is 12; .* from 0 to 11"),
+        ({"exponent_bits": -1, "mantissa_bits": 1}, "exponent_bits is -1"),
+        ({"exponent_bits": 2.0, "mantissa_bits": 1}, r"exponent_bits is 2\.0"),
+        ({"exponent_bits": True, "mantissa_bits": 1}, "exponent_bits is True"),
+        ({"exponent_bits": 2, "mantissa_bits": 53}, "mantissa_bits is 53; .* from 0 to 52"),
+        ({"exponent_bits": 0, "mantissa_bits": 0}, "no finite nonzero value .* add a bit"),
+        ({"exponent_bits": 1, "mantissa_bits": 0, "specials": Specials.IEEE}, "no finite nonzero"),
+        ({"exponent_bits": 0, "mantissa_bits": 4, "specials": Specials.IEEE}, "no finite nonzero"),
+        ({"exponent_bits": 2, "mantissa_bits": 1, "bias": 1.5}, r"bias is 1\.5; .* integer"),
+        ({"exponent_bits": 2, "mantissa_bits": 1, "specials": "IEEE"}, "specials is 'IEEE'"),
+        (
+            {"exponent_bits": 2, "mantissa_bits": 1, "signed": False, "specials": Specials.FNUZ},
+            "no negative zero",
+        ),
+        ({"exponent_bits": 2, "mantissa_bits": 0, "subnormals": False}, "subnormals is False"),
+    ],
+)
+def test_impossible_formats_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FloatFormat(**arguments)
+
+
+def test_a_maximum_beyond_float64_is_exact_as_a_fraction():
+    fmt = parse("E11M52")
+    assert fmt.exact_max == (2**53 - 1) * Fraction(2) ** (2047 - 1023 - 52)
+    with pytest.raises(OverflowError):
+        _ = fmt.max

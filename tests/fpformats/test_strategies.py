@@ -1,0 +1,43 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import find, given
+from hypothesis import strategies as st
+
+from fpformats import Specials, decode, exact, parse, quantize, strategies
+from fpformats.kernels.grid import CARRIERS, holds
+
+
+@given(data=st.data(), carrier=st.sampled_from(["float32", "float64"]))
+def test_formats_fit_their_carrier(data, carrier):
+    fmt = data.draw(strategies.formats(carrier, max_bits=12))
+    assert holds(CARRIERS[carrier], fmt)
+    assert fmt.bits <= 12
+
+
+@pytest.mark.parametrize("specials", Specials)
+def test_formats_of_every_kind_are_drawn(specials):
+    find(strategies.formats(), lambda fmt: fmt.specials is specials)
+    find(strategies.formats(), lambda fmt: not fmt.subnormals and fmt.bias < 0)
+
+
+@given(st.data())
+def test_codes_values_and_ties_belong_to_the_format(data):
+    fmt = parse(data.draw(st.sampled_from(["E2M1", "E4M3", "E3M0U"])))
+    assert decode(data.draw(strategies.codes(fmt)), fmt) is not None
+    value = data.draw(strategies.values_of(fmt))
+    assert quantize(float(value), fmt) == value
+    tie = data.draw(strategies.ties(fmt))
+    step = Fraction(1, 10**9)
+    assert exact.quantize(tie - step, fmt) != exact.quantize(tie + step, fmt)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_inputs_near_ties_and_edges_are_of_the_dtype(dtype):
+    fmt, kind = parse("E2M1"), np.dtype(dtype).type
+    assert find(strategies.near_ties(fmt, dtype), lambda x: x == np.nextafter(kind(1.25), kind(9)))
+    assert find(strategies.near_ties(fmt, dtype), lambda x: x == kind(-1.25))
+    assert np.isnan(find(strategies.floats(dtype), np.isnan))
+    below_four = np.nextafter(kind(4), kind(0))
+    assert type(find(strategies.floats(dtype), lambda x: x == below_four)) is kind
