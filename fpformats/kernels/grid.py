@@ -44,7 +44,7 @@ class Grid(NamedTuple):
         low: Lowest finite value.
         high: Largest finite value.
         floor: Power of two below which the spacing stays constant.
-        ceiling: Power of two above which the spacing need not grow.
+        ceiling: Power of two above which the spacing need not grow: only NaN is beyond it.
         first_field: Exponent field that `floor` has, or would have, in the carrier.
         spacing: Distance between neighbours within a binade, divided by its power of two.
         magic: What `floor` to `ceiling` are multiplied by to get numbers whose last bit is the
@@ -144,8 +144,6 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
     bottom = min(bottom, top)
     digits = bottom - step
     needs_lift = bottom < carrier.min_exponent
-    # With one value in a binade, the code of `ceiling` must be odd: see portable._break_ties.
-    ceiling = top - (digits == 0 and (top - bottom) % 2)
     has_magic = digits <= width - 2 and top + width - digits <= carrier.bias
     linear = 1 << mantissa_bits if fmt.subnormals else 1
     nan_is_negative_zero = fmt.nan_code == 1 << fmt.magnitude_bits
@@ -157,7 +155,7 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         low=-high if fmt.signed else 0.0,
         high=high,
         floor=math.ldexp(1.0, max(bottom, carrier.min_exponent)),
-        ceiling=math.ldexp(1.0, max(ceiling, bottom, carrier.min_exponent)),
+        ceiling=math.ldexp(1.0, _ceiling_exponent(top, bottom, digits, carrier)),
         first_field=bottom + carrier.bias,
         spacing=math.ldexp(1.0, -digits),
         magic=math.ldexp(1.5, width - digits) if has_magic else 0.0,
@@ -178,6 +176,17 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         lifted_codes=(1 - carrier.bias + fmt.bias) << mantissa_bits if needs_lift else 0,
         lifted=make_grid(fmt, carrier, width) if needs_lift else None,
     )
+
+
+def _ceiling_exponent(top: int, bottom: int, digits: int, carrier: Carrier) -> int:
+    """Give the top exponent; without mantissa bits, one near it whose code is odd.
+
+    NaN is rounded as if it were in that binade, and portable._break_ties leaves odd ones alone.
+    """
+    ceiling = max(top, carrier.min_exponent)
+    if digits > 0 or (ceiling - bottom) % 2 == 0:
+        return ceiling
+    return ceiling + 1 if ceiling < carrier.bias else ceiling - 1
 
 
 def _scaled(fmt: FloatFormat, code: int, lift: int) -> float:

@@ -125,8 +125,8 @@ def _break_ties(xp: ModuleType, y: Any, binade: Any, grid: Grid) -> Any:
     """Move ties off the middle where rounding the mantissa to even would not round the code.
 
     Without mantissa bits the hardware sees a tie between 1 and 2 steps and goes to 2, up. In
-    binades whose own code is even it must go down, which the next smaller number does. The
-    clamp of `binade` makes its code odd for NaN, whose pattern must not change.
+    binades whose own code is even it must go down, which the next smaller number does. NaN,
+    whose pattern must not change, has been given the binade `ceiling`, whose code is odd.
     """
     even = ((_bits(xp, binade, grid) >> grid.width) - grid.first_field) & 1
     return _floats(xp, _bits(xp, y, grid) - even, grid)

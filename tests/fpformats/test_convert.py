@@ -150,14 +150,26 @@ def test_mistakes_of_other_libraries(name, x, expected):
     assert quantize(torch.tensor(x, dtype=torch.float64), parse(name)).item() == expected
 
 
-@pytest.mark.parametrize("name", ["E2M1", "E2M1U", "E4M3", "E4M3F", "E3M0", "E2M1NS", "E4M3FNUZ"])
+@pytest.mark.parametrize(
+    "name", ["E2M1", "E2M1U", "E4M3F", "E3M0", "E3M0IEEE", "E3M0FN", "E2M1NS", "E2M1FNUZ"]
+)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_nan_never_becomes_a_number(name, dtype):
     fmt = parse(name)
+    _assert_nan_is_kept(fmt, dtype)
+
+
+@pytest.mark.parametrize("fmt", edge_formats(), ids=str)
+def test_nan_never_becomes_a_number_at_the_ends_of_a_carrier(fmt):
+    for dtype in carriers_of(fmt):
+        _assert_nan_is_kept(fmt, np.dtype(dtype).type)
+
+
+def _assert_nan_is_kept(fmt, dtype):
     unsigned = f"uint{8 * np.dtype(dtype).itemsize}"
     top = np.array(np.inf, dtype).view(unsigned)
     sign = 1 << (8 * np.dtype(dtype).itemsize - 1)
-    patterns = [top + 1, top + 3, np.array(np.nan, dtype).view(unsigned), sign - 1, sign + top + 1]
+    patterns = [top + 1, top + 3, sign + top + 1, np.array(np.nan, dtype).view(unsigned), sign - 1]
     nans = np.array(patterns, dtype=unsigned).view(dtype)
     assert np.isnan(quantize(nans, fmt)).all()
     assert quantize(torch.from_numpy(nans), fmt).isnan().all()
