@@ -86,14 +86,17 @@ def quantize(
         array([0.5, 1. , 0. , 6. ])
     """
     check_policy(rounding, saturation, random)
-    grid = grid_of(fmt, carrier_of(x))
+    carrier = carrier_of(x)
+    grid = grid_of(fmt, carrier)
     check_out(out, x)
+    with quiet():
+        y = portable.quantize(library_of(x), widened(x, working_carrier(carrier)), grid)
     if needs_gradient(x, out=out):
         from fpformats.gradients import straight_through
 
         inside = (x >= grid.low) & (x <= grid.high) if clip_gradient else None
-        return straight_through(_rounded(x, fmt, None), x, inside)
-    return _rounded(x, fmt, out)
+        return straight_through(narrowed(y, x), x, inside)
+    return narrowed(y, x, out)
 
 
 def encode(
@@ -204,13 +207,6 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
     negative = -magnitudes[:0:-1] if fmt.signed else magnitudes[:0]
     listed: NDArray[np.float64] = np.concatenate([negative, magnitudes])
     return listed
-
-
-def _rounded(x: Any, fmt: FloatFormat, out: Any) -> Any:
-    carrier = carrier_of(x)
-    with quiet():
-        array = widened(x, working_carrier(carrier))
-        return narrowed(portable.quantize(library_of(x), array, grid_of(fmt, carrier)), x, out)
 
 
 def _refuse_nan(xp: ModuleType, values: Any, fmt: FloatFormat) -> None:

@@ -268,6 +268,6 @@ def _readable(value: Fraction) -> str:
         return str(value)
     if value < 10**9 and value.denominator <= 1 << 16:
         return str(float(value))
-    numerator, denominator = value.numerator, value.denominator
-    twos = (numerator & -numerator).bit_length() - 1
-    return f"{numerator >> twos} * 2**{twos - denominator.bit_length() + 1}"
+    twos = (value.numerator & -value.numerator).bit_length() - 1
+    significand, exponent = value.numerator >> twos, twos - value.denominator.bit_length() + 1
+    return f"2**{exponent}" if significand == 1 else f"{significand} * 2**{exponent}"

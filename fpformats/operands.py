@@ -73,13 +73,8 @@ def grid_of(fmt: FloatFormat, carrier: Carrier) -> Grid:
     Raises:
         ValueError: If the carrier cannot hold every value of the format.
     """
-    if not holds(carrier, fmt):
-        wider = next((wide.name for wide in CARRIERS.values() if holds(wide, fmt)), None)
-        advice = f"use {wider}" if wider else "no array type does, use fpformats.exact"
-        raise ValueError(f"{carrier.name} cannot hold every value of {fmt!r}; {advice}")
-    # Tracing looks into the cache's function anyway, and warns about the cache.
-    make = make_grid if is_compiling() else _cached_grid
-    return make(fmt, working_carrier(carrier))
+    # Tracing looks into a cache's function anyway, and warns about the cache.
+    return (_make_grid if is_compiling() else _cached_grid)(fmt, carrier)
 
 
 def widened(x: Any, carrier: Carrier) -> Any:
@@ -184,6 +179,12 @@ def _describe(x: Any) -> str:
     return f"{type(x).__name__} of {getattr(x, 'dtype', 'float64')}"
 
 
-@functools.cache
-def _cached_grid(fmt: FloatFormat, carrier: Carrier) -> Grid:
-    return make_grid(fmt, carrier)
+def _make_grid(fmt: FloatFormat, carrier: Carrier) -> Grid:
+    if not holds(carrier, fmt):
+        wider = [name for name in ("float32", "float64") if holds(CARRIERS[name], fmt)]
+        advice = f"use {wider[0]}" if wider else "no array type does, use fpformats.exact"
+        raise ValueError(f"{carrier.name} cannot hold every value of {fmt!r}; {advice}")
+    return make_grid(fmt, working_carrier(carrier))
+
+
+_cached_grid = functools.cache(_make_grid)
