@@ -1,0 +1,37 @@
+"""Mixup-sign 4-bit floating-point quantization of diffusion models.
+
+The method is that of "Pioneering 4-Bit FP Quantization for Diffusion Models: Mixup-Sign
+Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505.21591).
+"""
+
+from msfp.calibration import Calibration, calibrate
+from msfp.checkpoint import load, save
+from msfp.config import FinetuneConfig, QuantizationConfig
+from msfp.dfa import denoising_factors, timestep_weights
+from msfp.errors import InputError
+from msfp.fine_tuning import finetune
+from msfp.layers import seal
+from msfp.post_training import quantize
+from msfp.sampling import Sampler, Trajectories, record_trajectories
+from msfp.summary import LayerSummary
+from msfp.version import __version__
+
+__all__ = [
+    "Calibration",
+    "FinetuneConfig",
+    "InputError",
+    "LayerSummary",
+    "QuantizationConfig",
+    "Sampler",
+    "Trajectories",
+    "__version__",
+    "calibrate",
+    "denoising_factors",
+    "finetune",
+    "load",
+    "quantize",
+    "record_trajectories",
+    "save",
+    "seal",
+    "timestep_weights",
+]

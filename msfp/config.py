@@ -1,0 +1,102 @@
+"""What to quantize and how, as two frozen, JSON-able objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from msfp.errors import InputError
+
+Scheme = Literal["mixup", "signed", "int_minmax", "int_mse"]
+MIN_BITS, MAX_BITS = 3, 8
+MAX_HUB, MAX_RANK = 16, 256
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise InputError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise InputError(f"{name} must be between {low} and {high}, not {value}")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Bit widths and the search of post-training quantization.
+
+    Attributes:
+        weights: Bits of the weights, 3 to 8.
+        activations: Bits of every layer's input, 3 to 8.
+        first_last: Bits of weights and input of the denoiser's first and last layer.
+        scheme: Which grids are searched. "mixup" is the paper's mixup-sign floating point
+            (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
+            floating point alone, "int_mse" and "int_minmax" are symmetric integers with a searched
+            and with no clip.
+
+    Raises:
+        InputError: If a value is out of range.
+
+    Example:
+        >>> QuantizationConfig(weights=4, activations=6).bits("first")
+        (8, 8)
+    """
+
+    weights: int = 4
+    activations: int = 4
+    first_last: int = 8
+    scheme: Scheme = "mixup"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "first_last"):
+            check_range(name, getattr(self, name), MIN_BITS, MAX_BITS)
+        if self.scheme not in get_args(Scheme):
+            raise InputError(f"scheme must be one of {get_args(Scheme)}, not {self.scheme!r}")
+
+    def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int]:
+        """Return the bits of weights and activations of a layer at a position."""
+        if position == "inner":
+            return self.weights, self.activations
+        return self.first_last, self.first_last
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a quantized denoiser is brought back.
+
+    Attributes:
+        hub: LoRAs per layer; 1 is a single LoRA without a router, 2 or 4 is the paper's TALoRA.
+        rank: Rank of each LoRA.
+        steps: Optimizer steps.
+        batch: Samples in a step.
+        learning_rate: Initial rate of the adapters, in units of each layer's mean weight scale; it
+            falls to zero linearly.
+        denoising_power: The loss at a timestep is weighted by |denoising factor| to this power;
+            0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
+        seed: Seed of initialisation and batches.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    hub: int = 1
+    rank: int = 16
+    steps: int = 240
+    batch: int = 32
+    learning_rate: float = 0.01
+    denoising_power: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("hub", self.hub, 1, MAX_HUB)
+        check_range("rank", self.rank, 1, MAX_RANK)
+        check_range("steps", self.steps, 1, 10**9)
+        check_range("batch", self.batch, 1, 10**6)
+        check_range("learning_rate", self.learning_rate, 0, 1)
+        check_range("denoising_power", self.denoising_power, 0, 4)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return dataclasses.asdict(self)

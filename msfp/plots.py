@@ -1,0 +1,178 @@
+"""Pictures of a quantized model: image grids, errors, distributions with their grids, routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from numpy.typing import NDArray
+
+from fpformats import FloatFormat, values
+
+INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
+STYLE: Any = {
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def figure(width: float, height: float) -> Figure:
+    """Return an empty figure in the house style; no display is needed."""
+    with mpl.rc_context(STYLE):
+        return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def axes_of(picture: Figure) -> Axes:
+    """Return the single axes of a figure in the house style."""
+    with mpl.rc_context(STYLE):
+        return picture.add_subplot()
+
+
+def tiled(images: torch.Tensor, columns: int) -> NDArray[np.float32]:
+    """Return images (n, 1 or 3, h, w) in [0, 1] tiled row by row, one pixel apart."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), np.float32)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
+    """Write images as one PNG, each pixel enlarged."""
+    canvas = tiled(images, columns).repeat(zoom, axis=0).repeat(zoom, axis=1)
+    mpl.image.imsave(file, canvas.repeat(3, axis=2) if canvas.shape[2] == 1 else canvas)
+
+
+def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
+    """Draw one labelled row of images for each method; columns start from equal noise."""
+    columns = len(rows[0][1])
+    picture = figure(3.2 + 0.54 * columns, 0.58 * len(rows) + 0.1)
+    with mpl.rc_context(STYLE):
+        grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axes, (label, images) in zip(grid, rows, strict=True):
+        canvas = tiled(images, columns)
+        axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return picture
+
+
+def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -> Figure:
+    """Draw one point for each method on a logarithmic axis, its number beside it."""
+    picture = figure(7.2, 0.36 * len(labels) + 0.9)
+    axes = axes_of(picture)
+    axes.plot(errors, range(len(labels)), "o", color=UNSIGNED, markersize=8)
+    for row, error in enumerate(errors):
+        axes.annotate(f"{error:.4f}", (error, row), (9, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(min(errors) / 1.5, max(errors) * 1.8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="both", color="#e4e7eb")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(heading)
+    return picture
+
+
+def errors_by_timestep(
+    timesteps: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]]
+) -> Figure:
+    """Draw the noise-prediction error of each method against the timestep."""
+    picture = figure(7.2, 3.8)
+    axes = axes_of(picture)
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(rows)))
+    for (label, errors), colour in zip(rows, colours, strict=True):
+        axes.plot(timesteps, errors, marker="o", markersize=3, label=label, color=colour)
+    axes.set_yscale("log")
+    axes.set_xlabel("timestep t (noise on the left, picture on the right)")
+    axes.set_ylabel("noise-prediction error")
+    axes.invert_xaxis()
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def distribution_with_grids(
+    inputs: NDArray[np.float32],
+    grids: Sequence[tuple[str, FloatFormat, float, float]],
+    heading: str,
+) -> Figure:
+    """Draw a histogram of a layer's input and below it the values each format can give it.
+
+    Args:
+        inputs: Calibration values of the layer.
+        grids: Label, format, scale and zero point of each grid.
+        heading: What the picture is of.
+    """
+    picture = figure(7.2, 2.4 + 0.35 * len(grids))
+    axes = axes_of(picture)
+    low, high = np.quantile(inputs, [0.0, 0.998])
+    margin = 0.05 * (high - low)
+    heights, _, _ = axes.hist(
+        inputs, bins=160, range=(low - margin, high + margin), density=True, color=GREY
+    )
+    top = float(np.max(heights))
+    axes.set_yscale("symlog", linthresh=top / 50)
+    for row, (label, fmt, scale, zero_point) in enumerate(grids):
+        colour = SIGNED if fmt.signed else UNSIGNED
+        points = scale * values(fmt) + zero_point
+        inside = points[(points >= low - margin) & (points <= high + margin)]
+        height = -(row + 1) * top / 90
+        axes.plot(inside, np.full(len(inside), height), "|", color=colour, ms=13, mew=1.6)
+        note = f"{label}: {len(inside)} of {len(points)} values in view"
+        axes.annotate(
+            note,
+            (1.0, height),
+            xycoords=("axes fraction", "data"),
+            ha="left",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    axes.yaxis.set_visible(False)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_xlabel(heading)
+    axes.spines["left"].set_visible(False)
+    return picture
+
+
+def routing_picture(timesteps: Sequence[int], choices: NDArray[np.int64]) -> Figure:
+    """Draw which LoRA the router gives each layer (rows) at each timestep (columns)."""
+    picture = figure(7.2, 4.6)
+    axes = axes_of(picture)
+    entries = int(choices.max()) + 1
+    colours = mpl.colormaps["viridis"].resampled(max(entries, 2))
+    image = axes.imshow(
+        choices,
+        aspect="auto",
+        cmap=colours,
+        vmin=-0.5,
+        vmax=max(entries, 2) - 0.5,
+        interpolation="nearest",
+    )
+    axes.set_xticks(range(0, len(timesteps), 2), [str(t) for t in timesteps[::2]])
+    axes.set_xlabel("timestep t")
+    axes.set_ylabel("layer, from input to output")
+    picture.colorbar(image, ax=axes, ticks=range(entries), label="LoRA chosen")
+    return picture

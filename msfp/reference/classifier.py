@@ -1,0 +1,45 @@
+"""A small digit classifier whose penultimate features measure distances between sets of digits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class DigitClassifier(nn.Module):
+    """Three convolutions and two linear layers on 16x16 digits.
+
+    `features` gives the 64 penultimate activations that the Frechet distance is computed on, as
+    the Inception features are for natural images (Heusel et al., NeurIPS 2017). They are bounded,
+    so that no single odd image rules the distance.
+    """
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 4 * 4, self.num_features),
+            nn.Tanh(),
+        )
+        self.head = nn.Linear(self.num_features, 10)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return penultimate features of shape (n, 64) of images (n, 1, 16, 16) in [-1, 1]."""
+        features: torch.Tensor = self.body(images)
+        return features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return class logits of shape (n, 10)."""
+        logits: torch.Tensor = self.head(self.features(images))
+        return logits

@@ -1,0 +1,49 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from msfp import QuantizationConfig, Sampler, calibrate, quantize, record_trajectories
+from msfp.reference import ddim_pipeline
+
+torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sampler():
+    return Sampler(steps=4, batch=8)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The full-precision reference pipeline; not to be changed."""
+    return ddim_pipeline()
+
+
+@pytest.fixture(scope="session")
+def calibration(reference, sampler):
+    return calibrate(reference, sampler, count=8)
+
+
+@pytest.fixture(scope="session")
+def trajectories(reference, sampler):
+    return record_trajectories(reference, sampler, count=16, seed=5)
+
+
+@pytest.fixture
+def quantized(reference, calibration):
+    """A function that gives a fresh open quantized copy of the reference and its summaries."""
+
+    def make(**config):
+        pipe = copy.deepcopy(reference)
+        layers = quantize(pipe, QuantizationConfig(**config), calibration=calibration)
+        return pipe, layers
+
+    return make
+
+
+@pytest.fixture
+def silu_inputs():
+    normal = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
+    return normal / (1 + np.exp(-normal))

@@ -1,0 +1,127 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from msfp.cli import main
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "msfp.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # noqa: S603
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    process = run("demo", "--quick", "--output", folder)
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+def rows_of(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return {row["method"]: row for row in results["rows"]}
+
+
+def test_the_demo_orders_the_methods_by_their_errors(demo):
+    errors = {name: row["noise_error"] for name, row in rows_of(demo[0]).items()}
+    ladder = ["INT min-max", "INT MSE clip", "signed FP", "mixup-sign FP", "mixup-sign FP + LoRA"]
+    values = [errors[name] for name in ladder]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == len(values)
+    assert errors["mixup-sign FP + LoRA"] < errors["signed FP + LoRA"]
+    for name in ("mixup-sign FP + TALoRA", "mixup-sign FP + TALoRA + DFA"):
+        assert errors[name] < errors["mixup-sign FP"]
+
+
+def test_fine_tuning_brings_the_paired_images_back(demo):
+    rows = rows_of(demo[0])
+    assert rows["mixup-sign FP + LoRA"]["psnr"] > rows["mixup-sign FP"]["psnr"] + 2
+    assert rows["full precision"]["noise_error"] < 1e-9
+
+
+def test_the_demo_counts_unsigned_layers_and_bytes(demo):
+    rows = rows_of(demo[0])
+    assert rows["signed FP"]["unsigned_layers"] == 0
+    assert rows["mixup-sign FP"]["unsigned_layers"] == 35
+    assert rows["mixup-sign FP"]["bytes"] < rows["full precision"]["bytes"] / 6
+
+
+def test_the_demo_prints_its_table_and_findings(demo):
+    out = demo[1].stdout
+    assert "noise" in out
+    assert "…" not in out
+    assert all(name in out for name in rows_of(demo[0]))
+    assert re.search(r"(tie|beyond seed noise)", out)
+
+
+def test_the_report_is_one_page_that_loads_nothing(demo):
+    page = (demo[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_the_demo_leaves_a_checkpoint_that_samples(demo, tmp_path):
+    process = run("sample", demo[0] / "checkpoint", "--count", 8, "--steps", 2,
+                  "--output", tmp_path / "grid.png")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantize_writes_a_checkpoint(tmp_path):
+    process = run("quantize", "digits", "--steps", 2, "--output", tmp_path / "model")
+    assert process.returncode == 0, process.stderr
+    assert "65 layers quantized, 35 with unsigned inputs" in process.stdout
+    assert (tmp_path / "model" / "unet" / "msfp.safetensors").is_file()
+
+
+def test_an_interrupted_demo_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "msfp.cli", "demo", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    time.sleep(12)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in stderr
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def full_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    return tmp_path / "full"
+
+
+BAD = {
+    "bits": (lambda t: ["demo", "--weights", "9", "--output", t / "x"], "whole number from 3 to 8"),
+    "output": (lambda t: ["demo", "--output", full_folder(t)], "exists and is not empty"),
+    "model": (lambda t: ["quantize", t, "--output", t / "x"], "it has no model_index.json"),
+    "checkpoint": (lambda t: ["sample", t, "--output", t / "x.png"], "is not a checkpoint"),
+    "scheme": (
+        lambda t: ["quantize", "digits", "--scheme", "fp", "--output", t / "x"],
+        "choose from",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_two(case, tmp_path, capsys):
+    arguments, message = BAD[case]
+    words = [str(word) for word in arguments(tmp_path)]
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before

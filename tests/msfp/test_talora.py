@@ -1,0 +1,153 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fpformats import E2M1, E2M2U
+from msfp.layers import QuantConv2d, QuantLinear, seal
+from msfp.quantizer import Quantizer
+from msfp.summary import LayerSummary
+from msfp.talora import LoRAHub, Router, Routing, attach_router
+
+SUMMARY = LayerSummary("layer", "E2M1", "E2M2U", 0.2, -0.25, True, 20.0, 20.0, 15.0)
+
+
+def wrapped(layer, entries, seed=0):
+    scale = torch.full((layer.weight.shape[0],) + (1,) * (layer.weight.dim() - 1), 0.1)
+    cls = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    inputs = Quantizer(E2M2U, torch.tensor(0.2), torch.tensor(-0.25))
+    quantized = cls.wrap(layer, Quantizer(E2M1, scale), inputs, SUMMARY)
+    rows, columns = layer.weight.flatten(1).shape
+    draw = torch.Generator().manual_seed(seed)
+    quantized.hub = LoRAHub(rows, columns, entries, 2, torch.tensor(0.1), draw)
+    with torch.no_grad():
+        quantized.hub.up.copy_(torch.randn(quantized.hub.up.shape, generator=draw))
+    return quantized
+
+
+class Denoiser(nn.Module):
+    """Two layers and a timestep argument."""
+
+    def __init__(self, entries):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = wrapped(nn.Conv2d(1, 4, 3, padding=1), entries)
+        self.linear = wrapped(nn.Linear(16, 16), entries, seed=1)
+        routing = attach_router(self, Router(2, entries))
+        self.conv.routing = self.linear.routing = routing
+        self.conv.index, self.linear.index = 0, 1
+
+    def forward(self, sample, timestep):  # noqa: ARG002 - the router reads it
+        return self.linear(self.conv(sample).flatten(2)).sum(1)
+
+
+@pytest.fixture
+def sample():
+    return torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_hub_of_one_is_a_lora():
+    layer = wrapped(nn.Linear(8, 4), entries=1)
+    hub = layer.hub
+    merged = layer.weight + hub.step * hub.up[0] @ hub.down[0]
+    assert torch.equal(layer.quantized_weight(), layer.weight_quantizer(merged))
+
+
+def test_a_new_hub_changes_nothing():
+    hub = LoRAHub(4, 8, 2, 3, torch.tensor(0.1), torch.Generator().manual_seed(0))
+    assert not hub.correction(1).any()
+
+
+def test_choices_are_exactly_one_hot_and_differ_between_layers_and_timesteps():
+    torch.manual_seed(0)
+    choices = Router(8, 4)(torch.arange(0, 1000, 50))
+    assert set(choices.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(choices.sum(-1), torch.ones(20, 8))
+    assert len(choices.argmax(-1).unique(dim=0)) > 1
+    assert len(choices.argmax(-1).unique(dim=1).T) > 1
+
+
+def test_a_mixed_batch_gives_each_sample_what_it_gets_at_its_own_timestep(sample):
+    denoiser = Denoiser(entries=4)
+    timesteps = torch.tensor([900, 20, 500, 20, 900, 250])
+    mixed = denoiser(sample, timesteps)
+    alone = torch.cat([denoiser(x[None], t) for x, t in zip(sample, timesteps, strict=True)])
+    torch.testing.assert_close(mixed, alone, rtol=1e-5, atol=1e-6)
+    assert denoiser.router(timesteps).argmax(-1).unique(dim=0).shape[0] > 1
+
+
+def test_routing_does_not_depend_on_the_order_of_calls(sample):
+    denoiser = Denoiser(entries=4)
+    first = denoiser(sample, 100)
+    denoiser(sample, 900)
+    assert torch.equal(denoiser(sample, 100), first)
+
+
+def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
+    """Against autograd through Q(W + sum of choices times corrections), one sample at a time."""
+    denoiser = Denoiser(entries=2)
+    timesteps = torch.tensor([900, 20, 500, 20, 900, 250])
+    denoiser.conv.weight_quantizer.scale.data.fill_(10.0)  # nothing is clipped
+    denoiser.conv.routing.update(denoiser.router, timesteps)
+    choices = denoiser.conv.routing.choices
+    choices.retain_grad()
+    target = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    (denoiser.conv(sample) * target).sum().backward()
+
+    conv, hub = denoiser.conv, denoiser.conv.hub
+    for i in range(6):
+        choice = choices[i, 0].detach().clone().requires_grad_(True)
+        mixed = sum(choice[k] * hub.correction(k).detach() for k in range(2)).view_as(conv.weight)
+        weight = conv.weight_quantizer(conv.weight.detach() + mixed)
+        (conv.compute(conv.input_quantizer(sample[i : i + 1]), weight) * target[i]).sum().backward()
+        torch.testing.assert_close(choices.grad[i, 0], choice.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_router_and_the_chosen_adapters_learn(sample):
+    denoiser = Denoiser(entries=2)
+    denoiser(sample, 100).square().sum().backward()
+    assert denoiser.router.mlp[2].weight.grad.abs().sum() > 0
+    assert denoiser.conv.hub.up.grad.abs().sum() > 0
+
+
+def test_the_gradient_path_of_the_router_adds_nothing_to_the_output(sample):
+    denoiser = Denoiser(entries=2)
+    with_gradients = denoiser(sample, 100)
+    with torch.no_grad():
+        assert torch.equal(denoiser(sample, 100), with_gradients)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_low_rank_application_is_that_of_the_product(groups):
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    layer = wrapped(conv, entries=1)
+    down, up = layer.hub.factors(0)
+    x = torch.randn(2, 4, 8, 8)
+    expected = layer.compute(x, (up @ down).view_as(conv.weight)) - conv.bias[:, None, None]
+    torch.testing.assert_close(layer.low_rank(x, down, up), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sealing_keeps_the_outputs_bit_for_bit(sample):
+    denoiser = Denoiser(entries=2)
+    with torch.no_grad():
+        before = denoiser(sample, torch.tensor([900, 20, 500, 20, 900, 250]))
+        seal(denoiser)
+        after = denoiser(sample, torch.tensor([900, 20, 500, 20, 900, 250]))
+    assert torch.equal(before, after)
+    assert denoiser.conv.hub is None
+    assert denoiser.conv.entries.shape == (2, 4, 1, 3, 3)
+
+
+def test_a_copy_routes_by_itself(sample):
+    denoiser = Denoiser(entries=2)
+    twin = copy.deepcopy(denoiser)
+    assert twin.conv.routing is twin.linear.routing
+    assert twin.conv.routing is not denoiser.conv.routing
+    assert torch.equal(twin(sample, 100), denoiser(sample, 100))
+
+
+def test_a_batch_at_one_timestep_is_routed_once():
+    routing = Routing()
+    routing.update(Router(2, 2), torch.tensor([7, 7, 7]))
+    assert routing.choices.shape == (1, 2, 2)
