@@ -168,7 +168,7 @@ def search_rows(
 
     Returns:
         The format whose total error is least, the scales of shape (rows,) and the squared error
-        of each row, shape (rows,). A row of zeros has the scale 1.
+        of each row, shape (rows,). A row of zeros has the median scale of the others, or 1.
 
     Raises:
         ValueError: If `formats` is empty.
@@ -192,4 +192,6 @@ def search_rows(
         if best is None or best_error.sum() < best[2].sum():
             best = fmt, best_scale, best_error
     assert best is not None  # noqa: S101 - formats is not empty
+    if (live := reach > 0).any():
+        best[1][~live] = best[1][live].median()
     return best

@@ -12,8 +12,9 @@ The codes of a layer are packed with `fpformats.packing`, all entries of its hub
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,31 +22,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fpformats import decode_scaled, encode_scaled, pack, parse, unpack
+from fpformats import FloatFormat, decode_scaled, encode_scaled, pack, parse, unpack
 from msfp.denoiser import COMPONENTS, denoiser_name, quantizable_layers, replace_layer
 from msfp.errors import InputError
 from msfp.layers import QuantizedLayer, quantized_class, quantized_layers
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
 from msfp.talora import Router, attach_router
+from msfp.version import __version__
 
 FORMAT_VERSION = 1
 CONFIG_FILE, TENSOR_FILE = "msfp.json", "msfp.safetensors"
 
 
-def check_output(folder: Path) -> None:
-    """Raise InputError unless a folder can be written: absent or empty, its parent a folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output folder {folder} exists and is not empty: name a new one")
-    parent = folder.absolute().parent
-    if parent.exists() and not parent.is_dir():
-        raise InputError(f"output folder {folder} must lie in a folder, {parent} is a file")
+def check_output(path: Path) -> None:
+    """Raise InputError unless a new folder or file can be made at a path.
+
+    It must be absent or an empty folder other than the working directory, and its nearest
+    existing parent a folder that can be written to.
+    """
+    path = path.absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"output {path} exists: name a new one")
+    if path.is_dir() and (any(path.iterdir()) or path == Path.cwd()):
+        raise InputError(
+            f"output folder {path} exists and is not empty or is the working directory: "
+            "name a new one"
+        )
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output {path} cannot be made: {parent} is not a folder to write in")
 
 
 @contextmanager
@@ -53,8 +66,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the given name once the block ends without an error."""
     check_output(folder)
     parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    except OSError as error:
+        raise InputError(f"output {folder} cannot be made: {error.strerror}") from error
     try:
         yield partial
         partial.chmod(0o755)
@@ -100,8 +116,16 @@ def packed_size(denoiser: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in packed_tensors(denoiser).values())
 
 
+def checksum(description: dict[str, Any], tensor_file: Path) -> str:
+    """Return the SHA-256 of a description, without its own checksum, and of the tensor file."""
+    plain = {key: value for key, value in description.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    digest.update(tensor_file.read_bytes())
+    return digest.hexdigest()
+
+
 def _describe(denoiser: nn.Module) -> dict[str, Any]:
-    """Return the JSON description of a quantized denoiser."""
+    """Return the JSON description of a quantized denoiser, without the checksum."""
     layers = {}
     for name, layer in quantized_layers(denoiser).items():
         layers[name] = {
@@ -112,6 +136,7 @@ def _describe(denoiser: nn.Module) -> dict[str, Any]:
         }
     return {
         "format_version": FORMAT_VERSION,
+        "msfp_version": __version__,
         "routed": hasattr(denoiser, "router"),
         "layers": layers,
     }
@@ -125,23 +150,27 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
         folder: A new or an empty folder.
 
     Raises:
-        InputError: If the folder exists and is not empty, or the denoiser is not sealed. Nothing
-            is written then.
+        InputError: If the folder exists and is not empty, or the denoiser is not sealed or not
+            in float32. Nothing is written then.
     """
     name = denoiser_name(pipe)
     denoiser = getattr(pipe, name)
     if not quantized_layers(denoiser):
         raise InputError("denoiser has no quantized layers: call msfp.quantize first")
     tensors = packed_tensors(denoiser)
+    narrow = {t.dtype for t in tensors.values() if t.is_floating_point()} - {torch.float32}
+    if narrow:
+        raise InputError(f"denoiser must be float32 to be saved, it has {narrow.pop()}")
     with atomic_folder(Path(folder)) as partial:
         pipe.save_config(partial)
         for other, component in pipe.components.items():
             if other != name and hasattr(component, "save_pretrained"):
                 component.save_pretrained(partial / other)
         denoiser.save_config(partial / name)
-        description = json.dumps(_describe(denoiser), indent=1)
-        (partial / name / CONFIG_FILE).write_text(description + "\n")
         save_file(tensors, partial / name / TENSOR_FILE)
+        description = _describe(denoiser)
+        description["checksum"] = checksum(description, partial / name / TENSOR_FILE)
+        (partial / name / CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _read(folder: Path) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
@@ -151,17 +180,39 @@ def _read(folder: Path) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
             break
     else:
         raise InputError(f"{folder} is not a checkpoint: it has no unet/{CONFIG_FILE}")
+    tensor_file = folder / name / TENSOR_FILE
     try:
         description = json.loads((folder / name / CONFIG_FILE).read_text())
-        tensors = load_file(folder / name / TENSOR_FILE)
+        version = description.get("format_version") if isinstance(description, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"checkpoint {folder} has format version {version}, this msfp reads "
+                f"{FORMAT_VERSION}"
+            )
+        if description.get("checksum") != checksum(description, tensor_file):
+            raise ValueError(f"{CONFIG_FILE} and {TENSOR_FILE} do not match their checksum")
+        tensors = load_file(tensor_file)
+    except InputError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"checkpoint {folder} is corrupt: {error}") from error
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"checkpoint {folder} has format version {version}, this msfp reads {FORMAT_VERSION}"
-        )
+        raise corrupt(folder, error) from error
     return name, description, tensors
+
+
+def corrupt(folder: Path, error: Exception) -> InputError:
+    """Return the error of a damaged checkpoint, one sentence long."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(f"checkpoint {folder} is corrupt: {first_line}")
+
+
+def _input_quantizer(name: str, fmt: FloatFormat, tensors: dict[str, torch.Tensor]) -> Quantizer:
+    """Return a layer's input quantizer; uses up its tensors."""
+    scale = tensors.pop(f"{name}.input_scale")
+    zero = None if fmt.signed else tensors.pop(f"{name}.input_zero_point")
+    for tensor in (scale, scale if zero is None else zero):
+        if tensor.dtype != torch.float32 or tensor.dim() > 0 or not tensor.isfinite():
+            raise ValueError(f"{name}: input scale and zero point must be finite float32 scalars")
+    return Quantizer(fmt, scale, zero)
 
 
 def _sealed_layer(
@@ -175,15 +226,11 @@ def _sealed_layer(
     if scale.numel() != shape[1]:
         raise ValueError(f"{name}.weight_scale must hold {shape[1]} numbers, not {scale.numel()}")
     codes = unpack(tensors.pop(f"{name}.codes"), fmt.bits, shape)
-    inputs = Quantizer(
-        parse(entry["input_format"]),
-        tensors.pop(f"{name}.input_scale"),
-        tensors.pop(f"{name}.input_zero_point", None),
-    )
+    inputs = _input_quantizer(name, parse(entry["input_format"]), tensors)
     if plain.bias is not None:
         bias = tensors.pop(f"{name}.bias")
-        if bias.shape != plain.bias.shape:
-            raise ValueError(f"{name}.bias must have shape {tuple(plain.bias.shape)}")
+        if bias.shape != plain.bias.shape or bias.dtype != torch.float32:
+            raise ValueError(f"{name}.bias must be float32 of shape {tuple(plain.bias.shape)}")
         plain.bias.data = bias
     layer = quantized_class(plain).wrap(plain, Quantizer(fmt, scale), inputs, summary)
     layer.seal(decode_scaled(codes, fmt, scale))
@@ -196,8 +243,11 @@ def _rebuild(denoiser: nn.Module, description: dict[str, Any], tensors: dict[str
     for name, entry in description["layers"].items():
         replace_layer(denoiser, name, _sealed_layer(plain[name], name, entry, tensors))
     layers = quantized_layers(denoiser)
+    counts = {int(entry["entries"]) for entry in description["layers"].values()}
+    entries = counts.pop()
+    if counts or entries < 1 or (entries > 1 and not description["routed"]):
+        raise ValueError("every layer must have as many entries, and a router if more than one")
     if description["routed"]:
-        entries = max(int(entry["entries"]) for entry in description["layers"].values())
         routing = attach_router(denoiser, Router(len(layers), entries))
         for index, layer in enumerate(layers.values()):
             layer.routing, layer.index = routing, index
@@ -224,10 +274,13 @@ def load(folder: str | Path) -> DiffusionPipeline:
     name, description, tensors = _read(folder)
     try:
         library, class_name = json.loads((folder / "model_index.json").read_text())[name]
-        denoiser_class = getattr(importlib.import_module(library), class_name)
+        if library != "diffusers":
+            raise ValueError(f"the denoiser must be a class of diffusers, not of {library}")
+        denoiser_class = getattr(diffusers, class_name)
         denoiser = denoiser_class.from_config(denoiser_class.load_config(folder / name))
         _rebuild(denoiser, description, tensors)
-        pipe = DiffusionPipeline.from_pretrained(folder, **{name: denoiser.eval()})
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise InputError(f"checkpoint {folder} is corrupt: {error}") from error
-    return pipe
+        return DiffusionPipeline.from_pretrained(
+            folder, low_cpu_mem_usage=False, **{name: denoiser.eval()}
+        )
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise corrupt(folder, error) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -22,13 +23,22 @@ TABLE_WIDTH = 100
 """Columns that the demo's table needs; a narrower terminal wraps its lines."""
 
 
-def _bits(text: str) -> int:
-    """Parse a bit width."""
-    if not text.isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a bit width: it must be a whole number from {MIN_BITS} to {MAX_BITS}"
-        )
-    return int(text)
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be a whole number from {low} to {high}"
+            )
+        return int(text)
+
+    return parse
+
+
+_SEED = _whole(0, 2**32 - 1)
+_STEPS = _whole(1, 1000)
+_COUNT = _whole(1, 10**6)
 
 
 def _add_bits(command: argparse.ArgumentParser) -> None:
@@ -39,7 +49,7 @@ def _add_bits(command: argparse.ArgumentParser) -> None:
     ):
         default = 8 if name == "first-last" else 4
         command.add_argument(
-            f"--{name}", type=_bits, default=default, metavar="BITS",
+            f"--{name}", type=_whole(MIN_BITS, MAX_BITS), default=default, metavar="BITS",
             help=f"bits of {what}, {MIN_BITS} to {MAX_BITS} (default {default})",
         )  # fmt: skip
 
@@ -53,23 +63,25 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="quantize and recover the reference model; report")
     demo.add_argument("--output", type=Path, default=Path("msfp-demo"), help="a new folder")
     demo.add_argument("--quick", action="store_true", help="a small run of under 90 seconds")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_SEED, default=0)
     _add_bits(demo)
 
     quantize = commands.add_parser("quantize", help="quantize a pipeline folder, without training")
     quantize.add_argument("model", help=f"a diffusers pipeline folder, or {REFERENCE!r}")
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     quantize.add_argument("--scheme", choices=get_args(Scheme), default="mixup")
-    quantize.add_argument("--steps", type=int, default=20, help="sampler steps of the calibration")
-    quantize.add_argument("--seed", type=int, default=0)
+    quantize.add_argument(
+        "--steps", type=_STEPS, default=20, help="sampler steps of the calibration"
+    )
+    quantize.add_argument("--seed", type=_SEED, default=0)
     _add_bits(quantize)
 
     sample = commands.add_parser("sample", help="sample images from a quantized checkpoint")
     sample.add_argument("checkpoint", type=Path)
     sample.add_argument("--output", type=Path, required=True, help="a new PNG file")
-    sample.add_argument("--count", type=int, default=64)
-    sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--count", type=_COUNT, default=64)
+    sample.add_argument("--steps", type=_STEPS, default=20)
+    sample.add_argument("--seed", type=_SEED, default=0)
     return top
 
 
@@ -108,13 +120,21 @@ def _pipeline(model: str) -> DiffusionPipeline:
     """Return the pipeline in a folder, or the reference model."""
     from diffusers import DiffusionPipeline
 
+    from msfp.checkpoint import CONFIG_FILE
+    from msfp.denoiser import COMPONENTS
     from msfp.reference import ddim_pipeline
 
     if model == REFERENCE:
         return ddim_pipeline()
-    if not (Path(model) / "model_index.json").is_file():
+    folder = Path(model)
+    if not (folder / "model_index.json").is_file():
         raise InputError(f"{model} is not a pipeline folder: it has no model_index.json")
-    return DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    if any((folder / name / CONFIG_FILE).exists() for name in COMPONENTS):
+        raise InputError(f"{model} is quantized already: name a full-precision pipeline")
+    try:
+        return DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def run_quantize(arguments: argparse.Namespace) -> None:
@@ -152,18 +172,29 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> None:
     """Load a packed checkpoint and write a grid of its images."""
-    from msfp.checkpoint import load
+    from msfp.checkpoint import check_output, load
     from msfp.plots import save_image_grid
+    from msfp.progress import stages
     from msfp.sampling import Sampler
 
-    if arguments.output.exists():
-        raise InputError(f"output file {arguments.output} exists: name a new one")
+    output, count = arguments.output.absolute(), arguments.count
+    check_output(output)
+    if output.suffix != ".png" or output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"output {output} must be a new .png file in a folder that exists")
     pipe = load(arguments.checkpoint)
-    images = Sampler(arguments.steps)(pipe, arguments.count, arguments.seed)
-    partial = arguments.output.with_suffix(".partial.png")
-    save_image_grid(images, partial)
-    partial.replace(arguments.output)
-    print(f"{arguments.count} images: {arguments.output}")
+    pipe.set_progress_bar_config(disable=True)
+    sampler, done = Sampler(arguments.steps, min(64, count)), []
+    with stages() as advance:
+
+        def progress(images: int) -> None:
+            done.append(images)
+            advance("sampling", sum(done), count)
+
+        images = sampler(pipe, count, arguments.seed, progress)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        save_image_grid(images, Path(folder) / "grid.png")
+        (Path(folder) / "grid.png").replace(output)
+    print(f"{count} images: {output}")
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -173,7 +204,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 2 for input that cannot be used, 130 when interrupted."""
     arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         from msfp.runtime import keep_memory
 
@@ -185,8 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"msfp: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("msfp: interrupted; nothing was written", file=sys.stderr)
+        written = "" if arguments.output.exists() else "; nothing was written"
+        print(f"msfp: interrupted{written}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from msfp.errors import InputError
 
-Scheme = Literal["mixup", "signed", "int_minmax", "int_mse"]
+Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
 MIN_BITS, MAX_BITS = 3, 8
 MAX_HUB, MAX_RANK = 16, 256
 
@@ -29,8 +29,8 @@ class QuantizationConfig:
         first_last: Bits of weights and input of the denoiser's first and last layer.
         scheme: Which grids are searched. "mixup" is the paper's mixup-sign floating point
             (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
-            floating point alone, "int_mse" and "int_minmax" are symmetric integers with a searched
-            and with no clip.
+            floating point alone; "int_minmax" and "int_mse" are symmetric integers with no clip and
+            with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may.
 
     Raises:
         InputError: If a value is out of range.
@@ -73,8 +73,8 @@ class FinetuneConfig:
         batch: Samples in a step.
         learning_rate: Initial rate of the adapters, in units of each layer's mean weight scale; it
             falls to zero linearly.
-        denoising_power: The loss at a timestep is weighted by |denoising factor| to this power;
-            0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
+        denoising_power: The power of the denoising factor that the loss at a timestep is weighted
+            by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
         seed: Seed of initialisation and batches.
 
     Raises:

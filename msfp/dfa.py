@@ -28,7 +28,7 @@ def _step(
     return following
 
 
-def denoising_factors(scheduler: SchedulerMixin, steps: int) -> dict[int, float]:
+def denoising_factors(scheduler: SchedulerMixin, steps: int) -> dict[float, float]:
     """Measure the denoising factor of each step of a sampler.
 
     For DDIM without noise it equals `sqrt(1 - a') - sqrt(a' (1 - a) / a)`, with a and a' the
@@ -67,15 +67,15 @@ def denoising_factors(scheduler: SchedulerMixin, steps: int) -> dict[int, float]
         if max((slope - factor).abs().max(), (again - factor).abs().max()) > TOLERANCE * scale:
             raise InputError(
                 f"{type(scheduler).__name__} is not affine in the model output at timestep "
-                f"{int(timestep)}: turn off clip_sample and thresholding in its config"
+                f"{timestep.item()}: turn off clip_sample and thresholding in its config"
             )
-        factors[int(timestep)] = factor.item()
+        factors[timestep.item()] = factor.item()
         sample = _step(scheduler, output, timestep, sample)
     return factors
 
 
-def timestep_weights(factors: dict[int, float], power: float) -> dict[int, float]:
-    """Return the loss weight |factor|**power of each timestep, normalised to a mean of 1.
+def timestep_weights(factors: dict[float, float], power: float) -> dict[float, float]:
+    """Return the loss weight `abs(factor) ** power` of each timestep, normalised to a mean of 1.
 
     Power 1 is the paper's loss (section 4.3), 2 is exact for the squared error of the next
     sample, 0 weighs all timesteps alike.

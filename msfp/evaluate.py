@@ -17,7 +17,7 @@ def noise_errors(denoiser: nn.Module, trajectories: Trajectories) -> list[float]
     The noise has unit variance, so an error of 0.01 is one hundredth of it.
     """
     return [
-        (denoiser(sample, int(timestep)).sample - prediction).square().mean().item()
+        (denoiser(sample, timestep).sample - prediction).square().mean().item()
         for timestep, sample, prediction in zip(
             trajectories.timesteps, trajectories.samples, trajectories.predictions, strict=True
         )

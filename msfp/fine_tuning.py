@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from msfp.config import FinetuneConfig
+from msfp.dfa import timestep_weights
 from msfp.errors import InputError
 from msfp.layers import quantized_layers, seal
 from msfp.sampling import Trajectories
@@ -19,6 +20,8 @@ SCALE_RATE = 2e-3
 """Rate of scales and zero points, in units of each layer's own scale."""
 BIAS_RATE = 2e-4
 """Rate of biases and norms."""
+MIN_SCALE = 0.1
+"""Learned scales stay above this part of the searched one, so that they stay positive."""
 
 
 def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
@@ -28,10 +31,12 @@ def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
     for layer in layers.values():
         rows, columns = layer.weight.flatten(1).shape
         step = layer.weight_quantizer.scale.mean()
-        layer.hub = LoRAHub(rows, columns, config.hub, config.rank, step, generator)
+        hub = LoRAHub(rows, columns, config.hub, config.rank, step.cpu(), generator)
+        layer.hub = hub.to(layer.weight.device)
     if config.hub == 1:
         return
-    routing = attach_router(denoiser, Router(len(layers), config.hub, generator))
+    device = next(iter(layers.values())).weight.device
+    routing = attach_router(denoiser, Router(len(layers), config.hub, generator).to(device))
     for index, layer in enumerate(layers.values()):
         layer.routing, layer.index = routing, index
 
@@ -60,6 +65,13 @@ def parameter_groups(denoiser: nn.Module, config: FinetuneConfig) -> list[dict[s
         for parameter in group["params"]:
             parameter.requires_grad_(True)
     return groups
+
+
+@torch.no_grad()
+def keep_above(scales: list[torch.Tensor], floors: list[torch.Tensor]) -> None:
+    """Raise scales that have fallen below their floors."""
+    for scale, floor in zip(scales, floors, strict=True):
+        scale.clamp_(min=floor)
 
 
 def draw_batch(
@@ -91,37 +103,40 @@ def finetune(
     trajectories: Trajectories,
     config: FinetuneConfig,
     *,
-    weights: dict[int, float] | None = None,
+    factors: dict[float, float] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[float]:
     """Train the open layers of a quantized denoiser towards recorded predictions, then seal them.
 
-    Each step lowers `weights[t] * ||prediction - quantized prediction||^2` over a batch of
-    recorded noisy samples. Trained are the LoRAs and the router, and with small rates the scales
-    and zero points (LSQ, Esser et al., ICLR 2020), biases and norms.
+    Each step lowers `w(t) * ||prediction - quantized prediction||^2` over a batch of recorded
+    noisy samples, w the `timestep_weights` of the denoising factors. Trained are the LoRAs and
+    the router, and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020),
+    biases and norms.
 
     Args:
         denoiser: Quantized by `quantize`, open; changed in place.
         trajectories: Recorded from the full-precision denoiser.
-        config: Hub, rank, steps, rate and seed.
-        weights: Loss weight of each timestep, from `timestep_weights`; None is no weighting.
+        config: Hub, rank, steps, rate, power of the denoising factors, and seed.
+        factors: The sampler's `denoising_factors`; needed unless their power is 0.
         progress: Called after each step with its loss.
 
     Returns:
         The loss of each step.
 
     Raises:
-        InputError: If the denoiser has no open quantized layer, a timestep has no weight, or the
-            loss is not finite.
+        InputError: If the denoiser has no open quantized layer, the factors are missing or of
+            another sampler, or the loss is not finite.
     """
-    layers = quantized_layers(denoiser).values()
+    layers = list(quantized_layers(denoiser).values())
     if not layers or any(layer.entries is not None for layer in layers):
         raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
-    loss_weights = _weight_of_each_step(trajectories.timesteps, weights)
+    loss_weights = _loss_weights(trajectories.timesteps, factors, config.denoising_power)
     add_hubs(denoiser, config)
     groups = parameter_groups(denoiser, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
+    scales = [q.scale for x in layers for q in (x.input_quantizer, x.weight_quantizer)]
+    floors = [MIN_SCALE * scale.detach() for scale in scales]
     generator = torch.Generator().manual_seed(config.seed)
     steps, count = trajectories.samples.shape[:2]
     losses: list[float] = []
@@ -130,7 +145,7 @@ def finetune(
         sample = trajectories.samples[step, trajectory]
         prediction = denoiser(sample, trajectories.timesteps[step]).sample
         error = (prediction - trajectories.predictions[step, trajectory]).square().flatten(1)
-        loss = (error.mean(dim=1) * loss_weights[step]).mean()
+        loss = (error.mean(dim=1) * loss_weights[step].to(error.device)).mean()
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss is {loss.item()} at step {len(losses)}: is the input finite?"
@@ -139,21 +154,25 @@ def finetune(
         loss.backward()
         optimizer.step()
         schedule.step()
+        keep_above(scales, floors)
         losses.append(loss.item())
         if progress is not None:
             progress(losses[-1])
     seal(denoiser)
+    denoiser.requires_grad_(False)
     return losses
 
 
-def _weight_of_each_step(timesteps: torch.Tensor, weights: dict[int, float] | None) -> torch.Tensor:
+def _loss_weights(
+    timesteps: torch.Tensor, factors: dict[float, float] | None, power: float
+) -> torch.Tensor:
     """Return the loss weights in the order of the trajectories' timesteps."""
-    if weights is None:
+    if power == 0:
         return torch.ones(len(timesteps))
-    missing = [t for t in timesteps.tolist() if t not in weights]
-    if missing:
+    if factors is None or not set(timesteps.tolist()) <= set(factors):
         raise InputError(
-            f"weights has no entry for timestep {missing[0]}: measure the denoising factors with "
-            "the sampler and step count that recorded the trajectories"
+            f"factors must be given for every recorded timestep where denoising_power is {power}: "
+            "measure them with the sampler and step count that recorded the trajectories"
         )
+    weights = timestep_weights(factors, power)
     return torch.tensor([weights[t] for t in timesteps.tolist()])

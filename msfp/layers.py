@@ -7,6 +7,7 @@ trained; only sealed ones are saved.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ class QuantizedLayer(nn.Module, ABC):
         input_quantizer: One scale, and a zero point where the format is unsigned.
         summary: What the search decided.
         hub: LoRAs added to the weight before it is quantized, or None.
-        entries: Quantized weights of a sealed layer, shape (entries, *weight.shape), or None.
+        entries: Quantized weights of a sealed layer, shape `(entries, *weight.shape)`, or None.
         routing: The denoiser's routing, or None where there is one entry.
         index: The layer's number in the routing.
     """
@@ -53,9 +54,9 @@ class QuantizedLayer(nn.Module, ABC):
     ) -> Self:
         """Return an open quantized layer that shares the parameters of a plain one."""
         quantized = cls.__new__(cls)
-        quantized.__dict__.update(layer.__dict__)
-        quantized._modules = {}
-        quantized._buffers = {}
+        # Each container is copied, so that what is set on one layer is not set on the other.
+        quantized.__dict__.update({key: copy.copy(value) for key, value in vars(layer).items()})
+        quantized._modules, quantized._buffers = {}, {}
         quantized.weight_quantizer = weight_quantizer
         quantized.input_quantizer = input_quantizer
         quantized.summary = summary

@@ -61,7 +61,7 @@ def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8, zoom: in
 def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
     """Draw one labelled row of images for each method; columns start from equal noise."""
     columns = len(rows[0][1])
-    picture = figure(3.2 + 0.54 * columns, 0.58 * len(rows) + 0.1)
+    picture = figure(2.6 + 0.52 * columns, 0.58 * len(rows) + 0.1)
     with mpl.rc_context(STYLE):
         grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (label, images) in zip(grid, rows, strict=True):

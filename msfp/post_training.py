@@ -14,9 +14,16 @@ from fpformats import FloatFormat, Specials
 from fpformats.search import RATIOS, Choice, SortedTensor, search_rows, search_tensor
 from msfp.calibration import Calibration
 from msfp.config import QuantizationConfig, Scheme
-from msfp.denoiser import denoiser_of, position, quantizable_layers, replace_layer
+from msfp.denoiser import (
+    FIRST_LAYERS,
+    LAST_LAYERS,
+    denoiser_of,
+    position,
+    quantizable_layers,
+    replace_layer,
+)
 from msfp.errors import InputError
-from msfp.layers import QuantizedLayer, quantized_class
+from msfp.layers import QuantizedLayer, quantized_class, quantized_layers
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
 
@@ -42,14 +49,21 @@ def float_formats(bits: int, *, signed: bool) -> list[FloatFormat]:
     ]
 
 
-def integer_format(bits: int) -> FloatFormat:
-    """Return the symmetric integers of a width as a format: E0My has one uniform step.
+def integer_format(bits: int, *, signed: bool = True) -> FloatFormat:
+    """Return the integers of a width as a format, symmetric if signed: E0My has a uniform step.
 
     Example:
         >>> integer_format(4).values().tolist() == [v / 4 for v in range(-7, 8)]
         True
     """
-    return FloatFormat(0, bits - 1, specials=Specials.FINITE_ONLY)
+    return FloatFormat(0, bits - signed, signed=signed, specials=Specials.FINITE_ONLY)
+
+
+def candidates(bits: int, scheme: Scheme, *, signed: bool) -> list[FloatFormat]:
+    """Return the formats that a scheme chooses from."""
+    if scheme in ("signed", "mixup"):
+        return float_formats(bits, signed=signed)
+    return [integer_format(bits, signed=signed)]
 
 
 def sqnr(signal: float, noise: float) -> float:
@@ -64,21 +78,18 @@ def is_asymmetric(tensor: SortedTensor) -> bool:
 
 def search_input(tensor: SortedTensor, bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
     """Return the best choice for a layer's input, and the best signed one."""
-    if scheme in ("int_minmax", "int_mse"):
-        ratios = NO_CLIP if scheme == "int_minmax" else RATIOS
-        choice = search_tensor(tensor, [integer_format(bits)], ratios=ratios)
-        return choice, choice
-    signed = search_tensor(tensor, float_formats(bits, signed=True))
-    if scheme == "signed" or not is_asymmetric(tensor):
+    ratios = NO_CLIP if scheme == "int_minmax" else RATIOS
+    signed = search_tensor(tensor, candidates(bits, scheme, signed=True), ratios=ratios)
+    if scheme not in ("mixup", "int_zero_point") or not is_asymmetric(tensor):
         return signed, signed
-    unsigned = search_tensor(tensor, float_formats(bits, signed=False), zero_points=ZERO_POINTS)
+    formats = candidates(bits, scheme, signed=False)
+    unsigned = search_tensor(tensor, formats, zero_points=ZERO_POINTS)
     return min(signed, unsigned, key=lambda choice: choice.squared_error), signed
 
 
 def search_weight(weight: torch.Tensor, bits: int, scheme: Scheme) -> tuple[Quantizer, float]:
     """Return the quantizer of a weight, one scale for each output channel, and its SQNR."""
-    integer = scheme in ("int_minmax", "int_mse")
-    formats = [integer_format(bits)] if integer else float_formats(bits, signed=True)
+    formats = candidates(bits, scheme, signed=True)
     ratios: NDArray[np.float64] = NO_CLIP if scheme == "int_minmax" else WEIGHT_RATIOS
     fmt, scales, errors = search_rows(weight, formats, ratios=ratios)
     shape = (-1,) + (1,) * (weight.dim() - 1)
@@ -93,9 +104,10 @@ def quantize_layer(
     weight_bits, input_bits = config.bits(position(name))
     tensor = SortedTensor(inputs)
     choice, signed = search_input(tensor, input_bits, config.scheme)
-    zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
+    device = layer.weight.device
+    zero = None if choice.zero_point is None else torch.tensor(choice.zero_point, device=device)
     weight_quantizer, weight_sqnr = search_weight(layer.weight, weight_bits, config.scheme)
-    input_quantizer = Quantizer(choice.format, torch.tensor(choice.scale), zero)
+    input_quantizer = Quantizer(choice.format, torch.tensor(choice.scale, device=device), zero)
     signal = float(np.square(tensor.values).sum())
     summary = LayerSummary(
         name=name,
@@ -131,11 +143,19 @@ def quantize(
         What was chosen, one summary for each layer.
 
     Raises:
-        InputError: If the pipeline has no denoiser or the calibration is of another one. The
-            pipeline is then as it was.
+        InputError: If the pipeline has no denoiser or one that is quantized already, no layer is
+            the first or last though they are to have other bits, or the calibration is of
+            another denoiser. The pipeline is then as it was.
     """
     denoiser = denoiser_of(pipe)
     layers = quantizable_layers(denoiser)
+    if quantized_layers(denoiser):
+        raise InputError("the denoiser is quantized already: quantize a full-precision one")
+    if config.first_last != config.weights and all(position(n) == "inner" for n in layers):
+        raise InputError(
+            f"{type(denoiser).__name__} has no layer named {FIRST_LAYERS[0]} or {LAST_LAYERS[0]}, "
+            "so first_last cannot be applied: set it to the bits of the weights"
+        )
     missing = [name for name in layers if name not in calibration.inputs]
     if missing:
         raise InputError(

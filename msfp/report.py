@@ -27,7 +27,7 @@ figcaption, .note { color: #52606d; font-size: .92rem; }
 def png(picture: Figure) -> bytes:
     """Return a figure as PNG bytes."""
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png")
+    picture.savefig(buffer, format="png", bbox_inches="tight")
     return buffer.getvalue()
 
 

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.denoiser import denoiser_of, timestep_of
+from msfp.errors import InputError
 
 Progress = Callable[[int], None]
 """Called with the number of images that were just finished."""
@@ -38,17 +39,20 @@ class Sampler:
         """Return `count` images of shape (count, channels, height, width) in [0, 1], float32."""
         images = []
         for start in range(0, count, self.batch):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            output = pipe(
-                batch_size=self.batch,
-                generator=generator,
-                num_inference_steps=self.steps,
-                output_type="np",
-            ).images
-            images.append(torch.from_numpy(output).permute(0, 3, 1, 2)[: count - start])
+            images.append(self.one_batch(pipe, seed, start)[: count - start])
             if progress is not None:
                 progress(len(images[-1]))
         return torch.cat(images)
+
+    def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
+        """Return the images from number `start` on, one batch of them."""
+        output = pipe(
+            batch_size=self.batch,
+            generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
+            num_inference_steps=self.steps,
+            output_type="np",
+        )
+        return torch.from_numpy(output.images).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,13 @@ class Trajectories:
 
 
 @contextmanager
-def recorded(denoiser: nn.Module) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+def recorded(denoiser: nn.Module) -> Iterator[list[tuple[float, torch.Tensor, torch.Tensor]]]:
     """Record (timestep, input, output) of every forward of a denoiser inside the block."""
-    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[float, torch.Tensor, torch.Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         prediction = output[0] if isinstance(output, tuple) else output.sample
-        timestep = int(timestep_of(module, args, kwargs)[0])
+        timestep = timestep_of(module, args, kwargs)[0].item()
         calls.append((timestep, args[0].detach().clone(), prediction.detach().clone()))
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
@@ -90,16 +94,23 @@ def record_trajectories(
     seed: int,
     progress: Progress | None = None,
 ) -> Trajectories:
-    """Sample `count` images and return the path of the denoiser's inputs and outputs."""
-    with recorded(denoiser_of(pipe)) as calls:
-        sampler(pipe, count, seed, progress)
-    rounds = [calls[i : i + sampler.steps] for i in range(0, len(calls), sampler.steps)]
+    """Sample `count` images and return the path of the denoiser's inputs and outputs.
+
+    Raises:
+        InputError: If the sampler does not take every batch through the same timesteps.
+    """
+    batches = []
+    for start in range(0, count, sampler.batch):
+        with recorded(denoiser_of(pipe)) as calls:
+            sampler.one_batch(pipe, seed, start)
+        batches.append(calls)
+        if progress is not None:
+            progress(min(sampler.batch, count - start))
+    timesteps = [timestep for timestep, _, _ in batches[0]]
+    if any([timestep for timestep, _, _ in calls] != timesteps for calls in batches):
+        raise InputError("the sampler must take every batch through the same timesteps")
     return Trajectories(
-        timesteps=torch.tensor([timestep for timestep, _, _ in rounds[0]]),
-        samples=torch.cat([torch.stack([x for _, x, _ in calls]) for calls in rounds], 1)[
-            :, :count
-        ],
-        predictions=torch.cat([torch.stack([y for _, _, y in calls]) for calls in rounds], 1)[
-            :, :count
-        ],
+        torch.tensor(timesteps),
+        torch.cat([torch.stack([x for _, x, _ in calls]) for calls in batches], 1)[:, :count],
+        torch.cat([torch.stack([y for _, _, y in calls]) for calls in batches], 1)[:, :count],
     )

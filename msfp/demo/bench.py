@@ -19,7 +19,7 @@ from msfp.calibration import calibrate
 from msfp.checkpoint import packed_size
 from msfp.config import FinetuneConfig, QuantizationConfig, Scheme
 from msfp.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
-from msfp.dfa import denoising_factors, timestep_weights
+from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.fine_tuning import finetune
 from msfp.layers import seal
@@ -100,7 +100,7 @@ class Bench:
             pipe.unet,
             self.training,
             config,
-            weights=timestep_weights(self.factors, config.denoising_power),
+            factors=self.factors,
             progress=lambda _loss: progress(1),
         )
 
@@ -123,6 +123,13 @@ class Bench:
         return row, images
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Yield a pool with a worker for each core, torch using one thread in each worker.
@@ -132,7 +139,9 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        workers = min(cores(), len(METHODS))
+        set_one = torch.set_num_threads
+        with ThreadPoolExecutor(workers, initializer=set_one, initargs=(1,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
@@ -205,13 +214,14 @@ def _results(
         choices = last.unet.router(bench.held_out.timesteps).argmax(dim=-1)
     measured, label = quality(), bench.settings.label
     tuned = measured["finetune_noise_errors"][label]
+    default = bench.config == QuantizationConfig()
     return Results(
         config=bench.config,
         settings=bench.settings,
         seed=bench.seed,
         timesteps=bench.held_out.timesteps.tolist(),
         seed_noise=measured["frechet_model"][label],
-        spread=statistics.stdev(tuned) / statistics.mean(tuned),
+        spread=statistics.stdev(tuned) / statistics.mean(tuned) if default else None,
         rows=[row for _, row, _ in done],
         layers=layers,
         routing=choices.T.tolist(),

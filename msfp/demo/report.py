@@ -161,7 +161,9 @@ def html_page(results: Results, pictures: dict[str, tuple[bytes, str]]) -> str:
                 report.paragraph(
                     "Order methods by the noise-prediction error first and the paired PSNR second. "
                     "The Frechet distance only tells whether a model is within the noise that "
-                    "another seed makes in full precision.", note=True,
+                    "another seed makes in full precision. DFA minimises an error that is weighted "
+                    "by timestep; the one in the table is not. INT is symmetric, but for the row "
+                    "with a zero point.", note=True,
                 ),
             ]),
             ("What this run shows", [report.bullets(findings(results))]),

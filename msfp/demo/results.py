@@ -46,7 +46,7 @@ class Settings:
 
 
 FULL = Settings(
-    images=512, calibration=64, trajectories=256, held_out=64, finetune=240, sampler=Sampler(20)
+    images=512, calibration=64, trajectories=256, held_out=64, finetune=160, sampler=Sampler(20)
 )
 QUICK = Settings(
     images=96, calibration=32, trajectories=64, held_out=16, finetune=20, sampler=Sampler(10, 32)
@@ -73,6 +73,7 @@ class Method:
 METHODS = (
     Method("INT min-max", "int_minmax"),
     Method("INT MSE clip", "int_mse"),
+    Method("INT zero point", "int_zero_point"),
     Method("signed FP", "signed"),
     Method("mixup-sign FP", "mixup"),
     Method("signed FP + LoRA", "signed", hub=1),
@@ -122,7 +123,8 @@ class Results:
         layers: What mixup-sign chose for each layer.
         routing: The LoRA of each layer (rows) at each timestep of the last method.
         seed_noise: Frechet distances of the full-precision model over seeds, at as many images.
-        spread: Relative standard deviation of the noise-prediction error over fine-tuning seeds.
+        spread: Relative standard deviation of the noise-prediction error over seeds of the single
+            LoRA at the default bit widths; None at others.
         images: Some images of each method, from equal noise.
         inputs: Calibration inputs of every layer.
         pipe: The last method's pipeline, sealed.
@@ -133,7 +135,7 @@ class Results:
     seed: int
     timesteps: list[int]
     seed_noise: list[float]
-    spread: float
+    spread: float | None
     rows: list[Row] = field(default_factory=list)
     layers: list[LayerSummary] = field(default_factory=list)
     routing: list[list[int]] = field(default_factory=list)
@@ -166,7 +168,6 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
     }
 
 
@@ -189,16 +190,22 @@ def findings(results: Results) -> list[str]:
         )
     tuned = [rows[method.name] for method in METHODS if method.hub > 0]
     for before, after in pairwise(tuned):
-        if tied(before, after, results.spread):
+        if results.spread is None:
             sentences.append(
-                f"{after.method} and {before.method} tie: their errors differ by less than "
-                "fine-tuning with another seed does."
+                f"{after.method} has an error of {after.noise_error:.4f}, {before.method} of "
+                f"{before.noise_error:.4f}; seed noise was not measured at these bit widths."
+            )
+        elif tied(before, after, results.spread):
+            sentences.append(
+                f"{after.method} and {before.method} tie: their errors differ by less than those "
+                "of two seeds of one LoRA can."
             )
         else:
             word = "lower" if after.noise_error < before.noise_error else "higher"
             sentences.append(
                 f"{after.method} has a {word} error than {before.method} "
-                f"({after.noise_error:.4f} against {before.noise_error:.4f}), beyond seed noise."
+                f"({after.noise_error:.4f} against {before.noise_error:.4f}), beyond the seed "
+                "noise of one LoRA."
             )
     within = [row.method for row in results.rows[1:] if row.frechet <= limit]
     sentences.append(

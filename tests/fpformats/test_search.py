@@ -81,6 +81,12 @@ def test_rows_of_zeros_have_scale_one_and_no_error():
     assert errors.tolist() == [0, 0]
 
 
+def test_a_row_of_zeros_has_the_median_scale_of_the_others():
+    weight = torch.tensor([[0.0, 0.0], [6.0, 3.0], [0.6, 0.3], [60.0, 30.0]])
+    _, scales, _ = search_rows(weight, [E2M1])
+    assert scales[0] == scales[1]
+
+
 def test_a_tensor_of_zeros_is_exact():
     choice = search_tensor(np.zeros(8), [E2M1])
     assert choice.squared_error == 0

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msfp import FinetuneConfig, InputError, finetune, load, save, seal
-from msfp.checkpoint import atomic_folder, packed_size
+from msfp.checkpoint import atomic_folder, check_output, checksum, packed_size
 
 SAMPLE = """
 import sys, torch, msfp
@@ -81,17 +81,46 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for path in ("file", "file/x", "file/x/y", "link", "empty"):
+        with pytest.raises(InputError, match="output"):
+            check_output(tmp_path / path)
+    check_output(tmp_path / "new" / "folder")
+
+
+def test_a_half_precision_denoiser_is_not_saved(quantized, tmp_path):
+    pipe, _ = quantized()
+    seal(pipe.unet)
+    pipe.unet.conv_norm_out.half()
+    with pytest.raises(InputError, match=r"must be float32 to be saved, it has torch\.float16"):
+        save(pipe, tmp_path / "model")
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a checkpoint"):
         load(tmp_path)
 
 
+def rewrite(folder, description):
+    """Write a changed description with a checksum that fits, as a wrong program would."""
+    tensor_file = folder / "unet" / "msfp.safetensors"
+    description["checksum"] = checksum(description, tensor_file)
+    (folder / "unet" / "msfp.json").write_text(json.dumps(description))
+
+
+def describe(folder):
+    return json.loads((folder / "unet" / "msfp.json").read_text())
+
+
 def damage_json(change):
     def apply(folder):
-        file = folder / "unet" / "msfp.json"
-        description = json.loads(file.read_text())
+        description = describe(folder)
         change(description)
-        file.write_text(json.dumps(description))
+        rewrite(folder, description)
 
     return apply
 
@@ -102,8 +131,13 @@ def damage_tensors(change):
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
+        rewrite(folder, describe(folder))
 
     return apply
+
+
+def replace_tensor(name, tensor):
+    return damage_tensors(lambda tensors: tensors.update({name: tensor}))
 
 
 def truncate(folder):
@@ -111,25 +145,53 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def flip_a_byte(folder):
+    file = folder / "unet" / "msfp.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+
+
+def tamper_with_json(folder):
+    file = folder / "unet" / "msfp.json"
+    file.write_text(file.read_text().replace("E2M2U", "E3M1U"))
+
+
+def other_library(folder):
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text())
+    index["unet"] = ["antigravity", "UNet2DModel"]
+    file.write_text(json.dumps(index))
+
+
+UNSIGNED = "down_blocks.0.resnets.0.conv1"
 DAMAGE = {
-    "truncated": (truncate, "corrupt"),
+    "truncated": (truncate, "checksum"),
+    "flipped byte": (flip_a_byte, "checksum"),
+    "tampered": (tamper_with_json, "checksum"),
     "no tensors": (lambda folder: (folder / "unet" / "msfp.safetensors").unlink(), "corrupt"),
     "no json": (lambda folder: (folder / "unet" / "msfp.json").write_text("{"), "corrupt"),
     "a list": (lambda folder: (folder / "unet" / "msfp.json").write_text("[]"), "format version"),
     "version": (damage_json(lambda d: d.update(format_version=99)), "format version 99"),
+    "library": (other_library, "must be a class of diffusers, not of antigravity"),
     "format": (damage_json(lambda d: d["layers"]["conv_in"].update(weight_format="E9")), "E9"),
-    "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), "left over"),
+    "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), "entries|left over"),
+    "no entries": (damage_json(lambda d: d["layers"]["conv_in"].update(entries=0)), "corrupt"),
     "missing": (damage_tensors(lambda t: t.pop("conv_in.codes")), r"conv_in\.codes"),
-    "extra": (damage_tensors(lambda t: t.update(extra=torch.ones(1))), "extra"),
+    "no zero point": (
+        damage_tensors(lambda t: t.pop(f"{UNSIGNED}.input_zero_point")),
+        "zero_point",
+    ),
+    "extra": (replace_tensor("extra", torch.ones(1)), "extra"),
     "short": (
         damage_tensors(lambda t: t.update({"conv_in.codes": t["conv_in.codes"][:-1].clone()})),
         "conv_in|bytes",
     ),
-    "bias": (damage_tensors(lambda t: t.update({"conv_in.bias": torch.ones(3)})), r"conv_in\.bias"),
-    "scales": (
-        damage_tensors(lambda t: t.update({"conv_in.weight_scale": torch.ones(3)})),
-        r"conv_in\.weight_scale",
-    ),
+    "bias": (replace_tensor("conv_in.bias", torch.ones(3)), r"conv_in\.bias"),
+    "wide bias": (replace_tensor("conv_in.bias", torch.ones(32).double()), r"conv_in\.bias"),
+    "scales": (replace_tensor("conv_in.weight_scale", torch.ones(3)), r"conv_in\.weight_scale"),
+    "nan": (replace_tensor("conv_in.input_scale", torch.tensor(torch.nan)), "finite"),
+    "vector": (replace_tensor("conv_in.input_scale", torch.ones(16)), "scalars"),
 }
 
 
@@ -137,5 +199,6 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(saved, damage):
     change, message = DAMAGE[damage]
     change(saved)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         load(saved)
+    assert len(str(caught.value).splitlines()) == 1

@@ -11,9 +11,9 @@ from msfp import (
     finetune,
     record_trajectories,
     seal,
-    timestep_weights,
 )
 from msfp.evaluate import noise_errors
+from msfp.fine_tuning import keep_above
 from msfp.layers import quantized_layers
 
 SHORT = {"rank": 4, "steps": 12, "batch": 8}
@@ -63,10 +63,19 @@ def test_the_weighting_changes_what_is_learned(quantized, trajectories, referenc
     outcomes = []
     for power in (0.0, 2.0):
         pipe, _ = quantized()
-        config = FinetuneConfig(rank=4, steps=8, batch=8)
-        finetune(pipe.unet, trajectories, config, weights=timestep_weights(factors, power))
+        config = FinetuneConfig(rank=4, steps=8, batch=8, denoising_power=power)
+        finetune(pipe.unet, trajectories, config, factors=factors)
         outcomes.append(pipe.unet.conv_out.entries)
     assert not torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("factors", [None, {10: 1.0, 0: 1.0}])
+def test_missing_factors_are_refused_before_anything_is_changed(quantized, trajectories, factors):
+    pipe, _ = quantized()
+    config = FinetuneConfig(denoising_power=1.0)
+    with pytest.raises(InputError, match="factors must be given for every recorded timestep"):
+        finetune(pipe.unet, trajectories, config, factors=factors)
+    assert all(layer.hub is None for layer in quantized_layers(pipe.unet).values())
 
 
 def test_a_plain_or_a_sealed_denoiser_is_refused(reference, quantized, trajectories):
@@ -83,3 +92,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named(quantized, trajecto
     broken.predictions.fill_(torch.nan)
     with pytest.raises(InputError, match="loss is nan at step 0"):
         finetune(pipe.unet, broken, FinetuneConfig(rank=2, steps=2, batch=4))
+
+
+def test_learned_scales_stay_positive_however_long_the_training():
+    scales = [torch.tensor([0.5, -0.1, 1e-9])]
+    keep_above(scales, [torch.tensor([0.1, 0.2, 0.3])])
+    torch.testing.assert_close(scales[0], torch.tensor([0.5, 0.2, 0.3]))

@@ -90,6 +90,44 @@ def test_every_layer_after_silu_chooses_unsigned(quantized):
     assert unsigned == {layer.name for layer in layers if layer.name.endswith(after_silu)}
 
 
+def test_a_quantized_pipeline_is_not_quantized_again(quantized, calibration):
+    pipe, _ = quantized()
+    with pytest.raises(InputError, match="is quantized already"):
+        quantize(pipe, QuantizationConfig(weights=3), calibration=calibration)
+
+
+def test_a_denoiser_without_known_ends_needs_one_width_for_all(reference, calibration):
+    class Denoiser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+    pipe = copy.deepcopy(reference)
+    pipe.unet = Denoiser()
+    inputs = Calibration({"inner": calibration.inputs["conv_in"]})
+    with pytest.raises(InputError, match="no layer named conv_in or conv_out"):
+        quantize(pipe, QuantizationConfig(), calibration=inputs)
+    assert len(quantize(pipe, QuantizationConfig(first_last=4), calibration=inputs)) == 1
+
+
+def test_the_plain_layer_keeps_its_weight_when_its_counterpart_is_sealed(quantized, reference):
+    plain = copy.deepcopy(reference.unet.conv_in)
+    layer = quantized()[0].unet.conv_in
+    twin = type(layer).wrap(plain, layer.weight_quantizer, layer.input_quantizer, layer.summary)
+    assert twin.weight is plain.weight
+    twin.seal()
+    assert torch.equal(plain.weight, reference.unet.conv_in.weight)
+
+
+def test_integers_with_a_zero_point_lie_between_symmetric_ones_and_mixup(silu_inputs):
+    tensor = SortedTensor(silu_inputs)
+    errors = [
+        search_input(tensor, 4, scheme)[0].squared_error
+        for scheme in ("int_minmax", "int_mse", "int_zero_point", "mixup")
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_calibration_of_another_model_is_refused_and_nothing_is_swapped(reference):
     pipe = copy.deepcopy(reference)
     with pytest.raises(InputError, match="calibration has no inputs for the layer 'conv_in'"):

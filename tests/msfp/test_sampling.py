@@ -1,4 +1,7 @@
+import copy
+
 import torch
+from diffusers import PNDMPipeline, PNDMScheduler
 
 from msfp import Sampler, record_trajectories
 from msfp.sampling import recorded
@@ -40,3 +43,14 @@ def test_recording_in_rounds_equals_recording_at_once(reference):
     rounds = record_trajectories(reference, Sampler(2, 4), count=8, seed=1)
     first = record_trajectories(reference, Sampler(2, 4), count=4, seed=1)
     assert torch.equal(rounds.samples[:, :4], first.samples)
+
+
+def test_samplers_that_call_the_denoiser_more_than_once_a_step_are_recorded_whole(reference):
+    pipe = copy.deepcopy(reference)
+    config = pipe.scheduler.config
+    pipe.scheduler = PNDMScheduler.from_config(config, skip_prk_steps=True)
+    pipe = PNDMPipeline(pipe.unet, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    recording = record_trajectories(pipe, Sampler(5, 4), count=8, seed=0)
+    assert len(recording.timesteps) == len(pipe.scheduler.timesteps)
+    assert recording.samples.shape[:2] == (len(pipe.scheduler.timesteps), 8)
