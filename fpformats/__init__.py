@@ -12,8 +12,8 @@ Every well-formed format name can be imported, and stands for a `FloatFormat`:
 from __future__ import annotations
 
 from fpformats.convert import decode, encode, quantize, values
-from fpformats.formats import FloatFormat, Specials
-from fpformats.names import format_name, parse
+from fpformats.formats import FloatFormat, Specials, p3109
+from fpformats.names import dtype_of, format_name, parse
 from fpformats.packing import pack, unpack
 from fpformats.rounding import Rounding, Saturation
 from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
@@ -25,9 +25,11 @@ __all__ = [
     "Specials",
     "decode",
     "decode_scaled",
+    "dtype_of",
     "encode",
     "encode_scaled",
     "format_name",
+    "p3109",
     "pack",
     "parse",
     "quantize",

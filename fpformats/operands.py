@@ -138,14 +138,33 @@ def check_codes(codes: Any, bits: int, owner: str) -> None:
         TypeError: If they are not integers.
         ValueError: If one is negative or too large for `owner`.
     """
-    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
-    if not name.startswith(("int", "uint")):
-        raise TypeError(f"codes are of type {name}; they must be integers")
-    if is_compiling() or name == f"uint{bits}":
+    _check_integers(codes, bits, "codes", f"{owner} has codes")
+
+
+def check_words(random: Any, bits: int, x: Any) -> None:
+    """Check that `random` is a seed, or an array of words of some bits alike to `x`, or None.
+
+    Raises:
+        TypeError: If it is neither, or of another library than `x`.
+        ValueError: If the seed or a word is out of range (words are not looked at under
+            torch.compile), or the shape is not that of `x`.
+    """
+    if random is None:
         return
-    low, high = (codes, codes) if isinstance(codes, int) else _extremes(codes)
-    if low < 0 or high >= 1 << bits:
-        raise ValueError(f"codes are {low} to {high}; {owner} has codes 0 to {(1 << bits) - 1}")
+    if isinstance(random, int) and not isinstance(random, bool):
+        if not 0 <= random < 1 << 64:
+            raise ValueError(f"random is the seed {random}; seeds are 0 to 2**64 - 1")
+        return
+    is_array = is_tensor(random) or isinstance(random, np.ndarray | np.generic)
+    if not is_array or is_tensor(random) != is_tensor(x):
+        raise TypeError(
+            f"random is a {type(random).__name__}; it must be a seed or, as x is a "
+            f"{type(x).__name__}, an array of the same library"
+        )
+    if tuple(random.shape) != tuple(getattr(x, "shape", ())):
+        shape = tuple(getattr(x, "shape", ()))
+        raise ValueError(f"random has shape {tuple(random.shape)}; x has shape {shape}")
+    _check_integers(random, bits, "random", f"words of {bits} bits are")
 
 
 def needs_gradient(*inputs: Any, out: Any) -> bool:
@@ -167,6 +186,17 @@ def quiet() -> contextlib.AbstractContextManager[object]:
     if is_compiling():
         return contextlib.nullcontext()
     return np.errstate(over="ignore", invalid="ignore")
+
+
+def _check_integers(codes: Any, bits: int, argument: str, limits: str) -> None:
+    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
+    if not name.startswith(("int", "uint")):
+        raise TypeError(f"{argument} are of type {name}; they must be integers")
+    if is_compiling() or name == f"uint{bits}":
+        return
+    low, high = (codes, codes) if isinstance(codes, int) else _extremes(codes)
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"{argument} are {low} to {high}; {limits} 0 to {(1 << bits) - 1}")
 
 
 def _extremes(codes: Any) -> tuple[int, int]:
