@@ -20,7 +20,8 @@ from fpformats.operands import (
     check_out,
     check_words,
     grid_of,
-    is_compiling,
+    is_batched,
+    is_hidden,
     is_tensor,
     library_of,
     narrowed,
@@ -96,7 +97,7 @@ def quantize(
     check_words(random, random_bits, x)
     xp, wide = library_of(x), widened(x, working_carrier(carrier))
     with quiet():
-        y = _rounded(xp, wide, grid, rounding, saturation, random, random_bits)
+        y = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
     if needs_gradient(x, out=out):
         from fpformats.gradients import straight_through
 
@@ -152,7 +153,7 @@ def encode(
     xp, wide = library_of(x), widened(x, working_carrier(carrier))
     nan_code = fmt.nan_code if nan is None else nan
     with quiet():
-        values = _rounded(xp, wide, grid, rounding, saturation, random, random_bits)
+        values = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
         if nan_code is None:
             _refuse_nan(xp, wide, values, fmt, saturation)
         codes = portable.encode(xp, values, grid, nan_code)
@@ -220,11 +221,31 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
     return listed
 
 
-def _rounded(
-    xp: ModuleType, x: Any, grid: Grid, rounding: str, saturation: str, random: Any, bits: int
+def rounded(
+    xp: ModuleType,
+    x: Any,
+    grid: Grid,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    bits: int = 32,
 ) -> Any:
-    """Round in the mode that is asked for; the default one has a faster way of its own."""
-    if rounding == NEAREST and saturation == FINITE:
+    """Round in the mode that is asked for; the default one has a faster way of its own.
+
+    Args:
+        xp: The library of `x`, numpy or torch.
+        x: Array of the grid's carrier.
+        grid: The format.
+        rounding: As in `quantize`.
+        saturation: As in `quantize`.
+        random: As in `quantize`, checked.
+        bits: As `random_bits` in `quantize`.
+
+    Returns:
+        A new array of the shape and dtype of `x`.
+    """
+    # The faster way works in place, which vmap cannot.
+    if rounding == NEAREST and saturation == FINITE and not is_batched(x):
         return portable.quantize(xp, x, grid)
     words = None
     if isinstance(random, int):
@@ -235,10 +256,12 @@ def _rounded(
     return policy.quantize(xp, x, grid, rounding, edges, words, bits)
 
 
-def _refuse_nan(xp: ModuleType, x: Any, rounded: Any, fmt: FloatFormat, saturation: str) -> None:
-    if is_compiling():
-        raise ValueError(f"nan is None, and {fmt} has no NaN: torch.compile needs nan= as a code")
-    if not bool(xp.isnan(rounded).any()):
+def _refuse_nan(xp: ModuleType, x: Any, values: Any, fmt: FloatFormat, saturation: str) -> None:
+    if is_hidden(values):
+        raise ValueError(
+            f"nan is None, and {fmt} has no NaN: torch.compile and vmap need nan= as a code"
+        )
+    if not bool(xp.isnan(values).any()):
         return
     if bool(xp.isnan(x).any()):
         raise ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")

@@ -50,7 +50,7 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
     magnitudes = abs(values)
     special = None
     if nan_code is not None or grid.infinity_code >= 0:
-        special = ~(magnitudes <= grid.high)
+        special = xp.isnan(values) if grid.infinity_code < 0 else ~(magnitudes <= grid.high)
         magnitudes = xp.where(special, grid.high, magnitudes)
     codes = _index(xp, magnitudes, grid)
     if grid.lifted is not None:
@@ -64,7 +64,8 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
     if nan_code is None:
         return codes
     # As a signed number of the same bits, where the format fills the carrier.
-    return xp.where(xp.isnan(values), nan_code - (nan_code >> top << (top + 1)), codes)
+    nan = special if grid.infinity_code < 0 else xp.isnan(values)
+    return xp.where(nan, nan_code - (nan_code >> top << (top + 1)), codes)
 
 
 def decode(xp: ModuleType, codes: Any, grid: Grid) -> Any:
