@@ -97,9 +97,10 @@ def compare(formats: Sequence[FloatFormat]) -> str:
     widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(formats))]
     lines = [_columns([name, *cells], [19, *widths]) for name, cells in rows]
     low, high = min(fmt.min for fmt in formats), max(fmt.max for fmt in formats)
+    lines.append("")
     for fmt in formats:
-        lines += ["" if fmt is formats[0] else None, str(fmt), _marks(values(fmt), low, high)]
-    return "\n".join([line for line in lines if line is not None] + [_ends(low, high)])
+        lines += [str(fmt), _marks(values(fmt), low, high)]
+    return "\n".join([*lines, _ends(low, high)])
 
 
 def number_line(fmt: FloatFormat) -> str:

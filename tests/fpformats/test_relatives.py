@@ -151,8 +151,10 @@ class TestScales:
 
 @pytest.mark.parametrize(
     "dtype",
-    ["float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8_e4m3fnuz"]
-    + ["float8_e5m2fnuz", "float8_e4m3b11fnuz", "bfloat16"],
+    [
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8_e4m3fnuz"),
+        *("float8_e5m2fnuz", "float8_e4m3b11fnuz", "bfloat16"),
+    ],
 )
 def test_ml_dtypes_agrees_beyond_the_range_too(dtype):
     # From float32: it overflows to infinity, or NaN without one. FNUZ formats have no -0 in

@@ -92,7 +92,7 @@ def test_csv_tables_of_formats_beyond_float64():
     rows = csv(parse("Binary13p1se")).splitlines()
     assert rows[2] == "0x0001,0x1p-2047,"
     assert rows[-1] == "0x1fff,-Inf,"
-    with pytest.raises(ValueError, match="FP32|E8M23IEEE has 32 bits"):
+    with pytest.raises(ValueError, match="E8M23IEEE has 32 bits"):
         csv(parse("FP32"))
 
 
