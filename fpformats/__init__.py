@@ -11,26 +11,56 @@ Every well-formed format name can be imported, and stands for a `FloatFormat`:
 
 from __future__ import annotations
 
+from fpformats.blocks import (
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    NVFP4,
+    BlockFormat,
+    Blocks,
+    ScaleRule,
+    decode_blocks,
+    encode_blocks,
+    quantize_blocks,
+)
 from fpformats.convert import decode, encode, quantize, values
-from fpformats.formats import FloatFormat, Specials
-from fpformats.names import format_name, parse
+from fpformats.formats import FloatFormat, Specials, p3109
+from fpformats.names import dtype_of, format_name, parse
 from fpformats.packing import pack, unpack
 from fpformats.rounding import Rounding, Saturation
 from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
 
 __all__ = [
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "NVFP4",
+    "BlockFormat",
+    "Blocks",
     "FloatFormat",
     "Rounding",
     "Saturation",
+    "ScaleRule",
     "Specials",
     "decode",
+    "decode_blocks",
     "decode_scaled",
+    "dtype_of",
     "encode",
+    "encode_blocks",
     "encode_scaled",
     "format_name",
+    "p3109",
     "pack",
     "parse",
     "quantize",
+    "quantize_blocks",
     "quantize_scaled",
     "unpack",
     "values",

@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from fpformats.names import parse
-from fpformats.show import describe
+from fpformats.show import compare, describe
+from fpformats.tables import csv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,19 +21,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of this process.
 
     Returns:
-        The exit code: 0, or 2 where the format cannot be shown.
+        The exit code: 0, or 2 where a format cannot be shown.
     """
-    parser = argparse.ArgumentParser(prog="fpformats", description="Look at minifloat formats.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    show = commands.add_parser("show", help="print a format's facts, number line and codes")
-    show.add_argument("format", help="a format name, such as E2M1U")
-    name = parser.parse_args(arguments).format
+    options = _parser().parse_args(arguments)
     try:
-        print(describe(parse(name)))
-    except ValueError as error:
+        text = _run(options)
+    except (OSError, ValueError) as error:
         print(f"fpformats: {error}", file=sys.stderr)
         return 2
+    print(text, end="" if text.endswith("\n") else "\n")
     return 0
+
+
+def _run(options: argparse.Namespace) -> str:
+    formats = [parse(name) for name in options.formats]
+    if options.command == "show":
+        return describe(formats[0])
+    if options.command == "compare":
+        return compare(formats)
+    if options.command == "csv":
+        return csv(formats[0])
+    from fpformats.plots import plot_grid, plot_rounding
+
+    if options.rounding:
+        return str(plot_rounding(formats[0], options.output, options.rounding))
+    return str(plot_grid(formats, options.output))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fpformats", description="Look at minifloat formats.")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    helps = {
+        "show": "print a format's facts, number line and codes",
+        "compare": "print formats side by side",
+        "csv": "print all codes with their exact values, as CSV",
+        "plot": "draw the values of formats, or with --rounding what numbers round to, as PNG",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        many = name in ("compare", "plot")
+        count = "+" if many else 1
+        command.add_argument("formats", nargs=count, help="a format name, such as E2M1U")
+        if name == "plot":
+            command.add_argument("--output", default="formats.png", help="the file to write")
+            command.add_argument(
+                "--rounding", action="append", help="a rounding mode; may be repeated"
+            )
+    return parser
 
 
 if __name__ == "__main__":

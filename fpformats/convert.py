@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.kernels import portable
+from fpformats.kernels import philox, policy, portable
 from fpformats.operands import (
     carrier_named,
     carrier_of,
     cast,
     check_codes,
     check_out,
+    check_words,
     grid_of,
-    is_compiling,
+    is_batched,
+    is_hidden,
     is_tensor,
     library_of,
     narrowed,
@@ -29,7 +31,7 @@ from fpformats.operands import (
     widened,
     working_carrier,
 )
-from fpformats.rounding import check_policy
+from fpformats.rounding import FINITE, NEAREST, check_policy, is_stochastic
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -37,9 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
-
-NEAREST = "NearestTiesToEven"
-FINITE = "SatFinite"
+    from fpformats.kernels.grid import Grid
 
 
 def quantize(
@@ -48,23 +48,28 @@ def quantize(
     *,
     rounding: str = NEAREST,
     saturation: str = FINITE,
-    random: None = None,
+    random: Any = None,
+    random_bits: int = 32,
     clip_gradient: bool = False,
     out: Any = None,
 ) -> Any:
     """Round to the values of a format, in the same carrier type.
 
-    Rounding and saturation are IEEE P3109's (4.6): to the nearest value, ties to the even code,
-    in one rounding of the value as given; then everything beyond the range, infinities too,
-    becomes the nearest finite value. So negative numbers become 0 in an unsigned format. NaN
-    stays NaN, and -0.0 stays -0.0 where the format has it.
+    Rounding and saturation are IEEE P3109's (4.6): the value as given is rounded once, and what
+    then is beyond the range is saturated. By default it goes to the nearest value, ties to the
+    even code, and everything beyond the range, infinities too, becomes the nearest finite value.
+    So negative numbers become 0 in an unsigned format. NaN stays NaN, and -0.0 stays -0.0 where
+    the format has it.
 
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
         fmt: The format.
-        rounding: "NearestTiesToEven".
-        saturation: "SatFinite".
-        random: None.
+        rounding: Name or member of `Rounding`.
+        saturation: Name or member of `Saturation`.
+        random: For the stochastic modes, a seed from 0 to 2**64 - 1, from which each element
+            takes the word of its place in row-major order, whatever the device; or the words
+            themselves, an array of integers of the library and shape of `x`.
+        random_bits: Width of the random words, 1 to 32.
         clip_gradient: The gradient passes straight through to a tensor `x` that requires one;
             if True, only where `x` is in the range of the format.
         out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
@@ -85,12 +90,14 @@ def quantize(
         >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1U)
         array([0.5, 1. , 0. , 6. ])
     """
-    check_policy(rounding, saturation, random)
+    check_policy(rounding, saturation, random, random_bits)
     carrier = carrier_of(x)
     grid = grid_of(fmt, carrier)
     check_out(out, x)
+    check_words(random, random_bits, x)
+    xp, wide = library_of(x), widened(x, working_carrier(carrier))
     with quiet():
-        y = portable.quantize(library_of(x), widened(x, working_carrier(carrier)), grid)
+        y = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
     if needs_gradient(x, out=out):
         from fpformats.gradients import straight_through
 
@@ -105,7 +112,8 @@ def encode(
     *,
     rounding: str = NEAREST,
     saturation: str = FINITE,
-    random: None = None,
+    random: Any = None,
+    random_bits: int = 32,
     nan: int | None = None,
 ) -> Any:
     """Round to the codes of a format.
@@ -113,9 +121,10 @@ def encode(
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
         fmt: The format.
-        rounding: "NearestTiesToEven".
-        saturation: "SatFinite".
-        random: None.
+        rounding: As in `quantize`.
+        saturation: As in `quantize`.
+        random: As in `quantize`.
+        random_bits: As in `quantize`.
         nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
 
     Returns:
@@ -135,17 +144,19 @@ def encode(
         >>> encode(float("nan"), E4M3), encode(float("nan"), E2M1, nan=0)
         (127, 0)
     """
-    check_policy(rounding, saturation, random)
+    check_policy(rounding, saturation, random, random_bits)
     carrier = carrier_of(x)
     grid = grid_of(fmt, carrier)
     if nan is not None and not 0 <= nan < fmt.code_count:
         raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
-    xp, values = library_of(x), widened(x, working_carrier(carrier))
+    check_words(random, random_bits, x)
+    xp, wide = library_of(x), widened(x, working_carrier(carrier))
     nan_code = fmt.nan_code if nan is None else nan
-    if nan_code is None:
-        _refuse_nan(xp, values, fmt)
     with quiet():
-        codes = portable.encode(xp, portable.quantize(xp, values, grid), grid, nan_code)
+        values = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
+        if nan_code is None:
+            _refuse_nan(xp, wide, values, fmt, saturation)
+        codes = portable.encode(xp, values, grid, nan_code)
     width = max(8, 1 << (fmt.bits - 1).bit_length())
     return shaped(cast(codes, f"uint{width}"), x)
 
@@ -194,7 +205,8 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
         One-dimensional float64 array; zero is in it once, as +0.0.
 
     Raises:
-        ValueError: If the format has more codes than can sensibly be listed.
+        ValueError: If the format has more codes than can sensibly be listed, or float64 cannot
+            hold them all (`fpformats.exact.values` lists those as fractions).
 
     Example:
         >>> from fpformats import E3M0U
@@ -204,16 +216,59 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
     if fmt.bits > 24:
         raise ValueError(f"{fmt} has 2**{fmt.bits} codes; values are listed up to 24 bits")
     magnitudes = decode(np.arange(fmt.max_code + 1), fmt, "float64")
-    negative = -magnitudes[:0:-1] if fmt.signed else magnitudes[:0]
+    negative = -magnitudes[fmt.smallest_code :][::-1] if fmt.signed else magnitudes[:0]
     listed: NDArray[np.float64] = np.concatenate([negative, magnitudes])
     return listed
 
 
-def _refuse_nan(xp: ModuleType, values: Any, fmt: FloatFormat) -> None:
-    if is_compiling():
-        raise ValueError(f"nan is None, and {fmt} has no NaN: torch.compile needs nan= as a code")
-    if bool(xp.isnan(values).any()):
+def rounded(
+    xp: ModuleType,
+    x: Any,
+    grid: Grid,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    bits: int = 32,
+) -> Any:
+    """Round in the mode that is asked for; the default one has a faster way of its own.
+
+    Args:
+        xp: The library of `x`, numpy or torch.
+        x: Array of the grid's carrier.
+        grid: The format.
+        rounding: As in `quantize`.
+        saturation: As in `quantize`.
+        random: As in `quantize`, checked.
+        bits: As `random_bits` in `quantize`.
+
+    Returns:
+        A new array of the shape and dtype of `x`.
+    """
+    # The faster way works in place, which vmap cannot.
+    if rounding == NEAREST and saturation == FINITE and not is_batched(x):
+        return portable.quantize(xp, x, grid)
+    words = None
+    if isinstance(random, int):
+        words = philox.random_words(xp, x, random, bits)
+    elif is_stochastic(rounding):
+        words = cast(random, "int64").reshape(x.shape)
+    edges = policy.make_edges(grid, rounding, saturation)
+    return policy.quantize(xp, x, grid, rounding, edges, words, bits)
+
+
+def _refuse_nan(xp: ModuleType, x: Any, values: Any, fmt: FloatFormat, saturation: str) -> None:
+    if is_hidden(values):
+        raise ValueError(
+            f"nan is None, and {fmt} has no NaN: torch.compile and vmap need nan= as a code"
+        )
+    if not bool(xp.isnan(values).any()):
+        return
+    if bool(xp.isnan(x).any()):
         raise ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")
+    raise ValueError(
+        f"x goes beyond {fmt}, which {saturation} makes NaN, and {fmt} has no code for NaN; "
+        "nan= gives it one"
+    )
 
 
 def _as_integers(codes: Any, dtype: str) -> Any:

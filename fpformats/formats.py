@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_EXPONENT_BITS = 11
+MAX_EXPONENT_BITS = 16
 MAX_MANTISSA_BITS = 52
 
 
@@ -28,12 +29,15 @@ class Specials(Enum):
     """The top exponent field holds infinity (mantissa 0) and NaN (other mantissas)."""
 
     FNUZ = "NaN at negative zero, no infinity"
-    """NaN takes the code of negative zero, so that zero has no sign."""
+    """NaN takes the code of negative zero, so that zero has no sign (signed, finite P3109)."""
+
+    EXTENDED = "P3109 infinities and one NaN"
+    """Infinity at the top magnitude and NaN at negative zero; unsigned, NaN above infinity."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class FloatFormat:
-    """A binary floating-point format, of at most 11 exponent and 52 mantissa bits.
+    """A binary floating-point format, of at most 16 exponent and 52 mantissa bits.
 
     A code is, from the top, a sign bit (signed formats only), the exponent field F and the
     mantissa field T. With M mantissa bits it stands for::
@@ -42,19 +46,22 @@ class FloatFormat:
         (2**M + T) * 2**(F - bias - M)     elsewhere
 
     as in OCP OFP8 1.0, section 5. Without subnormals the second line holds for F = 0 too, except
-    that the code with T = 0 is zero. An unsigned format has no sign bit and no negative value.
-    Magnitudes grow with their codes, so "ties to even" can mean the code.
+    that the code 0 is zero; without zero it holds for the code 0 as well, as in the block scale of
+    OCP MX 1.0. An unsigned format has no sign bit and no negative value. Magnitudes grow with
+    their codes, so "ties to even" can mean the code.
 
     Instances are immutable, hashable, and equal when all their fields are.
 
     Attributes:
-        exponent_bits: Width of the exponent field, 0 to 11. With 0 the format is fixed point.
+        exponent_bits: Width of the exponent field, 0 to 16. With 0 the format is fixed point.
         mantissa_bits: Width of the mantissa field, 0 to 52.
         signed: Whether codes have a sign bit.
         bias: Exponent bias, any integer. By default 2**(E-1) - 1, but 0 for E = 0, and 2**(E-1)
-            under `Specials.FNUZ`.
+            under `Specials.FNUZ` and `Specials.EXTENDED`.
         specials: Which codes are NaN or infinity.
-        subnormals: Whether exponent field 0 holds the subnormal numbers.
+        subnormals: Whether exponent field 0 holds the subnormal numbers. Without mantissa bits
+            there are none to leave out, and it becomes True.
+        zero: Whether there is a zero. Without, there are no subnormals either.
 
     Raises:
         ValueError: If an argument is out of range, or no finite nonzero value would be left.
@@ -73,6 +80,7 @@ class FloatFormat:
     bias: int = None  # type: ignore[assignment]
     specials: Specials = Specials.FINITE_ONLY
     subnormals: bool = True
+    zero: bool = True
 
     def __post_init__(self) -> None:
         _check_width("exponent_bits", self.exponent_bits, MAX_EXPONENT_BITS)
@@ -86,13 +94,21 @@ class FloatFormat:
             raise ValueError(f"bias is {bias!r}; it must be an integer")
         if self.specials is Specials.FNUZ and not self.signed:
             raise ValueError("specials is FNUZ; an unsigned format has no negative zero to use")
-        if not self.subnormals and min(self.exponent_bits, self.mantissa_bits) == 0:
-            raise ValueError("subnormals is False; that needs exponent_bits and mantissa_bits > 0")
-        if self.max_code < 1:
+        if self.mantissa_bits == 0 and self.zero:
+            object.__setattr__(self, "subnormals", True)
+        if not self.zero:
+            self._check_no_zero()
+        if self.max_code < self.smallest_code:
             raise ValueError(
                 f"exponent_bits {self.exponent_bits} and mantissa_bits {self.mantissa_bits} leave "
                 f"no finite nonzero value with specials {self.specials.name}; add a bit"
             )
+
+    def _check_no_zero(self) -> None:
+        if self.subnormals:
+            raise ValueError("zero is False; that needs subnormals=False")
+        if self.nan_code == 1 << self.magnitude_bits:
+            raise ValueError(f"zero is False; {self.specials.name} puts NaN at its negative")
 
     def __str__(self) -> str:
         from fpformats.names import format_name
@@ -101,11 +117,16 @@ class FloatFormat:
 
     def __repr__(self) -> str:
         sign = "signed" if self.signed else "unsigned"
-        subnormals = "" if self.subnormals else ", no subnormals"
+        missing = "" if self.subnormals else ", no subnormals" if self.zero else ", no zero"
         return (
-            f"FloatFormat({self}: {self.bits} bits, {sign}, bias {self.bias}, "
-            f"max {_readable(self.exact_max)}, {self.specials.value}{subnormals})"
+            f"FloatFormat({self}: {self.bits} {'bit' if self.bits == 1 else 'bits'}, {sign}, "
+            f"bias {self.bias}, max {readable(self.exact_max)}, {self.specials.value}{missing})"
         )
+
+    def _repr_html_(self) -> str:
+        from fpformats.show import html
+
+        return html(self)
 
     @property
     def magnitude_bits(self) -> int:
@@ -127,12 +148,22 @@ class FloatFormat:
         """Code of the largest finite value."""
         if self.specials is Specials.IEEE:
             return (((1 << self.exponent_bits) - 1) << self.mantissa_bits) - 1
-        return (1 << self.magnitude_bits) - (2 if self.specials is Specials.NAN_ONLY else 1)
+        specials_above = 0
+        if self.specials is Specials.NAN_ONLY:
+            specials_above = 1
+        elif self.specials is Specials.EXTENDED:
+            specials_above = 1 if self.signed else 2
+        return (1 << self.magnitude_bits) - 1 - specials_above
+
+    @property
+    def smallest_code(self) -> int:
+        """Code of the smallest value above zero."""
+        return 1 if self.zero else 0
 
     @property
     def has_infinity(self) -> bool:
         """Whether a code stands for infinity."""
-        return self.specials is Specials.IEEE
+        return self.specials in (Specials.IEEE, Specials.EXTENDED)
 
     @property
     def has_nan(self) -> bool:
@@ -142,7 +173,7 @@ class FloatFormat:
     @property
     def has_negative_zero(self) -> bool:
         """Whether zero has a sign."""
-        return self.signed and self.specials is not Specials.FNUZ
+        return self.signed and self.zero and self.nan_code != 1 << self.magnitude_bits
 
     @property
     def infinity_code(self) -> int | None:
@@ -156,6 +187,8 @@ class FloatFormat:
             return self.max_code + 1
         if self.specials is Specials.FNUZ:
             return 1 << self.magnitude_bits
+        if self.specials is Specials.EXTENDED:
+            return (1 << self.magnitude_bits) - (0 if self.signed else 1)
         if self.specials is Specials.IEEE and self.mantissa_bits:
             return self.max_code + 1 + (1 << (self.mantissa_bits - 1))
         return None
@@ -174,7 +207,7 @@ class FloatFormat:
     def scaled_magnitude(self, code: int) -> tuple[int, int]:
         """Give integers (n, e) such that the code of a finite value >= 0 stands for n * 2**e."""
         field, fraction = divmod(code, 1 << self.mantissa_bits)
-        if code == 0 or (field == 0 and self.subnormals):
+        if (code == 0 and self.zero) or (field == 0 and self.subnormals):
             return fraction, 1 - self.bias - self.mantissa_bits
         return fraction + (1 << self.mantissa_bits), field - self.bias - self.mantissa_bits
 
@@ -185,20 +218,35 @@ class FloatFormat:
         return significand * Fraction(2) ** exponent
 
     @property
+    def exact_smallest(self) -> Fraction:
+        """Smallest value above zero, as a fraction: some formats exceed float64."""
+        significand, exponent = self.scaled_magnitude(self.smallest_code)
+        return significand * Fraction(2) ** exponent
+
+    @property
     def max(self) -> float:
         """Largest finite value; OverflowError where float64 cannot hold it (see `exact_max`)."""
-        return float(self.exact_max)
+        return _as_float(self.exact_max, "max", self)
 
     @property
     def min(self) -> float:
-        """Lowest finite value: -max, or 0 where the format is unsigned."""
-        return -self.max if self.signed else 0.0
+        """Lowest finite value: -max, or where the format is unsigned 0 (without zero, `smallest`).
+
+        Raises:
+            OverflowError: Where float64 cannot hold it.
+        """
+        if self.signed:
+            return -self.max
+        return 0.0 if self.zero else self.smallest
 
     @property
     def smallest(self) -> float:
-        """Smallest value above zero, subnormal where there are subnormals."""
-        significand, exponent = self.scaled_magnitude(1)
-        return float(significand * Fraction(2) ** exponent)
+        """Smallest value above zero, subnormal where there are subnormals.
+
+        Raises:
+            OverflowError: Where float64 cannot hold it (see `exact_smallest`).
+        """
+        return _as_float(self.exact_smallest, "smallest", self)
 
     @property
     def smallest_subnormal(self) -> float | None:
@@ -212,7 +260,7 @@ class FloatFormat:
             return self.smallest
         if self.max_code >> self.mantissa_bits == 0:
             return None
-        return float(Fraction(2) ** self.min_exponent)
+        return _as_float(Fraction(2) ** self.min_exponent, "smallest_normal", self)
 
     def quantize(self, x: Any, **options: Any) -> Any:
         """Round `x` to this format: `fpformats.quantize` with this format."""
@@ -239,18 +287,51 @@ class FloatFormat:
         return values(self)
 
 
+def p3109(k: int, p: int, *, signed: bool = True, extended: bool = True) -> FloatFormat:
+    """Give a format of IEEE P3109 (interim report 4.0, section 4.2), by its parameters.
+
+    Args:
+        k: Width in bits, more than 2.
+        p: Precision in bits, one more than the stored mantissa: 0 < p < k, or p <= k unsigned.
+        signed: Whether there are negative values.
+        extended: Whether there are infinities.
+
+    Returns:
+        The format, ``Binary{k}p{p}{s|u}{e|f}``.
+
+    Raises:
+        ValueError: If a parameter is out of range, or the exponent would be wider than 16 bits.
+
+    Example:
+        >>> p3109(8, 3)
+        FloatFormat(Binary8p3se: 8 bits, signed, bias 16, max 49152, P3109 infinities and one NaN)
+        >>> p3109(8, 4, extended=False) == FloatFormat(4, 3, specials=Specials.FNUZ)
+        True
+    """
+    if not _is_int(k) or k <= 2:
+        raise ValueError(f"k is {k!r}; it must be an integer above 2")
+    limit = k - 1 if signed else k
+    if not _is_int(p) or not 0 < p <= limit:
+        raise ValueError(f"p is {p!r}; it must be an integer from 1 to {limit}")
+    exponent_bits = k - p if signed else k - p + 1
+    finite = Specials.FNUZ if signed else Specials.NAN_ONLY
+    specials = Specials.EXTENDED if extended else finite
+    return FloatFormat(exponent_bits, p - 1, signed, 1 << (exponent_bits - 1), specials)
+
+
 def default_bias(exponent_bits: int, specials: Specials) -> int:
     """Give the bias that a format has unless it says otherwise.
 
     Args:
         exponent_bits: Width of the exponent field.
-        specials: Which codes are special: under FNUZ the bias is one more, as in LLVM's types.
+        specials: Which codes are special: under FNUZ the bias is one more, as in LLVM's types,
+            and under EXTENDED, as in IEEE P3109.
 
     Returns:
-        2**(E-1) - 1, or 2**(E-1) under FNUZ; 0 for E = 0.
+        2**(E-1) - 1, or 2**(E-1) under FNUZ and EXTENDED; 0 for E = 0.
     """
     half = (1 << exponent_bits) >> 1
-    return half if specials is Specials.FNUZ else max(0, half - 1)
+    return half if specials in (Specials.FNUZ, Specials.EXTENDED) else max(0, half - 1)
 
 
 def _is_int(value: object) -> bool:
@@ -262,11 +343,21 @@ def _check_width(argument: str, width: int, limit: int) -> None:
         raise ValueError(f"{argument} is {width!r}; it must be an integer from 0 to {limit}")
 
 
-def _readable(value: Fraction) -> str:
+def _as_float(value: Fraction, fact: str, fmt: FloatFormat) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if number != value:
+        raise OverflowError(f"{fact} of {fmt} is beyond float64; exact_max, exact_smallest are not")
+    return number
+
+
+def readable(value: Fraction) -> str:
     """Write a value in full where that is short, else as an integer times a power of two."""
     if value.denominator == 1 and value < 10**9:
         return str(value)
-    if value < 10**9 and value.denominator <= 1 << 16:
+    if 10**-4 <= value < 10**9 and value.denominator <= 1 << 16:
         return str(float(value))
     twos = (value.numerator & -value.numerator).bit_length() - 1
     significand, exponent = value.numerator >> twos, twos - value.denominator.bit_length() + 1

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fpformats.operands import learns
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
 class _Surrogate(torch.autograd.Function):
     """A rounded result, with given partial derivatives for the inputs that it came from."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         result: Tensor,
         x: Tensor,
         scale: Tensor | None,
@@ -25,9 +28,15 @@ class _Surrogate(torch.autograd.Function):
         slope: Tensor | None,
         clamped: Tensor | None,
     ) -> Tensor:
+        del x, scale, zero_point, passes, slope, clamped
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        del output
+        _, x, scale, zero_point, passes, slope, clamped = inputs
         ctx.save_for_backward(passes, slope, clamped)
         ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
-        return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -86,16 +95,14 @@ def learned_step(
         The values of `result`, differentiable towards the inputs.
     """
     x, scale, zero_point = (t if isinstance(t, Tensor) else None for t in inputs)
-    learns_scale = scale is not None and scale.requires_grad
-    learns_zero = zero_point is not None and zero_point.requires_grad
     return _apply(
         result,
         x,
         scale,
         zero_point,
         inside if clip_gradient else None,
-        torch.where(inside, q - v, q) if learns_scale else None,
-        ~inside if learns_zero else None,
+        torch.where(inside, q - v, q) if learns(scale) else None,
+        ~inside if learns(zero_point) else None,
     )
 
 

@@ -1,6 +1,6 @@
 """Format names: from a name to the format it means, and back.
 
-A name is ``E{x}M{y}[B{bias}][U][NS][suffix]``, for x exponent bits and y mantissa bits:
+A name is ``E{x}M{y}[B{bias}][U][NS|NZ][suffix]``, for x exponent bits and y mantissa bits:
 
 =========  =======================================================================
 part       meaning
@@ -8,16 +8,31 @@ part       meaning
 ``B{b}``   exponent bias b; ``BN{b}`` for the bias -b; without it the default bias
 ``U``      unsigned: no sign bit
 ``NS``     no subnormals
+``NZ``     no zero, and so no subnormals
 ``F``      finite only: every code is a number
 ``FN``     finite with NaN: NaN at all-ones magnitude, no infinity
 ``IEEE``   infinities and NaNs in the top exponent field
 ``FNUZ``   finite with NaN at the code of negative zero, unsigned zero
+``EXT``    infinity and one NaN, as the extended formats of IEEE P3109
 =========  =======================================================================
 
 Without a suffix, signed names with subnormals mean what OCP OFP8 1.0 says they do, whatever the
-bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344). Every other name
-without a suffix is finite only. ``E8M0`` is the block scale of OCP MX 1.0, which has no zero and
-no sign: it is not one of these formats, and the name is refused (``E8M0F`` and ``E8M0U`` are not).
+bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344). ``E8M0`` is the
+block scale of OCP MX 1.0: ``E8M0UNZFN``, unsigned, without zero. Every other name without a suffix
+is finite only. Standards' own names mean what their standard says:
+
+==========================  =============  =====================================
+name                        the same as    source
+==========================  =============  =====================================
+``BF16``                    ``E8M7IEEE``   bfloat16
+``FP16``, ``FP32``,         ``E5M10IEEE``, IEEE 754 binary16, binary32, binary64
+``FP64``                    ...
+``TF32``                    ``E8M10IEEE``  19 bits of NVIDIA's tensor cores
+``UE4M3``, ``UE5M3``        ``E4M3UFN``,   unsigned scales, NaN at all-ones
+                            ``E5M3UFN``
+``Binary{K}p{P}{s|u}{e|f}``                IEEE P3109: see `fpformats.p3109`
+``float8_e4m3fn``, ...                     a dtype of ml_dtypes, torch or NumPy
+==========================  =============  =====================================
 
     >>> parse("E2M1U").max
     6.0
@@ -27,33 +42,68 @@ no sign: it is not one of these formats, and the name is refused (``E8M0F`` and 
 
 from __future__ import annotations
 
+import importlib
 import re
+from typing import Any
 
-from fpformats.formats import FloatFormat, Specials, default_bias
+from fpformats.formats import FloatFormat, Specials, default_bias, p3109
 
-GRAMMAR = "E{x}M{y}[B{bias}][U][NS][F|FN|IEEE|FNUZ]"
+GRAMMAR = "E{x}M{y}[B{bias}][U][NS|NZ][F|FN|IEEE|FNUZ|EXT] or Binary{K}p{P}{s|u}{e|f}"
 
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 _NAME = re.compile(
     rf"E(?P<exponent>{_NUMBER})M(?P<mantissa>{_NUMBER})(?:B(?P<bias>N?{_NUMBER}))?"
-    r"(?P<unsigned>U)?(?P<no_subnormals>NS)?(?P<suffix>FNUZ|FN|F|IEEE)?"
+    r"(?P<unsigned>U)?(?P<missing>NS|NZ)?(?P<suffix>FNUZ|FN|F|IEEE|EXT)?"
 )
+_P3109 = re.compile(rf"Binary(?P<k>{_NUMBER})p(?P<p>{_NUMBER})(?P<sign>[su])(?P<domain>[ef])")
 _SUFFIXES = {
     "F": Specials.FINITE_ONLY,
     "FN": Specials.NAN_ONLY,
     "IEEE": Specials.IEEE,
     "FNUZ": Specials.FNUZ,
+    "EXT": Specials.EXTENDED,
 }
 _SUFFIX_OF = {specials: suffix for suffix, specials in _SUFFIXES.items()}
-_STANDARD = {(4, 3): Specials.NAN_ONLY, (5, 2): Specials.IEEE, (8, 0): None}
+_STANDARD = {(4, 3): Specials.NAN_ONLY, (5, 2): Specials.IEEE}
 """Specials of signed names without a suffix, by exponent and mantissa bits."""
 
+_ALIASES = {
+    "E8M0": "E8M0UNZFN",
+    "UE4M3": "E4M3UFN",
+    "UE5M3": "E5M3UFN",
+    "BF16": "E8M7IEEE",
+    "FP16": "E5M10IEEE",
+    "FP32": "E8M23IEEE",
+    "FP64": "E11M52IEEE",
+    "TF32": "E8M10IEEE",
+}
+_DTYPES = {
+    "float4_e2m1fn": "E2M1",
+    "float6_e2m3fn": "E2M3",
+    "float6_e3m2fn": "E3M2",
+    "float8_e3m4": "E3M4IEEE",
+    "float8_e4m3": "E4M3IEEE",
+    "float8_e4m3b11fnuz": "E4M3B11FNUZ",
+    "float8_e4m3fn": "E4M3",
+    "float8_e4m3fnuz": "E4M3FNUZ",
+    "float8_e5m2": "E5M2",
+    "float8_e5m2fnuz": "E5M2FNUZ",
+    "float8_e8m0fnu": "E8M0",
+    "bfloat16": "BF16",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+}
+_PACKED = {"float4_e2m1fn_x2": "E2M1"}
+"""Dtypes of two codes an element: they name a format, which they are not the dtype of."""
 
-def parse(name: str) -> FloatFormat:
+
+def parse(name: Any) -> FloatFormat:
     """Give the format that a name means.
 
     Args:
-        name: A name of the grammar in this module's description.
+        name: A name of the grammar in this module's description, or a dtype of ml_dtypes, torch
+            or NumPy, or its name.
 
     Returns:
         The format; `str` of it gives its canonical name.
@@ -64,31 +114,24 @@ def parse(name: str) -> FloatFormat:
     Example:
         >>> parse("E4M3")
         FloatFormat(E4M3: 8 bits, signed, bias 7, max 448, NaN at all-ones magnitude, no infinity)
+        >>> parse("float8_e4m3fn") == parse("E4M3"), parse("torch.float8_e5m2") == parse("E5M2")
+        (True, True)
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name!r} is not a format name; the grammar is {GRAMMAR}, as in E2M1U")
-    exponent_bits, mantissa_bits = int(match["exponent"]), int(match["mantissa"])
-    signed, subnormals = match["unsigned"] is None, match["no_subnormals"] is None
-    specials: Specials | None
-    if match["suffix"]:
-        specials = _SUFFIXES[match["suffix"]]
-    else:
-        specials = _bare_specials(exponent_bits, mantissa_bits, signed, subnormals)
-    if specials is None:
-        raise ValueError(
-            f"{name!r} is the OCP MX block scale, without zero and sign, which is not supported; "
-            "E8M0F is the signed finite-only format with zero, E8M0U the unsigned one"
-        )
-    if match["bias"]:
-        bias = int(match["bias"].replace("N", "-"))
-    else:
-        bias = default_bias(exponent_bits, specials)
-    return FloatFormat(exponent_bits, mantissa_bits, signed, bias, specials, subnormals)
+    text = name if isinstance(name, str) else _dtype_name(name)
+    plain = text.removeprefix("torch.").removeprefix("ml_dtypes.")
+    if plain in _DTYPES or plain in _PACKED:
+        text = _DTYPES.get(plain) or _PACKED[plain]
+    text = _ALIASES.get(text, text)
+    if match := _P3109.fullmatch(text):
+        signed, extended = match["sign"] == "s", match["domain"] == "e"
+        return p3109(int(match["k"]), int(match["p"]), signed=signed, extended=extended)
+    if match := _NAME.fullmatch(text):
+        return _from_parts(match)
+    raise ValueError(f"{name!r} is not a format name; the grammar is {GRAMMAR}, as in E2M1U")
 
 
 def format_name(fmt: FloatFormat) -> str:
-    """Give a format's canonical name: the shortest one that `parse` takes back to it.
+    """Give a format's canonical name: one that `parse` takes back to it.
 
     Args:
         fmt: The format.
@@ -99,17 +142,81 @@ def format_name(fmt: FloatFormat) -> str:
     Example:
         >>> format_name(FloatFormat(3, 0, signed=False, bias=-2))
         'E3M0BN2U'
+        >>> format_name(FloatFormat(5, 2, specials=Specials.EXTENDED))
+        'Binary8p3se'
     """
+    if fmt == parse("E8M0"):
+        return "E8M0"
+    if _is_p3109(fmt):
+        sign, domain = "s" if fmt.signed else "u", "e" if fmt.has_infinity else "f"
+        return f"Binary{fmt.bits}p{fmt.mantissa_bits + 1}{sign}{domain}"
     name = f"E{fmt.exponent_bits}M{fmt.mantissa_bits}"
     if fmt.bias != default_bias(fmt.exponent_bits, fmt.specials):
         name += f"B{fmt.bias}".replace("-", "N")
     name += "" if fmt.signed else "U"
-    name += "" if fmt.subnormals else "NS"
-    bare = _bare_specials(fmt.exponent_bits, fmt.mantissa_bits, fmt.signed, fmt.subnormals)
-    return name if fmt.specials is bare else name + _SUFFIX_OF[fmt.specials]
+    name += "" if fmt.subnormals else "NS" if fmt.zero else "NZ"
+    bare = _bare_specials(fmt.exponent_bits, fmt.mantissa_bits, fmt.signed and fmt.subnormals)
+    # The bare name of these bits is the block scale's.
+    is_taken = name == "E8M0"
+    return name if fmt.specials is bare and not is_taken else name + _SUFFIX_OF[fmt.specials]
 
 
-def _bare_specials(exponent: int, mantissa: int, signed: bool, subnormals: bool) -> Specials | None:
-    if signed and subnormals:
-        return _STANDARD.get((exponent, mantissa), Specials.FINITE_ONLY)
-    return Specials.FINITE_ONLY
+def dtype_of(fmt: FloatFormat, library: str) -> Any:
+    """Give the dtype of a library whose elements are the codes of a format.
+
+    Args:
+        fmt: The format.
+        library: "torch", "ml_dtypes" or "numpy", which must be installed.
+
+    Returns:
+        The dtype, as the library's own object.
+
+    Raises:
+        ValueError: If the library is another, or has no such dtype.
+
+    Example:
+        >>> dtype_of(parse("E4M3"), "torch")
+        torch.float8_e4m3fn
+    """
+    if library not in ("torch", "ml_dtypes", "numpy"):
+        raise ValueError(f"library is {library!r}; allowed: torch, ml_dtypes, numpy")
+    module = importlib.import_module(library)
+    for name, meaning in _DTYPES.items():
+        if fmt == parse(meaning) and hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"fmt is {fmt!r}, which {library} has no dtype for")
+
+
+def _dtype_name(dtype: Any) -> str:
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype)
+
+
+def _from_parts(match: re.Match[str]) -> FloatFormat:
+    exponent_bits, mantissa_bits = int(match["exponent"]), int(match["mantissa"])
+    signed, missing = match["unsigned"] is None, match["missing"]
+    if match["suffix"]:
+        specials = _SUFFIXES[match["suffix"]]
+    else:
+        specials = _bare_specials(exponent_bits, mantissa_bits, signed and not missing)
+    if match["bias"]:
+        bias = int(match["bias"].replace("N", "-"))
+    else:
+        bias = default_bias(exponent_bits, specials)
+    return FloatFormat(
+        exponent_bits, mantissa_bits, signed, bias, specials, not missing, missing != "NZ"
+    )
+
+
+def _bare_specials(exponent_bits: int, mantissa_bits: int, plain: bool) -> Specials:
+    standard = _STANDARD.get((exponent_bits, mantissa_bits)) if plain else None
+    return standard or Specials.FINITE_ONLY
+
+
+def _is_p3109(fmt: FloatFormat) -> bool:
+    """Tell whether a format is one of IEEE P3109's that has no shorter name."""
+    if fmt.bits <= 2 or fmt.exponent_bits == 0 or not fmt.subnormals:
+        return False
+    is_ours = fmt.specials is Specials.EXTENDED or (
+        fmt.specials is Specials.NAN_ONLY and not fmt.signed
+    )
+    return is_ours and fmt.bias == 1 << (fmt.exponent_bits - 1)

@@ -29,6 +29,16 @@ def is_compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def is_batched(x: object) -> bool:
+    """Tell whether `x` stands for many tensors under torch.vmap, at any level."""
+    return any(sys.modules["torch"]._C._functorch.is_batchedtensor(t) for t in _levels(x)[:-1])
+
+
+def is_hidden(x: object) -> bool:
+    """Tell whether the values of `x` cannot be looked at: under torch.compile and torch.vmap."""
+    return is_compiling() or is_batched(x)
+
+
 def library_of(x: object) -> ModuleType:
     """Give the library of `x`: the module torch or numpy."""
     return sys.modules["torch"] if is_tensor(x) else np
@@ -91,6 +101,23 @@ def cast(y: Any, dtype: str) -> Any:
     return y.astype(dtype, copy=False)
 
 
+def take_blocks(values: Any, size: int, axis: int, length: int) -> Any:
+    """Repeat each entry along an axis for the elements of its block, to a given length."""
+    if is_tensor(values):
+        index = library_of(values).arange(length, device=values.device) // size
+        return values.index_select(axis, index)
+    return np.take(values, np.arange(length) // size, axis)
+
+
+def padded(xp: ModuleType, x: Any, multiple: int) -> Any:
+    """Give an array with zeros after its last axis, so that it is a multiple long."""
+    missing = -x.shape[-1] % multiple
+    if missing == 0:
+        return x
+    zeros = xp.zeros_like(x[..., :1])
+    return xp.concatenate([x, *[zeros] * missing], -1)
+
+
 def shaped(y: Any, x: Any) -> Any:
     """Give a result the kind and shape of the input `x`: an array, a tensor or a number."""
     if is_tensor(x):
@@ -138,14 +165,38 @@ def check_codes(codes: Any, bits: int, owner: str) -> None:
         TypeError: If they are not integers.
         ValueError: If one is negative or too large for `owner`.
     """
-    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
-    if not name.startswith(("int", "uint")):
-        raise TypeError(f"codes are of type {name}; they must be integers")
-    if is_compiling() or name == f"uint{bits}":
+    _check_integers(codes, bits, "codes", f"{owner} has codes")
+
+
+def check_words(random: Any, bits: int, x: Any) -> None:
+    """Check that `random` is a seed, or an array of words of some bits alike to `x`, or None.
+
+    Raises:
+        TypeError: If it is neither, or of another library than `x`.
+        ValueError: If the seed or a word is out of range (words are not looked at under
+            torch.compile), or the shape is not that of `x`.
+    """
+    if random is None:
         return
-    low, high = (codes, codes) if isinstance(codes, int) else _extremes(codes)
-    if low < 0 or high >= 1 << bits:
-        raise ValueError(f"codes are {low} to {high}; {owner} has codes 0 to {(1 << bits) - 1}")
+    if isinstance(random, int) and not isinstance(random, bool):
+        if not 0 <= random < 1 << 64:
+            raise ValueError(f"random is the seed {random}; seeds are 0 to 2**64 - 1")
+        return
+    is_array = is_tensor(random) or isinstance(random, np.ndarray | np.generic)
+    if not is_array or is_tensor(random) != is_tensor(x):
+        raise TypeError(
+            f"random is a {type(random).__name__}; it must be a seed or, as x is a "
+            f"{type(x).__name__}, an array of the same library"
+        )
+    if tuple(random.shape) != tuple(getattr(x, "shape", ())):
+        shape = tuple(getattr(x, "shape", ()))
+        raise ValueError(f"random has shape {tuple(random.shape)}; x has shape {shape}")
+    _check_integers(random, bits, "random", f"words of {bits} bits are")
+
+
+def learns(x: object) -> bool:
+    """Tell whether `x` is a tensor that requires a gradient, at any level of torch.func."""
+    return is_tensor(x) and any(level.requires_grad for level in _levels(x))
 
 
 def needs_gradient(*inputs: Any, out: Any) -> bool:
@@ -154,8 +205,7 @@ def needs_gradient(*inputs: Any, out: Any) -> bool:
     Raises:
         ValueError: If one has, and a result in `out` would cut it off.
     """
-    tensors = [x for x in inputs if is_tensor(x)]
-    if not any(x.requires_grad for x in tensors) or not sys.modules["torch"].is_grad_enabled():
+    if not any(map(learns, inputs)) or not sys.modules["torch"].is_grad_enabled():
         return False
     if out is not None:
         raise ValueError("out is given, but an input requires a gradient; leave out= away")
@@ -167,6 +217,27 @@ def quiet() -> contextlib.AbstractContextManager[object]:
     if is_compiling():
         return contextlib.nullcontext()
     return np.errstate(over="ignore", invalid="ignore")
+
+
+def _check_integers(codes: Any, bits: int, argument: str, limits: str) -> None:
+    name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
+    if not name.startswith(("int", "uint")):
+        raise TypeError(f"{argument} are of type {name}; they must be integers")
+    if is_hidden(codes) or name == f"uint{bits}":
+        return
+    low, high = (codes, codes) if isinstance(codes, int) else _extremes(codes)
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"{argument} are {low} to {high}; {limits} 0 to {(1 << bits) - 1}")
+
+
+def _levels(x: Any) -> list[Any]:
+    """Give `x` and, under torch.func's transforms, the tensors that it wraps."""
+    levels = [x]
+    if is_tensor(x) and not is_compiling():
+        functorch = sys.modules["torch"]._C._functorch  # there is no public way to ask
+        while functorch.is_functorch_wrapped_tensor(levels[-1]):
+            levels.append(functorch.get_unwrapped(levels[-1]))
+    return levels
 
 
 def _extremes(codes: Any) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fpformats.operands import cast, check_codes, library_of
+from fpformats.operands import cast, check_codes, library_of, padded
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -17,43 +17,53 @@ if TYPE_CHECKING:
 MAX_BITS = 16
 
 
-def pack(codes: Any, bits: int) -> Any:
+def pack(codes: Any, bits: int, axis: int | None = None) -> Any:
     """Store codes side by side.
 
     Args:
-        codes: Array or tensor of any integer dtype and any shape, taken in row-major order.
+        codes: Array or tensor of any integer dtype and any shape.
         bits: Width of a code, 1 to 16.
+        axis: The axis along which codes share bytes; by default all codes are taken in
+            row-major order.
 
     Returns:
-        One-dimensional uint8 array of ceil(count * bits / 8) bytes, of the library and device
-        of `codes`; unused high bits of the last byte are 0.
+        uint8 array of the library and device of `codes`, with ceil(n * bits / 8) bytes for the n
+        codes along the axis and its other dimensions kept; one-dimensional without an axis.
+        Unused high bits of the last byte are 0.
 
     Raises:
         TypeError: If `codes` is not an integer array or tensor.
-        ValueError: If `bits` is out of range, or a code does not fit (not looked at under
-            torch.compile).
+        ValueError: If `bits` or `axis` is out of range, or a code does not fit (not looked at
+            under torch.compile).
 
     Example:
         >>> import numpy as np
         >>> pack(np.array([[1, 2], [3, 15]]), 4).tolist()
         [33, 243]
+        >>> pack(np.array([[1, 2], [3, 15]]), 4, axis=0).tolist()
+        [[49, 242]]
     """
     _check_bits(bits)
     if isinstance(codes, int):
         raise TypeError("codes is an int; it must be an array or a tensor")
     check_codes(codes, bits, f"a width of {bits} bits")
-    flat = cast(codes.reshape(-1), "int32")
-    packed = _regroup(library_of(codes), flat, bits, 8)
-    return cast(packed[: _byte_count(flat.shape[0], bits)], "uint8")
+    xp = library_of(codes)
+    if axis is None:
+        codes, axis = codes.reshape(-1), 0
+    _check_axis(axis, codes.ndim)
+    rows = cast(xp.swapaxes(codes, axis, -1), "int32")
+    packed = _regroup(xp, rows, bits, 8)[..., : _byte_count(rows.shape[-1], bits)]
+    return xp.swapaxes(cast(packed, "uint8"), -1, axis)
 
 
-def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int) -> Any:
+def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | None = None) -> Any:
     """Take codes out of the bytes that `pack` gave.
 
     Args:
-        packed: One-dimensional uint8 array or tensor.
+        packed: uint8 array or tensor.
         bits: Width of a code, 1 to 16.
         shape: Shape of the codes, or their number.
+        axis: The axis that was given to `pack`.
 
     Returns:
         Array of the shape, uint8 up to 8 bits and uint16 beyond, of the library and device of
@@ -61,8 +71,8 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int) -> Any:
 
     Raises:
         TypeError: If `packed` is not a uint8 array or tensor.
-        ValueError: If `bits` is out of range, or `packed` is not of as many bytes as `shape`
-            takes.
+        ValueError: If `bits` or `axis` is out of range, or `packed` is not of as many bytes as
+            `shape` takes.
 
     Example:
         >>> import numpy as np
@@ -71,37 +81,40 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int) -> Any:
     """
     _check_bits(bits)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    count = math.prod(shape)
-    _check_packed(packed, _byte_count(count, bits), f"{count} codes of {bits} bits")
-    codes = _regroup(library_of(packed), cast(packed, "int32"), 8, bits)
-    return cast(codes[:count].reshape(shape), "uint8" if bits <= 8 else "uint16")
+    xp = library_of(packed)
+    if axis is None:
+        count = math.prod(shape)
+        _check_packed(packed, (_byte_count(count, bits),), f"{count} codes of {bits} bits")
+        codes = _regroup(xp, cast(packed, "int32"), 8, bits)[:count].reshape(shape)
+    else:
+        _check_axis(axis, len(shape))
+        stored = list(shape)
+        stored[axis] = _byte_count(shape[axis], bits)
+        _check_packed(packed, tuple(stored), f"{shape} codes of {bits} bits")
+        rows = cast(xp.swapaxes(packed, axis, -1), "int32")
+        codes = xp.swapaxes(_regroup(xp, rows, 8, bits)[..., : shape[axis]], -1, axis)
+    return cast(codes, "uint8" if bits <= 8 else "uint16")
 
 
-def _regroup(xp: ModuleType, fields: Any, width: int, new_width: int) -> Any:
-    """Cut the bits of a row of fields into fields of another width, zeros filling the last."""
+def _regroup(xp: ModuleType, rows: Any, width: int, new_width: int) -> Any:
+    """Cut the bits of rows of fields into fields of another width, zeros filling the last."""
     group = math.lcm(width, new_width)
-    rows = _padded(xp, fields, group // width).reshape(-1, group // width)
+    rows = padded(xp, rows, group // width)
+    shape = (*rows.shape[:-1], rows.shape[-1] * width // group)
+    rows = rows.reshape(*shape, group // width)
     columns = []
     for start in range(0, group, new_width):
         column = 0
         for index in range(start // width, -(-(start + new_width) // width)):
             shift = index * width - start
-            field = rows[:, index]
+            field = rows[..., index]
             column = column | (field << shift if shift >= 0 else field >> -shift)
         columns.append(column & ((1 << new_width) - 1))
-    return xp.stack(columns, axis=1).reshape(-1)
+    return xp.stack(columns, -1).reshape(*shape[:-1], shape[-1] * group // new_width)
 
 
 def _byte_count(count: int, bits: int) -> int:
     return -(-count * bits // 8)
-
-
-def _padded(xp: ModuleType, flat: Any, multiple: int) -> Any:
-    missing = -flat.shape[0] % multiple
-    if missing == 0:
-        return flat
-    padding = xp.zeros_like(flat[:1]).repeat(missing)
-    return xp.concatenate([flat, padding])
 
 
 def _check_bits(bits: int) -> None:
@@ -109,11 +122,17 @@ def _check_bits(bits: int) -> None:
         raise ValueError(f"bits is {bits!r}; it must be an integer from 1 to {MAX_BITS}")
 
 
-def _check_packed(packed: Any, expected: int, what: str) -> None:
+def _check_axis(axis: int, dimensions: int) -> None:
+    if type(axis) is not int or not -dimensions <= axis < dimensions:
+        raise ValueError(f"axis is {axis!r}; there are {dimensions} dimensions")
+
+
+def _check_packed(packed: Any, expected: tuple[int, ...], what: str) -> None:
     name = str(getattr(packed, "dtype", type(packed).__name__)).removeprefix("torch.")
     if name != "uint8":
         raise TypeError(f"packed is of type {name}; it must be uint8")
-    if packed.ndim != 1 or packed.shape[0] != expected:
+    if tuple(packed.shape) != expected:
         raise ValueError(
-            f"packed has shape {tuple(packed.shape)}; {what} take {expected} bytes in one dimension"
+            f"packed has shape {tuple(packed.shape)}; {what} take {math.prod(expected)} bytes "
+            f"of shape {expected}"
         )

@@ -3,6 +3,12 @@
 The definition is those floating-point operations in that order, each rounded on its own, with
 true division and no fused multiply-add, in float32 (float64 for float64 values). Without a zero
 point z there is no subtraction and no addition.
+
+Granularity is the shape of the scale. A number is one scale for the tensor; shape (C, 1, 1, 1) is
+one for each of C channels, by broadcasting. With ``block_size``, one number for each dimension,
+every block of that size has a scale, and the scale has ceil(length / block) entries along each
+dimension: (1, 64) makes groups of 64 along rows, (128, 128) square blocks, and -1 stands for the
+whole length. Blocks at the ends are cut short.
 """
 
 from __future__ import annotations
@@ -14,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpformats import convert
-from fpformats.kernels import portable
 from fpformats.operands import (
     carrier_named,
     carrier_of,
     cast,
     check_out,
     grid_of,
-    is_compiling,
+    is_hidden,
     is_tensor,
     library_of,
     narrowed,
     needs_gradient,
     quiet,
     shaped,
+    take_blocks,
     widened,
     working_carrier,
 )
@@ -43,6 +49,7 @@ def quantize_scaled(
     scale: Any,
     zero_point: Any = None,
     *,
+    block_size: tuple[int, ...] | None = None,
     clip_gradient: bool = False,
     out: Any = None,
 ) -> Any:
@@ -59,6 +66,7 @@ def quantize_scaled(
         scale: Positive and finite; number, or array of the library of `x` that broadcasts to
             its shape. Numbers are rounded to float32 (float64 where `x` is).
         zero_point: Finite; as `scale`, or None for no shift.
+        block_size: Sizes of the blocks that share a scale and a zero point, by dimension.
         clip_gradient: Whether the gradient of `x` is zero beyond the format's range.
         out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
 
@@ -78,12 +86,14 @@ def quantize_scaled(
     """
     carrier = working_carrier(carrier_of(x))
     grid = grid_of(fmt, carrier)
+    scale = _spread("scale", scale, x, block_size)
+    zero_point = _spread("zero_point", zero_point, x, block_size)
     scales = _parameter("scale", scale, x, carrier)
     shifts = _parameter("zero_point", zero_point, x, carrier)
     check_out(out, x)
     with quiet():
         v = _unscaled(widened(x, carrier), scales, shifts)
-        q = portable.quantize(library_of(x), v, grid)
+        q = convert.rounded(library_of(x), v, grid)
         if needs_gradient(x, scale, zero_point, out=out):
             from fpformats.gradients import learned_step
 
@@ -94,7 +104,13 @@ def quantize_scaled(
 
 
 def encode_scaled(
-    x: Any, fmt: FloatFormat, scale: Any, zero_point: Any = None, *, nan: int | None = None
+    x: Any,
+    fmt: FloatFormat,
+    scale: Any,
+    zero_point: Any = None,
+    *,
+    block_size: tuple[int, ...] | None = None,
+    nan: int | None = None,
 ) -> Any:
     """Round to the codes of a format, after a shift and a division by the scale.
 
@@ -105,6 +121,7 @@ def encode_scaled(
         fmt: The format.
         scale: As in `quantize_scaled`.
         zero_point: As in `quantize_scaled`.
+        block_size: As in `quantize_scaled`.
         nan: Code to give for NaN, as in `fpformats.encode`.
 
     Returns:
@@ -120,6 +137,8 @@ def encode_scaled(
         3
     """
     carrier = working_carrier(carrier_of(x))
+    scale = _spread("scale", scale, x, block_size)
+    zero_point = _spread("zero_point", zero_point, x, block_size)
     scales = _parameter("scale", scale, x, carrier)
     shifts = _parameter("zero_point", zero_point, x, carrier)
     with quiet():
@@ -129,7 +148,13 @@ def encode_scaled(
 
 
 def decode_scaled(
-    codes: Any, fmt: FloatFormat, scale: Any, zero_point: Any = None, dtype: Any = "float32"
+    codes: Any,
+    fmt: FloatFormat,
+    scale: Any,
+    zero_point: Any = None,
+    dtype: Any = "float32",
+    *,
+    block_size: tuple[int, ...] | None = None,
 ) -> Any:
     """Give the values of codes, times the scale, plus the zero point.
 
@@ -139,6 +164,7 @@ def decode_scaled(
         scale: As in `quantize_scaled`, broadcasting to the shape of `codes`.
         zero_point: As in `quantize_scaled`, broadcasting to the shape of `codes`.
         dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
+        block_size: As in `quantize_scaled`.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
@@ -154,6 +180,8 @@ def decode_scaled(
     """
     carrier = carrier_named(dtype)
     working = working_carrier(carrier)
+    scale = _spread("scale", scale, codes, block_size)
+    zero_point = _spread("zero_point", zero_point, codes, block_size)
     scales = _parameter("scale", scale, codes, working)
     shifts = _parameter("zero_point", zero_point, codes, working)
     values = convert.decode(codes, fmt, working.name)
@@ -167,6 +195,8 @@ def _unscaled(x: Any, scale: Any, zero_point: Any) -> Any:
     if zero_point is None:
         return x / scale
     v = x - zero_point
+    if is_hidden(scale):
+        return v / scale  # vmap may have a dimension for the scale that v lacks
     v /= scale
     return v
 
@@ -176,6 +206,33 @@ def _rescaled(q: Any, scale: Any, zero_point: Any) -> Any:
     if zero_point is not None:
         q += zero_point
     return q
+
+
+def _spread(argument: str, value: Any, x: Any, block_size: tuple[int, ...] | None) -> Any:
+    """Repeat a scale or zero point for the elements of its blocks; torch keeps the gradient."""
+    shape = tuple(getattr(x, "shape", ()))
+    if block_size is None or not hasattr(value, "shape"):
+        return value
+    if len(block_size) != len(shape) or any(
+        type(size) is not int or size < -1 or size == 0 for size in block_size
+    ):
+        raise ValueError(
+            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
+            f"{len(shape)} dimensions"
+        )
+    sizes = [
+        max(length, 1) if size == -1 else size
+        for size, length in zip(block_size, shape, strict=True)
+    ]
+    expected = tuple(-(-length // size) for size, length in zip(sizes, shape, strict=True))
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{argument} has shape {tuple(value.shape)}; blocks of {block_size} need {expected}"
+        )
+    for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
+        if size > 1:
+            value = take_blocks(value, size, axis, length)
+    return value
 
 
 def _parameter(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
@@ -191,7 +248,7 @@ def _parameter(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
             raise ValueError(
                 f"{argument} has shape {tuple(array.shape)}, which does not broadcast to {shape}"
             )
-    if not is_compiling():
+    if not is_hidden(array):
         _check_range(argument, array)
     return array
 

@@ -22,6 +22,7 @@ from fpformats.formats import (
     default_bias,
 )
 from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.rounding import MAX_RANDOM_BITS, Rounding, Saturation, is_stochastic
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -47,15 +48,33 @@ def formats(draw: DrawFn, carrier: str = "float64", max_bits: int = 64) -> Float
     usual = default_bias(exponent_bits, specials)
     reach = 2 * CARRIERS[carrier].bias
     bias = draw(st.just(usual) | st.integers(usual - 3, usual + 3) | st.integers(-reach, reach))
-    subnormals = draw(st.booleans()) if min(exponent_bits, mantissa_bits) > 0 else True
-    signed = specials is Specials.FNUZ or draw(st.booleans())
+    subnormals, signed = draw(st.booleans()), draw(st.booleans())
+    zero = subnormals or draw(st.booleans())
     try:
-        fmt = FloatFormat(exponent_bits, mantissa_bits, signed, bias, specials, subnormals)
+        fmt = FloatFormat(exponent_bits, mantissa_bits, signed, bias, specials, subnormals, zero)
     except ValueError:
         reject()
     if not holds(CARRIERS[carrier], fmt):
         reject()
     return fmt
+
+
+@st.composite
+def policies(draw: DrawFn) -> dict[str, Any]:
+    """Draw options for `fpformats.quantize`: rounding, saturation, random word and its bits.
+
+    Args:
+        draw: Given by Hypothesis.
+
+    Returns:
+        The keyword arguments "rounding", "saturation", "random_bits" and "random": one word, or
+        None for the modes that use none.
+    """
+    rounding = draw(st.sampled_from(Rounding)).value
+    bits = draw(st.integers(1, MAX_RANDOM_BITS))
+    word = draw(st.integers(0, 2**bits - 1)) if is_stochastic(rounding) else None
+    saturation = draw(st.sampled_from(Saturation)).value
+    return {"rounding": rounding, "saturation": saturation, "random_bits": bits, "random": word}
 
 
 def codes(fmt: FloatFormat) -> SearchStrategy[int]:
@@ -65,7 +84,7 @@ def codes(fmt: FloatFormat) -> SearchStrategy[int]:
 
 def values_of(fmt: FloatFormat) -> SearchStrategy[Fraction | float]:
     """Draw the finite values of a format, as `fpformats.exact` gives them."""
-    return codes(fmt).map(lambda code: exact.decode(code, fmt)).filter(math.isfinite)
+    return codes(fmt).map(lambda code: exact.decode(code, fmt)).filter(exact.is_finite)
 
 
 @st.composite

@@ -45,12 +45,14 @@ class Grid(NamedTuple):
         high: Largest finite value.
         floor: Power of two below which the spacing stays constant.
         ceiling: Power of two above which the spacing need not grow: only NaN is beyond it.
-        first_field: Exponent field that `floor` has, or would have, in the carrier.
+        first_field: Exponent field in the carrier of the binade of code 1, or what it would be,
+            where a binade is one step wide.
         spacing: Distance between neighbours within a binade, divided by its power of two.
         magic: What `floor` to `ceiling` are multiplied by to get numbers whose last bit is the
             spacing; 0 where the carrier has no such numbers.
         ties_by_parity: Whether a binade is one step wide, so that parity is the exponent's.
         smallest: Smallest value above zero if that is not one step from it, else 0.
+        zero: Whether there is a zero.
         signed: Whether there are negative values.
         negative_zero: Whether zero has a sign.
         magnitude_bits: Width of a code below the sign.
@@ -64,6 +66,7 @@ class Grid(NamedTuple):
         nan_is_negative_zero: Whether NaN has the code of negative zero.
         lift: Power of two that makes the carrier's subnormal numbers normal, or 0.
         lifted_codes: Codes below this one stand for subnormal numbers of the carrier, or 0.
+        max_is_odd: Whether the largest finite value has an odd code.
         lifted: Grid of the values times `lift`, for formats with values that are subnormal in
             the carrier (without being subnormal, or one step from zero, in the format).
     """
@@ -81,6 +84,7 @@ class Grid(NamedTuple):
     magic: float
     ties_by_parity: bool
     smallest: float
+    zero: bool
     signed: bool
     negative_zero: bool
     magnitude_bits: int
@@ -94,6 +98,7 @@ class Grid(NamedTuple):
     nan_is_negative_zero: bool
     lift: float
     lifted_codes: int
+    max_is_odd: bool
     lifted: Grid | None
 
 
@@ -113,7 +118,7 @@ def holds(carrier: Carrier, fmt: FloatFormat) -> bool:
         False
     """
     significand, _ = fmt.scaled_magnitude(fmt.max_code)
-    _, smallest_step = fmt.scaled_magnitude(1)
+    _, smallest_step = fmt.scaled_magnitude(fmt.smallest_code)
     return (
         significand.bit_length() <= carrier.mantissa_bits + 1
         and fmt.max_exponent <= carrier.bias
@@ -134,7 +139,7 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         The parameters, of which all floats are exact in the carrier.
     """
     width, mantissa_bits = carrier.mantissa_bits, fmt.mantissa_bits
-    step = fmt.scaled_magnitude(1)[1] + lift
+    step = fmt.scaled_magnitude(fmt.smallest_code)[1] + lift
     top, bottom = fmt.max_exponent + lift, fmt.min_exponent + lift
     if lift and top > lift:
         top, high = lift, math.ldexp(1.0, lift)
@@ -143,24 +148,27 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
     # Where all values are subnormal, the grid is also that of their last binade.
     bottom = min(bottom, top)
     digits = bottom - step
+    first = bottom + 1 - fmt.smallest_code
     needs_lift = bottom < carrier.min_exponent
     has_magic = digits <= width - 2 and top + width - digits <= carrier.bias
-    linear = 1 << mantissa_bits if fmt.subnormals else 1
+    linear = 1 << mantissa_bits if fmt.subnormals else fmt.smallest_code
+    smallest = 0.0 if fmt.subnormals else _scaled(fmt, fmt.smallest_code, lift)
     nan_is_negative_zero = fmt.nan_code == 1 << fmt.magnitude_bits
     return Grid(
         floating=carrier.name,
         integer=carrier.name.replace("float", "int"),
         width=width,
         exponent_mask=(2 * carrier.bias + 1) << width,
-        low=-high if fmt.signed else 0.0,
+        low=-high if fmt.signed else 0.0 if fmt.zero else smallest,
         high=high,
         floor=math.ldexp(1.0, max(bottom, carrier.min_exponent)),
-        ceiling=math.ldexp(1.0, _ceiling_exponent(top, bottom, digits, carrier)),
-        first_field=bottom + carrier.bias,
+        ceiling=math.ldexp(1.0, _ceiling_exponent(top, first, digits, carrier)),
+        first_field=first + carrier.bias,
         spacing=math.ldexp(1.0, -digits),
         magic=math.ldexp(1.5, width - digits) if has_magic else 0.0,
         ties_by_parity=digits == 0,
-        smallest=0.0 if fmt.subnormals else _scaled(fmt, 1, lift),
+        smallest=smallest,
+        zero=fmt.zero,
         signed=fmt.signed,
         negative_zero=fmt.has_negative_zero,
         magnitude_bits=fmt.magnitude_bits,
@@ -174,17 +182,18 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         nan_is_negative_zero=nan_is_negative_zero,
         lift=math.ldexp(1.0, width) if needs_lift else 0.0,
         lifted_codes=(1 - carrier.bias + fmt.bias) << mantissa_bits if needs_lift else 0,
+        max_is_odd=fmt.max_code % 2 == 1,
         lifted=make_grid(fmt, carrier, width) if needs_lift else None,
     )
 
 
-def _ceiling_exponent(top: int, bottom: int, digits: int, carrier: Carrier) -> int:
+def _ceiling_exponent(top: int, first: int, digits: int, carrier: Carrier) -> int:
     """Give the top exponent; without mantissa bits, one near it whose code is odd.
 
     NaN is rounded as if it were in that binade, and portable._break_ties leaves odd ones alone.
     """
     ceiling = max(top, carrier.min_exponent)
-    if digits > 0 or (ceiling - bottom) % 2 == 0:
+    if digits > 0 or (ceiling - first) % 2 == 0:
         return ceiling
     return ceiling + 1 if ceiling < carrier.bias else ceiling - 1
 

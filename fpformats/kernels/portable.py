@@ -40,27 +40,31 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
 
     Args:
         xp: The library of `values`, numpy or torch.
-        values: Array of the grid's carrier, of finite values of the format or NaN.
+        values: Array of the grid's carrier, of values of the format or NaN.
         grid: The format.
         nan_code: Code to give for NaN; None if there is no NaN in `values`.
 
     Returns:
         Array of signed integers as wide as the carrier, with the codes in the low bits.
     """
-    nan = None
-    if nan_code is not None:
-        nan = xp.isnan(values)
-        values = xp.where(nan, 0.0, values)
-    codes = _index(xp, abs(values), grid)
+    magnitudes = abs(values)
+    special = None
+    if nan_code is not None or grid.infinity_code >= 0:
+        special = xp.isnan(values) if grid.infinity_code < 0 else ~(magnitudes <= grid.high)
+        magnitudes = xp.where(special, grid.high, magnitudes)
+    codes = _index(xp, magnitudes, grid)
     if grid.lifted is not None:
-        lifted = _index(xp, xp.clip(abs(values), 0.0, 1.0) * grid.lift, grid.lifted)
-        codes = xp.where(abs(values) < grid.floor, lifted, codes)
+        lifted = _index(xp, xp.clip(magnitudes, 0.0, 1.0) * grid.lift, grid.lifted)
+        codes = xp.where(magnitudes < grid.floor, lifted, codes)
+    if grid.infinity_code >= 0:
+        codes = xp.where(special, grid.infinity_code, codes)
     top = grid.exponent_mask.bit_length()
     if grid.signed:
         codes |= ((_bits(xp, values, grid) >> top) & 1) << grid.magnitude_bits
     if nan_code is None:
         return codes
     # As a signed number of the same bits, where the format fills the carrier.
+    nan = special if grid.infinity_code < 0 else xp.isnan(values)
     return xp.where(nan, nan_code - (nan_code >> top << (top + 1)), codes)
 
 
@@ -118,7 +122,8 @@ def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
 def _round_below_smallest(xp: ModuleType, y: Any, grid: Grid) -> Any:
     """Decide between zero and a smallest value that is more than one step from it."""
     magnitude = abs(y)
-    return xp.clip(magnitude, grid.smallest, grid.high) * (magnitude + magnitude > grid.smallest)
+    raised = xp.clip(magnitude, grid.smallest, grid.high)
+    return raised * (magnitude + magnitude > grid.smallest) if grid.zero else raised
 
 
 def _break_ties(xp: ModuleType, y: Any, binade: Any, grid: Grid) -> Any:

@@ -1,13 +1,15 @@
 """Inputs on which rounding goes wrong, and what they must become, by the definition."""
 
+import contextlib
 import functools
+import itertools
 import math
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 
-from fpformats import FloatFormat, Specials, exact
+from fpformats import FloatFormat, Rounding, Saturation, Specials, exact
 from fpformats.kernels.grid import CARRIERS, holds
 
 
@@ -154,3 +156,92 @@ def _around(exact_value, dtype):
     below = np.nextafter(near, kind(-math.inf)) if at_value or near > exact_value else near
     above = np.nextafter(near, kind(math.inf)) if at_value or near < exact_value else near
     return float(below), float(near) if at_value else None, float(above)
+
+
+MODES = [mode.value for mode in Rounding if not mode.value.startswith("Stochastic")]
+STOCHASTIC = [mode.value for mode in Rounding if mode.value.startswith("Stochastic")]
+SATURATIONS = [mode.value for mode in Saturation]
+
+
+@functools.cache
+def every_format(max_bits):
+    """Every format of up to some bits below the sign: all specials, without subnormals or zero."""
+    formats = []
+    pairs = [(e, total - e) for total in range(max_bits + 1) for e in range(total + 1)]
+    for e, m in pairs:
+        for signed, specials in itertools.product((True, False), Specials):
+            for subnormals, zero in ((True, True), (False, True), (False, False)):
+                with contextlib.suppress(ValueError):
+                    bias = 127 if e == 8 and specials is not Specials.IEEE else None
+                    bias = bias if zero else bias and bias - 1
+                    formats.append(FloatFormat(e, m, signed, bias, specials, subnormals, zero))
+    return list(dict.fromkeys(formats))
+
+
+@functools.cache
+def ladder(fmt):
+    """Give the magnitudes from zero to one step above the largest, and the code of each.
+
+    A missing zero has the code -1. Float64 must hold the values and their midpoints.
+    """
+    listed = [float(value) for value in magnitudes(fmt)]
+    codes = list(range(len(listed)))
+    if not fmt.zero:
+        listed, codes = [0.0, *listed], [-1, *codes]
+    lowest = 1 - fmt.bias if fmt.subnormals else -fmt.bias
+    exponent = max(math.frexp(listed[-1])[1] - 1, lowest)
+    listed.append(listed[-1] + math.ldexp(1.0, exponent - fmt.mantissa_bits))
+    return np.array(listed), np.array([*codes, codes[-1] + 1])
+
+
+@functools.cache
+def aimed_inputs(fmt, dtype):
+    """Give every value and midpoint of a format, its neighbours in a dtype, and the extremes."""
+    listed, _ = ladder(fmt)
+    info = np.finfo(dtype)
+    points = np.concatenate([listed, (listed[1:] + listed[:-1]) / 2, [listed[-1] * 3]])
+    with np.errstate(over="ignore"):
+        x = points.astype(dtype)
+    x = np.concatenate([x, np.nextafter(x, info.max), np.nextafter(x, -info.max)])
+    x = np.concatenate([x, np.array([0.0, info.max, info.smallest_subnormal, math.inf, math.nan])])
+    x = x.astype(dtype)
+    return np.concatenate([x, -x])
+
+
+def definition_by_table(x, fmt, mode, saturation):
+    """Round by looking neighbours up in the table of values, in float64.
+
+    What saturation does is taken from `exact`, of one number of each kind.
+    """
+    listed, codes = ladder(fmt)
+    magnitude, negative = np.abs(np.where(np.isfinite(x), x, 0)).astype(np.float64), np.signbit(x)
+    low = np.searchsorted(listed, magnitude, side="right") - 1
+    low = np.minimum(low, len(listed) - 2)
+    below, above = listed[low], listed[low + 1]
+    odd, inexact = codes[low] % 2 == 1, magnitude > below
+    up = {
+        "NearestTiesToEven": (magnitude > (below + above) / 2)
+        | ((magnitude == (below + above) / 2) & odd),
+        "NearestTiesToAway": magnitude >= (below + above) / 2,
+        "TowardZero": np.zeros_like(odd),
+        "TowardPositive": inexact & ~negative,
+        "TowardNegative": inexact & negative,
+        "ToOdd": inexact & ~odd,
+    }[mode] | (magnitude >= above)
+    result = listed[low + up]
+
+    def outcome(example):
+        return float(exact.quantize(example, fmt, mode, saturation))
+
+    far = Fraction(listed[-1]) * 3
+    over, nothing = low + up == len(listed) - 1, (result == 0) & (not fmt.zero)
+    signed = np.where(negative, -result if fmt.signed else np.where(result > 0, np.nan, 0), result)
+    below_range = negative & (over if fmt.signed else result > 0)
+    signed = np.where(over & ~negative, outcome(far), signed)
+    signed = np.where(below_range, outcome(-far), signed)
+    signed = np.where(nothing, np.where(negative, outcome(-0.0), outcome(0.0)), signed)
+    signed = np.where(
+        np.isinf(x), np.where(negative, outcome(-math.inf), outcome(math.inf)), signed
+    )
+    signed = np.where(np.isnan(x), np.nan, signed)
+    return signed if fmt.has_negative_zero else signed + 0.0

@@ -1,11 +1,14 @@
 import dataclasses
+import math
 import pickle
+import re
 from fractions import Fraction
 
 import pytest
 from oracles import edge_formats, small_formats, wide_formats
 
-from fpformats import FloatFormat, Specials, exact, parse
+from fpformats import FloatFormat, Specials, exact, p3109, parse
+from fpformats.kernels.grid import CARRIERS, holds
 
 # The table of OCP OFP8 1.0 and OCP MX 1.0, of LLVM's float types and of IEEE 754.
 STANDARD = [
@@ -109,7 +112,22 @@ def test_methods_delegate():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"exponent_bits": 12, "mantissa_bits": 1}, "exponent_bits is 12; .* from 0 to 11"),
+        ({"k": 2, "p": 1}, "k is 2; it must be an integer above 2"),
+        ({"k": 8, "p": 8}, "p is 8; it must be an integer from 1 to 7"),
+        ({"k": 8, "p": 9, "signed": False}, "p is 9; it must be an integer from 1 to 8"),
+        ({"k": 8.0, "p": 3}, "k is 8.0"),
+        ({"k": 40, "p": 2}, "exponent_bits is 38"),
+    ],
+)
+def test_impossible_formats_of_p3109_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        p3109(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exponent_bits": 17, "mantissa_bits": 1}, "exponent_bits is 17; .* from 0 to 16"),
         ({"exponent_bits": -1, "mantissa_bits": 1}, "exponent_bits is -1"),
         ({"exponent_bits": 2.0, "mantissa_bits": 1}, r"exponent_bits is 2\.0"),
         ({"exponent_bits": True, "mantissa_bits": 1}, "exponent_bits is True"),
@@ -123,7 +141,17 @@ def test_methods_delegate():
             {"exponent_bits": 2, "mantissa_bits": 1, "signed": False, "specials": Specials.FNUZ},
             "no negative zero",
         ),
-        ({"exponent_bits": 2, "mantissa_bits": 0, "subnormals": False}, "subnormals is False"),
+        ({"exponent_bits": 2, "mantissa_bits": 1, "zero": False}, "zero is False; that needs sub"),
+        (
+            {
+                "exponent_bits": 2,
+                "mantissa_bits": 1,
+                "zero": False,
+                "subnormals": False,
+                "specials": Specials.FNUZ,
+            },
+            "zero is False; FNUZ puts NaN",
+        ),
     ],
 )
 def test_impossible_formats_are_refused(arguments, message):
@@ -134,5 +162,78 @@ def test_impossible_formats_are_refused(arguments, message):
 def test_a_maximum_beyond_float64_is_exact_as_a_fraction():
     fmt = parse("E11M52")
     assert fmt.exact_max == (2**53 - 1) * Fraction(2) ** (2047 - 1023 - 52)
-    with pytest.raises(OverflowError):
+    with pytest.raises(OverflowError, match="max of E11M52 is beyond float64"):
         _ = fmt.max
+    wide = p3109(16, 1)
+    with pytest.raises(OverflowError, match="smallest of Binary16p1se is beyond float64"):
+        _ = wide.smallest
+    assert wide.exact_smallest == Fraction(2) ** -16383
+
+
+def test_formats_wider_than_float64_have_exact_tables_and_no_carrier():
+    wide = [
+        p3109(k, p, signed=signed, extended=extended)
+        for k in range(3, 17)
+        for p in range(1, k + 1)
+        for signed in (True, False)
+        for extended in (True, False)
+        if p < k or not signed
+    ]
+    beyond = [fmt for fmt in wide if not holds(CARRIERS["float64"], fmt)]
+    assert (len(wide), len(beyond)) == (504, 50)
+    assert sum(not holds(CARRIERS["float32"], fmt) for fmt in wide) == 128
+    for fmt in (p3109(13, 1), p3109(13, 2, signed=False, extended=False)):
+        table = exact.values(fmt)
+        assert len(table) == fmt.code_count - 1 - fmt.has_infinity * (1 + fmt.signed)
+        assert table[-1] == fmt.exact_max
+        assert [exact.decode(exact.encode(value, fmt), fmt) for value in table[-9:]] == table[-9:]
+        for function in (fmt.quantize, fmt.encode):
+            with pytest.raises(ValueError, match=r"float64 cannot hold .* use fpformats\.exact"):
+                function(1.0)
+        with pytest.raises(ValueError, match="float64 cannot hold"):
+            fmt.values()
+
+
+P3109_BY_ITS_FORMULAS = [p3109(k, p, signed=s, extended=x) for k, p, s, x in [
+    (3, 1, True, True), (3, 2, False, False), (4, 4, False, True), (5, 2, True, False),
+    (8, 3, True, True), (8, 1, False, False), (8, 8, False, True), (9, 4, False, False),
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", P3109_BY_ITS_FORMULAS, ids=str)
+def test_codes_of_p3109_decode_by_its_formulas(fmt):
+    # Interim report 4.0, 4.2 and 4.5, in its own symbols.
+    name = re.fullmatch(r"Binary(\d+)p(\d+)([su])([ef])", {
+        "E4M3FNUZ": "Binary8p4sf", "E3M1FNUZ": "Binary5p2sf"}.get(str(fmt), str(fmt)))  # fmt: skip
+    k, p, signed, extended = int(name[1]), int(name[2]), name[3] == "s", name[4] == "e"
+    b = 2 ** (k - p - 1) if signed else 2 ** (k - p)
+    half = 2 ** (k - 1)
+    for code in range(2**k):
+        value = exact.decode(code, fmt)
+        if code == (half if signed else 2**k - 1):
+            assert math.isnan(value)
+            continue
+        if extended and code == (half - 1 if signed else 2**k - 2):
+            assert value == math.inf
+            continue
+        if extended and signed and code == 2**k - 1:
+            assert value == -math.inf
+            continue
+        negative = signed and code > half
+        e, t = divmod(code - half if negative else code, 2 ** (p - 1))
+        unit = Fraction(2) ** (1 - p)
+        magnitude = t * unit * Fraction(2) ** (1 - b) if e == 0 else (
+            (1 + t * unit) * Fraction(2) ** (e - b))  # fmt: skip
+        assert value == (-magnitude if negative else magnitude)
+
+
+def test_the_block_scale_has_no_zero():
+    fmt = parse("E8M0")
+    assert (fmt.bits, fmt.min, fmt.max, fmt.smallest_code) == (8, 2.0**-127, 2.0**127, 0)
+    assert fmt.values().tolist() == [2.0**e for e in range(-127, 128)]
+    assert (fmt.nan_code, fmt.infinity_code, fmt.has_negative_zero) == (255, None, False)
+    assert "no zero" in repr(fmt)
+
+
+def test_without_mantissa_bits_there_are_no_subnormals_to_leave_out():
+    assert FloatFormat(3, 0, subnormals=False) == FloatFormat(3, 0)

@@ -1,7 +1,16 @@
 import pytest
 import torch
+from torch.func import grad, vmap
 
-from fpformats import parse, quantize, quantize_scaled
+from fpformats import (
+    MXFP4,
+    decode,
+    encode,
+    parse,
+    quantize,
+    quantize_blocks,
+    quantize_scaled,
+)
 
 X = torch.tensor([-9.0, -1.3, -0.2, 0.0, 0.3, 1.27, 2.6, 5.9, 6.0, 6.1, 20.0])
 
@@ -95,3 +104,78 @@ def test_compiled_gradients_are_the_same(dtype):
     _, compiled = gradients(torch.compile(function, fullgraph=True), *inputs)
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_vmap_gives_the_same_values_and_codes():
+    fmt, x = parse("E2M1"), torch.stack([X, -0.7 * X, 3 * X])
+    assert torch.equal(vmap(lambda x: quantize(x, fmt))(x), quantize(x, fmt))
+    away = vmap(lambda x: quantize(x, fmt, rounding="NearestTiesToAway"), in_dims=1, out_dims=1)
+    assert torch.equal(away(x), quantize(x, fmt, rounding="NearestTiesToAway"))
+    codes = vmap(lambda x: encode(x, fmt, nan=0))(x)
+    assert torch.equal(codes, encode(x, fmt))
+    assert torch.equal(vmap(lambda c: decode(c, fmt))(codes), quantize(x, fmt))
+    assert torch.equal(vmap(lambda x: quantize_blocks(x, MXFP4))(x), quantize_blocks(x, MXFP4))
+    words = torch.arange(x.numel()).reshape(x.shape)
+    draw = {"rounding": "StochasticA", "random_bits": 6}
+    drawn = vmap(lambda x, w: quantize(x, fmt, random=w, **draw))(x, words)
+    assert torch.equal(drawn, quantize(x, fmt, random=words, **draw))
+    with pytest.raises(ValueError, match=r"torch\.compile and vmap need nan= as a code"):
+        vmap(lambda x: encode(x, fmt))(x)
+
+
+@pytest.mark.parametrize("name", ["E2M1", "E2M1U"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_vmap_gives_the_same_gradients(name, clip):
+    fmt, generator = parse(name), torch.Generator().manual_seed(0)
+    inputs = [torch.stack([X, X * 0.7, -X]), *torch.rand((2, 3), generator=generator) + 0.5]
+    weights = torch.linspace(1, 2, X.numel())
+
+    def loss(x, s, z):
+        return (quantize_scaled(x, fmt, s, z, clip_gradient=clip) * weights).sum()
+
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    for x, s, z in zip(*leaves, strict=True):
+        loss(x, s, z).backward()
+    expected = [t.grad for t in leaves]
+    for ours, theirs in zip(vmap(grad(loss, (0, 1, 2)))(*inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    vmap(loss)(*leaves).sum().backward()
+    for ours, theirs in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
+
+
+def test_a_scale_alone_may_be_mapped():
+    fmt, scales = parse("E2M1"), torch.rand(4) + 0.5
+    mapped = vmap(lambda s: quantize_scaled(X, fmt, s, 0.1))(scales)
+    assert torch.equal(mapped, torch.stack([quantize_scaled(X, fmt, s, 0.1) for s in scales]))
+
+
+def test_scales_of_blocks_learn():
+    fmt, x = parse("E2M1"), torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    scale = (torch.rand(3, 2) + 0.3).requires_grad_()
+    zero_point = torch.zeros(3, 2, requires_grad=True)
+    options = {"block_size": (2, 4)}
+    (quantize_scaled(x, fmt, scale, zero_point, **options) * x).sum().backward()
+    full = scale.detach().repeat_interleave(2, 0)[:5].repeat_interleave(4, 1)[:, :7]
+    v = x / full
+    slope = torch.where(v.abs() <= 6, quantize(v, fmt) - v, quantize(v, fmt)) * x
+    padded = torch.nn.functional.pad(slope, (0, 1, 0, 1)).reshape(3, 2, 2, 4)
+    torch.testing.assert_close(scale.grad, padded.sum((1, 3)))
+    assert zero_point.grad.shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["E2M1", "E3M0", "E4M3"])
+def test_the_gradient_of_the_scale_is_the_slope_between_roundings(name):
+    # With the codes held fixed, s * q - the part of x that straight-through keeps is linear in s.
+    fmt, x = parse(name), X[(X.abs() < 5)].double()
+    scale, step = torch.tensor(0.9, dtype=torch.float64), 1e-6
+    q = quantize(x / scale, fmt)
+
+    def surrogate(s):
+        return (s * (x / s + (q - x / scale))).sum()
+
+    slope = (surrogate(scale + step) - surrogate(scale - step)) / (2 * step)
+    leaf = scale.clone().requires_grad_()
+    quantize_scaled(x, fmt, leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, slope, rtol=1e-6, atol=1e-6)

@@ -1,11 +1,24 @@
 import importlib
 
+import ml_dtypes
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from oracles import edge_formats, small_formats, wide_formats
 
 import fpformats
-from fpformats import FloatFormat, Specials, exact, format_name, parse, strategies
+from fpformats import (
+    FloatFormat,
+    Specials,
+    dtype_of,
+    exact,
+    format_name,
+    names,
+    parse,
+    strategies,
+)
 
 
 @pytest.mark.parametrize("fmt", small_formats() + edge_formats() + wide_formats(), ids=str)
@@ -54,9 +67,70 @@ def test_malformed_names_are_told_the_grammar(name):
         parse(name)
 
 
-def test_the_block_scale_is_not_mistaken_for_a_format_with_zero():
-    with pytest.raises(ValueError, match=r"'E8M0' is the OCP MX block scale.*not supported"):
-        parse("E8M0")
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("E8M0", "E8M0UNZFN"),
+        ("UE4M3", "E4M3UFN"),
+        ("UE5M3", "E5M3UFN"),
+        ("BF16", "E8M7IEEE"),
+        ("FP16", "E5M10IEEE"),
+        ("TF32", "E8M10IEEE"),
+        ("FP32", "E8M23IEEE"),
+        ("FP64", "E11M52IEEE"),
+        ("Binary8p3se", "E5M2EXT"),
+        ("Binary8p3sf", "E5M2FNUZ"),
+        ("Binary8p3uf", "E6M2B32UFN"),
+        ("Binary8p8ue", "E1M7UEXT"),
+        ("float8_e4m3fn", "E4M3"),
+        ("torch.float8_e5m2", "E5M2"),
+        ("ml_dtypes.float4_e2m1fn", "E2M1"),
+        ("float4_e2m1fn_x2", "E2M1"),
+        (torch.float8_e8m0fnu, "E8M0"),
+        (torch.bfloat16, "BF16"),
+        (ml_dtypes.float8_e3m4, "E3M4IEEE"),
+        (np.dtype(np.float16), "FP16"),
+        (np.float32, "FP32"),
+    ],
+)
+def test_aliases_mean_what_their_source_says(alias, name):
+    assert parse(alias) == parse(name)
+    assert parse(str(parse(name))) == parse(name)
+
+
+def test_the_block_scale_is_not_the_format_with_zero():
+    assert str(parse("E8M0")) == "E8M0"
+    assert str(parse("E8M0F")) == "E8M0F"
+    assert len({parse("E8M0"), parse("E8M0F"), parse("E8M0U"), parse("E8M0UFN")}) == 4
+
+
+def test_dtypes_convert_back_where_one_exists():
+    for name, meaning in names._DTYPES.items():
+        libraries = [lib for lib in (torch, ml_dtypes, np) if hasattr(lib, name)]
+        assert libraries
+        for library in libraries:
+            assert dtype_of(parse(meaning), library.__name__) == getattr(library, name)
+    with pytest.raises(ValueError, match="which torch has no dtype for"):
+        dtype_of(parse("E2M1U"), "torch")
+    with pytest.raises(ValueError, match="library is 'jax'; allowed: torch, ml_dtypes, numpy"):
+        dtype_of(parse("E4M3"), "jax")
+
+
+@given(strategies.formats(max_bits=10))
+def test_only_well_formed_formats_of_p3109_take_its_names(fmt):
+    if str(fmt).startswith("Binary"):
+        assert fmt.bits > 2
+        assert fmt.has_nan
+
+
+@given(st.text("EMBUNSZFXTIpsefu0123456789", max_size=14))
+def test_any_text_is_a_format_or_told_the_grammar(text):
+    try:
+        fmt = parse(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert parse(str(fmt)) == fmt
 
 
 def test_any_format_name_can_be_imported():
@@ -64,8 +138,12 @@ def test_any_format_name_can_be_imported():
 
     assert parse("E1M3U") == E1M3U
     assert parse("E4M3") == E4M3
-    assert not hasattr(fpformats, "E8M0")
-    assert not hasattr(fpformats, "E12M1")
+    from fpformats import UE5M3, Binary8p3se
+
+    assert parse("Binary8p3se") == Binary8p3se
+    assert parse("UE5M3") == UE5M3
+    assert not hasattr(fpformats, "E17M1")
+    assert not hasattr(fpformats, "Binary2p1se")
     assert not hasattr(fpformats, "__wrapped__")
     assert importlib.import_module("fpformats.exact") is exact
     with pytest.raises(ImportError):

@@ -76,5 +76,38 @@ def test_what_is_not_codes_or_bytes_is_refused():
 
 @pytest.mark.parametrize("packed", [np.zeros(2, np.uint8), np.zeros((1, 3), np.uint8)])
 def test_a_wrong_number_of_bytes_is_refused(packed):
-    with pytest.raises(ValueError, match="5 codes of 4 bits take 3 bytes"):
+    with pytest.raises(ValueError, match="5 codes of 4 bits take 3 bytes of shape"):
         unpack(packed, 4, (5,))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("shape", [(5,), (4, 7), (2, 3, 5), (3, 0, 2), (0, 4)])
+def test_packing_along_an_axis_packs_every_row_of_it(bits, shape):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, shape)
+    for axis in range(-len(shape), len(shape)):
+        packed = pack(codes, bits, axis)
+        stored = list(shape)
+        stored[axis] = -(-shape[axis] * bits // 8)
+        assert packed.shape == tuple(stored)
+        for index in np.ndindex(*np.delete(shape, axis)):
+            place = list(index)
+            place.insert(axis % len(shape), slice(None))
+            np.testing.assert_array_equal(packed[tuple(place)], pack(codes[tuple(place)], bits))
+        np.testing.assert_array_equal(unpack(packed, bits, shape, axis), codes)
+        tensor = pack(torch.from_numpy(codes), bits, axis)
+        np.testing.assert_array_equal(tensor.numpy(), packed)
+        np.testing.assert_array_equal(unpack(tensor, bits, shape, axis).numpy(), codes)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch has no 4-bit dtype")
+def test_four_bit_bytes_are_those_of_torch():
+    packed = pack(torch.tensor([[1, 2, 3, 4]]), 4, axis=1)
+    assert packed.view(torch.float4_e2m1fn_x2).view(torch.uint8).tolist() == [[0x21, 0x43]]
+
+
+@pytest.mark.parametrize("axis", [2, -3, 1.0, True])
+def test_axes_out_of_range_are_refused(axis):
+    with pytest.raises(ValueError, match=r"axis is .*; there are 2 dimensions"):
+        pack(np.zeros((2, 2), int), 4, axis)
+    with pytest.raises(ValueError, match=r"axis is .*; there are 2 dimensions"):
+        unpack(np.zeros((2, 1), np.uint8), 4, (2, 2), axis)

@@ -133,3 +133,32 @@ def test_nan_is_kept_and_not_encoded_silently():
     with pytest.raises(ValueError, match="contains NaN"):
         encode_scaled(x, fmt, 0.5)
     assert encode_scaled(x, fmt, 0.5, nan=7).tolist() == [7, 4]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "shape"),
+    [((-1, -1), (1, 1)), ((1, -1), (6, 1)), ((1, 4), (6, 3)), ((4, 4), (2, 3)), ((-1, 1), (1, 9))],
+)
+def test_blocks_share_a_scale_and_a_zero_point(block_size, shape):
+    fmt, generator = parse("E2M1U"), np.random.default_rng(0)
+    x = generator.standard_normal((6, 9)).astype(np.float32)
+    scale = generator.uniform(0.1, 1, shape).astype(np.float32)
+    zero_point = -generator.uniform(0, 1, shape).astype(np.float32)
+    rows, columns = (n if size == -1 else size for size, n in zip(block_size, x.shape, strict=True))
+    full = [a[np.ix_(np.arange(6) // rows, np.arange(9) // columns)] for a in (scale, zero_point)]
+    expected = quantize_scaled(x, fmt, *full)
+    options = {"block_size": block_size}
+    assert_same_bits(quantize_scaled(x, fmt, scale, zero_point, **options), expected)
+    codes = encode_scaled(x, fmt, scale, zero_point, **options)
+    assert_same_bits(decode_scaled(codes, fmt, scale, zero_point, **options), expected)
+    tensors = [torch.from_numpy(a) for a in (x, scale, zero_point)]
+    assert_same_bits(quantize_scaled(tensors[0], fmt, *tensors[1:], **options).numpy(), expected)
+
+
+def test_bad_blocks_are_refused():
+    fmt, x = parse("E2M1"), np.ones((6, 9), np.float32)
+    for block_size in ((4,), (0, 1), (1.0, 1), (-2, 1)):
+        with pytest.raises(ValueError, match=r"block_size is .*; it must hold a positive integer"):
+            quantize_scaled(x, fmt, x, block_size=block_size)
+    with pytest.raises(ValueError, match=r"scale has shape \(6, 9\); blocks of \(1, 4\) need"):
+        quantize_scaled(x, fmt, x, block_size=(1, 4))
