@@ -15,6 +15,7 @@ exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_google_docstring = True
+napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 copybutton_prompt_text = ">>> |\\$ |\\.\\.\\. "
 copybutton_prompt_is_regexp = True

@@ -21,18 +21,18 @@ bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344).
 block scale of OCP MX 1.0: ``E8M0UNZFN``, unsigned, without zero. Every other name without a suffix
 is finite only. Standards' own names mean what their standard says:
 
-==========================  =============  =====================================
-name                        the same as    source
-==========================  =============  =====================================
-``BF16``                    ``E8M7IEEE``   bfloat16
-``FP16``, ``FP32``,         ``E5M10IEEE``, IEEE 754 binary16, binary32, binary64
-``FP64``                    ...
-``TF32``                    ``E8M10IEEE``  19 bits of NVIDIA's tensor cores
-``UE4M3``, ``UE5M3``        ``E4M3UFN``,   unsigned scales, NaN at all-ones
-                            ``E5M3UFN``
-``Binary{K}p{P}{s|u}{e|f}``                IEEE P3109: see `fpformats.p3109`
-``float8_e4m3fn``, ...                     a dtype of ml_dtypes, torch or NumPy
-==========================  =============  =====================================
+=============================  ==============  =========================================
+name                           the same as     source
+=============================  ==============  =========================================
+``BF16``                       ``E8M7IEEE``    bfloat16
+``FP16``, ``FP32``,            ``E5M10IEEE``,  IEEE 754 binary16, binary32, binary64
+``FP64``                       ...
+``TF32``                       ``E8M10IEEE``   19 bits of NVIDIA's tensor cores
+``UE4M3``, ``UE5M3``           ``E4M3UFN``,    unsigned scales, NaN at all-ones
+                               ``E5M3UFN``
+``Binary{K}p{P}{s|u}{e|f}``                    IEEE P3109: see `fpformats.p3109`
+``float8_e4m3fn``, ...                         a dtype of ml_dtypes, torch or NumPy
+=============================  ==============  =========================================
 
     >>> parse("E2M1U").max
     6.0
