@@ -1,3 +1,4 @@
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -33,11 +34,19 @@ def test_codes_values_and_ties_belong_to_the_format(data):
     assert exact.quantize(tie - step, fmt) != exact.quantize(tie + step, fmt)
 
 
+def is_just_below_a_power_of_two(x):
+    return np.isfinite(x) and np.frexp(x)[0] != 0.5 and np.frexp(np.nextafter(x, x * 2))[0] == 0.5
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_inputs_near_ties_and_edges_are_of_the_dtype(dtype):
     fmt, kind = parse("E2M1"), np.dtype(dtype).type
-    assert find(strategies.near_ties(fmt, dtype), lambda x: x == np.nextafter(kind(1.25), kind(9)))
-    assert find(strategies.near_ties(fmt, dtype), lambda x: x == kind(-1.25))
-    assert np.isnan(find(strategies.floats(dtype), np.isnan))
-    below_four = np.nextafter(kind(4), kind(0))
-    assert type(find(strategies.floats(dtype), lambda x: x == below_four)) is kind
+
+    def found(strategy, condition):
+        return find(strategy, condition, random=random.Random(0))
+
+    above = np.nextafter(kind(1.25), kind(9))
+    assert found(strategies.near_ties(fmt, dtype), lambda x: x == above) == above
+    assert found(strategies.near_ties(fmt, dtype), lambda x: x == kind(-1.25)) == -1.25
+    assert np.isnan(found(strategies.floats(dtype), np.isnan))
+    assert type(found(strategies.floats(dtype), is_just_below_a_power_of_two)) is kind
