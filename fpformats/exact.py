@@ -71,7 +71,7 @@ def values(fmt: FloatFormat) -> list[Fraction]:
 
     Example:
         >>> from fpformats import p3109
-        >>> values(p3109(16, 1, signed=False))[-1] == Fraction(2) ** 32765
+        >>> values(p3109(12, 1, signed=False))[-1] == Fraction(2) ** 2045
         True
     """
     bits = fmt.exponent_bits + fmt.mantissa_bits + fmt.signed

@@ -109,7 +109,8 @@ def quantize(
     if grid.lifted is not None:
         lifted = xp.clip(magnitude, None, 1.0) * grid.lift
         small, small_over = _round(xp, lifted, negative, grid.lifted, mode, words, bits)
-        is_small = magnitude < grid.floor
+        # Of formats that end below the carrier's normal numbers, whatever lies beyond, too.
+        is_small = xp.clip(magnitude, None, grid.high) < grid.floor
         y = xp.where(is_small, small / grid.lift, y)
         over = xp.where(is_small, small_over, over)
     y = _signed(xp, y, over, negative, grid, edges)

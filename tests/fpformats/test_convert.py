@@ -449,7 +449,17 @@ def test_numpy_users_do_not_pay_for_torch():
     subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
 
 
-@pytest.mark.parametrize("name", ["E2M1U", "E4M3", "E3M0", "E4M3FNUZ", "E8M10IEEE", "E8M4B128FNUZ"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "E2M1U",
+        "E8M4B128FNUZ",
+        *(pytest.param(n, marks=SLOW) for n in ("E4M3", "E3M0", "E4M3FNUZ", "E8M10IEEE")),
+    ],
+)
 def test_compiled_graphs_give_the_same_bits(name):
     fmt = parse(name)
     torch._dynamo.reset()

@@ -374,6 +374,18 @@ def test_the_way_of_the_default_agrees_with_the_general_one():
             assert_same_bits(quantize(x, fmt), quantize(x, fmt, saturation="SatPropagate"))
 
 
+@pytest.mark.parametrize("name", ["E2M1B149", "E1M2B148", "E0M0B127UNZ", "E3M0B140IEEE"])
+def test_formats_below_the_normal_numbers_of_float32(name):
+    fmt = parse(name)
+    x = aimed_inputs(fmt, "float32")
+    for mode, saturation in POLICIES:
+        expected = definition_by_table(x, fmt, mode, saturation).astype(np.float32)
+        rounded = quantize(x, fmt, rounding=mode, saturation=saturation)
+        assert_same_bits(rounded, expected)
+        tensor = quantize(torch.from_numpy(x), fmt, rounding=mode, saturation=saturation)
+        assert_same_bits(tensor.numpy(), expected)
+
+
 def test_wide_formats_follow_policies_at_the_ends_of_float64():
     fmt = FloatFormat(11, 52, specials=parse("E5M2").specials)
     info = np.finfo(np.float64)
