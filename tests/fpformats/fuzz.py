@@ -18,7 +18,7 @@ ALPHABET = "EMBNUSZFXTIp0123456789sufe"
 
 def target(data: bytes) -> None:
     """Check a name, a rounding, a round trip of codes and one of packing, all from some bytes."""
-    source = random.Random(data)  # noqa: S311
+    source = random.Random(data)
     name = "".join(source.choice(ALPHABET) for _ in range(source.randrange(10)))
     if source.random() < 0.8:
         suffix = source.choice(["", "U", "NS", "FN", "IEEE", "UNZ", "EXT", "FNUZ", "UEXT"])
