@@ -121,7 +121,7 @@ def test_any_format_rounds_as_defined_under_any_policy(data):
 def test_all_words_together_give_the_exact_probability(name, mode):
     fmt, bits = parse(name), 6
     words = np.arange(2**bits)
-    steps = np.linspace(0, 1, 41)
+    steps = np.linspace(0, 1, 2 ** (bits + 1) + 1)  # halfway between probabilities too
     for code in [fmt.smallest_code, fmt.smallest_code + 1, fmt.max_code // 2, fmt.max_code - 1]:
         low, high = Fraction(exact.decode(code, fmt)), Fraction(exact.decode(code + 1, fmt))
         for x in float(low) + steps * float(high - low):
