@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         text = _run(options)
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         print(f"fpformats: {error}", file=sys.stderr)
         return 2
     print(text, end="" if text.endswith("\n") else "\n")

@@ -148,7 +148,8 @@ def check_out(out: Any, x: Any) -> None:
         return
     if not isinstance(out, np.ndarray) and not is_tensor(out):
         raise TypeError(f"out is a {type(out).__name__}; it must be an array or a tensor")
-    if is_tensor(out) != is_tensor(x) or out.dtype != x.dtype:
+    alike = is_tensor(out) == is_tensor(x) and hasattr(x, "dtype")
+    if not alike or out.dtype != x.dtype:
         raise TypeError(f"out is {_describe(out)}; x is {_describe(x)}, and out must be alike")
     if tuple(out.shape) != tuple(x.shape):
         raise ValueError(f"out has shape {tuple(out.shape)}; x has shape {tuple(x.shape)}")

@@ -374,6 +374,8 @@ def test_a_bad_out_is_refused_before_anything_is_written():
         quantize(x, fmt, out=1.0)
     with pytest.raises(TypeError, match="out is Tensor"):
         quantize(x, fmt, out=torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="out is ndarray of float64; x is float"):
+        quantize(0.3, fmt, out=np.zeros(()))
     frozen = np.zeros((2, 3), np.float32)
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):

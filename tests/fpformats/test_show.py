@@ -39,7 +39,7 @@ def test_the_command_prints_the_description(capsys):
     assert capsys.readouterr().out == describe(parse("E2M1U")) + "\n"
 
 
-@pytest.mark.parametrize("name", ["E2M1X", "E8M23"])
+@pytest.mark.parametrize("name", ["E2M1X", "E8M23", "E2M1B5000", "E2M1BN5000"])
 def test_a_bad_name_is_one_sentence_and_exit_code_2(name, capsys):
     assert main(["show", name]) == 2
     captured = capsys.readouterr()
