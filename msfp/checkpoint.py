@@ -32,10 +32,10 @@ from torch import nn
 from fpformats import FloatFormat, decode_scaled, encode_scaled, pack, parse, unpack
 from msfp.denoiser import COMPONENTS, denoiser_name, quantizable_layers, replace_layer
 from msfp.errors import InputError
-from msfp.layers import QuantizedLayer, quantized_class, quantized_layers
+from msfp.layers import QuantizedLayer, add_router, quantized_class, quantized_layers
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
-from msfp.talora import Router, attach_router
+from msfp.talora import Router
 from msfp.version import __version__
 
 FORMAT_VERSION = 1
@@ -248,9 +248,7 @@ def _rebuild(denoiser: nn.Module, description: dict[str, Any], tensors: dict[str
     if counts or entries < 1 or (entries > 1 and not description["routed"]):
         raise ValueError("every layer must have as many entries, and a router if more than one")
     if description["routed"]:
-        routing = attach_router(denoiser, Router(len(layers), entries))
-        for index, layer in enumerate(layers.values()):
-            layer.routing, layer.index = routing, index
+        add_router(denoiser, Router(len(layers), entries))
     held = tuple(f"{name}." for name in layers)
     expected = {key for key in denoiser.state_dict() if not key.startswith(held)}
     if expected != set(tensors):

@@ -11,9 +11,9 @@ from torch import nn
 from msfp.config import FinetuneConfig
 from msfp.dfa import timestep_weights
 from msfp.errors import InputError
-from msfp.layers import quantized_layers, seal
+from msfp.layers import add_router, quantized_layers, seal
 from msfp.sampling import Trajectories
-from msfp.talora import LoRAHub, Router, attach_router
+from msfp.talora import LoRAHub, Router
 
 ROUTER_RATE = 1e-3
 SCALE_RATE = 2e-3
@@ -36,9 +36,7 @@ def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
     if config.hub == 1:
         return
     device = next(iter(layers.values())).weight.device
-    routing = attach_router(denoiser, Router(len(layers), config.hub, generator).to(device))
-    for index, layer in enumerate(layers.values()):
-        layer.routing, layer.index = routing, index
+    add_router(denoiser, Router(len(layers), config.hub, generator).to(device))
 
 
 def parameter_groups(denoiser: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:

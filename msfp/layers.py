@@ -17,7 +17,7 @@ from torch import nn
 
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
-from msfp.talora import LoRAHub, Routing
+from msfp.talora import LoRAHub, Router, Routing, attach_router
 
 
 class QuantizedLayer(nn.Module, ABC):
@@ -176,6 +176,13 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
         for name, module in denoiser.named_modules()
         if isinstance(module, QuantizedLayer)
     }
+
+
+def add_router(denoiser: nn.Module, router: Router) -> None:
+    """Attach a router to a denoiser and number its quantized layers in the routing."""
+    routing = attach_router(denoiser, router)
+    for index, layer in enumerate(quantized_layers(denoiser).values()):
+        layer.routing, layer.index = routing, index
 
 
 def seal(denoiser: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ class Sampler:
     def __call__(
         self, pipe: DiffusionPipeline, count: int, seed: int, progress: Progress | None = None
     ) -> torch.Tensor:
-        """Return `count` images of shape (count, channels, height, width) in [0, 1], float32."""
+        """Return `count` images of shape (count, channels, height, width) in [0, 1], float32.
+
+        Raises:
+            InputError: If the pipeline cannot be called without a condition.
+        """
         images = []
         for start in range(0, count, self.batch):
             images.append(self.one_batch(pipe, seed, start)[: count - start])
@@ -46,6 +51,11 @@ class Sampler:
 
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
         """Return the images from number `start` on, one batch of them."""
+        if "batch_size" not in inspect.signature(pipe.__call__).parameters:
+            raise InputError(
+                f"{type(pipe).__name__} is not an unconditional pipeline: its call must take "
+                "batch_size"
+            )
         output = pipe(
             batch_size=self.batch,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + start),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMPipeline
+from numpy.typing import NDArray
 
 from msfp.config import QuantizationConfig, Scheme
 from msfp.sampling import Sampler
@@ -136,12 +137,12 @@ class Results:
     timesteps: list[int]
     seed_noise: list[float]
     spread: float | None
-    rows: list[Row] = field(default_factory=list)
-    layers: list[LayerSummary] = field(default_factory=list)
-    routing: list[list[int]] = field(default_factory=list)
-    images: dict[str, torch.Tensor] = field(default_factory=dict)
-    inputs: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
-    pipe: DDIMPipeline = None
+    rows: list[Row]
+    layers: list[LayerSummary]
+    routing: list[list[int]]
+    images: dict[str, torch.Tensor]
+    inputs: dict[str, NDArray[np.float32]]
+    pipe: DDIMPipeline
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but tensors as plain JSON types."""

@@ -7,10 +7,20 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import gfloat.formats
 import numpy as np
 
 from fpformats import FloatFormat, Rounding, Saturation, Specials, exact
 from fpformats.kernels.grid import CARRIERS, holds
+
+GFLOAT_FORMATS = [
+    ("E4M3", gfloat.formats.format_info_ocp_e4m3),
+    ("E5M2", gfloat.formats.format_info_ocp_e5m2),
+    ("E2M1", gfloat.formats.format_info_ocp_e2m1),
+    ("E2M3", gfloat.formats.format_info_ocp_e2m3),
+    ("E3M2", gfloat.formats.format_info_ocp_e3m2),
+]
+"""Names of formats and what gfloat calls them."""
 
 
 def small_formats():

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
+    GFLOAT_FORMATS,
     assert_same_bits,
     boundaries,
     carriers_of,
@@ -230,16 +231,7 @@ def test_ml_dtypes_agrees_from_float32(name, oracle):
     assert_same_bits(decode(every, fmt), every.view(oracle).astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "oracle"),
-    [
-        ("E4M3", gfloat.formats.format_info_ocp_e4m3),
-        ("E5M2", gfloat.formats.format_info_ocp_e5m2),
-        ("E2M1", gfloat.formats.format_info_ocp_e2m1),
-        ("E2M3", gfloat.formats.format_info_ocp_e2m3),
-        ("E3M2", gfloat.formats.format_info_ocp_e3m2),
-    ],
-)
+@pytest.mark.parametrize(("name", "oracle"), GFLOAT_FORMATS)
 def test_gfloat_agrees_from_float64(name, oracle):
     fmt = parse(name)
     x = signed_boundaries(fmt, "float64")[0]

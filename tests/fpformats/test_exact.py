@@ -7,20 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath.libmp import from_rational
+from oracles import GFLOAT_FORMATS
 
 from fpformats import exact, parse, strategies
 
 
-@pytest.mark.parametrize(
-    ("name", "oracle"),
-    [
-        ("E4M3", gfloat.formats.format_info_ocp_e4m3),
-        ("E5M2", gfloat.formats.format_info_ocp_e5m2),
-        ("E2M1", gfloat.formats.format_info_ocp_e2m1),
-        ("E2M3", gfloat.formats.format_info_ocp_e2m3),
-        ("E3M2", gfloat.formats.format_info_ocp_e3m2),
-    ],
-)
+@pytest.mark.parametrize(("name", "oracle"), GFLOAT_FORMATS)
 def test_gfloat_decodes_alike(name, oracle):
     fmt = parse(name)
     for code in range(fmt.code_count):

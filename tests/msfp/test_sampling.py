@@ -1,9 +1,10 @@
 import copy
 
+import pytest
 import torch
 from diffusers import PNDMPipeline, PNDMScheduler
 
-from msfp import Sampler, record_trajectories
+from msfp import InputError, Sampler, record_trajectories
 from msfp.sampling import recorded
 
 
@@ -54,3 +55,12 @@ def test_samplers_that_call_the_denoiser_more_than_once_a_step_are_recorded_whol
     recording = record_trajectories(pipe, Sampler(5, 4), count=8, seed=0)
     assert len(recording.timesteps) == len(pipe.scheduler.timesteps)
     assert recording.samples.shape[:2] == (len(pipe.scheduler.timesteps), 8)
+
+
+def test_a_conditional_pipeline_is_refused():
+    class Conditional:
+        def __call__(self, prompt):
+            return prompt
+
+    with pytest.raises(InputError, match="Conditional is not an unconditional pipeline"):
+        Sampler(2, 4)(Conditional(), 4, seed=0)
