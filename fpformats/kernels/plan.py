@@ -1,0 +1,157 @@
+"""What the fused kernels know of a format and a policy: one flat record of plain numbers.
+
+The kernels in C++ and in Triton round one element at a time. Up to a step of exponent e above
+`floor` a magnitude a splits, exactly in float64, into a whole number of steps and a rest::
+
+    e = max(exponent of a, exponent of floor)
+    step = 2**(e - digits)
+    count = floor(a / step)
+    code = ((e - exponent of floor) << digits) + count + code_base
+
+`code` is that of the neighbour nearer zero, so that parity, the upper neighbour (code + 1) and the
+code of the result all come from one integer. Below `smallest`, in formats without subnormal
+numbers, the neighbours are zero and `smallest`. Float64 holds all of it for the formats that
+`make_plan` takes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fpformats.kernels import portable
+from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
+from fpformats.kernels.policy import Edges, make_edges
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+
+MAX_EXPONENT_BITS = 8
+MAX_MANTISSA_BITS = 23
+
+
+class Plan(NamedTuple):
+    """A format and a policy, for kernels that work element by element.
+
+    Attributes:
+        low: Lowest finite value.
+        high: Largest finite value.
+        floor: Power of two below which the spacing stays constant.
+        ceiling: Power of two that is the top exponent of any finite value.
+        digits: Logarithm of the steps in a binade: step = 2**(e - digits).
+        code_base: What the code is more than the count of steps: 0, or less without subnormals.
+        smallest: Smallest value above zero if that is not one step from it, else 0.
+        zero: Whether there is a zero.
+        signed: Whether there are negative values.
+        negative_zero: Whether zero has a sign.
+        magnitude_bits: Width of a code below the sign.
+        max_code: Code of `high`.
+        rounding: Name of the rounding mode.
+        is_default: Whether the policy is nearest with ties to even and SatFinite.
+        is_narrow: Whether the default policy can be computed in float32: all intermediate
+            numbers of the sum that rounds are normal there, and `smallest` is 0.
+        edges: What becomes of results that are not values of the format.
+        edge_codes: Codes of `edges`, in the same order; -1 for NaN.
+        quantum: Smallest spacing.
+        linear: Codes below this one are linear: they stand for as many times `quantum`.
+        pattern_offset: Pattern of a float64, cut by 52 - mantissa_bits, minus the code, for codes
+            that are not linear.
+        mantissa_bits: Width of the mantissa field.
+        infinite_code: Magnitude of the code of infinity in the format, -1 without.
+        first_nan: Smallest magnitude whose code is NaN, -1 without.
+        nan_is_negative_zero: Whether NaN has the code of negative zero.
+    """
+
+    low: float
+    high: float
+    floor: float
+    ceiling: float
+    digits: int
+    code_base: int
+    smallest: float
+    zero: bool
+    signed: bool
+    negative_zero: bool
+    magnitude_bits: int
+    max_code: int
+    rounding: str
+    is_default: bool
+    is_narrow: bool
+    edges: Edges
+    edge_codes: tuple[int, ...]
+    quantum: float
+    linear: int
+    pattern_offset: int
+    mantissa_bits: int
+    infinite_code: int
+    first_nan: int
+    nan_is_negative_zero: bool
+
+
+def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str) -> Plan | None:
+    """Work out the record of a format that the carrier holds.
+
+    Args:
+        fmt: The format.
+        carrier: Any of the four; its values are widened to float32 or stay in float64.
+        rounding: Name of a rounding mode.
+        saturation: Name of a saturation mode.
+
+    Returns:
+        The record; None where the format has more than 8 exponent or 23 mantissa bits, or lies
+        where float64 has no room for the steps in between.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> plan = make_plan(E2M1, CARRIERS["float32"], "NearestTiesToEven", "SatFinite")
+        >>> plan.high, plan.floor, plan.digits, plan.max_code
+        (6.0, 1.0, 1, 7)
+    """
+    if fmt.exponent_bits > MAX_EXPONENT_BITS or fmt.mantissa_bits > MAX_MANTISSA_BITS:
+        return None
+    grid = make_grid(fmt, CARRIERS["float64"])
+    if grid.lifted is not None or not grid.magic:
+        return None
+    edges = make_edges(grid, rounding, saturation)
+    is_default = rounding == "NearestTiesToEven" and saturation == "SatFinite"
+    is_narrow = is_default and carrier.name != "float64" and _is_narrow(fmt)
+    return Plan(
+        low=grid.low,
+        high=grid.high,
+        floor=grid.floor,
+        ceiling=math.ldexp(1.0, fmt.max_exponent),
+        digits=-(math.frexp(grid.spacing)[1] - 1),
+        code_base=0 if fmt.subnormals else -(1 << fmt.mantissa_bits),
+        smallest=grid.smallest,
+        zero=fmt.zero,
+        signed=fmt.signed,
+        negative_zero=grid.negative_zero,
+        magnitude_bits=fmt.magnitude_bits,
+        max_code=fmt.max_code,
+        rounding=rounding,
+        is_default=is_default,
+        is_narrow=is_narrow,
+        edges=edges,
+        edge_codes=tuple(_code(grid, value) for value in edges),
+        quantum=grid.quantum,
+        linear=grid.linear,
+        pattern_offset=grid.offset,
+        mantissa_bits=fmt.mantissa_bits,
+        infinite_code=grid.infinity_code,
+        first_nan=grid.first_nan,
+        nan_is_negative_zero=grid.nan_is_negative_zero,
+    )
+
+
+def _is_narrow(fmt: FloatFormat) -> bool:
+    if not holds(CARRIERS["float32"], fmt):
+        return False
+    grid = make_grid(fmt, CARRIERS["float32"])
+    return grid.lifted is None and grid.magic != 0 and grid.smallest == 0
+
+
+def _code(grid: Grid, value: float) -> int:
+    codes = portable.encode(np, np.array([value]), grid, -1)
+    return int(codes[0])
