@@ -11,35 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.kernels import philox, policy, portable
+from fpformats import dispatch, fused
 from fpformats.operands import (
     carrier_named,
     carrier_of,
-    cast,
-    check_codes,
     check_out,
     check_words,
     grid_of,
-    is_batched,
-    is_hidden,
-    is_tensor,
-    library_of,
-    narrowed,
     needs_gradient,
-    quiet,
-    shaped,
-    widened,
-    working_carrier,
 )
-from fpformats.rounding import FINITE, NEAREST, check_policy, is_stochastic
+from fpformats.packing import MAX_BITS, checked_packed
+from fpformats.rounding import DEFAULT, FINITE, NEAREST, make_policy
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Grid
 
 
 def quantize(
@@ -90,20 +77,20 @@ def quantize(
         >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1U)
         array([0.5, 1. , 0. , 6. ])
     """
-    check_policy(rounding, saturation, random, random_bits)
-    carrier = carrier_of(x)
-    grid = grid_of(fmt, carrier)
+    policy = make_policy(rounding, saturation, random, random_bits)
+    if policy is DEFAULT and out is None and (y := fused.nearest(x, fmt)) is not None:
+        return y
+    grid = grid_of(fmt, carrier_of(x))
     check_out(out, x)
     check_words(random, random_bits, x)
-    xp, wide = library_of(x), widened(x, working_carrier(carrier))
-    with quiet():
-        y = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
-    if needs_gradient(x, out=out):
-        from fpformats.gradients import straight_through
+    learning = needs_gradient(x, out=out)
+    y = dispatch.quantize(x, fmt, grid, policy, out=out)
+    if not learning:
+        return y
+    from fpformats.gradients import straight_through
 
-        inside = (x >= grid.low) & (x <= grid.high) if clip_gradient else None
-        return straight_through(narrowed(y, x), x, inside)
-    return narrowed(y, x, out)
+    inside = (x >= grid.low) & (x <= grid.high) if clip_gradient else None
+    return straight_through(y, x, inside)
 
 
 def encode(
@@ -115,6 +102,7 @@ def encode(
     random: Any = None,
     random_bits: int = 32,
     nan: int | None = None,
+    packed: bool = False,
 ) -> Any:
     """Round to the codes of a format.
 
@@ -126,13 +114,15 @@ def encode(
         random: As in `quantize`.
         random_bits: As in `quantize`.
         nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
+        packed: Whether to store the codes side by side, as `pack` does with all of an array of a
+            format of up to 16 bits.
 
     Returns:
         Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, of the kind, shape
-        and device of `x`; an int for a number.
+        and device of `x`; an int for a number. Packed, bytes in one dimension.
 
     Raises:
-        TypeError: If `x` is not floating point.
+        TypeError: If `x` is not floating point, or is a number and `packed` is True.
         ValueError: If `x` contains NaN, the format has none and `nan` is None (where
             torch.compile hides whether it does, `nan` is required instead); if the dtype of `x`
             cannot hold every value of the format, or an option is out of range.
@@ -143,25 +133,25 @@ def encode(
         11
         >>> encode(float("nan"), E4M3), encode(float("nan"), E2M1, nan=0)
         (127, 0)
+        >>> import numpy as np
+        >>> encode(np.array([0.5, 1.0, 6.0]), E2M1, packed=True)
+        array([33,  7], dtype=uint8)
     """
-    check_policy(rounding, saturation, random, random_bits)
-    carrier = carrier_of(x)
-    grid = grid_of(fmt, carrier)
-    if nan is not None and not 0 <= nan < fmt.code_count:
-        raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
+    policy = make_policy(rounding, saturation, random, random_bits)
+    grid = grid_of(fmt, carrier_of(x))
+    nan_code = checked_nan_code(nan, fmt)
     check_words(random, random_bits, x)
-    xp, wide = library_of(x), widened(x, working_carrier(carrier))
-    nan_code = fmt.nan_code if nan is None else nan
-    with quiet():
-        values = rounded(xp, wide, grid, rounding, saturation, random, random_bits)
-        if nan_code is None:
-            _refuse_nan(xp, wide, values, fmt, saturation)
-        codes = portable.encode(xp, values, grid, nan_code)
-    width = max(8, 1 << (fmt.bits - 1).bit_length())
-    return shaped(cast(codes, f"uint{width}"), x)
+    check_packable(x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed)
 
 
-def decode(codes: Any, fmt: FloatFormat, dtype: Any = "float32") -> Any:
+def decode(
+    codes: Any,
+    fmt: FloatFormat,
+    dtype: Any = "float32",
+    *,
+    shape: tuple[int, ...] | int | None = None,
+) -> Any:
     """Give the values of codes.
 
     Args:
@@ -169,14 +159,15 @@ def decode(codes: Any, fmt: FloatFormat, dtype: Any = "float32") -> Any:
         fmt: The format.
         dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
             (torch only), float32 or float64.
+        shape: Where the codes are packed, the shape that they had.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
 
     Raises:
         TypeError: If `codes` are not integers, or `dtype` is not a carrier.
-        ValueError: If a code is out of range (not looked at under torch.compile), or the dtype
-            cannot hold every value of the format.
+        ValueError: If a code is out of range (not looked at under torch.compile), there are not
+            as many packed bytes as `shape` takes, or the dtype cannot hold every value.
 
     Example:
         >>> from fpformats import E2M1
@@ -184,15 +175,13 @@ def decode(codes: Any, fmt: FloatFormat, dtype: Any = "float32") -> Any:
         >>> decode(np.array([[0, 1], [7, 15]]), E2M1)
         array([[ 0. ,  0.5],
                [ 6. , -6. ]], dtype=float32)
+        >>> decode(np.array([33, 7], dtype=np.uint8), E2M1, shape=3)
+        array([0.5, 1. , 6. ], dtype=float32)
     """
     carrier = carrier_named(dtype)
     grid = grid_of(fmt, carrier)
-    check_codes(codes, fmt.bits, str(fmt))
-    xp, working = library_of(codes), working_carrier(carrier)
-    integer = working.name.replace("float", "int")
-    with quiet():
-        values = portable.decode(xp, _as_integers(codes, integer), grid)
-    return shaped(cast(values, carrier.name), codes)
+    wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted)
 
 
 def values(fmt: FloatFormat) -> NDArray[np.float64]:
@@ -221,59 +210,25 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
     return listed
 
 
-def rounded(
-    xp: ModuleType,
-    x: Any,
-    grid: Grid,
-    rounding: str = NEAREST,
-    saturation: str = FINITE,
-    random: Any = None,
-    bits: int = 32,
-) -> Any:
-    """Round in the mode that is asked for; the default one has a faster way of its own.
+def checked_nan_code(nan: int | None, fmt: FloatFormat) -> int | None:
+    """Give the code for NaN: that which is asked for, or the format's own if it has one.
 
-    Args:
-        xp: The library of `x`, numpy or torch.
-        x: Array of the grid's carrier.
-        grid: The format.
-        rounding: As in `quantize`.
-        saturation: As in `quantize`.
-        random: As in `quantize`, checked.
-        bits: As `random_bits` in `quantize`.
-
-    Returns:
-        A new array of the shape and dtype of `x`.
+    Raises:
+        ValueError: If what is asked for is not a code.
     """
-    # The faster way works in place, which vmap cannot.
-    if rounding == NEAREST and saturation == FINITE and not is_batched(x):
-        return portable.quantize(xp, x, grid)
-    words = None
-    if isinstance(random, int):
-        words = philox.random_words(xp, x, random, bits)
-    elif is_stochastic(rounding):
-        words = cast(random, "int64").reshape(x.shape)
-    edges = policy.make_edges(grid, rounding, saturation)
-    return policy.quantize(xp, x, grid, rounding, edges, words, bits)
+    if nan is not None and not 0 <= nan < fmt.code_count:
+        raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
+    return fmt.nan_code if nan is None else nan
 
 
-def _refuse_nan(xp: ModuleType, x: Any, values: Any, fmt: FloatFormat, saturation: str) -> None:
-    if is_hidden(values):
-        raise ValueError(
-            f"nan is None, and {fmt} has no NaN: torch.compile and vmap need nan= as a code"
-        )
-    if not bool(xp.isnan(values).any()):
-        return
-    if bool(xp.isnan(x).any()):
-        raise ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")
-    raise ValueError(
-        f"x goes beyond {fmt}, which {saturation} makes NaN, and {fmt} has no code for NaN; "
-        "nan= gives it one"
-    )
+def check_packable(x: Any, fmt: FloatFormat, packed: bool) -> None:
+    """Check that codes for `x` can be packed, if that is asked for.
 
-
-def _as_integers(codes: Any, dtype: str) -> Any:
-    if is_tensor(codes):
-        return cast(codes, dtype)
-    # Through the unsigned type, so that an int beyond the signed one wraps as arrays do.
-    unsigned = np.asarray(codes, dtype=f"u{dtype}") if isinstance(codes, int) else codes
-    return np.atleast_1d(unsigned).astype(dtype)
+    Raises:
+        TypeError: If `x` is a number.
+        ValueError: If codes are too wide.
+    """
+    if packed and not hasattr(x, "shape"):
+        raise TypeError(f"x is a {type(x).__name__}; only codes of an array or a tensor are packed")
+    if packed and fmt.bits > MAX_BITS:
+        raise ValueError(f"packed is True; {fmt} has {fmt.bits} bits, and up to {MAX_BITS} pack")

@@ -35,8 +35,14 @@ class Specials(Enum):
     """Infinity at the top magnitude and NaN at negative zero; unsigned, NaN above infinity."""
 
 
+class _Hashed:
+    """A place for a hash that is worked out once, as formats are looked up with every call."""
+
+    __slots__ = ("_hash",)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
-class FloatFormat:
+class FloatFormat(_Hashed):
     """A binary floating-point format, of at most 16 exponent and 52 mantissa bits.
 
     A code is, from the top, a sign bit (signed formats only), the exponent field F and the
@@ -109,6 +115,14 @@ class FloatFormat:
             raise ValueError("zero is False; that needs subnormals=False")
         if self.nan_code == 1 << self.magnitude_bits:
             raise ValueError(f"zero is False; {self.specials.name} puts NaN at its negative")
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash  # type: ignore[no-any-return, has-type]
+        except AttributeError:
+            known = tuple(getattr(self, name) for name in self.__match_args__)
+            object.__setattr__(self, "_hash", hash(known))
+            return hash(known)
 
     def __str__(self) -> str:
         from fpformats.names import format_name

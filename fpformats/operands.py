@@ -34,6 +34,23 @@ def is_batched(x: object) -> bool:
     return any(sys.modules["torch"]._C._functorch.is_batchedtensor(t) for t in _levels(x)[:-1])
 
 
+def is_plain_tensor(x: Any) -> bool:
+    """Tell whether `x` is a tensor in the memory of the host, and nothing intercepts its use."""
+    torch = sys.modules.get("torch")
+    if torch is None or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    internals = torch._C
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not internals._functorch.is_functorch_wrapped_tensor(x)
+        and not internals._len_torch_dispatch_stack()
+        and internals._get_tracing_state() is None
+        and not x.is_neg()
+    )
+
+
 def is_hidden(x: object) -> bool:
     """Tell whether the values of `x` cannot be looked at: under torch.compile and torch.vmap."""
     return is_compiling() or is_batched(x)
@@ -66,10 +83,18 @@ def carrier_named(dtype: Any, argument: str = "dtype") -> Carrier:
     Raises:
         TypeError: If there is none.
     """
+    if (known := _known_carriers.get(dtype)) is not None and not is_compiling():
+        return known
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
     if name not in CARRIERS:
         raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(CARRIERS)}")
+    if not is_compiling():
+        _known_carriers[dtype] = CARRIERS[name]
     return CARRIERS[name]
+
+
+_known_carriers: dict[Any, Carrier] = {}
+"""Carriers by dtype: making a name of a dtype takes longer than rounding a small array."""
 
 
 def working_carrier(carrier: Carrier) -> Carrier:
@@ -99,6 +124,18 @@ def cast(y: Any, dtype: str) -> Any:
     if is_tensor(y):
         return y.to(getattr(sys.modules["torch"], dtype))
     return y.astype(dtype, copy=False)
+
+
+def contiguous(values: Any) -> Any:
+    """Give values in row-major order and aligned, in new memory only where they are not."""
+    if is_tensor(values):
+        return values.contiguous()
+    return values if values.flags.c_contiguous and values.flags.aligned else values.copy(order="C")
+
+
+def as_array(x: Any) -> Any:
+    """Give a number as an array of one dimension; arrays and tensors as they are."""
+    return x if is_tensor(x) or isinstance(x, np.ndarray) else np.atleast_1d(np.asarray(x))
 
 
 def take_blocks(values: Any, size: int, axis: int, length: int) -> Any:

@@ -80,13 +80,13 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | Non
         [[1, 2], [3, 15]]
     """
     _check_bits(bits)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
     xp = library_of(packed)
     if axis is None:
+        shape = checked_packed(packed, bits, shape)
         count = math.prod(shape)
-        _check_packed(packed, (_byte_count(count, bits),), f"{count} codes of {bits} bits")
         codes = _regroup(xp, cast(packed, "int32"), 8, bits)[:count].reshape(shape)
     else:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
         _check_axis(axis, len(shape))
         stored = list(shape)
         stored[axis] = _byte_count(shape[axis], bits)
@@ -94,6 +94,19 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | Non
         rows = cast(xp.swapaxes(packed, axis, -1), "int32")
         codes = xp.swapaxes(_regroup(xp, rows, 8, bits)[..., : shape[axis]], -1, axis)
     return cast(codes, "uint8" if bits <= 8 else "uint16")
+
+
+def checked_packed(packed: Any, bits: int, shape: tuple[int, ...] | int) -> tuple[int, ...]:
+    """Give the shape of packed codes, of which there are as many bytes as it takes.
+
+    Raises:
+        TypeError: If `packed` is not a uint8 array or tensor.
+        ValueError: If it has another number of bytes, or more than one dimension.
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    count = math.prod(shape)
+    _check_packed(packed, (_byte_count(count, bits),), f"{count} codes of {bits} bits")
+    return shape
 
 
 def _regroup(xp: ModuleType, rows: Any, width: int, new_width: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 
 class Rounding(StrEnum):
@@ -65,13 +66,37 @@ FINITE = "SatFinite"
 MAX_RANDOM_BITS = 32
 
 
-def is_stochastic(rounding: str) -> bool:
-    """Tell whether a mode, by its name, uses random words."""
-    return rounding.startswith("Stochastic")
+class Policy(NamedTuple):
+    """How to round: modes by name, and the random words that stochastic ones take.
+
+    Attributes:
+        rounding: The name of a member of `Rounding`.
+        saturation: The name of a member of `Saturation`.
+        random: The seed or the array of random words of a stochastic mode; None for the others.
+        random_bits: Width of the random words, 1 to 32.
+    """
+
+    rounding: str = NEAREST
+    saturation: str = FINITE
+    random: Any = None
+    random_bits: int = MAX_RANDOM_BITS
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is to the nearest value, ties to even, and the range is not left."""
+        return self.rounding == NEAREST and self.saturation == FINITE
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether random words decide."""
+        return self.rounding.startswith("Stochastic")
 
 
-def check_policy(rounding: str, saturation: str, random: object, random_bits: int) -> None:
-    """Check the names of a policy and that random words are given exactly where they are used.
+DEFAULT = Policy()
+
+
+def make_policy(rounding: str, saturation: str, random: Any, random_bits: int) -> Policy:
+    """Put a policy together, of known names and with random words exactly where they are used.
 
     Args:
         rounding: The name of a member of `Rounding`.
@@ -79,20 +104,27 @@ def check_policy(rounding: str, saturation: str, random: object, random_bits: in
         random: The seed or the random words of stochastic rounding; None for the other modes.
         random_bits: Width of the random words, 1 to 32.
 
+    Returns:
+        The policy.
+
     Raises:
         ValueError: If a name is unknown, random words are missing or not used, or the width is
             out of range.
     """
+    if random is None and (rounding, saturation, random_bits) == (NEAREST, FINITE, MAX_RANDOM_BITS):
+        return DEFAULT
+    policy = Policy(rounding, saturation, random, random_bits)
     _check_member("rounding", rounding, Rounding)
     _check_member("saturation", saturation, Saturation)
-    if is_stochastic(rounding) and random is None:
+    if policy.is_stochastic and random is None:
         raise ValueError(f"random is None; {rounding} needs a seed or an array of random words")
-    if not is_stochastic(rounding) and random is not None:
+    if not policy.is_stochastic and random is not None:
         raise ValueError(f"random must be None: {rounding} uses no random words")
     if type(random_bits) is not int or not 1 <= random_bits <= MAX_RANDOM_BITS:
         raise ValueError(
             f"random_bits is {random_bits!r}; it must be an integer from 1 to {MAX_RANDOM_BITS}"
         )
+    return policy
 
 
 def _check_member(argument: str, name: str, modes: type[StrEnum]) -> None:

@@ -13,34 +13,27 @@ whole length. Blocks at the ends are cut short.
 
 from __future__ import annotations
 
-import math
-import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fpformats import convert
+from fpformats import convert, dispatch
+from fpformats.granularity import make_scales, repeat
 from fpformats.operands import (
     carrier_named,
     carrier_of,
-    cast,
     check_out,
+    check_words,
     grid_of,
-    is_hidden,
-    is_tensor,
-    library_of,
     narrowed,
     needs_gradient,
     quiet,
-    shaped,
-    take_blocks,
     widened,
     working_carrier,
 )
+from fpformats.packing import checked_packed
+from fpformats.rounding import FINITE, NEAREST, make_policy
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Carrier
 
 
 def quantize_scaled(
@@ -50,6 +43,10 @@ def quantize_scaled(
     zero_point: Any = None,
     *,
     block_size: tuple[int, ...] | None = None,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
     clip_gradient: bool = False,
     out: Any = None,
 ) -> Any:
@@ -67,6 +64,10 @@ def quantize_scaled(
             its shape. Numbers are rounded to float32 (float64 where `x` is).
         zero_point: Finite; as `scale`, or None for no shift.
         block_size: Sizes of the blocks that share a scale and a zero point, by dimension.
+        rounding: As in `fpformats.quantize`, of the scaled values.
+        saturation: As in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
         clip_gradient: Whether the gradient of `x` is zero beyond the format's range.
         out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
 
@@ -84,23 +85,23 @@ def quantize_scaled(
         >>> quantize_scaled(1.0, E2M1, 0.75)
         1.125
     """
+    policy = make_policy(rounding, saturation, random, random_bits)
     carrier = working_carrier(carrier_of(x))
     grid = grid_of(fmt, carrier)
-    scale = _spread("scale", scale, x, block_size)
-    zero_point = _spread("zero_point", zero_point, x, block_size)
-    scales = _parameter("scale", scale, x, carrier)
-    shifts = _parameter("zero_point", zero_point, x, carrier)
+    scales = make_scales(x, scale, zero_point, block_size, carrier)
     check_out(out, x)
+    check_words(random, random_bits, x)
+    if not needs_gradient(x, scale, zero_point, out=out):
+        return dispatch.quantize(x, fmt, grid, policy, scales, out)
     with quiet():
-        v = _unscaled(widened(x, carrier), scales, shifts)
-        q = convert.rounded(library_of(x), v, grid)
-        if needs_gradient(x, scale, zero_point, out=out):
-            from fpformats.gradients import learned_step
+        v = dispatch.unscaled(widened(x, carrier), scales)
+        q = dispatch.rounded(v, grid, policy)
+        y = narrowed(dispatch.rescaled(q.clone(), scales), x)
+    from fpformats.gradients import learned_step
 
-            result = narrowed(_rescaled(q.clone(), scales, shifts), x)
-            inside = (v >= grid.low) & (v <= grid.high)
-            return learned_step(result, (x, scale, zero_point), v, q, inside, clip_gradient)
-        return narrowed(_rescaled(q, scales, shifts), x, out)
+    shape, inside = tuple(x.shape), (v >= grid.low) & (v <= grid.high)
+    inputs = (x, *(repeat(given, shape, scales.block_size) for given in (scale, zero_point)))
+    return learned_step(y, inputs, v, q, inside, clip_gradient)
 
 
 def encode_scaled(
@@ -110,7 +111,12 @@ def encode_scaled(
     zero_point: Any = None,
     *,
     block_size: tuple[int, ...] | None = None,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
     nan: int | None = None,
+    packed: bool = False,
 ) -> Any:
     """Round to the codes of a format, after a shift and a division by the scale.
 
@@ -122,10 +128,15 @@ def encode_scaled(
         scale: As in `quantize_scaled`.
         zero_point: As in `quantize_scaled`.
         block_size: As in `quantize_scaled`.
+        rounding: As in `quantize_scaled`.
+        saturation: As in `quantize_scaled`.
+        random: As in `quantize_scaled`.
+        random_bits: As in `quantize_scaled`.
         nan: Code to give for NaN, as in `fpformats.encode`.
+        packed: Whether to store the codes side by side, as in `fpformats.encode`.
 
     Returns:
-        Codes in the smallest unsigned integer dtype that has `fmt.bits` bits.
+        Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, or packed.
 
     Raises:
         TypeError: As in `quantize_scaled`.
@@ -136,15 +147,14 @@ def encode_scaled(
         >>> encode_scaled(1.0, E2M1, 0.75)
         3
     """
+    policy = make_policy(rounding, saturation, random, random_bits)
     carrier = working_carrier(carrier_of(x))
-    scale = _spread("scale", scale, x, block_size)
-    zero_point = _spread("zero_point", zero_point, x, block_size)
-    scales = _parameter("scale", scale, x, carrier)
-    shifts = _parameter("zero_point", zero_point, x, carrier)
-    with quiet():
-        v = _unscaled(widened(x, carrier), scales, shifts)
-    codes = convert.encode(v, fmt, nan=nan)
-    return shaped(codes, x)
+    grid = grid_of(fmt, carrier)
+    nan_code = convert.checked_nan_code(nan, fmt)
+    scales = make_scales(x, scale, zero_point, block_size, carrier)
+    check_words(random, random_bits, x)
+    convert.check_packable(x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales)
 
 
 def decode_scaled(
@@ -155,6 +165,7 @@ def decode_scaled(
     dtype: Any = "float32",
     *,
     block_size: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] | int | None = None,
 ) -> Any:
     """Give the values of codes, times the scale, plus the zero point.
 
@@ -165,6 +176,7 @@ def decode_scaled(
         zero_point: As in `quantize_scaled`, broadcasting to the shape of `codes`.
         dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
         block_size: As in `quantize_scaled`.
+        shape: Where the codes are packed, the shape that they had.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
@@ -180,109 +192,7 @@ def decode_scaled(
     """
     carrier = carrier_named(dtype)
     working = working_carrier(carrier)
-    scale = _spread("scale", scale, codes, block_size)
-    zero_point = _spread("zero_point", zero_point, codes, block_size)
-    scales = _parameter("scale", scale, codes, working)
-    shifts = _parameter("zero_point", zero_point, codes, working)
-    values = convert.decode(codes, fmt, working.name)
-    if not is_tensor(codes):
-        values = np.atleast_1d(np.asarray(values, working.name))
-    with quiet():
-        return shaped(cast(_rescaled(values, scales, shifts), carrier.name), codes)
-
-
-def _unscaled(x: Any, scale: Any, zero_point: Any) -> Any:
-    if zero_point is None:
-        return x / scale
-    v = x - zero_point
-    if is_hidden(scale):
-        return v / scale  # vmap may have a dimension for the scale that v lacks
-    v /= scale
-    return v
-
-
-def _rescaled(q: Any, scale: Any, zero_point: Any) -> Any:
-    q *= scale
-    if zero_point is not None:
-        q += zero_point
-    return q
-
-
-def _spread(argument: str, value: Any, x: Any, block_size: tuple[int, ...] | None) -> Any:
-    """Repeat a scale or zero point for the elements of its blocks; torch keeps the gradient."""
-    shape = tuple(getattr(x, "shape", ()))
-    if block_size is None or not hasattr(value, "shape"):
-        return value
-    if len(block_size) != len(shape) or any(
-        type(size) is not int or size < -1 or size == 0 for size in block_size
-    ):
-        raise ValueError(
-            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
-            f"{len(shape)} dimensions"
-        )
-    sizes = [
-        max(length, 1) if size == -1 else size
-        for size, length in zip(block_size, shape, strict=True)
-    ]
-    expected = tuple(-(-length // size) for size, length in zip(sizes, shape, strict=True))
-    if tuple(value.shape) != expected:
-        raise ValueError(
-            f"{argument} has shape {tuple(value.shape)}; blocks of {block_size} need {expected}"
-        )
-    for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
-        if size > 1:
-            value = take_blocks(value, size, axis, length)
-    return value
-
-
-def _parameter(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
-    """Give a scale or zero point as an array in the carrier, checked against `x`."""
-    if value is None and argument == "zero_point":
-        return None
-    shape = tuple(getattr(x, "shape", ()))
-    if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
-        array = _full(float(value), x, carrier)
-    else:
-        array = _converted(argument, value, x, carrier)
-        if not _broadcasts(tuple(array.shape), shape):
-            raise ValueError(
-                f"{argument} has shape {tuple(array.shape)}, which does not broadcast to {shape}"
-            )
-    if not is_hidden(array):
-        _check_range(argument, array)
-    return array
-
-
-def _full(value: float, x: Any, carrier: Carrier) -> Any:
-    if is_tensor(x):
-        # A tensor on the device: torch multiplies by the reciprocal of a number from the host.
-        torch = sys.modules["torch"]
-        return torch.full((), value, dtype=getattr(torch, carrier.name), device=x.device)
-    return np.asarray(value, dtype=carrier.name)
-
-
-def _converted(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
-    given = carrier_of(value, argument)
-    if is_tensor(value) != is_tensor(x):
-        raise TypeError(f"{argument} is a {type(value).__name__}; x is a {type(x).__name__}")
-    if given.mantissa_bits > carrier.mantissa_bits:
-        raise TypeError(
-            f"{argument} is of {given.name}, but the operations are in {carrier.name}; convert it"
-        )
-    if is_tensor(value):
-        return cast(value.detach(), carrier.name).to(x.device)
-    return np.asarray(value, dtype=carrier.name)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    ends = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in ends)
-
-
-def _check_range(argument: str, array: Any) -> None:
-    finite = abs(array) < math.inf
-    if argument == "scale":
-        if not bool((finite & (array > 0)).all()):
-            raise ValueError("scale must be positive and finite everywhere")
-    elif not bool(finite.all()):
-        raise ValueError("zero_point must be finite everywhere")
+    grid = grid_of(fmt, working)
+    wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
+    scales = make_scales(codes, scale, zero_point, block_size, working, wanted)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted, scales)

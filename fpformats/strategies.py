@@ -22,7 +22,7 @@ from fpformats.formats import (
     default_bias,
 )
 from fpformats.kernels.grid import CARRIERS, holds
-from fpformats.rounding import MAX_RANDOM_BITS, Rounding, Saturation, is_stochastic
+from fpformats.rounding import MAX_RANDOM_BITS, Policy, Rounding, Saturation
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -72,7 +72,7 @@ def policies(draw: DrawFn) -> dict[str, Any]:
     """
     rounding = draw(st.sampled_from(Rounding)).value
     bits = draw(st.integers(1, MAX_RANDOM_BITS))
-    word = draw(st.integers(0, 2**bits - 1)) if is_stochastic(rounding) else None
+    word = draw(st.integers(0, 2**bits - 1)) if Policy(rounding).is_stochastic else None
     saturation = draw(st.sampled_from(Saturation)).value
     return {"rounding": rounding, "saturation": saturation, "random_bits": bits, "random": word}
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fpformats.formats import Specials
 from fpformats.kernels import portable
 from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
 from fpformats.kernels.policy import Edges, make_edges
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_EXPONENT_BITS = 8
 MAX_MANTISSA_BITS = 23
+LIMIT = 900
+"""Largest exponent, but for its sign, of steps and values."""
 
 
 class Plan(NamedTuple):
@@ -100,8 +103,9 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
         saturation: Name of a saturation mode.
 
     Returns:
-        The record; None where the format has more than 8 exponent or 23 mantissa bits, or lies
-        where float64 has no room for the steps in between.
+        The record; None where the format has more than 8 exponent or 23 mantissa bits, lies
+        where float64 has no room for the steps in between, or has 32 bits that are all values:
+        the kernels mark NaN by a code of 32 ones.
 
     Example:
         >>> from fpformats import E2M1
@@ -111,9 +115,11 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
     """
     if fmt.exponent_bits > MAX_EXPONENT_BITS or fmt.mantissa_bits > MAX_MANTISSA_BITS:
         return None
-    grid = make_grid(fmt, CARRIERS["float64"])
-    if grid.lifted is not None or not grid.magic:
+    if fmt.bits == 32 and fmt.specials is not Specials.IEEE:
         return None
+    if fmt.scaled_magnitude(fmt.smallest_code)[1] < -LIMIT or fmt.max_exponent > LIMIT:
+        return None
+    grid = make_grid(fmt, CARRIERS["float64"])
     edges = make_edges(grid, rounding, saturation)
     is_default = rounding == "NearestTiesToEven" and saturation == "SatFinite"
     is_narrow = is_default and carrier.name != "float64" and _is_narrow(fmt)

@@ -1,0 +1,231 @@
+"""One way in for every operation: whichever kernel is the fastest that takes the input.
+
+Compiled kernels for memory of the host, Triton's for that of a CUDA device, and whole-array
+operations for all else. All give the same bits, so that nobody need choose.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats import fused
+from fpformats.granularity import Scales, spread
+from fpformats.kernels import philox, portable
+from fpformats.kernels import policy as policies
+from fpformats.operands import (
+    as_array,
+    carrier_of,
+    cast,
+    check_codes,
+    is_batched,
+    is_hidden,
+    is_tensor,
+    library_of,
+    narrowed,
+    quiet,
+    shaped,
+    widened,
+    working_carrier,
+)
+from fpformats.packing import pack, unpack
+from fpformats.rounding import DEFAULT, Policy
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+    from fpformats.kernels.grid import Carrier, Grid
+
+
+def quantize(
+    x: Any,
+    fmt: FloatFormat,
+    grid: Grid,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+    out: Any = None,
+) -> Any:
+    """Round to values of a format, scaled or not.
+
+    Args:
+        x: Array, tensor or number.
+        fmt: The format.
+        grid: The format as seen from the carrier that the operations are in.
+        policy: How to round.
+        scales: Scales and zero points, or None.
+        out: Where to write to, or None.
+
+    Returns:
+        Values of the kind, shape and dtype of `x`, or `out`.
+    """
+    array, carrier = as_array(x), carrier_of(x)
+    if (kernel := fused.kernel_of(array, fmt, carrier, policy, scales)) is not None:
+        if policy is DEFAULT and scales is None:
+            fused.remember(kernel, fmt, array.dtype)
+        y = fused.quantize(kernel, array, policy, scales, out)
+        return y if array is x else shaped(y, x)
+    with quiet():
+        v = unscaled(widened(x, working_carrier(carrier)), scales)
+        return narrowed(rescaled(rounded(v, grid, policy), scales), x, out)
+
+
+def encode(
+    x: Any,
+    fmt: FloatFormat,
+    grid: Grid,
+    policy: Policy,
+    nan_code: int | None,
+    packed: bool = False,
+    scales: Scales | None = None,
+) -> Any:
+    """Round to codes of a format, scaled or not.
+
+    Args:
+        x: Array, tensor or number.
+        fmt: The format.
+        grid: The format as seen from the carrier that the operations are in.
+        policy: How to round.
+        nan_code: Code of NaN, None where there is none.
+        packed: Whether to pack the codes side by side.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        Codes in the smallest unsigned dtype, of the kind and shape of `x`, or packed.
+
+    Raises:
+        ValueError: If NaN is met and has no code.
+    """
+    array, carrier = as_array(x), carrier_of(x)
+    in_one_pass = packed and fmt.bits <= fused.MAX_PACKED_BITS
+    if (kernel := fused.kernel_of(array, fmt, carrier, policy, scales)) is not None:
+        codes, met = fused.encode(kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales)
+        if met:
+            raise _no_code(fmt, policy, bool(met & fused.NAN_IN))
+        codes = codes if array is x or packed else shaped(codes, x)
+        return pack(codes, fmt.bits) if packed and not in_one_pass else codes
+    with quiet():
+        v = unscaled(widened(x, working_carrier(carrier)), scales)
+        values = rounded(v, grid, policy)
+        if nan_code is None:
+            _refuse_nan(v, values, fmt, policy)
+        codes = portable.encode(library_of(x), values, grid, nan_code)
+    width = max(8, 1 << (fmt.bits - 1).bit_length())
+    codes = shaped(cast(codes, f"uint{width}"), x)
+    return pack(codes, fmt.bits) if packed else codes
+
+
+def decode(
+    codes: Any,
+    fmt: FloatFormat,
+    grid: Grid,
+    carrier: Carrier,
+    shape: tuple[int, ...] | None,
+    scales: Scales | None = None,
+) -> Any:
+    """Give the values of codes, scaled or not.
+
+    Args:
+        codes: Array or tensor of integers, or an int.
+        fmt: The format.
+        grid: The format as seen from the carrier that the operations are in.
+        carrier: Carrier of the result.
+        shape: Shape of packed codes; None for codes that are not packed.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        Values of the kind of `codes`, and of their shape.
+
+    Raises:
+        TypeError: If `codes` are not integers.
+        ValueError: If one is out of range.
+    """
+    kernel = fused.kernel_of(codes, fmt, carrier, scales=scales)
+    if shape is not None and (kernel is None or fmt.bits > fused.MAX_PACKED_BITS):
+        codes, shape = unpack(codes, fmt.bits, shape), None
+    if kernel is not None:
+        packed_bits = 0 if shape is None else fmt.bits
+        wanted = tuple(codes.shape) if shape is None else shape
+        values = fused.decode(kernel, codes, carrier, wanted, packed_bits, scales)
+        if values is not None:
+            return values
+    check_codes(codes, fmt.bits, str(fmt))
+    with quiet():
+        integers = _as_integers(codes, working_carrier(carrier).name.replace("float", "int"))
+        values = rescaled(portable.decode(library_of(codes), integers, grid), scales)
+    return shaped(cast(values, carrier.name), codes)
+
+
+def rounded(x: Any, grid: Grid, policy: Policy) -> Any:
+    """Round in whole-array operations; the default policy has a faster way of its own.
+
+    Args:
+        x: Array of the grid's carrier.
+        grid: The format.
+        policy: How to round.
+
+    Returns:
+        A new array of the shape and dtype of `x`.
+    """
+    xp = library_of(x)
+    # The faster way works in place, which vmap cannot.
+    if policy.is_default and not is_batched(x):
+        return portable.quantize(xp, x, grid)
+    words, bits = policy.random, policy.random_bits
+    if isinstance(words, int):
+        words = philox.random_words(xp, x, words, bits)
+    elif words is not None:
+        words = cast(words, "int64").reshape(x.shape)
+    edges = policies.make_edges(grid, policy.rounding, policy.saturation)
+    return policies.quantize(xp, x, grid, policy.rounding, edges, words, bits)
+
+
+def unscaled(x: Any, scales: Scales | None) -> Any:
+    """Give (x - zero_point) / scale, or `x` itself without scales."""
+    if scales is None:
+        return x
+    scale, zero_point = spread(scales, tuple(x.shape))
+    if zero_point is None:
+        return x / scale
+    v = x - zero_point
+    if is_hidden(scale):
+        return v / scale  # vmap may have a dimension for the scale that v lacks
+    v /= scale
+    return v
+
+
+def rescaled(q: Any, scales: Scales | None) -> Any:
+    """Give scale * q + zero_point, in place, or `q` itself without scales."""
+    if scales is None:
+        return q
+    scale, zero_point = spread(scales, tuple(q.shape))
+    q *= scale
+    if zero_point is not None:
+        q += zero_point
+    return q
+
+
+def _refuse_nan(x: Any, values: Any, fmt: FloatFormat, policy: Policy) -> None:
+    if is_hidden(values):
+        raise ValueError(
+            f"nan is None, and {fmt} has no NaN: torch.compile and vmap need nan= as a code"
+        )
+    xp = library_of(values)
+    if bool(xp.isnan(values).any()):
+        raise _no_code(fmt, policy, bool(xp.isnan(x).any()))
+
+
+def _no_code(fmt: FloatFormat, policy: Policy, in_x: bool) -> ValueError:
+    if in_x:
+        return ValueError(f"x contains NaN, which {fmt} has no code for; nan= gives it one")
+    return ValueError(
+        f"x goes beyond {fmt}, which {policy.saturation} makes NaN, and {fmt} has no code for "
+        "NaN; nan= gives it one"
+    )
+
+
+def _as_integers(codes: Any, dtype: str) -> Any:
+    if is_tensor(codes):
+        return cast(codes, dtype)
+    # Through the unsigned type, so that an int beyond the signed one wraps as arrays do.
+    unsigned = np.asarray(codes, dtype=f"u{dtype}") if isinstance(codes, int) else codes
+    return np.atleast_1d(unsigned).astype(dtype)

@@ -1,0 +1,293 @@
+"""One pass over memory in place of many: the compiled kernels on arrays and tensors of the host.
+
+`kernel_of` gives None where no compiled kernel takes its input: a format too wide, a tensor
+elsewhere or under a transform of torch. The caller then works with whole-array operations, which
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats.granularity import Scales, lay_out
+from fpformats.kernels import native
+from fpformats.kernels.native import NAN_IN as NAN_IN
+from fpformats.operands import cast, contiguous, is_plain_tensor
+from fpformats.rounding import DEFAULT, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fpformats.formats import FloatFormat
+    from fpformats.kernels.grid import Carrier
+
+MAX_PACKED_BITS = 8
+"""Widest codes that the kernels pack."""
+CODE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
+"""Integer dtypes that the kernels read codes from, and their widths."""
+_enabled = True
+_nearest_kernels: dict[tuple[FloatFormat, Any], Any] = {}
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Do without compiled kernels for a while, as a test of the whole-array operations does."""
+    global _enabled
+    _enabled = False
+    try:
+        yield
+    finally:
+        _enabled = True
+
+
+def kernel_of(
+    x: Any,
+    fmt: FloatFormat,
+    carrier: Carrier,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+) -> Any:
+    """Give the compiled kernel for values of a carrier, in memory like that of `x`, or None."""
+    if not _enabled or not _in_host_memory(x) or not _in_host_memory(policy.random):
+        return None
+    if scales is not None and not all(map(_in_host_memory, scales[:2])):
+        return None
+    return native.kernel_of(fmt, carrier, policy.rounding, policy.saturation)
+
+
+def nearest(x: Any, fmt: FloatFormat) -> Any:
+    """Round by the default policy, on the shortest way; None where that takes another look.
+
+    Args:
+        x: Anything. Rounded are contiguous arrays and tensors, of a dtype that a kernel of the
+            format was remembered for, not so large that threads help, and without a gradient.
+        fmt: The format.
+
+    Returns:
+        A new array or tensor, or None.
+    """
+    if type(x) is np.ndarray:
+        kernel = _nearest_kernels.get((fmt, x.dtype))
+        if kernel is None or not x.flags.carray or x.size >= native.PARALLEL_FROM or not _enabled:
+            return None
+        y = np.empty_like(x)
+        address = native.library().address
+        kernel.quantize(address(x), address(y), x.size, 1, False)
+        return y
+    if not is_plain_tensor(x) or x.requires_grad or not x.is_contiguous():
+        return None
+    kernel, size = _nearest_kernels.get((fmt, x.dtype)), x.numel()
+    if kernel is None or size >= native.PARALLEL_FROM or not _enabled:
+        return None
+    y = sys.modules["torch"].empty_like(x)
+    kernel.quantize(x.data_ptr(), y.data_ptr(), size, 1, False)
+    return y
+
+
+def remember(kernel: Any, fmt: FloatFormat, dtype: Any) -> None:
+    """Keep a kernel of the default policy for `nearest`."""
+    _nearest_kernels[fmt, dtype] = kernel
+
+
+def quantize(
+    kernel: Any,
+    x: Any,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+    out: Any = None,
+) -> Any:
+    """Round the elements of an array or tensor.
+
+    Args:
+        kernel: What `kernel_of` gave for `x`.
+        x: Array or tensor of any strides.
+        policy: That of the kernel.
+        scales: Scales and zero points, or None.
+        out: Array or tensor alike to write to; may be `x` or overlap it.
+
+    Returns:
+        `out`, or a new array or tensor.
+    """
+    source = _memory(x, in_order=scales is not None or policy.random is not None)
+    target = source if out is x else out
+    if target is None or not _takes(target, source):
+        target = _empty_like(source)
+    size = _size(source)
+    held, scaling, random = _operands(scales, policy, tuple(source.shape))
+    kernel.quantize(
+        _address(source),
+        _address(target),
+        size,
+        native.threads_for(size),
+        size * source.itemsize >= native.STREAM_FROM and target is not source,
+        scaling,
+        random,
+    )
+    del held
+    if out is None or target is out:
+        return target
+    return _assigned(out, target)
+
+
+def encode(
+    kernel: Any,
+    x: Any,
+    nan_code: int | None,
+    bits: int,
+    packed: bool = False,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+) -> tuple[Any, int]:
+    """Give the codes of the elements of an array or tensor.
+
+    Args:
+        kernel: What `kernel_of` gave for `x`.
+        x: Array or tensor of any strides.
+        nan_code: Code of NaN, None where there is none.
+        bits: Width of a code.
+        packed: Whether to pack the codes side by side, in a one-dimensional array of bytes.
+        policy: That of the kernel.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        The codes, and which of `native.NAN_IN` and `native.NAN_OUT` were met without a code.
+    """
+    source = _memory(x, in_order=True)
+    size, width = _size(source), max(8, 1 << (bits - 1).bit_length())
+    held, scaling, random = _operands(scales, policy, tuple(source.shape))
+    shape = (-(-size * bits // 8),) if packed else tuple(source.shape)
+    codes = _empty(source, shape, f"uint{width}")
+    met = kernel.encode(
+        _address(source),
+        _address(codes),
+        size,
+        native.threads_for(size),
+        -1 if nan_code is None else nan_code,
+        width // 8,
+        bits if packed else 0,
+        scaling,
+        random,
+    )
+    del held
+    return codes, met
+
+
+def decode(
+    kernel: Any,
+    codes: Any,
+    carrier: Carrier,
+    shape: tuple[int, ...],
+    packed_bits: int = 0,
+    scales: Scales | None = None,
+) -> Any:
+    """Give the values of codes; None if a code is out of range or the dtype is not read.
+
+    Args:
+        kernel: What `kernel_of` gave for `codes`.
+        codes: Array or tensor of integers; where they are packed, of bytes.
+        carrier: Carrier of the result.
+        shape: Shape of the result.
+        packed_bits: Width of packed codes, 0 where they are not packed.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        Values of the carrier, or None.
+    """
+    code_bytes = CODE_BYTES.get(str(codes.dtype).removeprefix("torch."))
+    if code_bytes is None:
+        return None
+    source, size = _memory(codes, in_order=True), math.prod(shape)
+    values = _empty(source, shape, carrier.name)
+    held, scaling, _ = _operands(scales, DEFAULT, shape)
+    met = kernel.decode(
+        _address(source),
+        _address(values),
+        size,
+        native.threads_for(size),
+        size * values.itemsize >= native.STREAM_FROM,
+        code_bytes,
+        packed_bits,
+        scaling,
+    )
+    del held
+    return None if met else values
+
+
+def _in_host_memory(x: Any) -> bool:
+    return type(x) is np.ndarray or x is None or type(x) is int or is_plain_tensor(x)
+
+
+def _memory(x: Any, in_order: bool) -> Any:
+    """Give an array or tensor without gaps, in row-major order where the place counts."""
+    return x if not in_order and _is_channels_last(x) else contiguous(x)
+
+
+def _is_channels_last(x: Any) -> bool:
+    if x.ndim != 4 or isinstance(x, np.ndarray):
+        return False
+    return bool(x.is_contiguous(memory_format=sys.modules["torch"].channels_last))
+
+
+def _takes(target: Any, source: Any) -> bool:
+    """Tell whether results can go right to where they are wanted, element after element."""
+    if target is source:
+        return True
+    if isinstance(target, np.ndarray):
+        orderly = target.flags.c_contiguous and target.flags.aligned
+    else:
+        orderly = target.stride() == source.stride() and is_plain_tensor(target)
+    start, end = _address(target), _address(source)
+    length = _size(source) * source.itemsize
+    return bool(orderly) and (start == end or start + length <= end or end + length <= start)
+
+
+def _assigned(out: Any, result: Any) -> Any:
+    if isinstance(out, np.ndarray):
+        out[...] = result
+        return out
+    return out.copy_(result)
+
+
+def _address(x: Any) -> int:
+    return int(native.library().address(x) if isinstance(x, np.ndarray) else x.data_ptr())
+
+
+def _size(x: Any) -> int:
+    return int(x.size if isinstance(x, np.ndarray) else x.numel())
+
+
+def _empty_like(x: Any) -> Any:
+    return np.empty_like(x) if isinstance(x, np.ndarray) else sys.modules["torch"].empty_like(x)
+
+
+def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    torch = sys.modules["torch"]
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+
+
+def _operands(
+    scales: Scales | None, policy: Policy, shape: tuple[int, ...]
+) -> tuple[Any, Any, Any]:
+    """Give the arrays to keep alive, and scales and random words by their addresses."""
+    held: list[Any] = []
+    scaling = random = None
+    if scales is not None:
+        scale, zero_point, layout = lay_out(scales, shape)
+        held += [scale, zero_point]
+        zero = 0 if zero_point is None else _address(zero_point)
+        scaling = native.library().Scaling(_address(scale), zero, *layout)
+    if policy.random is not None:
+        words = policy.random
+        if not isinstance(words, int):
+            words = contiguous(cast(words, "int64"))
+            held.append(words)
+        seed, address = (words, 0) if isinstance(words, int) else (0, _address(words))
+        random = native.library().Random(address, seed, policy.random_bits)
+    return held, scaling, random

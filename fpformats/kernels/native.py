@@ -1,0 +1,69 @@
+"""The compiled kernels for memory of the host: whether they are there, and calling them.
+
+`fpformats.kernels._native` takes plain addresses. The functions here keep the arrays alive that
+the addresses are of, and leave every check of what users pass to their callers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fpformats.kernels.grid import CARRIERS, Carrier
+from fpformats.kernels.plan import make_plan
+from fpformats.rounding import Rounding
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+
+MODES = [mode.value for mode in Rounding]
+PARALLEL_FROM = 1 << 20
+"""Elements from which on starting threads costs less than they save."""
+STREAM_FROM = 1 << 25
+"""Bytes of a result from which on it is written past the caches, which could not hold it."""
+
+NAN_IN, NAN_OUT, BAD_CODE = 1, 2, 4
+
+
+def _load() -> Any:
+    try:
+        return importlib.import_module("fpformats.kernels._native")
+    except ImportError:
+        warnings.warn(
+            "fpformats was installed without its compiled kernels, so NumPy and torch do the work "
+            "more slowly; with a C++17 compiler at hand, reinstall it",
+            stacklevel=2,
+        )
+        return None
+
+
+library = functools.cache(_load)
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_of(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str) -> Any:
+    """Give the kernel of a format that the carrier holds; None where there is none."""
+    native = library()
+    plan = make_plan(fmt, carrier, rounding, saturation) if native else None
+    if plan is None:
+        return None
+    return native.Kernel(plan, MODES.index(rounding), list(CARRIERS).index(carrier.name))
+
+
+def instruction_sets() -> list[str]:
+    """List the compiled instruction sets that the machine has, the fastest first."""
+    native = library()
+    return list(native.names()) if native else []
+
+
+def threads_for(count: int) -> int:
+    """Give the number of threads for so many elements: torch's where torch is loaded."""
+    if count < PARALLEL_FROM:
+        return 1
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

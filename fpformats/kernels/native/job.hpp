@@ -1,0 +1,87 @@
+// What a kernel is asked to do: plain records, checked and filled by Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fpformats {
+
+enum class Carrier : int { float16, bfloat16, float32, float64 };
+
+enum class Mode : int {
+  nearest_ties_to_even,
+  nearest_ties_to_away,
+  toward_zero,
+  toward_positive,
+  toward_negative,
+  to_odd,
+  stochastic_a,
+  stochastic_b,
+  stochastic_c,
+};
+
+// Results that are not values of the format, in the order of Edges in policy.py.
+enum Edge { above, below, infinity, negative_infinity, zero_result, edge_count };
+
+constexpr int64_t nan_edge = -1;  // code of an edge that is NaN
+
+// A format and a policy; plan.py describes the fields.
+struct Plan {
+  double low, high, floor, smallest, quantum;
+  int digits, code_base, magnitude_bits, mantissa_bits;
+  int64_t max_code, linear, pattern_offset, infinite_code, first_nan;
+  bool zero, is_signed, negative_zero, nan_is_negative_zero, is_default, is_narrow;
+  Mode mode;
+  double edges[edge_count];
+  int64_t edge_codes[edge_count];
+};
+
+// Which scale an element has. The array is rows of `row_length`; run j of a row, `run_length` long
+// but for the last one, takes the scale row * row_stride + j.
+struct Layout {
+  int64_t row_length, run_length, row_stride;
+};
+
+// Random words of the stochastic modes: given, or drawn by the index of the element.
+struct Random {
+  const int64_t* words;  // null for those of the seed
+  uint64_t seed;
+  int bits;
+};
+
+// One pass over n elements. Of the scales, float32 beside all carriers but float64, null is none.
+struct Job {
+  const Plan* plan;
+  const void* in;
+  void* out;
+  int64_t count;
+  Carrier carrier;
+  const void* scales;
+  const void* zero_points;
+  Layout layout;
+  Random random;
+  int64_t nan_code;  // what NaN is encoded to
+  int code_bytes;    // width of an unpacked code
+  int packed_bits;   // width of a packed code, 1 to 8; 0 for unpacked ones
+  bool streams;      // whether to write past the caches
+};
+
+// What a pass met that its caller has to refuse.
+enum Met : unsigned { nan_in = 1, nan_out = 2, bad_code = 4 };
+
+// The passes of one instruction set, over the elements from `begin` to `end`. `begin` is a
+// multiple of `block`.
+constexpr int64_t block = 1024;
+
+struct Passes {
+  const char* name;
+  unsigned (*quantize)(const Job&, int64_t begin, int64_t end);
+  unsigned (*encode)(const Job&, int64_t begin, int64_t end);
+  unsigned (*decode)(const Job&, int64_t begin, int64_t end);
+};
+
+const Passes& baseline_passes();
+const Passes& avx2_passes();
+const Passes& avx512_passes();
+
+}  // namespace fpformats

@@ -1,0 +1,189 @@
+// The Python module: plans, and passes over memory given by its address.
+//
+// Nothing is checked here but what Python cannot know. Callers keep the memory alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "run.hpp"
+
+namespace nb = nanobind;
+
+namespace fpformats {
+namespace {
+
+std::vector<const Passes*>& choices() {
+  static std::vector<const Passes*> passes = available_passes();
+  return passes;
+}
+
+const Passes* chosen = choices().front();
+
+Plan make_plan(const nb::object& plan, int mode) {
+  Plan p{};
+#define FPFORMATS_READ(field) p.field = nb::cast<decltype(p.field)>(plan.attr(#field));
+  FPFORMATS_READ(low)
+  FPFORMATS_READ(high)
+  FPFORMATS_READ(floor)
+  FPFORMATS_READ(smallest)
+  FPFORMATS_READ(quantum)
+  FPFORMATS_READ(digits)
+  FPFORMATS_READ(code_base)
+  FPFORMATS_READ(magnitude_bits)
+  FPFORMATS_READ(mantissa_bits)
+  FPFORMATS_READ(max_code)
+  FPFORMATS_READ(linear)
+  FPFORMATS_READ(pattern_offset)
+  FPFORMATS_READ(infinite_code)
+  FPFORMATS_READ(first_nan)
+  FPFORMATS_READ(zero)
+  FPFORMATS_READ(negative_zero)
+  FPFORMATS_READ(nan_is_negative_zero)
+  FPFORMATS_READ(is_default)
+  FPFORMATS_READ(is_narrow)
+#undef FPFORMATS_READ
+  p.is_signed = nb::cast<bool>(plan.attr("signed"));
+  p.mode = Mode(mode);
+  for (int i = 0; i < edge_count; ++i) {
+    p.edges[i] = nb::cast<double>(plan.attr("edges")[i]);
+    p.edge_codes[i] = nb::cast<int64_t>(plan.attr("edge_codes")[i]);
+  }
+  return p;
+}
+
+const void* pointer(uint64_t address) { return reinterpret_cast<const void*>(uintptr_t(address)); }
+
+// Scales and zero points by address, 0 for none, and their layout.
+struct Scaling {
+  uint64_t scales, zero_points;
+  Layout layout;
+};
+
+Scaling make_scaling(uint64_t scales, uint64_t zero_points, int64_t row_length, int64_t run_length,
+                     int64_t row_stride) {
+  return {scales, zero_points, {row_length, run_length, row_stride}};
+}
+
+Random make_random(uint64_t words, uint64_t seed, int bits) {
+  return {static_cast<const int64_t*>(pointer(words)), seed, bits};
+}
+
+struct Kernel {
+  Plan plan;
+  Carrier carrier;
+
+  Kernel(const nb::object& fields, int mode, int carrier)
+      : plan(make_plan(fields, mode)), carrier(Carrier(carrier)) {}
+
+  Job job(uint64_t in, uint64_t out, int64_t count, const Scaling* scaling,
+          const Random* random) const {
+    Job job{};
+    job.plan = &plan;
+    job.in = pointer(in);
+    job.out = const_cast<void*>(pointer(out));
+    job.count = count;
+    job.carrier = carrier;
+    job.layout = {1, 1, 0};
+    if (scaling) {
+      job.scales = pointer(scaling->scales);
+      job.zero_points = pointer(scaling->zero_points);
+      job.layout = scaling->layout;
+    }
+    job.random = random ? *random : Random{nullptr, 0, 32};
+    return job;
+  }
+
+  void quantize(uint64_t in, uint64_t out, int64_t count, int threads, bool streams,
+                const Scaling* scaling, const Random* random) const {
+    Job job = this->job(in, out, count, scaling, random);
+    job.streams = streams;
+    nb::gil_scoped_release release;
+    run(chosen->quantize, job, threads);
+  }
+
+  unsigned encode(uint64_t in, uint64_t out, int64_t count, int threads, int64_t nan_code,
+                  int code_bytes, int packed_bits, const Scaling* scaling,
+                  const Random* random) const {
+    Job job = this->job(in, out, count, scaling, random);
+    job.nan_code = nan_code;
+    job.code_bytes = code_bytes;
+    job.packed_bits = packed_bits;
+    nb::gil_scoped_release release;
+    return run(chosen->encode, job, threads);
+  }
+
+  unsigned decode(uint64_t in, uint64_t out, int64_t count, int threads, bool streams,
+                  int code_bytes, int packed_bits, const Scaling* scaling) const {
+    Job job = this->job(in, out, count, scaling, nullptr);
+    job.code_bytes = code_bytes;
+    job.packed_bits = packed_bits;
+    job.streams = streams;
+    nb::gil_scoped_release release;
+    return run(chosen->decode, job, threads);
+  }
+};
+
+// The address of an array's memory, 0 where it is not contiguous in row-major order or, to be
+// written to, read-only.
+uint64_t address(const nb::handle& array, bool to_write) {
+  Py_buffer view;
+  const int flags = PyBUF_C_CONTIGUOUS | (to_write ? PyBUF_WRITABLE : 0);
+  if (PyObject_GetBuffer(array.ptr(), &view, flags) != 0) {
+    PyErr_Clear();
+    return 0;
+  }
+  const uint64_t result = reinterpret_cast<uintptr_t>(view.buf);
+  PyBuffer_Release(&view);
+  return result;
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> result;
+  for (const Passes* passes : choices()) result.emplace_back(passes->name);
+  return result;
+}
+
+void choose(const std::string& name) {
+  for (const Passes* passes : choices()) {
+    if (name == passes->name) {
+      chosen = passes;
+      return;
+    }
+  }
+  throw std::invalid_argument("this machine has no instructions of the name " + name);
+}
+
+}  // namespace
+}  // namespace fpformats
+
+NB_MODULE(_native, m) {
+  using namespace fpformats;
+  nb::class_<Scaling>(m, "Scaling")
+      .def("__init__", [](Scaling* self, uint64_t scales, uint64_t zero_points, int64_t row_length,
+                          int64_t run_length, int64_t row_stride) {
+        new (self) Scaling(make_scaling(scales, zero_points, row_length, run_length, row_stride));
+      });
+  nb::class_<Random>(m, "Random").def(
+      "__init__", [](Random* self, uint64_t words, uint64_t seed, int bits) {
+        new (self) Random(make_random(words, seed, bits));
+      });
+  nb::class_<Kernel>(m, "Kernel")
+      .def(nb::init<const nb::object&, int, int>(), nb::arg("plan"), nb::arg("mode"),
+           nb::arg("carrier"))
+      .def("quantize", &Kernel::quantize, nb::arg("source"), nb::arg("out"), nb::arg("count"),
+           nb::arg("threads"), nb::arg("streams"), nb::arg("scaling").none() = nb::none(),
+           nb::arg("random").none() = nb::none())
+      .def("encode", &Kernel::encode, nb::arg("source"), nb::arg("out"), nb::arg("count"),
+           nb::arg("threads"), nb::arg("nan_code"), nb::arg("code_bytes"), nb::arg("packed_bits"),
+           nb::arg("scaling").none() = nb::none(), nb::arg("random").none() = nb::none())
+      .def("decode", &Kernel::decode, nb::arg("source"), nb::arg("out"), nb::arg("count"),
+           nb::arg("threads"), nb::arg("streams"), nb::arg("code_bytes"), nb::arg("packed_bits"),
+           nb::arg("scaling").none() = nb::none());
+  m.def("address", &address, nb::arg("array"), nb::arg("to_write") = false);
+  m.def("names", &names);
+  m.def("chosen", [] { return std::string(chosen->name); });
+  m.def("choose", &choose, nb::arg("name"));
+}

@@ -1,0 +1,234 @@
+// Rounding the lanes of a block, to values or to codes.
+//
+// Three ways, from the fastest: `Narrow` leaves the rounding of float32 to the hardware, by adding
+// a number whose last bit is the spacing of the format; `Pattern` rounds the pattern of a float32,
+// for formats with its exponents; `General` splits in float64 as plan.py describes, for all else.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "bits.hpp"
+#include "job.hpp"
+
+namespace fpformats {
+namespace {
+
+constexpr uint32_t not_a_number = 0xFFFFFFFFu;  // among codes, which have fewer bits or no NaN
+
+// A format with mantissa bits enough that parity of codes is that of counts, or (Parity) without.
+template <bool Signed, bool Parity>
+struct Narrow {
+  float high, neutral;
+  uint32_t floor, raise;
+  int cut, sign_shift;
+  bool negative_zero;
+
+  explicit Narrow(const Plan& plan)
+      : high(float(plan.high)),
+        neutral(plan.negative_zero ? -0.0f : 0.0f),
+        floor(bit_cast<uint32_t>(float(plan.floor))),
+        raise((uint32_t(23 - plan.digits) << 23) + 0x400000u),
+        cut(23 - plan.digits),
+        sign_shift(plan.magnitude_bits),
+        negative_zero(plan.negative_zero) {}
+
+  struct Split {
+    uint32_t binade;
+    float number, sum;
+  };
+
+  Split split(float x) const {
+    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
+    float a = magnitude > high ? high : magnitude;  // NaN stays
+    const uint32_t e = std::max(bit_cast<uint32_t>(a) & Bits<float>::exponent, floor);
+    if (Parity) {
+      // Where the code is even but the count odd, a tie goes down as the next smaller number does.
+      const uint32_t even = a <= high ? (e - floor) >> 23 & 1 : 0;
+      a = bit_cast<float>(bit_cast<uint32_t>(a) - even);
+    }
+    const float number = bit_cast<float>(e + raise);
+    return {e, number, a + number};
+  }
+
+  float value(float x) const {
+    const Split s = split(x);
+    const float y = s.sum - s.number;
+    if (!Signed) return y;
+    const uint32_t sign = bit_cast<uint32_t>(x) & Bits<float>::sign;
+    return bit_cast<float>(bit_cast<uint32_t>(y) | sign) + neutral;
+  }
+
+  uint32_t code(float x) const {
+    const Split s = split(x);
+    const uint32_t count = bit_cast<uint32_t>(s.sum) - bit_cast<uint32_t>(s.number);
+    uint32_t code = ((s.binade - floor) >> cut) + count;
+    if (Signed) {
+      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
+      code |= negative_zero || code != 0 ? sign : 0;
+    }
+    return x != x ? not_a_number : code;
+  }
+};
+
+// A format whose binades are those of float32, subnormal numbers included.
+template <bool Signed>
+struct Pattern {
+  float high, neutral;
+  uint32_t half, lowest, offset;
+  int cut, sign_shift;
+  bool negative_zero;
+
+  static bool fits(const Plan& plan) {
+    return plan.floor == 0x1p-126 && plan.digits == plan.mantissa_bits && plan.smallest == 0;
+  }
+
+  explicit Pattern(const Plan& plan)
+      : high(float(plan.high)),
+        neutral(plan.negative_zero ? -0.0f : 0.0f),
+        half(plan.digits < 23 ? (1u << (22 - plan.digits)) - 1 : 0),
+        lowest(plan.digits < 23),
+        cut(23 - plan.digits),
+        sign_shift(plan.magnitude_bits),
+        negative_zero(plan.negative_zero) {}
+
+  uint32_t steps(float x) const {
+    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
+    const uint32_t u = bit_cast<uint32_t>(magnitude > high ? high : magnitude) & ~Bits<float>::sign;
+    return (u + half + (u >> cut & lowest)) >> cut;
+  }
+
+  float value(float x) const {
+    const float y = bit_cast<float>(steps(x) << cut);
+    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
+    return x != x ? x : bit_cast<float>(bit_cast<uint32_t>(y) | sign) + neutral;
+  }
+
+  uint32_t code(float x) const {
+    uint32_t code = steps(x);
+    if (Signed) {
+      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
+      code |= negative_zero || code != 0 ? sign : 0;
+    }
+    return x != x ? not_a_number : code;
+  }
+};
+
+// Any format and any policy. Lanes are float64 as far as they take part, codes 64 bits wide.
+template <Mode mode>
+struct General {
+  static constexpr bool is_stochastic = mode >= Mode::stochastic_a;
+  double high, smallest, inverse_leading, excess, neutral, edges[edge_count];
+  uint64_t floor, top;
+  int64_t code_base, below_smallest, max_code, edge_codes[edge_count];
+  // Of negative numbers, codes of magnitudes up to these are in the range, and have no sign.
+  int64_t last_above_low, last_without_sign;
+  int digits, bits, sign_shift;
+
+  General(const Plan& plan, int random_bits)
+      : high(plan.high),
+        smallest(plan.smallest),
+        inverse_leading(plan.smallest ? std::ldexp(1.0, -std::ilogb(plan.smallest)) : 1.0),
+        excess(plan.smallest ? plan.smallest * inverse_leading - 1.0 : 0.0),
+        neutral(plan.negative_zero ? -0.0 : 0.0),
+        floor(bit_cast<uint64_t>(plan.floor)),
+        top(uint64_t(2046) << 52),
+        code_base(plan.code_base),
+        below_smallest(plan.zero ? 0 : -1),
+        max_code(plan.max_code),
+        last_above_low(plan.is_signed ? plan.max_code : below_smallest),
+        last_without_sign(!plan.is_signed                          ? plan.max_code + 1
+                          : plan.negative_zero || !plan.zero ? -2
+                                                             : 0),
+        digits(plan.digits),
+        bits(random_bits),
+        sign_shift(plan.magnitude_bits) {
+    std::copy_n(plan.edges, +edge_count, edges);
+    std::copy_n(plan.edge_codes, +edge_count, edge_codes);
+  }
+
+  // A number, or where `by` is 1 the next larger one: the compiler vectorizes that, but no parity.
+  static double raised(double number, int64_t by) {
+    return bit_cast<double>(bit_cast<int64_t>(number) + by);
+  }
+
+  // The gap is (1 + extra) powers of two wide; `part` is the rest in units of that power.
+  bool goes_up(double rest, double gap, double part, double extra, int64_t code, bool negative,
+               uint64_t word) const {
+    switch (mode) {
+      case Mode::nearest_ties_to_even:
+        return rest + rest >= raised(gap, ~code & 1);
+      case Mode::nearest_ties_to_away:
+        return rest + rest >= gap;
+      case Mode::toward_zero:
+        return false;
+      case Mode::toward_positive:
+        return (rest > 0) & !negative;
+      case Mode::toward_negative:
+        return (rest > 0) & negative;
+      case Mode::to_odd:
+        return rest > bit_cast<double>(-(code & 1) & int64_t(Bits<double>::exponent));
+      default:
+        return draws_up(part, extra, word);
+    }
+  }
+
+  // As _draws_up of policy.py, which derives it from P3109's definitions.
+  bool draws_up(double part, double extra, uint64_t word) const {
+    // As float64, of which small integers are the low bits from 2**52 on.
+    const uint64_t pattern = bit_cast<uint64_t>(0x1p52) + ((uint64_t(1) << bits) - word);
+    const double wanted = bit_cast<double>(pattern) - 0x1p52;
+    const double twice = 2 * wanted - (mode == Mode::stochastic_a ? 0.0 : 1.0);
+    const double left = part * double(int64_t(1) << (bits + 1)) - twice, right = twice * extra;
+    return left >= (mode == Mode::stochastic_c ? raised(right, int64_t(word & 1)) : right);
+  }
+
+  double value(double x, uint64_t word) const { return round<double>(x, word); }
+  uint32_t code(double x, uint64_t word) const { return uint32_t(round<int64_t>(x, word)); }
+
+ private:
+  // To a value (Out is double) or to a code, of which one is not computed.
+  template <class Out>
+  Out round(double x, uint64_t word) const {
+    const bool negative = bit_cast<int64_t>(x) < 0;
+    const double a = std::fabs(x), clipped = a < high ? a : high;
+    const uint64_t e = std::max(bit_cast<uint64_t>(clipped) & Bits<double>::exponent, floor);
+    const uint64_t step_bits = e - (uint64_t(digits) << 52);
+    const double step = bit_cast<double>(step_bits), inverse = bit_cast<double>(top - step_bits);
+    // The whole part of a number below 2**51, and the same as an integer, without conversions.
+    const double steps = clipped * inverse, sum = steps + 0x1p52;
+    const double excess_count = sum - 0x1p52 > steps ? 1.0 : 0.0;
+    const double count = sum - 0x1p52 - excess_count;
+    const uint64_t counted = bit_cast<uint64_t>(count + 0x1p52) & 0xFFFFFFFFFFFFF;
+    const int64_t linear_code = int64_t(((e - floor) >> (52 - digits)) + counted) + code_base;
+    const bool is_below = a < smallest;  // never, in formats with subnormal numbers
+    const double low = is_below ? 0.0 : count * step, gap = is_below ? smallest : step;
+    const double unit = is_below ? inverse_leading : inverse, extra = is_below ? excess : 0.0;
+    const int64_t code = is_below ? below_smallest : linear_code;
+    const double rest = a - low;
+    const bool up = goes_up(rest, gap, rest * unit, extra, code, negative, word) | (rest >= gap);
+    const int64_t rounded_code = code + (up ? 1 : 0);
+    const double rounded = up ? low + gap : low;
+    const bool over = rounded_code > max_code, is_nothing = rounded_code < 0;
+    const bool under = negative & (rounded_code > last_above_low);
+    const bool flips = negative & (rounded_code > last_without_sign);
+    const auto pick = [&](Out y, const Out* edge, auto flip) {
+      y = over ? edge[above] : is_nothing ? edge[zero_result] : y;
+      y = flips ? flip(y) : y;
+      y = under ? edge[below] : y;
+      const Out infinite = negative ? edge[negative_infinity] : edge[infinity];
+      return a == HUGE_VAL ? infinite : y;
+    };
+    if constexpr (std::is_same_v<Out, double>) {
+      const double y = pick(rounded, edges, [](double number) { return -number; });
+      return x != x ? x : y + neutral;
+    } else {
+      const int64_t sign = int64_t(1) << sign_shift;
+      const int64_t y = pick(rounded_code, edge_codes, [=](int64_t bits) { return bits | sign; });
+      return x != x ? nan_edge : y;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fpformats

@@ -1,0 +1,52 @@
+// Choosing the instruction set once, and sharing a pass among threads.
+#include "run.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace fpformats {
+
+std::vector<const Passes*> available_passes() {
+  std::vector<const Passes*> passes;
+#if defined(FPFORMATS_VARIANTS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("bmi2"))
+    passes.push_back(&avx512_passes());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+      __builtin_cpu_supports("fma"))  // every machine with FMA has F16C
+    passes.push_back(&avx2_passes());
+#endif
+  passes.push_back(&baseline_passes());
+  return passes;
+}
+
+unsigned run(Pass pass, const Job& job, int threads) {
+  // Parts that begin at whole blocks, so that no two threads share a byte of packed codes.
+  const int64_t blocks = (job.count + block - 1) / block;
+  const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
+  std::atomic<unsigned> met{0};
+  const auto part = [&](int64_t index) {
+    const int64_t begin = blocks * index / parts * block;
+    const int64_t end = std::min(blocks * (index + 1) / parts * block, job.count);
+    if (begin < end) met |= pass(job, begin, end);
+  };
+  // Threads are started anew each time: a pool would not survive a fork.
+  std::vector<std::thread> helpers;
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) helpers.emplace_back(part, started);
+  } catch (const std::system_error&) {
+    // No more threads to be had; this one does the rest.
+  }
+  part(0);
+  for (int64_t index = started; index < parts; ++index) part(index);
+  for (auto& helper : helpers) helper.join();
+  return met;
+}
+
+}  // namespace fpformats

@@ -1,0 +1,203 @@
+// The passes over memory, block by block; compiled once for each instruction set.
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "carriers.hpp"
+#include "decoding.hpp"
+#include "packing.hpp"
+#include "philox.hpp"
+#include "rounding.hpp"
+#include "scales.hpp"
+
+namespace fpformats {
+namespace {
+
+// Rounds to nearest and keeps subnormal numbers, whatever the calling thread has set.
+class Arithmetic {
+#if defined(__x86_64__)
+ public:
+  Arithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~Arithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// Where the lanes of a block are: room for them, for codes, and for random words and a few more.
+template <class Lane>
+struct alignas(64) Buffers {
+  Lane lanes[block], results[block], scales[block], zero_points[block];
+  uint32_t codes[block];
+  uint64_t words[block + 16];
+};
+
+template <class Way, class Lane, class Out>
+void apply(const Way& way, const Lane* in, Out* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<Out, uint32_t>) {
+      out[i] = way.code(in[i]);
+    } else {
+      out[i] = way.value(in[i]);
+    }
+  }
+}
+
+template <Mode mode, class Lane, class Out>
+void apply_general(const Job& job, int64_t begin, int64_t count, const Lane* in, Out* out,
+                   uint64_t* words) {
+  const General<mode> way(*job.plan, job.random.bits);
+  if (way.is_stochastic) draw(job.random, begin, count, words);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t word = way.is_stochastic ? words[i] : 0;
+    if constexpr (std::is_same_v<Out, uint32_t>) {
+      out[i] = way.code(in[i], word);
+    } else {
+      out[i] = Lane(way.value(in[i], word));
+    }
+  }
+}
+
+template <class Lane, class Out>
+void round_in_general(const Job& job, int64_t begin, int64_t count, const Lane* in, Out* out,
+                      uint64_t* words) {
+  switch (job.plan->mode) {
+#define FPFORMATS_MODE(name) \
+  case Mode::name:           \
+    return apply_general<Mode::name>(job, begin, count, in, out, words);
+    FPFORMATS_MODE(nearest_ties_to_even)
+    FPFORMATS_MODE(nearest_ties_to_away)
+    FPFORMATS_MODE(toward_zero)
+    FPFORMATS_MODE(toward_positive)
+    FPFORMATS_MODE(toward_negative)
+    FPFORMATS_MODE(to_odd)
+    FPFORMATS_MODE(stochastic_a)
+    FPFORMATS_MODE(stochastic_b)
+    FPFORMATS_MODE(stochastic_c)
+#undef FPFORMATS_MODE
+  }
+}
+
+template <bool Signed, class Out>
+bool round_fast(const Plan& plan, int64_t count, const float* in, Out* out) {
+  if (!plan.is_default) return false;
+  if (plan.is_narrow) {
+    if (plan.digits == 0) {
+      apply(Narrow<Signed, true>(plan), in, out, count);
+    } else {
+      apply(Narrow<Signed, false>(plan), in, out, count);
+    }
+    return true;
+  }
+  if (!Pattern<Signed>::fits(plan)) return false;
+  apply(Pattern<Signed>(plan), in, out, count);
+  return true;
+}
+
+template <class Out>
+void round_block(const Job& job, int64_t begin, int64_t count, const float* in, Out* out,
+                 uint64_t* words) {
+  const Plan& plan = *job.plan;
+  const bool done = plan.is_signed ? round_fast<true>(plan, count, in, out)
+                                   : round_fast<false>(plan, count, in, out);
+  if (!done) round_in_general(job, begin, count, in, out, words);
+}
+
+template <class Out>
+void round_block(const Job& job, int64_t begin, int64_t count, const double* in, Out* out,
+                 uint64_t* words) {
+  round_in_general(job, begin, count, in, out, words);
+}
+
+template <class Lane>
+unsigned quantize_lanes(const Job& job, int64_t begin, int64_t end) {
+  Buffers<Lane> buffers;
+  Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t count = std::min(block, end - from);
+    const Lane* in = load(job, from, count, buffers.lanes);
+    Lane* out = place(job, from, buffers.results);
+    if (job.scales) {
+      scales.fill(count);
+      scales.divide(in, buffers.lanes, count);
+      in = buffers.lanes;
+    }
+    round_block(job, from, count, in, out, buffers.words);
+    if (job.scales) scales.multiply(out, count);
+    store(job, from, count, out);
+  }
+  return 0;
+}
+
+template <class Lane>
+unsigned encode_lanes(const Job& job, int64_t begin, int64_t end) {
+  Buffers<Lane> buffers;
+  Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
+  unsigned met = 0;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t count = std::min(block, end - from);
+    const Lane* in = load(job, from, count, buffers.lanes);
+    if (job.scales) {
+      scales.fill(count);
+      scales.divide(in, buffers.lanes, count);
+      in = buffers.lanes;
+    }
+    round_block(job, from, count, in, buffers.codes, buffers.words);
+    met |= name_nan(job, count, in, buffers.codes);
+    store_codes(job, from, count, buffers.codes);
+  }
+  return met;
+}
+
+template <class Lane>
+unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
+  Buffers<Lane> buffers;
+  Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
+  unsigned met = 0;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t count = std::min(block, end - from);
+    met |= load_codes(job, from, count, buffers.codes);
+    Lane* out = place(job, from, buffers.results);
+    decode_block(*job.plan, count, buffers.codes, out);
+    if (job.scales) {
+      scales.fill(count);
+      scales.multiply(out, count);
+    }
+    store(job, from, count, out);
+  }
+  return met;
+}
+
+using Pass = unsigned (*)(const Job&, int64_t, int64_t);
+
+template <Pass narrow, Pass wide>
+unsigned pass(const Job& job, int64_t begin, int64_t end) {
+  const Arithmetic arithmetic;
+  const unsigned met = (job.carrier == Carrier::float64 ? wide : narrow)(job, begin, end);
+#if defined(__x86_64__)
+  if (job.streams) _mm_sfence();
+#endif
+  return met;
+}
+
+}  // namespace
+
+#define FPFORMATS_JOIN(isa, rest) isa##rest
+#define FPFORMATS_PASSES(isa) FPFORMATS_JOIN(isa, _passes)
+#define FPFORMATS_STRING(isa) #isa
+#define FPFORMATS_NAME(isa) FPFORMATS_STRING(isa)
+
+const Passes& FPFORMATS_PASSES(FPFORMATS_ISA)() {
+  static constexpr Passes passes = {
+      FPFORMATS_NAME(FPFORMATS_ISA),
+      pass<quantize_lanes<float>, quantize_lanes<double>>,
+      pass<encode_lanes<float>, encode_lanes<double>>,
+      pass<decode_lanes<float>, decode_lanes<double>>,
+  };
+  return passes;
+}
+
+}  // namespace fpformats
