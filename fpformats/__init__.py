@@ -11,6 +11,7 @@ Every well-formed format name can be imported, and stands for a `FloatFormat`:
 
 from __future__ import annotations
 
+from fpformats.backends import show_backends
 from fpformats.blocks import (
     MXFP4,
     MXFP6_E2M3,
@@ -62,6 +63,7 @@ __all__ = [
     "quantize",
     "quantize_blocks",
     "quantize_scaled",
+    "show_backends",
     "unpack",
     "values",
 ]

@@ -39,6 +39,7 @@ class _Hashed:
     """A place for a hash that is worked out once, as formats are looked up with every call."""
 
     __slots__ = ("_hash",)
+    _hash: int
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -118,7 +119,7 @@ class FloatFormat(_Hashed):
 
     def __hash__(self) -> int:
         try:
-            return self._hash  # type: ignore[no-any-return, has-type]
+            return self._hash
         except AttributeError:
             known = tuple(getattr(self, name) for name in self.__match_args__)
             object.__setattr__(self, "_hash", hash(known))

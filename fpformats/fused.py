@@ -53,9 +53,8 @@ def kernel_of(
     scales: Scales | None = None,
 ) -> Any:
     """Give the compiled kernel for values of a carrier, in memory like that of `x`, or None."""
-    if not _enabled or not _in_host_memory(x) or not _in_host_memory(policy.random):
-        return None
-    if scales is not None and not all(map(_in_host_memory, scales[:2])):
+    others = (policy.random, *(scales[:2] if scales is not None else ()))
+    if not _enabled or not _in_host_memory(x) or not all(map(_may_be_read, others)):
         return None
     return native.kernel_of(fmt, carrier, policy.rounding, policy.saturation)
 
@@ -219,7 +218,11 @@ def decode(
 
 
 def _in_host_memory(x: Any) -> bool:
-    return type(x) is np.ndarray or x is None or type(x) is int or is_plain_tensor(x)
+    return type(x) is np.ndarray or is_plain_tensor(x)
+
+
+def _may_be_read(operand: Any) -> bool:
+    return operand is None or isinstance(operand, int) or _in_host_memory(operand)
 
 
 def _memory(x: Any, in_order: bool) -> Any:

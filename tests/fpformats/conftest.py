@@ -1,6 +1,8 @@
-"""Proofs of minutes run only when they are asked for, by `-m slow` or by name."""
+"""Proofs of minutes run only when they are asked for, and the laws on every backend."""
 
 import pytest
+
+from fpformats import backends
 
 
 def pytest_collection_modifyitems(config, items):
@@ -10,3 +12,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", params=backends.available())
+def backend(request):
+    """Compute in one way throughout a module, as hypothesis wants it throughout a test."""
+    with backends.using(request.param):
+        yield request.param

@@ -22,6 +22,8 @@ from fpformats.blocks import (
     quantize_blocks,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 PRESETS = {
     "MXFP8_E4M3": MXFP8_E4M3,
     "MXFP8_E5M2": MXFP8_E5M2,

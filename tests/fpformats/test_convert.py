@@ -36,6 +36,8 @@ from fpformats import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 BOUNDED = [
     pytest.param(fmt, dtype, id=f"{fmt}-{dtype}")
     for fmt in small_formats() + edge_formats()

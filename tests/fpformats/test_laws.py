@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from fpformats import FloatFormat, decode, encode, exact, quantize, strategies
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 MODES = ["NearestTiesToEven", "NearestTiesToAway", "TowardZero", "TowardPositive"]
 MODES += ["TowardNegative", "ToOdd"]
 lawful = settings(max_examples=60, deadline=None)

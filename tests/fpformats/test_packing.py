@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from fpformats import pack, unpack
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("bits", range(1, 17))
 @given(data=st.data())

@@ -20,6 +20,8 @@ from oracles import (
 from fpformats import FloatFormat, decode, encode, exact, p3109, parse, quantize, strategies
 from fpformats.kernels import philox
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 BITS = range(1, 9)
 POLICIES = [(mode, saturation) for mode in MODES for saturation in SATURATIONS]
 

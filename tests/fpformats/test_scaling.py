@@ -17,6 +17,8 @@ from fpformats import (
     strategies,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NAMES = ["E2M1", "E2M1U", "E4M0U", "E3M0", "E1M2", "E4M3", "E4M3FNUZ", "E0M4U"]
 scales = st.floats(2.0**-20, 2.0**20, width=32).map(np.float32)
 shifts = st.none() | st.floats(-100, 100, width=32).map(np.float32)
