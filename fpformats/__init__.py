@@ -11,6 +11,8 @@ Every well-formed format name can be imported, and stands for a `FloatFormat`:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fpformats.backends import show_backends
 from fpformats.blocks import (
     MXFP4,
@@ -33,6 +35,9 @@ from fpformats.names import dtype_of, format_name, parse
 from fpformats.packing import pack, unpack
 from fpformats.rounding import Rounding, Saturation
 from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
+
+if TYPE_CHECKING:
+    from fpformats.parametric import format_parameters, quantize_parametric
 
 __all__ = [
     "MXFP4",
@@ -57,11 +62,13 @@ __all__ = [
     "encode_blocks",
     "encode_scaled",
     "format_name",
+    "format_parameters",
     "p3109",
     "pack",
     "parse",
     "quantize",
     "quantize_blocks",
+    "quantize_parametric",
     "quantize_scaled",
     "show_backends",
     "unpack",
@@ -69,8 +76,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> FloatFormat:
-    """Resolve a format name, as in ``from fpformats import E2M1U``."""
+def __getattr__(name: str) -> Any:
+    """Resolve a format name, as in ``from fpformats import E2M1U``, and what needs torch."""
+    if name in ("format_parameters", "quantize_parametric"):
+        from fpformats import parametric
+
+        return getattr(parametric, name)
     try:
         return parse(name)
     except ValueError as error:
