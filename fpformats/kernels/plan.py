@@ -57,6 +57,7 @@ class Plan(NamedTuple):
             numbers of the sum that rounds are normal there, and `smallest` is 0.
         edges: What becomes of results that are not values of the format.
         edge_codes: Codes of `edges`, in the same order; -1 for NaN.
+        draws_narrow: The same for StochasticA and SatFinite.
         quantum: Smallest spacing.
         linear: Codes below this one are linear: they stand for as many times `quantum`.
         pattern_offset: Pattern of a float64, cut by 52 - mantissa_bits, minus the code, for codes
@@ -82,6 +83,7 @@ class Plan(NamedTuple):
     rounding: str
     is_default: bool
     is_narrow: bool
+    draws_narrow: bool
     edges: Edges
     edge_codes: tuple[int, ...]
     quantum: float
@@ -122,7 +124,8 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
     grid = make_grid(fmt, CARRIERS["float64"])
     edges = make_edges(grid, rounding, saturation)
     is_default = rounding == "NearestTiesToEven" and saturation == "SatFinite"
-    is_narrow = is_default and carrier.name != "float64" and _is_narrow(fmt)
+    has_room = carrier.name != "float64" and _has_room(fmt)
+    draws = rounding == "StochasticA" and saturation == "SatFinite"
     return Plan(
         low=grid.low,
         high=grid.high,
@@ -138,7 +141,8 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
         max_code=fmt.max_code,
         rounding=rounding,
         is_default=is_default,
-        is_narrow=is_narrow,
+        is_narrow=is_default and has_room,
+        draws_narrow=draws and has_room and grid.quantum >= 2.0**-126,
         edges=edges,
         edge_codes=tuple(_code(grid, value) for value in edges),
         quantum=grid.quantum,
@@ -151,7 +155,7 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
     )
 
 
-def _is_narrow(fmt: FloatFormat) -> bool:
+def _has_room(fmt: FloatFormat) -> bool:
     if not holds(CARRIERS["float32"], fmt):
         return False
     grid = make_grid(fmt, CARRIERS["float32"])

@@ -30,7 +30,7 @@ struct Plan {
   double low, high, floor, smallest, quantum;
   int digits, code_base, magnitude_bits, mantissa_bits;
   int64_t max_code, linear, pattern_offset, infinite_code, first_nan;
-  bool zero, is_signed, negative_zero, nan_is_negative_zero, is_default, is_narrow;
+  bool zero, is_signed, negative_zero, nan_is_negative_zero, is_default, is_narrow, draws_narrow;
   Mode mode;
   double edges[edge_count];
   int64_t edge_codes[edge_count];

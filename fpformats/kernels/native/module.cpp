@@ -44,6 +44,7 @@ Plan make_plan(const nb::object& plan, int mode) {
   FPFORMATS_READ(nan_is_negative_zero)
   FPFORMATS_READ(is_default)
   FPFORMATS_READ(is_narrow)
+  FPFORMATS_READ(draws_narrow)
 #undef FPFORMATS_READ
   p.is_signed = nb::cast<bool>(plan.attr("signed"));
   p.mode = Mode(mode);

@@ -31,6 +31,7 @@ struct Words {
   Words shifted(int by) const { return {_mm512_srli_epi64(v, unsigned(by))}; }
   Words low() const { return {_mm512_and_si512(v, _mm512_set1_epi64(int64_t(low_half)))}; }
   void put(uint64_t* to) const { _mm512_storeu_si512(to, v); }
+  void put(uint32_t* to) const { _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi64_epi32(v)); }
 };
 #elif defined(__AVX2__)
 struct Words {
@@ -46,6 +47,11 @@ struct Words {
   Words shifted(int by) const { return {_mm256_srli_epi64(v, by)}; }
   Words low() const { return {_mm256_and_si256(v, _mm256_set1_epi64x(int64_t(low_half)))}; }
   void put(uint64_t* to) const { _mm256_storeu_si256((__m256i*)to, v); }
+  void put(uint32_t* to) const {
+    const __m256i order = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
+    const __m256i halves = _mm256_permutevar8x32_epi32(v, order);
+    _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(halves));
+  }
 };
 #else
 struct Words {
@@ -60,6 +66,7 @@ struct Words {
   Words shifted(int by) const { return {v >> by}; }
   Words low() const { return {v & low_half}; }
   void put(uint64_t* to) const { *to = v; }
+  void put(uint32_t* to) const { *to = uint32_t(v); }
 };
 #endif
 
@@ -90,10 +97,11 @@ inline Words first_words(uint64_t index, const Keys& keys) {
   return c.times(factor_c).high().mixed(b, keys.first[9]).low();
 }
 
-// The words of `count` elements from `begin` on; the buffer has room for a few more.
-inline void draw(const Random& random, int64_t begin, int64_t count, uint64_t* words) {
+// The words of `count` elements from `begin` on, in the low bits; the buffer has room for 16 more.
+template <class Word>
+void draw(const Random& random, int64_t begin, int64_t count, Word* words) {
   if (random.words) {
-    for (int64_t i = 0; i < count; ++i) words[i] = uint64_t(random.words[begin + i]);
+    for (int64_t i = 0; i < count; ++i) words[i] = Word(random.words[begin + i]);
     return;
   }
   const Keys keys(random.seed);

@@ -1,8 +1,9 @@
 // Rounding the lanes of a block, to values or to codes.
 //
-// Three ways, from the fastest: `Narrow` leaves the rounding of float32 to the hardware, by adding
-// a number whose last bit is the spacing of the format; `Pattern` rounds the pattern of a float32,
-// for formats with its exponents; `General` splits in float64 as plan.py describes, for all else.
+// Four ways: `Narrow` leaves the rounding of float32 to the hardware, by adding a number whose last
+// bit is the spacing of the format; `Drawn` does so for StochasticA; `Pattern` rounds the pattern
+// of a float32, for formats with its exponents; `General`, the slowest, splits in float64 as plan.py
+// describes, for all else.
 #pragma once
 
 #include <algorithm>
@@ -63,6 +64,69 @@ struct Narrow {
     const Split s = split(x);
     const uint32_t count = bit_cast<uint32_t>(s.sum) - bit_cast<uint32_t>(s.number);
     uint32_t code = ((s.binade - floor) >> cut) + count;
+    if (Signed) {
+      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
+      code |= negative_zero || code != 0 ? sign : 0;
+    }
+    return x != x ? not_a_number : code;
+  }
+};
+
+// StochasticA of a format that `Narrow` takes, with words of up to 32 bits.
+template <bool Signed>
+struct Drawn {
+  Narrow<Signed, false> narrow;
+  uint32_t below, above, kept;
+  int cut, bits, sign_shift;
+  bool negative_zero;
+
+  Drawn(const Plan& plan, int random_bits)
+      : narrow(plan),
+        below(uint32_t(plan.digits) << 23),
+        above(uint32_t(254 + plan.digits) << 23),
+        kept(~uint32_t(0) << (32 - random_bits)),
+        cut(23 - plan.digits),
+        bits(random_bits),
+        sign_shift(plan.magnitude_bits),
+        negative_zero(plan.negative_zero) {}
+
+  struct Split {
+    uint32_t binade, up;
+    float low, step;
+  };
+
+  // The neighbour nearer zero, and whether (1) the word takes the number to the other one: that is
+  // where the first bits of the rest, in steps, carry when the word is added.
+  Split split(float x, uint32_t word) const {
+    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
+    const float a = magnitude < narrow.high ? magnitude : narrow.high;
+    const uint32_t e = std::max(bit_cast<uint32_t>(a) & Bits<float>::exponent, narrow.floor);
+    const float number = bit_cast<float>(e + narrow.raise), step = bit_cast<float>(e - below);
+    const float nearest = (a + number) - number;
+    const float low = nearest > a ? nearest - step : nearest;
+    const float rest = (a - low) * bit_cast<float>(above - e) * 0x1p31f;
+    const uint32_t first_bits = (uint32_t(int32_t(rest)) << 1 | bit_below(rest)) & kept;
+    const uint32_t sum = first_bits + (word << (32 - bits));
+    return {e, sum < first_bits ? 1u : 0u, low, step};
+  }
+
+  // The 32nd bit of a rest of 31 bits before the point: conversion is of signed integers.
+  static uint32_t bit_below(float rest) {
+    return rest - float(int32_t(rest)) >= 0.5f ? 1 : 0;
+  }
+
+  float value(float x, uint32_t word) const {
+    const Split s = split(x, word);
+    const float y = s.up ? s.low + s.step : s.low;
+    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
+    return x != x ? x : bit_cast<float>(bit_cast<uint32_t>(y) | sign) + narrow.neutral;
+  }
+
+  uint32_t code(float x, uint32_t word) const {
+    const Split s = split(x, word);
+    const float number = bit_cast<float>(s.binade + narrow.raise);
+    const uint32_t count = bit_cast<uint32_t>(s.low + number) - bit_cast<uint32_t>(number);
+    uint32_t code = ((s.binade - narrow.floor) >> cut) + count + s.up;
     if (Signed) {
       const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
       code |= negative_zero || code != 0 ? sign : 0;

@@ -82,6 +82,21 @@ void round_in_general(const Job& job, int64_t begin, int64_t count, const Lane* 
 }
 
 template <bool Signed, class Out>
+void round_drawn(const Job& job, int64_t begin, int64_t count, const float* in, Out* out,
+                 uint32_t* words) {
+  const Drawn<Signed> way(*job.plan, job.random.bits);
+  draw(job.random, begin, count, words);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<Out, uint32_t>) {
+      out[i] = way.code(in[i], words[i]);
+    } else {
+      out[i] = way.value(in[i], words[i]);
+    }
+  }
+}
+
+template <bool Signed, class Out>
 bool round_fast(const Plan& plan, int64_t count, const float* in, Out* out) {
   if (!plan.is_default) return false;
   if (plan.is_narrow) {
@@ -101,6 +116,10 @@ template <class Out>
 void round_block(const Job& job, int64_t begin, int64_t count, const float* in, Out* out,
                  uint64_t* words) {
   const Plan& plan = *job.plan;
+  if (plan.draws_narrow) {
+    const auto draws = plan.is_signed ? round_drawn<true, Out> : round_drawn<false, Out>;
+    return draws(job, begin, count, in, out, reinterpret_cast<uint32_t*>(words));
+  }
   const bool done = plan.is_signed ? round_fast<true>(plan, count, in, out)
                                    : round_fast<false>(plan, count, in, out);
   if (!done) round_in_general(job, begin, count, in, out, words);
