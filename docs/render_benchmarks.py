@@ -1,0 +1,111 @@
+"""Put the ratios of a benchmark run into the page on speed, as tables and a picture.
+
+pytest tests/benchmarks --benchmark-enable --benchmark-json kernels.json
+python docs/render_benchmarks.py kernels.json
+"""
+
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "performance.md"
+
+
+def by_table(run: dict[str, object], table: str) -> list[dict[str, object]]:
+    """Return the records of a table, in the order of the run."""
+    records = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    return [record for record in records if record.get("table") == table]
+
+
+def passes(run: dict[str, object]) -> str:
+    """Return ratios to a copy, by operation, instruction set and size."""
+    records = by_table(run, "passes")
+    heads = [f"{r['backend']}, {r['size']:.0e}".replace("e+0", "e") for r in records]
+    lines = ["| operation | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
+    for name in records[0]["ratios"]:
+        if name != "copy":
+            cells = [f"{record['ratios'][name]:.2f}" for record in records]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    copies = [f"{record['microseconds']['copy']:.0f} us" for record in records]
+    lines.append("| a copy took | " + " | ".join(copies) + " |")
+    return "\n".join(lines)
+
+
+def peers(run: dict[str, object]) -> str:
+    """Return ratios to a copy and to the kernel here, by library."""
+    lines = ["| | x a copy | x fpformats |", "|---|--:|--:|"]
+    for record in by_table(run, "peers"):
+        ratios = dict(record["ratios"])
+        ours = ratios["fpformats"]
+        name = list(ratios)[-1]
+        lines.append(f"| {name} | {ratios[name]:.0f} | {ratios[name] / ours:.0f} |")
+    own = by_table(run, "peers")[0]["ratios"]
+    lines.append(f"| fpformats, whole-array operations | {own['fpformats, whole-array']:.1f} | |")
+    lines.append(f"| fpformats | {own['fpformats']:.2f} | 1 |")
+    return "\n".join(lines)
+
+
+def calls(run: dict[str, object]) -> str:
+    """Return the time of one call on ten thousand elements."""
+    (record,) = by_table(run, "call")
+    times = record["microseconds"]
+    lines = ["| 10,000 elements, new result | us |", "|---|--:|"]
+    return "\n".join([*lines, *(f"| {name} | {times[name]:.1f} |" for name in times)])
+
+
+def searches(run: dict[str, object]) -> str:
+    """Return how often faster the search is than a loop that quantizes."""
+    lines = ["| search | loop in torch, ms | search, ms | faster |", "|---|--:|--:|--:|"]
+    for record in by_table(run, "search"):
+        loop, search = (record["microseconds"][name] / 1e3 for name in ("loop", "search"))
+        lines.append(f"| {record['title']} | {loop:.0f} | {search:.1f} | {loop / search:.0f} x |")
+    return "\n".join(lines)
+
+
+def picture(run: dict[str, object]) -> None:
+    """Draw the ratios of all libraries, on a logarithmic axis."""
+    records = by_table(run, "peers")
+    bars = {list(r["ratios"])[-1]: list(r["ratios"].values())[-1] for r in records}
+    own = records[0]["ratios"]
+    bars |= {"fpformats, whole-array": own["fpformats, whole-array"], "fpformats": own["fpformats"]}
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    names = sorted(bars, key=bars.get, reverse=True)
+    colors = ["tab:blue" if name.startswith("fpformats") else "silver" for name in names]
+    drawn = axes.barh(names, [bars[name] for name in names], color=colors)
+    axes.bar_label(drawn, [f"{bars[name]:.3g}" for name in names], padding=3)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlim=(0.5, 1500), xlabel="time, as multiple of copying the same tensor")
+    axes.set_title("Rounding a million float32 values, one thread", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "pictures" / "speed.png", dpi=150)
+
+
+def machine(run: dict[str, object]) -> str:
+    """Return what the run was made on."""
+    info = run["machine_info"]
+    cpu = info["cpu"].get("brand_raw", platform.processor())
+    import torch
+
+    versions = f"Python {info['python_version']}, torch {torch.__version__}"
+    return f"Measured on one thread of an {cpu}, {versions}."
+
+
+def main() -> None:
+    """Replace what stands between the markers of the page."""
+    run = json.loads(Path(sys.argv[1]).read_text())
+    text = PAGE.read_text()
+    for make in (machine, calls, passes, peers, searches):
+        pattern = rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)"
+        content = make(run)
+        text = re.sub(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
+    PAGE.write_text(text)
+    picture(run)
+
+
+if __name__ == "__main__":
+    main()

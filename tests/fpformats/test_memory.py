@@ -1,0 +1,207 @@
+"""Where inputs and results lie in memory changes nothing, and nothing else is touched."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpformats import decode, encode, pack, parse, quantize, quantize_scaled, unpack
+from fpformats.kernels import native
+from fpformats.operands import is_plain_tensor
+
+pytestmark = pytest.mark.usefixtures("backend")
+E2M1, E4M3 = parse("E2M1"), parse("E4M3")
+SIZES = [0, 1, 7, 8, 9, 31, 1023, 1024, 1025, 5000]
+
+
+def numbers(size, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).normal(0, 3, size).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_outside_the_result_is_written(size, dtype):
+    x, guarded = numbers(size, dtype), np.full(size + 64, 77, dtype)
+    quantize(x, E2M1, out=guarded[32 : 32 + size])
+    assert (guarded[:32] == 77).all()
+    assert (guarded[32 + size :] == 77).all()
+    np.testing.assert_array_equal(guarded[32 : 32 + size], quantize(x, E2M1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["E2M1U", "E2M1", "E2M2", "E3M2", "E3M3", "E4M3", "E5M7"])
+def test_codes_packed_in_the_same_pass_are_those_packed_afterwards(name, size):
+    fmt, x = parse(name), numbers(size)
+    packed = encode(x, fmt, packed=True)
+    np.testing.assert_array_equal(packed, pack(encode(x, fmt), fmt.bits))
+    np.testing.assert_array_equal(decode(packed, fmt, shape=size), quantize(x, fmt))
+    tensor = encode(torch.from_numpy(x), fmt, packed=True)
+    np.testing.assert_array_equal(tensor.numpy(), packed)
+    np.testing.assert_array_equal(unpack(packed, fmt.bits, size), encode(x, fmt))
+
+
+@given(
+    shape=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    steps=st.lists(st.sampled_from([1, 2, -1, -3]), min_size=4, max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+def test_strides_change_nothing(shape, steps, order):
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    x = numbers(np.prod(shape, dtype=int)).reshape(shape).transpose(axes)
+    x = x[tuple(slice(None, None, step) for step in steps[: x.ndim])]
+    plain = np.ascontiguousarray(x)
+    expected = quantize(plain, E2M1)
+    np.testing.assert_array_equal(quantize(x, E2M1), expected)
+    np.testing.assert_array_equal(encode(x, E2M1), encode(plain, E2M1))
+    target = np.empty_like(x)
+    assert quantize(x, E2M1, out=target) is target
+    np.testing.assert_array_equal(target, expected)
+    if min(steps) > 0:
+        np.testing.assert_array_equal(quantize(torch.from_numpy(x), E2M1).numpy(), expected)
+
+
+@pytest.mark.parametrize("shift", [-7, -1, 0, 1, 5])
+def test_a_result_may_overlap_the_input(shift):
+    for make in (np.asarray, torch.from_numpy):
+        memory = numbers(4096)
+        x, out = memory[64:3000], memory[64 + shift : 3000 + shift]
+        expected = quantize(x.copy(), E2M1)
+        quantize(make(x), E2M1, out=make(out))
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_a_matrix_may_become_its_own_transpose():
+    x = numbers(36).reshape(6, 6)
+    expected = quantize(x.copy(), E2M1)
+    quantize(x, E2M1, out=x.T)
+    np.testing.assert_array_equal(x.T, expected)
+
+
+def test_misaligned_memory_is_read_and_written():
+    raw = np.zeros(4 * 100 + 1, np.uint8)
+    x = raw[1:].view(np.float32)
+    x[:] = numbers(100)
+    assert not x.flags.aligned
+    expected = quantize(x.copy(), E2M1)
+    np.testing.assert_array_equal(quantize(x, E2M1), expected)
+    assert quantize(x, E2M1, out=x) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_read_only_arrays_are_read_and_not_written():
+    x = numbers(50)
+    x.flags.writeable = False
+    assert quantize(x, E2M1).flags.writeable
+    with pytest.raises(ValueError, match="out is read-only"):
+        quantize(x, E2M1, out=x)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_order_of_dimensions_in_memory_is_kept(layout):
+    x = torch.from_numpy(numbers(2 * 5 * 3 * 4)).reshape(2, 5, 3, 4)
+    y = quantize(x.contiguous(memory_format=layout), E2M1)
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.equal(y, quantize(x, E2M1))
+
+
+def test_lazily_negated_views_are_negated():
+    x = torch.view_as_complex(torch.from_numpy(numbers(40)).reshape(20, 2)).conj().imag
+    assert x.is_neg()
+    assert not is_plain_tensor(x)
+    assert torch.equal(quantize(x, E2M1), quantize(x.resolve_neg(), E2M1))
+
+
+def test_threads_and_streamed_writes_change_nothing(monkeypatch):
+    x = numbers(50_000)
+    random = {"rounding": "StochasticA", "random": 3}
+    scale = np.abs(numbers(500, seed=1)).reshape(500, 1) + 0.5
+    rows = x.reshape(500, 100)
+
+    def results():
+        return (
+            quantize(x, E2M1),
+            quantize(x.astype(np.float64), E2M1),
+            quantize(x, E2M1, **random),
+            encode(x, E2M1, packed=True),
+            quantize_scaled(rows, E2M1, scale),
+            decode(encode(x, E2M1), E2M1),
+        )
+
+    expected = results()
+    monkeypatch.setattr(native, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(native, "STREAM_FROM", 0)
+    monkeypatch.setattr(native, "threads_for", lambda _: 3)
+    for one, other in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_python_threads_may_call_at_once():
+    x, results = numbers(200_000), {}
+    expected = quantize(x, E4M3)
+    workers = [
+        threading.Thread(target=lambda i=i: results.update({i: quantize(x, E4M3)}))
+        for i in range(8)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all((results[i] == expected).all() for i in range(8))
+
+
+def forked(queue):
+    queue.put(quantize(numbers(3_000_000), E2M1).sum())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_computes_the_same():
+    expected = quantize(numbers(3_000_000), E2M1).sum()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=forked, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+def test_flushing_of_subnormal_numbers_is_no_matter_to_compiled_kernels(backend):
+    if backend == "portable":
+        pytest.skip("torch flushes in its own operations")
+    subnormal = torch.tensor([71362, -2147400000], dtype=torch.int32).view(torch.float32)
+    expected = quantize(subnormal, parse("E8M10IEEE")).view(torch.int32)
+    torch.set_flush_denormal(True)
+    try:
+        flushed = quantize(subnormal, parse("E8M10IEEE")).view(torch.int32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed.tolist() == expected.tolist()
+    assert all(expected.tolist())
+
+
+def test_without_compiled_kernels_it_is_said_once_and_all_works():
+    code = (
+        "import sys, warnings\n"
+        "sys.modules['fpformats.kernels._native'] = None\n"
+        "import numpy as np, fpformats\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    x = np.array([0.3, 1.25])\n"
+        "    results = [fpformats.E2M1.quantize(x).tolist() for _ in range(3)]\n"
+        "assert results == [[0.5, 1.0]] * 3, results\n"
+        "assert len(caught) == 1, caught\n"
+        "assert 'without its compiled kernels' in str(caught[0].message)\n"
+        "fpformats.show_backends()\n"
+    )
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert ran.returncode == 0, ran.stderr
+    assert "whole-array operations (installed without a C++17 compiler)" in ran.stdout
