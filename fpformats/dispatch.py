@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpformats import fused
-from fpformats.granularity import Scales, spread
+from fpformats.scales import Scales, spread
 from fpformats.kernels import philox, portable
 from fpformats.kernels import policy as policies
 from fpformats.operands import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.granularity import Scales, lay_out
+from fpformats.scales import Scales, lay_out
 from fpformats.kernels import native
 from fpformats.kernels.native import NAN_IN as NAN_IN
 from fpformats.operands import cast, contiguous, is_plain_tensor

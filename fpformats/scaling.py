@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fpformats import convert, dispatch
-from fpformats.granularity import make_scales, repeat
+from fpformats.scales import make_scales, repeat
 from fpformats.operands import (
     carrier_named,
     carrier_of,
