@@ -191,6 +191,25 @@ def decode_scaled(
         return shaped(cast(_rescaled(values, scales, shifts), carrier.name), codes)
 
 
+def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
+    """Give the sizes of blocks along the dimensions of a shape, -1 being the whole length.
+
+    Raises:
+        ValueError: If there is not one size for each dimension, or one is not an integer above 0.
+    """
+    if len(block_size) != len(shape) or any(
+        type(size) is not int or size < -1 or size == 0 for size in block_size
+    ):
+        raise ValueError(
+            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
+            f"{len(shape)} dimensions"
+        )
+    return [
+        max(length, 1) if size == -1 else size
+        for size, length in zip(block_size, shape, strict=True)
+    ]
+
+
 def _unscaled(x: Any, scale: Any, zero_point: Any) -> Any:
     if zero_point is None:
         return x / scale
@@ -213,17 +232,7 @@ def _spread(argument: str, value: Any, x: Any, block_size: tuple[int, ...] | Non
     shape = tuple(getattr(x, "shape", ()))
     if block_size is None or not hasattr(value, "shape"):
         return value
-    if len(block_size) != len(shape) or any(
-        type(size) is not int or size < -1 or size == 0 for size in block_size
-    ):
-        raise ValueError(
-            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
-            f"{len(shape)} dimensions"
-        )
-    sizes = [
-        max(length, 1) if size == -1 else size
-        for size, length in zip(block_size, shape, strict=True)
-    ]
+    sizes = block_lengths(block_size, shape)
     expected = tuple(-(-length // size) for size, length in zip(sizes, shape, strict=True))
     if tuple(value.shape) != expected:
         raise ValueError(
