@@ -32,7 +32,7 @@ BLOCK = 128
 
 def sorting_pays(length: int, fmt: FloatFormat) -> bool:
     """Tell whether a row is so long that sorting it beats quantizing it for every candidate."""
-    return length > 800 + 40 * fmt.code_count
+    return length > 1000 + 16 * fmt.code_count
 
 
 class Sums(NamedTuple):
