@@ -129,24 +129,22 @@ def search(
         >>> str(choice.format), choice.scale, choice.squared_error
         ('E1M2', 2.0, 0.0)
     """
-    is_sketch = isinstance(x, Sketch)
-    carrier = CARRIERS["float32"] if is_sketch else working_carrier(carrier_of(x))
+    carrier = CARRIERS["float32"] if isinstance(x, Sketch) else working_carrier(carrier_of(x))
     _check_formats(formats, carrier)
     grid = _Grid(_checked_ratios(ratios), _checked_fractions(zero_points), refine)
-    counts: tuple[int, ...] | None = None
-    if is_sketch:
-        if not (weights is None and axis is None and block_size is None):
+    own_scales = axis is not None or block_size is not None
+    if isinstance(x, Sketch):
+        if weights is not None or own_scales:
             raise TypeError("x is a Sketch; weights, axis and block_size need the data themselves")
-        batches = iter([_of_sketch(x)])
+        shape, batches = None, iter([_of_sketch(x)])
     else:
-        shape = tuple(getattr(x, "shape", ()))
-        sizes = block_sizes(axis, block_size, shape)
-        if axis is not None or block_size is not None:
-            counts = tuple(-(-length // size) for length, size in zip(shape, sizes, strict=True))
+        lengths = tuple(getattr(x, "shape", ()))
+        sizes = block_sizes(axis, block_size, lengths)
+        shape = [-(-n // size) for n, size in zip(lengths, sizes, strict=True)]
         batches = _batches(*as_rows(x, weights, carrier, sizes), formats)
     found = [[_best(objective(fmt), fmt, grid) for fmt in formats] for objective in batches]
     choices = {
-        fmt: _choice(fmt, _joined(parts), x, counts, block_size)
+        fmt: _choice(fmt, _joined(parts), x, shape if own_scales else None, block_size)
         for fmt, parts in zip(formats, zip(*found, strict=True), strict=True)
     }
     winner = min(choices.values(), key=lambda choice: choice.squared_error)
@@ -322,7 +320,7 @@ def _choice(
     fmt: FloatFormat,
     best: _Best,
     x: Any,
-    shape: tuple[int, ...] | None,
+    shape: list[int] | None,
     block_size: tuple[int, ...] | None,
 ) -> Choice:
     """Give what was found the shape of the scale, and the kind of the data; None for numbers."""

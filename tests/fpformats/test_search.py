@@ -127,6 +127,12 @@ def test_data_next_to_every_threshold_are_measured_as_they_are_quantized(fmt, ze
     assert found == pytest.approx(math.fsum(difference**2), rel=1e-12, abs=0)
 
 
+def moments(x, weights):
+    w = np.ones(x.size) if weights is None else weights
+    wide = x.astype(np.float64)
+    return w, w * wide, w * wide * wide
+
+
 @settings(deadline=None)
 @given(
     x=arrays(np.float32, st.integers(1, 60), elements=ordinary),
@@ -143,10 +149,14 @@ def test_both_ways_give_the_same_errors_and_sums(x, fmt, scale, zero, weighted):
     energy = max(1.0, float(np.square(x, dtype=np.float64).sum()))
     read, true = (way.errors(fmt, scale[:, None], zeros)[0, 0] for way in ways)
     assert read == pytest.approx(true, rel=1e-6, abs=1e-9 * energy)
-    sums = [way.sums(fmt, scale, zero) for way in ways]
-    assume(x.size > 0 and read == pytest.approx(true, rel=1e-12))  # no datum is on a threshold
-    for index in (0, 3, 5):  # w, x and xx do not depend on assignments
-        assert sums[0][index][0] == pytest.approx(sums[1][index][0], rel=1e-9, abs=1e-9)
+    s, z = float(scale[0]), 0.0 if zero is None else float(zero[0])
+    for objective in ways:
+        w, q, qq, total, xq, xx = (float(each[0]) for each in objective.sums(fmt, scale, zero))
+        assert (w, total, xx) == pytest.approx(
+            [math.fsum(each) for each in moments(x, weights)], rel=1e-9, abs=1e-9
+        )
+        error = s * s * qq + 2 * s * z * q + z * z * w - 2 * s * xq - 2 * z * total + xx
+        assert error == pytest.approx(true, rel=1e-6, abs=1e-6 * energy)
 
 
 @both_ways
