@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpformats import fused
-from fpformats.scales import Scales, spread
 from fpformats.kernels import philox, portable
 from fpformats.kernels import policy as policies
 from fpformats.operands import (
@@ -31,6 +30,7 @@ from fpformats.operands import (
 )
 from fpformats.packing import pack, unpack
 from fpformats.rounding import DEFAULT, Policy
+from fpformats.scales import Scales, spread
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat

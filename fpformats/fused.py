@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.scales import Scales, lay_out
 from fpformats.kernels import native
 from fpformats.kernels.native import NAN_IN as NAN_IN
 from fpformats.operands import cast, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
+from fpformats.scales import Scales, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -80,13 +80,30 @@ def make_scales(
             not finite.
     """
     shape = tuple(getattr(x, "shape", ())) if shape is None else shape
-    sizes = _block_sizes(block_size, shape)
+    sizes = None if block_size is None else block_lengths(block_size, shape)
 
     def parameter(argument: str, value: Any) -> Any:
         return _parameter(argument, value, x, carrier, shape, sizes)
 
     zeros = None if zero_point is None else parameter("zero_point", zero_point)
     return Scales(parameter("scale", scale), zeros, sizes)
+
+
+def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the sizes of blocks along the dimensions of a shape, -1 being the whole length.
+
+    Raises:
+        ValueError: If there is not one size for each dimension, or one is not an integer above 0.
+    """
+    if len(block_size) != len(shape) or any(
+        type(size) is not int or size < -1 or size == 0 for size in block_size
+    ):
+        raise ValueError(
+            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
+            f"{len(shape)} dimensions"
+        )
+    pairs = zip(block_size, shape, strict=True)
+    return tuple(max(length, 1) if size == -1 else size for size, length in pairs)
 
 
 def spread(scales: Scales, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -166,22 +183,6 @@ def _alike(
 
 def _full_shape(value: Any, shape: tuple[int, ...]) -> Any:
     return value.expand(shape) if is_tensor(value) else np.broadcast_to(value, shape)
-
-
-def _block_sizes(
-    block_size: tuple[int, ...] | None, shape: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    if block_size is None:
-        return None
-    if len(block_size) != len(shape) or any(
-        type(size) is not int or size < -1 or size == 0 for size in block_size
-    ):
-        raise ValueError(
-            f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "
-            f"{len(shape)} dimensions"
-        )
-    pairs = zip(block_size, shape, strict=True)
-    return tuple(max(length, 1) if size == -1 else size for size, length in pairs)
 
 
 def _parameter(

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fpformats import convert, dispatch
-from fpformats.scales import make_scales, repeat
 from fpformats.operands import (
     carrier_named,
     carrier_of,
@@ -31,6 +30,7 @@ from fpformats.operands import (
 )
 from fpformats.packing import checked_packed
 from fpformats.rounding import FINITE, NEAREST, make_policy
+from fpformats.scales import make_scales, repeat
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
