@@ -1,8 +1,8 @@
 """Rounding, encoding and decoding of CUDA tensors, each in one launch of a Triton kernel.
 
-Importing this module imports torch and Triton. Tensors are contiguous, arguments are checked
-before, and plans are made for the carrier that the kernel computes in: float64 for float64, else
-float32. Nothing here waits for the device.
+Importing this module imports torch and Triton, and fails without Triton 3.6 or later. Tensors are
+contiguous, arguments are checked before, and plans are made for the carrier of the values: float64
+is computed in float64, the others in float32. Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ that may be None, and those marked `tl.constexpr`, are settled when a kernel is 
 The kernels rely on what the tests look for in the code that is made for the GPU: float32 keeps
 subnormal numbers, no product is contracted with a sum (the launch says so), `tl.div_rn` divides
 float32 as IEEE 754 does (`/` does so for float64 alone), and narrowing rounds to nearest even.
+Before version 3.6 Triton's `tl.div_rn` took subnormal numbers for zero.
 Minimum and maximum are not asked of NaN, where devices differ: comparisons are, which are false.
 """
 
@@ -15,6 +16,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(f"Triton is version {triton.__version__}; the kernels need 3.6 or later")
 
 # Counts of this kind compile one kernel for all values, instead of others for 1 and 16 n.
 PLAIN_NUMBERS = (

@@ -30,10 +30,14 @@ from fpformats.kernels.grid import CARRIERS
 from fpformats.kernels.plan import make_plan
 from fpformats.rounding import FINITE, NEAREST
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-tl = triton.language
+cuda = pytest.importorskip(
+    "fpformats.kernels.cuda", reason="Triton 3.6 is not installed", exc_type=ImportError
+)
 
-from fpformats.kernels import cuda, triton_kernels  # noqa: E402  (they import triton)
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from fpformats.kernels import triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = [(mode, saturation) for mode in MODES for saturation in SATURATIONS]
@@ -415,18 +419,19 @@ def test_tensors_without_elements_are_left_alone():
 
 @pytest.fixture(scope="module")
 def gpu_code(tmp_path_factory):
-    """The PTX of the kernels, by what they compute."""
+    """The PTX of kernels by what they compute, and of lists of launches that share one."""
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this Triton does not compile for NVIDIA GPUs")
-    root = Path(__file__).parents[2]
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = os.environ | {
-        "PYTHONPATH": str(root),
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": cache,
-    }
-    command = [sys.executable, str(Path(__file__).with_name("ptx.py"))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.fpformats.ptx"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -437,7 +442,7 @@ def operations(code):
 
 
 def test_code_for_the_gpu_rounds_every_operation_once(gpu_code):
-    for name, code in gpu_code.items():
+    for name, code in gpu_code["code"].items():
         found = operations(code)
         assert {"add.rn.f32", "add.rn.f64", "mul.rn.f32", "mul.rn.f64"} & found, name
         inexact = r"(add|sub|mul|div)\.(?!rn\.)|fma|mad|rcp|.*\.(ftz|approx|full)\b"
@@ -445,7 +450,7 @@ def test_code_for_the_gpu_rounds_every_operation_once(gpu_code):
 
 
 def test_code_for_the_gpu_divides_exactly_where_there_are_scales(gpu_code):
-    for name, code in gpu_code.items():
+    for name, code in gpu_code["code"].items():
         divisions = {operation for operation in operations(code) if operation.startswith("div")}
         expected = set()
         if "scaled" in name and "values" not in name:
@@ -454,6 +459,12 @@ def test_code_for_the_gpu_divides_exactly_where_there_are_scales(gpu_code):
 
 
 def test_code_for_the_gpu_stays_in_float32_where_that_is_enough(gpu_code):
-    for name, code in gpu_code.items():
+    for name, code in gpu_code["code"].items():
         if name.startswith("narrow"):
             assert ".f64" not in code, name
+
+
+def test_formats_and_seeds_share_the_compiled_kernels(gpu_code):
+    for name, launches in gpu_code["shared"].items():
+        assert len(launches) > 1, name
+        assert len(set(launches)) == 1, name
