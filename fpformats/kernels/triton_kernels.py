@@ -20,7 +20,7 @@ import triton.language as tl
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"Triton is version {triton.__version__}; the kernels need 3.6 or later")
 
-# Counts of this kind compile one kernel for all values, instead of others for 1 and 16 n.
+# Without being named here, numbers get kernels of their own for 1 and for multiples of 16.
 PLAIN_NUMBERS = (
     "row_length",
     "run_length",
@@ -325,6 +325,7 @@ def _round_wide(
     exponent = magnitude.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     exponent = tl.minimum(tl.maximum(exponent, floor), ceiling)
     inverse_binade = ((2046 << 52) - exponent).to(tl.float64, bitcast=True)
+    # Exact, or so small that it rounds to 0 with no effect: `rest` is not taken from it.
     steps = magnitude * steps_in_binade * inverse_binade
     count = steps.to(tl.int64)
     step = exponent.to(tl.float64, bitcast=True) * step_of_one
@@ -336,10 +337,11 @@ def _round_wide(
     # Below `smallest` the gap is not always a power of two; `share` is of the one within it.
     share = tl.where(below, magnitude * inverse, steps - count.to(tl.float64))
     excess = tl.where(below, excess, 0.0)
+    rest = magnitude - low
     if rounding == "StochasticA" or rounding == "StochasticB" or rounding == "StochasticC":
         up = _draws_up(share, excess, word, random_bits, rounding)
     else:
-        up = _goes_up(magnitude - low, gap, code & 1 == 1, negative, rounding)
+        up = _goes_up(rest, gap, code & 1 == 1, negative, rounding)
     y = tl.where(up, low + gap, low)
     code = tl.where(up, code + 1, code)
     y, code = _saturated(x, y, code, negative, record)

@@ -296,6 +296,15 @@ def test_float32_division_products_and_sums_are_rounded_one_by_one():
     check_scaled(fmt, x, scaling, scales, shifts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_results_halfway_between_narrow_numbers_go_to_the_even_one(dtype):
+    odd = torch.arange(1, 64, 2)
+    scales = 1 + odd * torch.finfo(dtype).eps / 2
+    x = torch.ones(odd.shape, dtype=dtype)
+    scaling = cuda.Scaling(scales.to(DEVICE), None, odd.numel(), 1, odd.numel())
+    check_scaled(parse("E2M1"), x, scaling, scales, None)
+
+
 @pytest.mark.parametrize("name", ["E8M0", "E2M2NS", "E3M0"])
 def test_scaled_formats_of_other_kinds_agree_with_the_portable_way(name):
     x = torch.from_numpy(np.random.default_rng(3).normal(0, 4, 1000).astype(np.float32))
