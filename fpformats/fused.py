@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpformats.kernels import native
-from fpformats.kernels.native import NAN_IN as NAN_IN
+from fpformats.kernels.grid import CARRIERS
 from fpformats.operands import cast, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
 from fpformats.scales import Scales, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
     from fpformats.kernels.grid import Carrier
@@ -38,11 +40,11 @@ _nearest_kernels: dict[tuple[FloatFormat, Any], Any] = {}
 def disabled() -> Iterator[None]:
     """Do without compiled kernels for a while, as a test of the whole-array operations does."""
     global _enabled
-    _enabled = False
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _enabled = True
+        _enabled = before
 
 
 def kernel_of(
@@ -215,6 +217,96 @@ def decode(
     )
     del held
     return None if met else values
+
+
+def errors(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scales: NDArray[Any],
+    zero_points: NDArray[Any] | None,
+) -> NDArray[np.float64] | None:
+    """Give the weighted sum of squared errors of rows that are quantized, or None.
+
+    Args:
+        x: Data, shape (rows, length), float32 or float64.
+        weights: Weights of the shape of `x`, None for 1.
+        fmt: The format.
+        scales: Candidates for each row, shape (rows, candidates), of the dtype of `x`.
+        zero_points: The same, or None.
+
+    Returns:
+        Shape (rows, candidates), float64.
+    """
+    return _attempt(x, weights, fmt, scales, zero_points, sums=False)
+
+
+def sums(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scale: NDArray[Any],
+    zero_point: NDArray[Any] | None,
+) -> NDArray[np.float64] | None:
+    """Give the sums that least squares need, of rows that are quantized, or None.
+
+    Args:
+        x: As in `errors`.
+        weights: As in `errors`.
+        fmt: The format.
+        scale: The scale of each row, shape (rows,).
+        zero_point: The same, or None.
+
+    Returns:
+        Shape (6, rows), float64: sums of w, w q, w q**2, w x, w x q and w x**2, for the weight w
+        and the value q of the format that x rounds to.
+    """
+    zero_points = None if zero_point is None else zero_point[:, None]
+    found = _attempt(x, weights, fmt, scale[:, None], zero_points, sums=True)
+    return None if found is None else found.T
+
+
+def _attempt(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scales: NDArray[Any],
+    zero_points: NDArray[Any] | None,
+    *,
+    sums: bool,
+) -> NDArray[np.float64] | None:
+    kernel = kernel_of(x, fmt, CARRIERS[x.dtype.name])
+    if kernel is None:
+        return None
+    arrays = [x, weights, scales, zero_points]
+    held = [None if array is None else np.ascontiguousarray(array) for array in arrays]
+    rows, weight, scale, zero = (0 if array is None else _address(array) for array in held)
+    count, candidates = scales.shape
+    out = np.empty((count, 6) if sums else (count, candidates))
+    threads = native.threads_for(x.size * candidates)
+    kernel.attempt(
+        *(rows, weight, scale, zero, count, x.shape[1], candidates, _address(out), sums, threads)
+    )
+    return out
+
+
+def moments(
+    numbers: NDArray[np.float32], low_bits: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]] | None:
+    """Give a histogram of patterns without their low bits, and moments of these, or None.
+
+    Args:
+        numbers: One-dimensional and contiguous.
+        low_bits: How many bits a bin leaves open.
+
+    Returns:
+        The bins that are not empty, in ascending order, and for each the count, the sum of the
+        low bits and the sum of their squares, shape (3, bins).
+    """
+    if not _enabled or native.library() is None:
+        return None
+    bins, found = native.library().moments(_address(numbers), numbers.size, low_bits)
+    return bins, found.T
 
 
 def _in_host_memory(x: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fpformats import fused
 from fpformats.convert import quantize, values
 from fpformats.scaling import quantize_scaled
 
@@ -32,7 +33,7 @@ BLOCK = 128
 
 def sorting_pays(length: int, fmt: FloatFormat) -> bool:
     """Tell whether a row is so long that sorting it beats quantizing it for every candidate."""
-    return length > 1000 + 16 * fmt.code_count
+    return length > 2000 + 120 * fmt.code_count
 
 
 class Sums(NamedTuple):
@@ -108,6 +109,9 @@ class QuantizedRows:
         self, fmt: FloatFormat, scales: NDArray[Any], zero_points: NDArray[Any] | None
     ) -> NDArray[np.float64]:
         """Quantize with each candidate; see `Objective`."""
+        compiled = fused.errors(self._x, self._weights, fmt, scales, zero_points)
+        if compiled is not None:
+            return compiled
         parts = []
         for part in _parts(scales.shape[1], self._x.size):
             scale = scales[:, part, None]
@@ -126,6 +130,9 @@ class QuantizedRows:
 
     def sums(self, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None) -> Sums:
         """Quantize and add up; see `Objective`."""
+        compiled = fused.sums(self._x, self._weights, fmt, scale, zero_point)
+        if compiled is not None:
+            return Sums(*compiled)
         shifted = self._x if zero_point is None else self._x - zero_point[:, None]
         with np.errstate(over="ignore"):
             q = quantize(shifted / scale[:, None], fmt).astype(np.float64)

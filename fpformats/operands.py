@@ -39,10 +39,15 @@ def is_plain_tensor(x: Any) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return False
+    return bool(x.is_cpu) and is_unwatched_tensor(x)
+
+
+def is_unwatched_tensor(x: Any) -> bool:
+    """Tell whether a tensor is dense memory, and no compiler, transform or mode looks on."""
+    torch = sys.modules["torch"]
     internals = torch._C
     return (
         not torch.compiler.is_compiling()
-        and x.is_cpu
         and x.layout is torch.strided
         and not internals._functorch.is_functorch_wrapped_tensor(x)
         and not internals._len_torch_dispatch_stack()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fpformats import fused
 from fpformats.kernels.grid import CARRIERS
 from fpformats.operands import carrier_of, is_tensor, widened
 
@@ -33,8 +34,8 @@ _LOW_BITS = 23 - MANTISSA_BITS
 _SIGN = 1 << (8 + MANTISSA_BITS)
 _INFINITY = 255 << MANTISSA_BITS
 """Bins from here on, below the sign, are of infinities and NaN."""
-_CHUNK = 1 << 18
-"""Numbers sorted at once, so that they stay in the cache."""
+_CHUNK = 1 << 20
+"""Numbers taken at once, which bounds the memory."""
 _MAX_REPEATS = 1 << 16
 
 
@@ -261,16 +262,8 @@ class Sketch:
             finite = numbers[np.isfinite(numbers)]
         if finite.size:
             self._widen(float(finite.min()), float(finite.max()))
-        patterns = np.sort(numbers.view(np.uint32))
-        bins = patterns >> _LOW_BITS
-        starts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
-        low = (patterns & ((1 << _LOW_BITS) - 1)).astype(np.int64)
-        moments = np.stack([
-            np.diff(starts, append=len(bins)),
-            np.add.reduceat(low, starts),
-            np.add.reduceat(low * low, starts),
-        ])  # fmt: skip
-        self._add_moments(bins[starts], moments * repeats)
+        bins, moments = fused.moments(numbers, _LOW_BITS) or _moments(numbers)
+        self._add_moments(bins, moments * repeats)
 
     def _add_moments(self, bins: NDArray[Any], moments: NDArray[np.int64]) -> None:
         """Add moments to bins, which are in ascending order."""
@@ -310,3 +303,17 @@ class Sketch:
         steps = np.ldexp(np.where(bins < _SIGN, 1.0, -1.0), exponents)
         counts, lows, squares = self._moments[:, order]
         return counts, lows, squares, bases, steps
+
+
+def _moments(numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Give the bins of numbers and their moments, as `fused.moments` does."""
+    patterns = np.sort(numbers.view(np.uint32))
+    bins = patterns >> _LOW_BITS
+    starts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
+    low = (patterns & ((1 << _LOW_BITS) - 1)).astype(np.int64)
+    moments = np.stack([
+        np.diff(starts, append=len(bins)),
+        np.add.reduceat(low, starts),
+        np.add.reduceat(low * low, starts),
+    ])  # fmt: skip
+    return bins[starts].astype(np.uint32), moments.astype(np.int64)
