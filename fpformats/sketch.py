@@ -280,11 +280,9 @@ class Sketch:
         known[known] = self._bins[places[known]] == bins[known]
         if known.all():
             return places
-        union = np.sort(np.append(self._bins, bins[~known]))
-        moments = np.zeros((3, len(union)), dtype=np.int64)
-        moments[:, np.searchsorted(union, self._bins)] = self._moments
-        self._bins, self._moments = union, moments
-        return np.searchsorted(union, bins)
+        self._bins = np.insert(self._bins, places[~known], bins[~known])
+        self._moments = np.insert(self._moments, places[~known], 0, axis=1)
+        return places + np.cumsum(~known) - ~known
 
     def _widen(self, low: float, high: float) -> None:
         self._low, self._high = min(self._low, low), max(self._high, high)
