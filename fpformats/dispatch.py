@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats import fused
-from fpformats.granularity import Scales, spread
+from fpformats import fused, on_device
 from fpformats.kernels import philox, portable
 from fpformats.kernels import policy as policies
+from fpformats.kernels.native import NAN_IN
 from fpformats.operands import (
     as_array,
+    assigned,
     carrier_of,
     cast,
     check_codes,
@@ -31,6 +32,7 @@ from fpformats.operands import (
 )
 from fpformats.packing import pack, unpack
 from fpformats.rounding import DEFAULT, Policy
+from fpformats.scales import Scales, spread
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
@@ -64,6 +66,8 @@ def quantize(
             fused.remember(kernel, fmt, array.dtype)
         y = fused.quantize(kernel, array, policy, scales, out)
         return y if array is x else shaped(y, x)
+    if (plan := on_device.plan_of(x, fmt, carrier, policy, scales)) is not None:
+        return on_device.quantize(plan, x, policy, scales, out)
     with quiet():
         v = unscaled(widened(x, working_carrier(carrier)), scales)
         return narrowed(rescaled(rounded(v, grid, policy), scales), x, out)
@@ -77,6 +81,7 @@ def encode(
     nan_code: int | None,
     packed: bool = False,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Round to codes of a format, scaled or not.
 
@@ -88,6 +93,7 @@ def encode(
         nan_code: Code of NaN, None where there is none.
         packed: Whether to pack the codes side by side.
         scales: Scales and zero points, or None.
+        out: Where to write to, or None.
 
     Returns:
         Codes in the smallest unsigned dtype, of the kind and shape of `x`, or packed.
@@ -96,13 +102,35 @@ def encode(
         ValueError: If NaN is met and has no code.
     """
     array, carrier = as_array(x), carrier_of(x)
-    in_one_pass = packed and fmt.bits <= fused.MAX_PACKED_BITS
     if (kernel := fused.kernel_of(array, fmt, carrier, policy, scales)) is not None:
-        codes, met = fused.encode(kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales)
-        if met:
-            raise _no_code(fmt, policy, bool(met & fused.NAN_IN))
-        codes = codes if array is x or packed else shaped(codes, x)
-        return pack(codes, fmt.bits) if packed and not in_one_pass else codes
+        in_one_pass = packed and fmt.bits <= fused.MAX_PACKED_BITS
+        target = out if in_one_pass or not packed else None
+        codes, met = fused.encode(
+            kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales, target
+        )
+    elif (plan := on_device.plan_of(x, fmt, carrier, policy, scales)) is not None:
+        in_one_pass = packed and fmt.bits in on_device.PACKED_BITS
+        bits = fmt.bits if in_one_pass else None
+        codes, met = on_device.encode(plan, x, nan_code, bits, policy, scales)
+    else:
+        codes = _encode_whole(x, fmt, grid, policy, nan_code, scales)
+        in_one_pass, met = False, 0
+    if met:
+        raise _no_code(fmt, policy, bool(met & NAN_IN))
+    codes = codes if array is x or in_one_pass else shaped(codes, x)
+    return assigned(out, pack(codes, fmt.bits) if packed and not in_one_pass else codes)
+
+
+def _encode_whole(
+    x: Any,
+    fmt: FloatFormat,
+    grid: Grid,
+    policy: Policy,
+    nan_code: int | None,
+    scales: Scales | None,
+) -> Any:
+    """Round to codes in whole-array operations."""
+    carrier = carrier_of(x)
     with quiet():
         v = unscaled(widened(x, working_carrier(carrier)), scales)
         values = rounded(v, grid, policy)
@@ -110,8 +138,7 @@ def encode(
             _refuse_nan(v, values, fmt, policy)
         codes = portable.encode(library_of(x), values, grid, nan_code)
     width = max(8, 1 << (fmt.bits - 1).bit_length())
-    codes = shaped(cast(codes, f"uint{width}"), x)
-    return pack(codes, fmt.bits) if packed else codes
+    return cast(codes, f"uint{width}")
 
 
 def decode(
@@ -121,6 +148,7 @@ def decode(
     carrier: Carrier,
     shape: tuple[int, ...] | None,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes, scaled or not.
 
@@ -131,6 +159,7 @@ def decode(
         carrier: Carrier of the result.
         shape: Shape of packed codes; None for codes that are not packed.
         scales: Scales and zero points, or None.
+        out: Where to write to, or None.
 
     Returns:
         Values of the kind of `codes`, and of their shape.
@@ -140,19 +169,26 @@ def decode(
         ValueError: If one is out of range.
     """
     kernel = fused.kernel_of(codes, fmt, carrier, scales=scales)
-    if shape is not None and (kernel is None or fmt.bits > fused.MAX_PACKED_BITS):
+    plan = on_device.plan_of(codes, fmt, carrier, scales=scales)
+    packs = kernel is not None and fmt.bits <= fused.MAX_PACKED_BITS
+    packs = packs or (plan is not None and fmt.bits in on_device.PACKED_BITS)
+    if shape is not None and not packs:
         codes, shape = unpack(codes, fmt.bits, shape), None
+    wanted = tuple(getattr(codes, "shape", ())) if shape is None else shape
+    packed_bits = None if shape is None else fmt.bits
     if kernel is not None:
-        packed_bits = 0 if shape is None else fmt.bits
-        wanted = tuple(codes.shape) if shape is None else shape
-        values = fused.decode(kernel, codes, carrier, wanted, packed_bits, scales)
+        values = fused.decode(kernel, codes, carrier, wanted, packed_bits or 0, scales, out)
         if values is not None:
             return values
-    check_codes(codes, fmt.bits, str(fmt))
+    if packed_bits is None:
+        check_codes(codes, fmt.bits, str(fmt))
+    if plan is not None:
+        values = on_device.decode(plan, codes, carrier, wanted, packed_bits, scales)
+        return assigned(out, values)
     with quiet():
         integers = _as_integers(codes, working_carrier(carrier).name.replace("float", "int"))
         values = rescaled(portable.decode(library_of(codes), integers, grid), scales)
-    return shaped(cast(values, carrier.name), codes)
+    return assigned(out, shaped(cast(values, carrier.name), codes))
 
 
 def rounded(x: Any, grid: Grid, policy: Policy) -> Any:

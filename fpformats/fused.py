@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.granularity import Scales, lay_out
 from fpformats.kernels import native
-from fpformats.kernels.native import NAN_IN as NAN_IN
-from fpformats.operands import cast, contiguous, is_plain_tensor
+from fpformats.kernels.grid import CARRIERS
+from fpformats.operands import assigned, cast, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
+from fpformats.scales import Scales, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
     from fpformats.kernels.grid import Carrier
@@ -38,11 +40,11 @@ _nearest_kernels: dict[tuple[FloatFormat, Any], Any] = {}
 def disabled() -> Iterator[None]:
     """Do without compiled kernels for a while, as a test of the whole-array operations does."""
     global _enabled
-    _enabled = False
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _enabled = True
+        _enabled = before
 
 
 def kernel_of(
@@ -59,22 +61,25 @@ def kernel_of(
     return native.kernel_of(fmt, carrier, policy.rounding, policy.saturation)
 
 
-def nearest(x: Any, fmt: FloatFormat) -> Any:
+def nearest(x: Any, fmt: FloatFormat, out: Any = None) -> Any:
     """Round by the default policy, on the shortest way; None where that takes another look.
 
     Args:
         x: Anything. Rounded are contiguous arrays and tensors, of a dtype that a kernel of the
             format was remembered for, not so large that threads help, and without a gradient.
         fmt: The format.
+        out: Where to write to, of the same kind, dtype and shape; None for a new result.
 
     Returns:
-        A new array or tensor, or None.
+        A new array or tensor, `out`, or None.
     """
     if type(x) is np.ndarray:
         kernel = _nearest_kernels.get((fmt, x.dtype))
         if kernel is None or not x.flags.carray or x.size >= native.PARALLEL_FROM or not _enabled:
             return None
-        y = np.empty_like(x)
+        y = np.empty_like(x) if out is None else out
+        if out is not None and not (type(out) is np.ndarray and _is_like(out, x)):
+            return None
         address = native.library().address
         kernel.quantize(address(x), address(y), x.size, 1, False)
         return y
@@ -83,9 +88,18 @@ def nearest(x: Any, fmt: FloatFormat) -> Any:
     kernel, size = _nearest_kernels.get((fmt, x.dtype)), x.numel()
     if kernel is None or size >= native.PARALLEL_FROM or not _enabled:
         return None
-    y = sys.modules["torch"].empty_like(x)
+    y = sys.modules["torch"].empty_like(x) if out is None else out
+    if out is not None and not (is_plain_tensor(out) and _is_like(out, x)):
+        return None
     kernel.quantize(x.data_ptr(), y.data_ptr(), size, 1, False)
     return y
+
+
+def _is_like(out: Any, x: Any) -> bool:
+    """Tell whether results can go right to `out`, and it is not one that has to be refused."""
+    if out.dtype != x.dtype or out.shape != x.shape or not _takes(out, x):
+        return False
+    return bool(out.flags.writeable) if isinstance(out, np.ndarray) else not out.requires_grad
 
 
 def remember(kernel: Any, fmt: FloatFormat, dtype: Any) -> None:
@@ -128,9 +142,7 @@ def quantize(
         random,
     )
     del held
-    if out is None or target is out:
-        return target
-    return _assigned(out, target)
+    return assigned(out, target)
 
 
 def encode(
@@ -141,6 +153,7 @@ def encode(
     packed: bool = False,
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> tuple[Any, int]:
     """Give the codes of the elements of an array or tensor.
 
@@ -152,6 +165,7 @@ def encode(
         packed: Whether to pack the codes side by side, in a one-dimensional array of bytes.
         policy: That of the kernel.
         scales: Scales and zero points, or None.
+        out: Where to write to, of the shape and dtype of the codes, or None.
 
     Returns:
         The codes, and which of `native.NAN_IN` and `native.NAN_OUT` were met without a code.
@@ -160,7 +174,7 @@ def encode(
     size, width = _size(source), max(8, 1 << (bits - 1).bit_length())
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
     shape = (-(-size * bits // 8),) if packed else tuple(source.shape)
-    codes = _empty(source, shape, f"uint{width}")
+    codes = out if _is_free(out, source) else _empty(source, shape, f"uint{width}")
     met = kernel.encode(
         _address(source),
         _address(codes),
@@ -173,7 +187,7 @@ def encode(
         random,
     )
     del held
-    return codes, met
+    return assigned(out, codes), met
 
 
 def decode(
@@ -183,6 +197,7 @@ def decode(
     shape: tuple[int, ...],
     packed_bits: int = 0,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes; None if a code is out of range or the dtype is not read.
 
@@ -193,6 +208,7 @@ def decode(
         shape: Shape of the result.
         packed_bits: Width of packed codes, 0 where they are not packed.
         scales: Scales and zero points, or None.
+        out: Where to write to, of the shape and dtype of the values, or None.
 
     Returns:
         Values of the carrier, or None.
@@ -201,7 +217,7 @@ def decode(
     if code_bytes is None:
         return None
     source, size = _memory(codes, in_order=True), math.prod(shape)
-    values = _empty(source, shape, carrier.name)
+    values = out if _is_free(out, source) else _empty(source, shape, carrier.name)
     held, scaling, _ = _operands(scales, DEFAULT, shape)
     met = kernel.decode(
         _address(source),
@@ -214,7 +230,97 @@ def decode(
         scaling,
     )
     del held
-    return None if met else values
+    return None if met else assigned(out, values)
+
+
+def errors(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scales: NDArray[Any],
+    zero_points: NDArray[Any] | None,
+) -> NDArray[np.float64] | None:
+    """Give the weighted sum of squared errors of rows that are quantized, or None.
+
+    Args:
+        x: Data, shape (rows, length), float32 or float64.
+        weights: Weights of the shape of `x`, None for 1.
+        fmt: The format.
+        scales: Candidates for each row, shape (rows, candidates), of the dtype of `x`.
+        zero_points: The same, or None.
+
+    Returns:
+        Shape (rows, candidates), float64.
+    """
+    return _attempt(x, weights, fmt, scales, zero_points, sums=False)
+
+
+def sums(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scale: NDArray[Any],
+    zero_point: NDArray[Any] | None,
+) -> NDArray[np.float64] | None:
+    """Give the sums that least squares need, of rows that are quantized, or None.
+
+    Args:
+        x: As in `errors`.
+        weights: As in `errors`.
+        fmt: The format.
+        scale: The scale of each row, shape (rows,).
+        zero_point: The same, or None.
+
+    Returns:
+        Shape (6, rows), float64: sums of w, w q, w q**2, w x, w x q and w x**2, for the weight w
+        and the value q of the format that x rounds to.
+    """
+    zero_points = None if zero_point is None else zero_point[:, None]
+    found = _attempt(x, weights, fmt, scale[:, None], zero_points, sums=True)
+    return None if found is None else found.T
+
+
+def _attempt(
+    x: NDArray[Any],
+    weights: NDArray[np.float64] | None,
+    fmt: FloatFormat,
+    scales: NDArray[Any],
+    zero_points: NDArray[Any] | None,
+    *,
+    sums: bool,
+) -> NDArray[np.float64] | None:
+    kernel = kernel_of(x, fmt, CARRIERS[x.dtype.name])
+    if kernel is None:
+        return None
+    arrays = [x, weights, scales, zero_points]
+    held = [None if array is None else np.ascontiguousarray(array) for array in arrays]
+    rows, weight, scale, zero = (0 if array is None else _address(array) for array in held)
+    count, candidates = scales.shape
+    out = np.empty((count, 6) if sums else (count, candidates))
+    threads = native.threads_for(x.size * candidates)
+    kernel.attempt(
+        *(rows, weight, scale, zero, count, x.shape[1], candidates, _address(out), sums, threads)
+    )
+    return out
+
+
+def moments(
+    numbers: NDArray[np.float32], low_bits: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]] | None:
+    """Give a histogram of patterns without their low bits, and moments of these, or None.
+
+    Args:
+        numbers: One-dimensional and contiguous.
+        low_bits: How many bits a bin leaves open.
+
+    Returns:
+        The bins that are not empty, in ascending order, and for each the count, the sum of the
+        low bits and the sum of their squares, shape (3, bins).
+    """
+    if not _enabled or native.library() is None:
+        return None
+    bins, found = native.library().moments(_address(numbers), numbers.size, low_bits)
+    return bins, found.T
 
 
 def _in_host_memory(x: Any) -> bool:
@@ -249,11 +355,20 @@ def _takes(target: Any, source: Any) -> bool:
     return bool(orderly) and (start == end or start + length <= end or end + length <= start)
 
 
-def _assigned(out: Any, result: Any) -> Any:
+def _is_free(out: Any, source: Any) -> bool:
+    """Tell whether results of another width can go right to `out`: it does not touch the input."""
+    if out is None or not _in_host_memory(out):
+        return False
     if isinstance(out, np.ndarray):
-        out[...] = result
-        return out
-    return out.copy_(result)
+        orderly = out.flags.c_contiguous and out.flags.aligned
+    else:
+        orderly = out.is_contiguous()
+    (start, length), (end, other) = _extent(out), _extent(source)
+    return bool(orderly) and (start + length <= end or end + other <= start)
+
+
+def _extent(x: Any) -> tuple[int, int]:
+    return _address(x), _size(x) * x.itemsize
 
 
 def _address(x: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fpformats import FloatFormat, Specials
-from fpformats.search import RATIOS, Choice, SortedTensor, search_rows, search_tensor
+from fpformats.search import RATIOS, ZERO_POINTS, Choice, search
 from msfp.config import Scheme
 from msfp.denoiser import PlainLayer
 from msfp.errors import InputError
@@ -18,8 +18,8 @@ from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
 
 MAX_EXPONENT_BITS = 5
-ZERO_POINTS = np.linspace(-0.3, 0.0, 31)
-"""Candidates around the minima of SiLU (-0.278) and GELU (-0.170)."""
+LEAST_MINIMUM = -0.3
+"""Below the minima of SiLU (-0.278) and GELU (-0.170)."""
 WEIGHT_RATIOS = np.linspace(0.3, 1.0, 36)
 """Clips of weights: rows are short and near normal, so that the best one is never far below 1."""
 NO_CLIP = np.ones(1)
@@ -61,30 +61,41 @@ def sqnr(signal: float, noise: float) -> float:
     return float(10 * np.log10(max(signal, 1e-300) / max(noise, signal * 1e-20, 1e-300)))
 
 
-def is_asymmetric(tensor: SortedTensor) -> bool:
+def is_asymmetric(inputs: NDArray[np.float32]) -> bool:
     """Return whether values reach down no further than SiLU does, and up well beyond that."""
-    return bool(tensor.min >= ZERO_POINTS[0] and tensor.max > 2 * abs(tensor.min))
+    low, high = float(inputs.min()), float(inputs.max())
+    return low >= LEAST_MINIMUM and high > 2 * abs(low)
 
 
-def search_input(tensor: SortedTensor, bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
+def search_input(inputs: NDArray[np.float32], bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
     """Return the best choice for a layer's input, and the best signed one."""
-    ratios = NO_CLIP if scheme == "int_minmax" else RATIOS
-    signed = search_tensor(tensor, candidates(bits, scheme, signed=True), ratios=ratios)
-    if scheme not in ("mixup", "int_zero_point") or not is_asymmetric(tensor):
-        return signed, signed
-    formats = candidates(bits, scheme, signed=False)
-    unsigned = search_tensor(tensor, formats, zero_points=ZERO_POINTS)
-    return min(signed, unsigned, key=lambda choice: choice.squared_error), signed
+    clips = scheme != "int_minmax"
+    formats = candidates(bits, scheme, signed=True)
+    if scheme in ("mixup", "int_zero_point") and is_asymmetric(inputs):
+        formats += candidates(bits, scheme, signed=False)
+    choice = search(
+        inputs,
+        formats,
+        ratios=RATIOS if clips else NO_CLIP,
+        zero_points=ZERO_POINTS,
+        refine=clips,
+    )
+    signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
+    return choice, min(signed, key=lambda each: each.squared_error)
 
 
 def search_weight(weight: torch.Tensor, bits: int, scheme: Scheme) -> tuple[Quantizer, float]:
     """Return the quantizer of a weight, one scale for each output channel, and its SQNR."""
-    formats = candidates(bits, scheme, signed=True)
-    ratios: NDArray[np.float64] = NO_CLIP if scheme == "int_minmax" else WEIGHT_RATIOS
-    fmt, scales, errors = search_rows(weight, formats, ratios=ratios)
-    shape = (-1,) + (1,) * (weight.dim() - 1)
+    clips = scheme != "int_minmax"
+    choice = search(
+        weight,
+        candidates(bits, scheme, signed=True),
+        ratios=WEIGHT_RATIOS if clips else NO_CLIP,
+        axis=0,
+        refine=clips,
+    )
     signal = weight.double().square().sum().item()
-    return Quantizer(fmt, scales.view(shape)), sqnr(signal, errors.double().sum().item())
+    return Quantizer(choice.format, choice.scale), sqnr(signal, choice.squared_error)
 
 
 def finite_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -120,18 +131,17 @@ def quantize_layer(
     summary = LayerSummary(name, str(weight_quantizer.format), weight_sqnr=weight_sqnr)
     input_quantizer = None
     if bits[1] is not None and inputs is not None:
-        tensor = SortedTensor(inputs)
-        choice, signed = search_input(tensor, bits[1], scheme)
+        choice, signed = search_input(inputs, bits[1], scheme)
         zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
         quantizer = Quantizer(choice.format, torch.tensor(choice.scale), zero)
         input_quantizer = quantizer.to(weight.device)
-        signal = float(np.square(tensor.values).sum())
+        signal = float(np.square(inputs, dtype=np.float64).sum())
         summary = replace(
             summary,
             input_format=str(choice.format),
             input_scale=choice.scale,
             input_zero_point=choice.zero_point,
-            asymmetric=is_asymmetric(tensor),
+            asymmetric=is_asymmetric(inputs),
             input_sqnr=sqnr(signal, choice.squared_error),
             signed_input_sqnr=sqnr(signal, signed.squared_error),
         )

@@ -12,7 +12,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fpformats import parse
-from fpformats.search import SortedTensor
 from msfp import plots, report
 from msfp.checkpoint import save
 from msfp.demo.results import FULL_PRECISION, Results, Row, findings, versions
@@ -72,7 +71,7 @@ def distribution(results: Results, layer: LayerSummary) -> Figure:
     """Draw a layer's inputs with the chosen grid and the best signed one below them."""
     inputs = results.inputs[layer.name]
     bits = parse(layer.input_format).bits
-    _, signed = search_input(SortedTensor(inputs), bits, "signed")
+    _, signed = search_input(inputs, bits, "signed")
     grids = [
         (f"{signed.format} ({layer.signed_input_sqnr:.1f} dB)", signed.format, signed.scale, 0.0)
     ]

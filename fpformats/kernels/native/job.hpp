@@ -66,6 +66,21 @@ struct Job {
   bool streams;      // whether to write past the caches
 };
 
+// Rows that are quantized by several candidates of a scale and a zero point, to be compared. Data,
+// scales and zero points are float32 or, by the carrier, float64.
+struct Trial {
+  const Plan* plan;
+  Carrier carrier;
+  const void* rows;           // (row_count, length)
+  const double* weights;      // the same shape, or null for 1
+  const void* scales;         // (row_count, candidates)
+  const void* zero_points;    // the same shape, or null
+  int64_t row_count, length, candidates;
+  double* out;  // (row_count, candidates), or with sums six values for each
+};
+
+constexpr int sum_count = 6;  // those of Sums in objective.py, in its order
+
 // What a pass met that its caller has to refuse.
 enum Met : unsigned { nan_in = 1, nan_out = 2, bad_code = 4 };
 
@@ -78,6 +93,9 @@ struct Passes {
   unsigned (*quantize)(const Job&, int64_t begin, int64_t end);
   unsigned (*encode)(const Job&, int64_t begin, int64_t end);
   unsigned (*decode)(const Job&, int64_t begin, int64_t end);
+  // Weighted sums of squared errors, and of what least squares need; for rows of a trial.
+  void (*errors)(const Trial&, int64_t begin_row, int64_t end_row);
+  void (*sums)(const Trial&, int64_t begin_row, int64_t end_row);
 };
 
 const Passes& baseline_passes();

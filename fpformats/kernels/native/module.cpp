@@ -2,12 +2,15 @@
 //
 // Nothing is checked here but what Python cannot know. Callers keep the memory alive.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "histogram.hpp"
 #include "run.hpp"
 
 namespace nb = nanobind;
@@ -125,7 +128,50 @@ struct Kernel {
     nb::gil_scoped_release release;
     return run(chosen->decode, job, threads);
   }
+
+  // Errors or, with `sums`, the six sums of candidates: see Trial.
+  void attempt(uint64_t rows, uint64_t weights, uint64_t scales, uint64_t zero_points,
+               int64_t row_count, int64_t length, int64_t candidates, uint64_t out, bool sums,
+               int threads) const {
+    const Trial trial = {
+        &plan,
+        carrier,
+        pointer(rows),
+        static_cast<const double*>(pointer(weights)),
+        pointer(scales),
+        pointer(zero_points),
+        row_count,
+        length,
+        candidates,
+        static_cast<double*>(const_cast<void*>(pointer(out))),
+    };
+    nb::gil_scoped_release release;
+    run(sums ? chosen->sums : chosen->errors, trial, threads);
+  }
 };
+
+// A new NumPy array of some values.
+template <class Value>
+nb::object array_of(const Value* values, std::initializer_list<size_t> shape) {
+  size_t size = 1;
+  for (const size_t length : shape) size *= length;
+  Value* copy = new Value[size];
+  std::copy_n(values, size, copy);
+  nb::capsule owner(copy, [](void* memory) noexcept { delete[] static_cast<Value*>(memory); });
+  return nb::cast(nb::ndarray<nb::numpy, Value>(copy, shape.size(), shape.begin(), owner));
+}
+
+// Bins, and counts, sums and sums of squares of low bits, of shape (bins, 3).
+nb::tuple moments(uint64_t numbers, int64_t count, int low_bits) {
+  Histogram result;
+  {
+    nb::gil_scoped_release release;
+    result = histogram(static_cast<const float*>(pointer(numbers)), count, low_bits);
+  }
+  const size_t bins = result.bins.size();
+  const int64_t* fields = reinterpret_cast<const int64_t*>(result.moments.data());
+  return nb::make_tuple(array_of(result.bins.data(), {bins}), array_of(fields, {bins, 3}));
+}
 
 // The address of an array's memory, 0 where it is not contiguous in row-major order or, to be
 // written to, read-only.
@@ -182,7 +228,11 @@ NB_MODULE(_native, m) {
            nb::arg("scaling").none() = nb::none(), nb::arg("random").none() = nb::none())
       .def("decode", &Kernel::decode, nb::arg("source"), nb::arg("out"), nb::arg("count"),
            nb::arg("threads"), nb::arg("streams"), nb::arg("code_bytes"), nb::arg("packed_bits"),
-           nb::arg("scaling").none() = nb::none());
+           nb::arg("scaling").none() = nb::none())
+      .def("attempt", &Kernel::attempt, nb::arg("rows"), nb::arg("weights"), nb::arg("scales"),
+           nb::arg("zero_points"), nb::arg("row_count"), nb::arg("length"), nb::arg("candidates"),
+           nb::arg("out"), nb::arg("sums"), nb::arg("threads"));
+  m.def("moments", &moments, nb::arg("numbers"), nb::arg("count"), nb::arg("low_bits"));
   m.def("address", &address, nb::arg("array"), nb::arg("to_write") = false);
   m.def("names", &names);
   m.def("chosen", [] { return std::string(chosen->name); });

@@ -25,17 +25,12 @@ std::vector<const Passes*> available_passes() {
   return passes;
 }
 
-unsigned run(Pass pass, const Job& job, int threads) {
-  // Parts that begin at whole blocks, so that no two threads share a byte of packed codes.
-  const int64_t blocks = (job.count + block - 1) / block;
-  const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
-  std::atomic<unsigned> met{0};
-  const auto part = [&](int64_t index) {
-    const int64_t begin = blocks * index / parts * block;
-    const int64_t end = std::min(blocks * (index + 1) / parts * block, job.count);
-    if (begin < end) met |= pass(job, begin, end);
-  };
-  // Threads are started anew each time: a pool would not survive a fork.
+namespace {
+
+// Call `part` for each index below `parts`, on as many threads where they are to be had. Threads are
+// started anew each time: a pool would not survive a fork.
+template <class Part>
+void share(int64_t parts, const Part& part) {
   std::vector<std::thread> helpers;
   int64_t started = 1;
   try {
@@ -46,7 +41,28 @@ unsigned run(Pass pass, const Job& job, int threads) {
   part(0);
   for (int64_t index = started; index < parts; ++index) part(index);
   for (auto& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+unsigned run(Pass pass, const Job& job, int threads) {
+  // Parts that begin at whole blocks, so that no two threads share a byte of packed codes.
+  const int64_t blocks = (job.count + block - 1) / block;
+  const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
+  std::atomic<unsigned> met{0};
+  share(parts, [&](int64_t index) {
+    const int64_t begin = blocks * index / parts * block;
+    const int64_t end = std::min(blocks * (index + 1) / parts * block, job.count);
+    if (begin < end) met |= pass(job, begin, end);
+  });
   return met;
+}
+
+void run(Attempt attempt, const Trial& trial, int threads) {
+  const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(trial.row_count, 1));
+  share(parts, [&](int64_t index) {
+    attempt(trial, trial.row_count * index / parts, trial.row_count * (index + 1) / parts);
+  });
 }
 
 }  // namespace fpformats

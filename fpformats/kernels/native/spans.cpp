@@ -9,6 +9,7 @@
 #include "philox.hpp"
 #include "rounding.hpp"
 #include "scales.hpp"
+#include "trials.hpp"
 
 namespace fpformats {
 namespace {
@@ -190,6 +191,50 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
   return met;
 }
 
+// For each candidate of each row, block by block: `take` gets what the block becomes.
+template <class Lane, class Take>
+void try_rows(const Trial& trial, int64_t begin_row, int64_t end_row, const Take& take) {
+  alignas(64) Lane v[block], q[block];
+  Job job{};
+  job.plan = trial.plan;
+  for (int64_t row = begin_row; row < end_row; ++row) {
+    for (int64_t candidate = 0; candidate < trial.candidates; ++candidate) {
+      const TrialRow<Lane> tried = row_of<Lane>(trial, row, candidate);
+      for (int64_t from = 0; from < trial.length; from += block) {
+        const int64_t count = std::min(block, trial.length - from);
+        divide(tried, from, count, v);
+        round_block(job, 0, count, v, q, nullptr);
+        take(tried, row * trial.candidates + candidate, from, count, q);
+      }
+    }
+  }
+}
+
+template <class Lane>
+void errors_of_rows(const Trial& trial, int64_t begin_row, int64_t end_row) {
+  std::fill_n(trial.out + begin_row * trial.candidates, (end_row - begin_row) * trial.candidates, 0);
+  try_rows<Lane>(trial, begin_row, end_row,
+                 [&](const TrialRow<Lane>& row, int64_t at, int64_t from, int64_t count,
+                     const Lane* q) { trial.out[at] += squared_error(row, from, count, q); });
+}
+
+template <class Lane>
+void sums_of_rows(const Trial& trial, int64_t begin_row, int64_t end_row) {
+  const int64_t size = trial.candidates * sum_count;
+  std::fill_n(trial.out + begin_row * size, (end_row - begin_row) * size, 0);
+  try_rows<Lane>(trial, begin_row, end_row,
+                 [&](const TrialRow<Lane>& row, int64_t at, int64_t from, int64_t count,
+                     const Lane* q) { add_sums(row, from, count, q, trial.out + at * sum_count); });
+}
+
+using Attempt = void (*)(const Trial&, int64_t, int64_t);
+
+template <Attempt narrow, Attempt wide>
+void attempt(const Trial& trial, int64_t begin_row, int64_t end_row) {
+  const Arithmetic arithmetic;
+  (trial.carrier == Carrier::float64 ? wide : narrow)(trial, begin_row, end_row);
+}
+
 using Pass = unsigned (*)(const Job&, int64_t, int64_t);
 
 template <Pass narrow, Pass wide>
@@ -215,6 +260,8 @@ const Passes& FPFORMATS_PASSES(FPFORMATS_ISA)() {
       pass<quantize_lanes<float>, quantize_lanes<double>>,
       pass<encode_lanes<float>, encode_lanes<double>>,
       pass<decode_lanes<float>, decode_lanes<double>>,
+      attempt<errors_of_rows<float>, errors_of_rows<double>>,
+      attempt<sums_of_rows<float>, sums_of_rows<double>>,
   };
   return passes;
 }

@@ -1,0 +1,21 @@
+// Integer moments of float32 numbers by the top bits of their patterns, for Sketch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fpformats {
+
+struct Moments {
+  int64_t count, low, square;
+};
+
+struct Histogram {
+  std::vector<uint32_t> bins;    // in ascending order, those that are not empty
+  std::vector<Moments> moments;  // of the low bits of the patterns in each
+};
+
+// The histogram of `count` numbers, by their patterns without the low `low_bits` bits.
+Histogram histogram(const float* numbers, int64_t count, int low_bits);
+
+}  // namespace fpformats
