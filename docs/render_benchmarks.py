@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "performance.md"
+WHATS = ("x a copy", "x fpformats")
 
 
 def by_table(run: dict[str, object], table: str) -> list[dict[str, object]]:
@@ -37,16 +38,23 @@ def passes(run: dict[str, object]) -> str:
 
 
 def peers(run: dict[str, object]) -> str:
-    """Return ratios to a copy and to the kernel here, by library."""
-    lines = ["| | x a copy | x fpformats |", "|---|--:|--:|"]
-    for record in by_table(run, "peers"):
-        ratios = dict(record["ratios"])
-        ours = ratios["fpformats"]
-        name = list(ratios)[-1]
-        lines.append(f"| {name} | {ratios[name]:.0f} | {ratios[name] / ours:.0f} |")
-    own = by_table(run, "peers")[0]["ratios"]
-    lines.append(f"| fpformats, whole-array operations | {own['fpformats, whole-array']:.1f} | |")
-    lines.append(f"| fpformats | {own['fpformats']:.2f} | 1 |")
+    """Return ratios to a copy and to the kernel here, by library and number of elements."""
+    records = by_table(run, "peers")
+    sizes = sorted({record["size"] for record in records})
+    heads = [f"{what}, {size:.0e}".replace("e+0", "e") for size in sizes for what in WHATS]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
+    for name in dict.fromkeys(list(record["ratios"])[-1] for record in records):
+        cells = []
+        for size in sizes:
+            (ratios,) = (r["ratios"] for r in records if r["size"] == size and name in r["ratios"])
+            cells += [f"{ratios[name]:.0f}", f"{ratios[name] / ratios['fpformats']:.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in ("fpformats, whole-array", "fpformats"):
+        cells = []
+        for size in sizes:
+            ratios = next(r["ratios"] for r in records if r["size"] == size)
+            cells += [f"{ratios[name]:.2f}", f"{ratios[name] / ratios['fpformats']:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -69,7 +77,7 @@ def searches(run: dict[str, object]) -> str:
 
 def picture(run: dict[str, object]) -> None:
     """Draw the ratios of all libraries, on a logarithmic axis."""
-    records = by_table(run, "peers")
+    records = [record for record in by_table(run, "peers") if record["size"] == 1_000_000]
     bars = {list(r["ratios"])[-1]: list(r["ratios"].values())[-1] for r in records}
     own = records[0]["ratios"]
     bars |= {"fpformats, whole-array": own["fpformats, whole-array"], "fpformats": own["fpformats"]}

@@ -7,6 +7,7 @@ definition in `fpformats.exact` says.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fpformats.operands import (
     carrier_named,
     carrier_of,
     check_out,
+    check_target,
     check_words,
     grid_of,
     needs_gradient,
@@ -77,8 +79,11 @@ def quantize(
         >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1U)
         array([0.5, 1. , 0. , 6. ])
     """
-    policy = make_policy(rounding, saturation, random, random_bits)
-    if policy is DEFAULT and out is None and (y := fused.nearest(x, fmt)) is not None:
+    if rounding is NEAREST and saturation is FINITE and random is None and random_bits == 32:
+        policy = DEFAULT
+    else:
+        policy = make_policy(rounding, saturation, random, random_bits)
+    if policy is DEFAULT and (y := fused.nearest(x, fmt, out)) is not None:
         return y
     grid = grid_of(fmt, carrier_of(x))
     check_out(out, x)
@@ -103,6 +108,7 @@ def encode(
     random_bits: int = 32,
     nan: int | None = None,
     packed: bool = False,
+    out: Any = None,
 ) -> Any:
     """Round to the codes of a format.
 
@@ -116,16 +122,20 @@ def encode(
         nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
         packed: Whether to store the codes side by side, as `pack` does with all of an array of a
             format of up to 16 bits.
+        out: Array or tensor of the shape and dtype of the result to write to. If an error is
+            raised for NaN, it has been written to.
 
     Returns:
         Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, of the kind, shape
         and device of `x`; an int for a number. Packed, bytes in one dimension.
 
     Raises:
-        TypeError: If `x` is not floating point, or is a number and `packed` is True.
+        TypeError: If `x` is not floating point, is a number and `packed` is True, or `out` is of
+            another kind or dtype than the result.
         ValueError: If `x` contains NaN, the format has none and `nan` is None (where
             torch.compile hides whether it does, `nan` is required instead); if the dtype of `x`
-            cannot hold every value of the format, or an option is out of range.
+            cannot hold every value of the format, an option is out of range, or `out` is of
+            another shape or device.
 
     Example:
         >>> from fpformats import E2M1, E4M3
@@ -142,7 +152,8 @@ def encode(
     nan_code = checked_nan_code(nan, fmt)
     check_words(random, random_bits, x)
     check_packable(x, fmt, packed)
-    return dispatch.encode(x, fmt, grid, policy, nan_code, packed)
+    check_codes_target(out, x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, out=out)
 
 
 def decode(
@@ -151,6 +162,7 @@ def decode(
     dtype: Any = "float32",
     *,
     shape: tuple[int, ...] | int | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes.
 
@@ -160,14 +172,17 @@ def decode(
         dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
             (torch only), float32 or float64.
         shape: Where the codes are packed, the shape that they had.
+        out: Array or tensor of the shape and dtype of the result to write to.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
 
     Raises:
-        TypeError: If `codes` are not integers, or `dtype` is not a carrier.
+        TypeError: If `codes` are not integers, `dtype` is not a carrier, or `out` is of another
+            kind or dtype.
         ValueError: If a code is out of range (not looked at under torch.compile), there are not
-            as many packed bytes as `shape` takes, or the dtype cannot hold every value.
+            as many packed bytes as `shape` takes, the dtype cannot hold every value, or `out` is
+            of another shape or device.
 
     Example:
         >>> from fpformats import E2M1
@@ -181,7 +196,8 @@ def decode(
     carrier = carrier_named(dtype)
     grid = grid_of(fmt, carrier)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
-    return dispatch.decode(codes, fmt, grid, carrier, wanted)
+    check_target(out, codes, carrier.name, wanted)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted, out=out)
 
 
 def values(fmt: FloatFormat) -> NDArray[np.float64]:
@@ -232,3 +248,17 @@ def check_packable(x: Any, fmt: FloatFormat, packed: bool) -> None:
         raise TypeError(f"x is a {type(x).__name__}; only codes of an array or a tensor are packed")
     if packed and fmt.bits > MAX_BITS:
         raise ValueError(f"packed is True; {fmt} has {fmt.bits} bits, and up to {MAX_BITS} pack")
+
+
+def check_codes_target(out: Any, x: Any, fmt: FloatFormat, packed: bool) -> None:
+    """Check that `out` can take the codes of `x`.
+
+    Raises:
+        TypeError: If it is of another kind or dtype than these.
+        ValueError: If its shape or device differ.
+    """
+    shape = tuple(getattr(x, "shape", ()))
+    if packed:
+        shape = (-(-math.prod(shape) * fmt.bits // 8),)
+    width = 8 if packed else max(8, 1 << (fmt.bits - 1).bit_length())
+    check_target(out, x, f"uint{width}", shape)

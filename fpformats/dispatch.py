@@ -16,6 +16,7 @@ from fpformats.kernels import policy as policies
 from fpformats.kernels.native import NAN_IN
 from fpformats.operands import (
     as_array,
+    assigned,
     carrier_of,
     cast,
     check_codes,
@@ -80,6 +81,7 @@ def encode(
     nan_code: int | None,
     packed: bool = False,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Round to codes of a format, scaled or not.
 
@@ -91,6 +93,7 @@ def encode(
         nan_code: Code of NaN, None where there is none.
         packed: Whether to pack the codes side by side.
         scales: Scales and zero points, or None.
+        out: Where to write to, or None.
 
     Returns:
         Codes in the smallest unsigned dtype, of the kind and shape of `x`, or packed.
@@ -101,7 +104,10 @@ def encode(
     array, carrier = as_array(x), carrier_of(x)
     if (kernel := fused.kernel_of(array, fmt, carrier, policy, scales)) is not None:
         in_one_pass = packed and fmt.bits <= fused.MAX_PACKED_BITS
-        codes, met = fused.encode(kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales)
+        target = out if in_one_pass or not packed else None
+        codes, met = fused.encode(
+            kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales, target
+        )
     elif (plan := on_device.plan_of(x, fmt, carrier, policy, scales)) is not None:
         in_one_pass = packed and fmt.bits in on_device.PACKED_BITS
         bits = fmt.bits if in_one_pass else None
@@ -112,7 +118,7 @@ def encode(
     if met:
         raise _no_code(fmt, policy, bool(met & NAN_IN))
     codes = codes if array is x or in_one_pass else shaped(codes, x)
-    return pack(codes, fmt.bits) if packed and not in_one_pass else codes
+    return assigned(out, pack(codes, fmt.bits) if packed and not in_one_pass else codes)
 
 
 def _encode_whole(
@@ -142,6 +148,7 @@ def decode(
     carrier: Carrier,
     shape: tuple[int, ...] | None,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes, scaled or not.
 
@@ -152,6 +159,7 @@ def decode(
         carrier: Carrier of the result.
         shape: Shape of packed codes; None for codes that are not packed.
         scales: Scales and zero points, or None.
+        out: Where to write to, or None.
 
     Returns:
         Values of the kind of `codes`, and of their shape.
@@ -169,17 +177,18 @@ def decode(
     wanted = tuple(getattr(codes, "shape", ())) if shape is None else shape
     packed_bits = None if shape is None else fmt.bits
     if kernel is not None:
-        values = fused.decode(kernel, codes, carrier, wanted, packed_bits or 0, scales)
+        values = fused.decode(kernel, codes, carrier, wanted, packed_bits or 0, scales, out)
         if values is not None:
             return values
     if packed_bits is None:
         check_codes(codes, fmt.bits, str(fmt))
     if plan is not None:
-        return on_device.decode(plan, codes, carrier, wanted, packed_bits, scales)
+        values = on_device.decode(plan, codes, carrier, wanted, packed_bits, scales)
+        return assigned(out, values)
     with quiet():
         integers = _as_integers(codes, working_carrier(carrier).name.replace("float", "int"))
         values = rescaled(portable.decode(library_of(codes), integers, grid), scales)
-    return shaped(cast(values, carrier.name), codes)
+    return assigned(out, shaped(cast(values, carrier.name), codes))
 
 
 def rounded(x: Any, grid: Grid, policy: Policy) -> Any:

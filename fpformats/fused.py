@@ -16,7 +16,7 @@ import numpy as np
 
 from fpformats.kernels import native
 from fpformats.kernels.grid import CARRIERS
-from fpformats.operands import cast, contiguous, is_plain_tensor
+from fpformats.operands import assigned, cast, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
 from fpformats.scales import Scales, lay_out
 
@@ -61,22 +61,25 @@ def kernel_of(
     return native.kernel_of(fmt, carrier, policy.rounding, policy.saturation)
 
 
-def nearest(x: Any, fmt: FloatFormat) -> Any:
+def nearest(x: Any, fmt: FloatFormat, out: Any = None) -> Any:
     """Round by the default policy, on the shortest way; None where that takes another look.
 
     Args:
         x: Anything. Rounded are contiguous arrays and tensors, of a dtype that a kernel of the
             format was remembered for, not so large that threads help, and without a gradient.
         fmt: The format.
+        out: Where to write to, of the same kind, dtype and shape; None for a new result.
 
     Returns:
-        A new array or tensor, or None.
+        A new array or tensor, `out`, or None.
     """
     if type(x) is np.ndarray:
         kernel = _nearest_kernels.get((fmt, x.dtype))
         if kernel is None or not x.flags.carray or x.size >= native.PARALLEL_FROM or not _enabled:
             return None
-        y = np.empty_like(x)
+        y = np.empty_like(x) if out is None else out
+        if out is not None and not (type(out) is np.ndarray and _is_like(out, x)):
+            return None
         address = native.library().address
         kernel.quantize(address(x), address(y), x.size, 1, False)
         return y
@@ -85,9 +88,18 @@ def nearest(x: Any, fmt: FloatFormat) -> Any:
     kernel, size = _nearest_kernels.get((fmt, x.dtype)), x.numel()
     if kernel is None or size >= native.PARALLEL_FROM or not _enabled:
         return None
-    y = sys.modules["torch"].empty_like(x)
+    y = sys.modules["torch"].empty_like(x) if out is None else out
+    if out is not None and not (is_plain_tensor(out) and _is_like(out, x)):
+        return None
     kernel.quantize(x.data_ptr(), y.data_ptr(), size, 1, False)
     return y
+
+
+def _is_like(out: Any, x: Any) -> bool:
+    """Tell whether results can go right to `out`, and it is not one that has to be refused."""
+    if out.dtype != x.dtype or out.shape != x.shape or not _takes(out, x):
+        return False
+    return bool(out.flags.writeable) if isinstance(out, np.ndarray) else not out.requires_grad
 
 
 def remember(kernel: Any, fmt: FloatFormat, dtype: Any) -> None:
@@ -130,9 +142,7 @@ def quantize(
         random,
     )
     del held
-    if out is None or target is out:
-        return target
-    return _assigned(out, target)
+    return assigned(out, target)
 
 
 def encode(
@@ -143,6 +153,7 @@ def encode(
     packed: bool = False,
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> tuple[Any, int]:
     """Give the codes of the elements of an array or tensor.
 
@@ -154,6 +165,7 @@ def encode(
         packed: Whether to pack the codes side by side, in a one-dimensional array of bytes.
         policy: That of the kernel.
         scales: Scales and zero points, or None.
+        out: Where to write to, of the shape and dtype of the codes, or None.
 
     Returns:
         The codes, and which of `native.NAN_IN` and `native.NAN_OUT` were met without a code.
@@ -162,7 +174,7 @@ def encode(
     size, width = _size(source), max(8, 1 << (bits - 1).bit_length())
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
     shape = (-(-size * bits // 8),) if packed else tuple(source.shape)
-    codes = _empty(source, shape, f"uint{width}")
+    codes = out if _is_free(out, source) else _empty(source, shape, f"uint{width}")
     met = kernel.encode(
         _address(source),
         _address(codes),
@@ -175,7 +187,7 @@ def encode(
         random,
     )
     del held
-    return codes, met
+    return assigned(out, codes), met
 
 
 def decode(
@@ -185,6 +197,7 @@ def decode(
     shape: tuple[int, ...],
     packed_bits: int = 0,
     scales: Scales | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes; None if a code is out of range or the dtype is not read.
 
@@ -195,6 +208,7 @@ def decode(
         shape: Shape of the result.
         packed_bits: Width of packed codes, 0 where they are not packed.
         scales: Scales and zero points, or None.
+        out: Where to write to, of the shape and dtype of the values, or None.
 
     Returns:
         Values of the carrier, or None.
@@ -203,7 +217,7 @@ def decode(
     if code_bytes is None:
         return None
     source, size = _memory(codes, in_order=True), math.prod(shape)
-    values = _empty(source, shape, carrier.name)
+    values = out if _is_free(out, source) else _empty(source, shape, carrier.name)
     held, scaling, _ = _operands(scales, DEFAULT, shape)
     met = kernel.decode(
         _address(source),
@@ -216,7 +230,7 @@ def decode(
         scaling,
     )
     del held
-    return None if met else values
+    return None if met else assigned(out, values)
 
 
 def errors(
@@ -341,11 +355,20 @@ def _takes(target: Any, source: Any) -> bool:
     return bool(orderly) and (start == end or start + length <= end or end + length <= start)
 
 
-def _assigned(out: Any, result: Any) -> Any:
+def _is_free(out: Any, source: Any) -> bool:
+    """Tell whether results of another width can go right to `out`: it does not touch the input."""
+    if out is None or not _in_host_memory(out):
+        return False
     if isinstance(out, np.ndarray):
-        out[...] = result
-        return out
-    return out.copy_(result)
+        orderly = out.flags.c_contiguous and out.flags.aligned
+    else:
+        orderly = out.is_contiguous()
+    (start, length), (end, other) = _extent(out), _extent(source)
+    return bool(orderly) and (start + length <= end or end + other <= start)
+
+
+def _extent(x: Any) -> tuple[int, int]:
+    return _address(x), _size(x) * x.itemsize
 
 
 def _address(x: Any) -> int:

@@ -201,6 +201,42 @@ def check_out(out: Any, x: Any) -> None:
         raise ValueError("out is read-only")
 
 
+def check_target(out: Any, source: Any, dtype: str, shape: tuple[int, ...] | None) -> None:
+    """Check that `out` can take a result of another dtype than what it is made from.
+
+    Without a shape it is that of the source.
+
+    Raises:
+        TypeError: If it is of another library than `source`, or not of the dtype.
+        ValueError: If its shape or device differ.
+    """
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray) and not is_tensor(out):
+        raise TypeError(f"out is a {type(out).__name__}; it must be an array or a tensor")
+    name = str(out.dtype).removeprefix("torch.")
+    if is_tensor(out) != is_tensor(source) or not hasattr(source, "dtype") or name != dtype:
+        given, kind = _describe(out), type(source).__name__
+        raise TypeError(f"out is {given}; it must be {dtype}, and a {kind} as the input is")
+    wanted = tuple(source.shape) if shape is None else shape
+    if tuple(out.shape) != wanted:
+        raise ValueError(f"out has shape {tuple(out.shape)}; the result has shape {wanted}")
+    if is_tensor(out) and out.device != source.device:
+        raise ValueError(f"out is on {out.device}; the input is on {source.device}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def assigned(out: Any, result: Any) -> Any:
+    """Write a result to `out`, of its shape and dtype, unless it is there or `out` is None."""
+    if out is None or result is out:
+        return result
+    if isinstance(out, np.ndarray):
+        out[...] = result
+        return out
+    return out.copy_(result)
+
+
 def check_codes(codes: Any, bits: int, owner: str) -> None:
     """Check that `codes` are integers of at most `bits` bits; under torch.compile, integers.
 

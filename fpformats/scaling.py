@@ -20,6 +20,7 @@ from fpformats.operands import (
     carrier_named,
     carrier_of,
     check_out,
+    check_target,
     check_words,
     grid_of,
     narrowed,
@@ -117,6 +118,7 @@ def encode_scaled(
     random_bits: int = 32,
     nan: int | None = None,
     packed: bool = False,
+    out: Any = None,
 ) -> Any:
     """Round to the codes of a format, after a shift and a division by the scale.
 
@@ -134,6 +136,7 @@ def encode_scaled(
         random_bits: As in `quantize_scaled`.
         nan: Code to give for NaN, as in `fpformats.encode`.
         packed: Whether to store the codes side by side, as in `fpformats.encode`.
+        out: Where to write to, as in `fpformats.encode`.
 
     Returns:
         Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, or packed.
@@ -154,7 +157,8 @@ def encode_scaled(
     scales = make_scales(x, scale, zero_point, block_size, carrier)
     check_words(random, random_bits, x)
     convert.check_packable(x, fmt, packed)
-    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales)
+    convert.check_codes_target(out, x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales, out)
 
 
 def decode_scaled(
@@ -166,6 +170,7 @@ def decode_scaled(
     *,
     block_size: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | int | None = None,
+    out: Any = None,
 ) -> Any:
     """Give the values of codes, times the scale, plus the zero point.
 
@@ -177,6 +182,7 @@ def decode_scaled(
         dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
         block_size: As in `quantize_scaled`.
         shape: Where the codes are packed, the shape that they had.
+        out: Where to write to, as in `fpformats.decode`.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
@@ -195,4 +201,5 @@ def decode_scaled(
     grid = grid_of(fmt, working)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
     scales = make_scales(codes, scale, zero_point, block_size, working, wanted)
-    return dispatch.decode(codes, fmt, grid, carrier, wanted, scales)
+    check_target(out, codes, carrier.name, wanted)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted, scales, out)

@@ -8,10 +8,11 @@ from msfp.calibration import Calibration, calibrate
 from msfp.checkpoint import load, save
 from msfp.config import FinetuneConfig, QuantizationConfig
 from msfp.dfa import denoising_factors, timestep_weights
+from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
 from msfp.fine_tuning import finetune
-from msfp.layers import seal
-from msfp.post_training import quantize
+from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
+from msfp.quantization import quantize, seal
 from msfp.sampling import Sampler, Trajectories, record_trajectories
 from msfp.summary import LayerSummary
 from msfp.version import __version__
@@ -21,10 +22,15 @@ __all__ = [
     "FinetuneConfig",
     "InputError",
     "LayerSummary",
+    "MSFPConfig",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
     "QuantizationConfig",
     "Sampler",
     "Trajectories",
     "__version__",
+    "cache_weights",
     "calibrate",
     "denoising_factors",
     "finetune",
@@ -35,3 +41,5 @@ __all__ = [
     "seal",
     "timestep_weights",
 ]
+
+register()

@@ -120,8 +120,7 @@ def _pipeline(model: str) -> DiffusionPipeline:
     """Return the pipeline in a folder, or the reference model."""
     from diffusers import DiffusionPipeline
 
-    from msfp.checkpoint import CONFIG_FILE
-    from msfp.denoiser import COMPONENTS
+    from msfp.checkpoint import quantized_component
     from msfp.reference import ddim_pipeline
 
     if model == REFERENCE:
@@ -129,7 +128,7 @@ def _pipeline(model: str) -> DiffusionPipeline:
     folder = Path(model)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{model} is not a pipeline folder: it has no model_index.json")
-    if any((folder / name / CONFIG_FILE).exists() for name in COMPONENTS):
+    if quantized_component(folder) is not None:
         raise InputError(f"{model} is quantized already: name a full-precision pipeline")
     try:
         return DiffusionPipeline.from_pretrained(model, local_files_only=True)
@@ -142,9 +141,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     from msfp.calibration import calibrate
     from msfp.checkpoint import check_output, save
     from msfp.denoiser import denoiser_of
-    from msfp.layers import seal
-    from msfp.post_training import quantize
     from msfp.progress import stages
+    from msfp.quantization import quantize, seal
     from msfp.sampling import Sampler
 
     check_output(arguments.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,12 +12,22 @@ from msfp.errors import InputError
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
 MIN_BITS, MAX_BITS = 3, 8
 MAX_HUB, MAX_RANK = 16, 256
+FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
+LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
+"""What diffusers' denoisers call the layer that reads the sample and the one that writes it."""
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless low <= value <= high."""
-    if not low <= value <= high:
+    if not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name} must be between {low} and {high}, not {value}")
+
+
+def check_names(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """Return names or globs as a tuple; raise InputError unless they are a sequence of strings."""
+    if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{name} must be a list of names or globs, not {value!r}")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,17 @@ class QuantizationConfig:
 
     Attributes:
         weights: Bits of the weights, 3 to 8.
-        activations: Bits of every layer's input, 3 to 8.
+        activations: Bits of every layer's input, 3 to 8, or None to leave inputs as they are.
         first_last: Bits of weights and input of the denoiser's first and last layer.
         scheme: Which grids are searched. "mixup" is the paper's mixup-sign floating point
             (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
             floating point alone; "int_minmax" and "int_mse" are symmetric integers with no clip and
             with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may.
+        include: Layers to quantize: globs of dotted names of layers or of modules around them.
+        exclude: Layers to leave in full precision, likewise.
+        first: The layer that reads the noisy sample: globs of whole names, of which all that
+            match count. Where none does, it is the first that runs during calibration.
+        last: The layer that writes the prediction, likewise.
 
     Raises:
         InputError: If a value is out of range.
@@ -41,21 +57,28 @@ class QuantizationConfig:
     """
 
     weights: int = 4
-    activations: int = 4
+    activations: int | None = 4
     first_last: int = 8
     scheme: Scheme = "mixup"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    first: tuple[str, ...] = FIRST_LAYERS
+    last: tuple[str, ...] = LAST_LAYERS
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "first_last"):
-            check_range(name, getattr(self, name), MIN_BITS, MAX_BITS)
+            if name != "activations" or self.activations is not None:
+                check_range(name, getattr(self, name), MIN_BITS, MAX_BITS)
+        for name in ("include", "exclude", "first", "last"):
+            object.__setattr__(self, name, check_names(name, getattr(self, name)))
         if self.scheme not in get_args(Scheme):
             raise InputError(f"scheme must be one of {get_args(Scheme)}, not {self.scheme!r}")
 
-    def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int]:
-        """Return the bits of weights and activations of a layer at a position."""
+    def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int | None]:
+        """Return the bits of weights and inputs of a layer at a position."""
         if position == "inner":
             return self.weights, self.activations
-        return self.first_last, self.first_last
+        return self.first_last, None if self.activations is None else self.first_last
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""

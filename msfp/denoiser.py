@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from msfp.config import QuantizationConfig
 from msfp.errors import InputError
 
 COMPONENTS = ("unet", "transformer")
-FIRST_LAYERS = ("conv_in",)
-LAST_LAYERS = ("conv_out",)
+PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -32,32 +35,94 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     )
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """Return the network of the pipeline that predicts the noise."""
+def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+    """Return the network of a pipeline that predicts the noise, or the network itself."""
+    if isinstance(pipe, nn.Module):
+        return pipe
     network: nn.Module = getattr(pipe, denoiser_name(pipe))
     return network
 
 
-def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Return every Conv2d and Linear of a denoiser by its dotted name, in definition order."""
+def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
+    """Return every Linear, Conv1d and Conv2d by its dotted name, in definition order.
+
+    Subclasses are left out: they may do anything.
+    """
     return {
-        name: module
-        for name, module in denoiser.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        name: module for name, module in denoiser.named_modules() if type(module) in PLAIN_LAYERS
     }
 
 
-def position(name: str) -> Literal["first", "inner", "last"]:
-    """Return whether a layer reads the noisy sample, writes the prediction, or stands between."""
-    if name in FIRST_LAYERS:
-        return "first"
-    return "last" if name in LAST_LAYERS else "inner"
+def bits_by_layer(
+    denoiser: nn.Module, config: QuantizationConfig, executed: Iterable[str] | None = None
+) -> dict[str, tuple[int, int | None]]:
+    """Return the bits of weights and inputs of each layer that a config chooses.
+
+    Args:
+        denoiser: The full-precision network.
+        config: Bit widths, and the names of layers to choose and of the first and the last one.
+        executed: Names of layers in the order in which they run, where that is known.
+
+    Returns:
+        By name, in definition order.
+
+    Raises:
+        InputError: If a glob of `include` or `exclude` matches no layer, no layer is chosen, or
+            the first or last layer is to have other bits and is not found.
+    """
+    layers = list(quantizable_layers(denoiser))
+    kind = type(denoiser).__name__
+    chosen = _matching(layers, "include", config.include, kind)
+    chosen -= _matching(layers, "exclude", config.exclude, kind)
+    if not chosen:
+        raise InputError(f"{kind} has no layer that include and exclude leave to be quantized")
+    ends = _ends(layers, config, None if executed is None else list(executed), kind)
+    return {
+        name: config.bits("first" if name in ends else "inner") for name in layers if name in chosen
+    }
 
 
-def replace_layer(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of the one with that dotted name."""
-    parent, _, child = name.rpartition(".")
-    setattr(denoiser.get_submodule(parent), child, layer)
+def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: str) -> set[str]:
+    """Return the layers that a glob matches, by their own name or that of a module around them."""
+    found: set[str] = set()
+    for glob in globs:
+        matches = {name for name in layers if any(fnmatchcase(n, glob) for n in _ancestors(name))}
+        if not matches:
+            raise InputError(f"{argument} has {glob!r}, which matches no layer of {kind}")
+        found |= matches
+    return found
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return a dotted name and those of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _ends(
+    layers: list[str], config: QuantizationConfig, executed: list[str] | None, kind: str
+) -> set[str]:
+    """Return the first and the last layer, where they have bits of their own."""
+    if config.bits("first") == config.bits("inner"):
+        return set()
+    ends: set[str] = set()
+    for end, globs, index in (("first", config.first, 0), ("last", config.last, -1)):
+        named = {name for name in layers if any(fnmatchcase(name, glob) for glob in globs)}
+        if not named and not executed:
+            raise InputError(
+                f"{kind} has no layer named {' or '.join(globs) or 'so'}, so first_last cannot "
+                f"be applied: name the {end} layer in {end}, or set first_last to the other bits"
+            )
+        ends |= named or {executed[index]}  # type: ignore[index]
+    return ends
+
+
+def replace_layers(denoiser: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put layers in the place of others, wherever those occur."""
+    for module in list(denoiser.modules()):
+        for name, child in list(module._modules.items()):
+            if child in replacements:
+                setattr(module, name, replacements[child])
 
 
 def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

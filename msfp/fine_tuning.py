@@ -11,7 +11,10 @@ from torch import nn
 from msfp.config import FinetuneConfig
 from msfp.dfa import timestep_weights
 from msfp.errors import InputError
-from msfp.layers import add_router, quantized_layers, seal
+from msfp.layers import add_router
+from msfp.open_layers import OpenLayer, open_layers
+from msfp.quantization import seal
+from msfp.quantizer import Quantizer
 from msfp.sampling import Trajectories
 from msfp.talora import LoRAHub, Router
 
@@ -26,7 +29,7 @@ MIN_SCALE = 0.1
 
 def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
     """Give every open layer a hub of LoRAs, and the denoiser a router where there is a choice."""
-    layers = quantized_layers(denoiser)
+    layers = open_layers(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
     for layer in layers.values():
         rows, columns = layer.weight.flatten(1).shape
@@ -39,15 +42,21 @@ def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
     add_router(denoiser, Router(len(layers), config.hub, generator).to(device))
 
 
+def quantizers(layer: OpenLayer) -> list[Quantizer]:
+    """Return the quantizers that a layer has."""
+    both = (layer.input_quantizer, layer.weight_quantizer)
+    return [quantizer for quantizer in both if quantizer is not None]
+
+
 def parameter_groups(denoiser: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
     """Return what is trained, each group with its own rate; everything else is frozen."""
     denoiser.requires_grad_(False)
-    layers = quantized_layers(denoiser)
+    layers = open_layers(denoiser)
     groups: list[dict[str, Any]] = []
     for layer in layers.values():
         if layer.hub is not None:
             groups.append({"params": list(layer.hub.parameters()), "lr": config.learning_rate})
-        for quantizer in (layer.input_quantizer, layer.weight_quantizer):
+        for quantizer in quantizers(layer):
             rate = SCALE_RATE * quantizer.scale.mean().item()
             groups.append({"params": list(quantizer.parameters()), "lr": rate})
     inside = tuple(
@@ -125,15 +134,15 @@ def finetune(
         InputError: If the denoiser has no open quantized layer, the factors are missing or of
             another sampler, or the loss is not finite.
     """
-    layers = list(quantized_layers(denoiser).values())
-    if not layers or any(layer.entries is not None for layer in layers):
+    layers = list(open_layers(denoiser).values())
+    if not layers:
         raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
     loss_weights = _loss_weights(trajectories.timesteps, factors, config.denoising_power)
     add_hubs(denoiser, config)
     groups = parameter_groups(denoiser, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    scales = [q.scale for x in layers for q in (x.input_quantizer, x.weight_quantizer)]
+    scales = [quantizer.scale for layer in layers for quantizer in quantizers(layer)]
     floors = [MIN_SCALE * scale.detach() for scale in scales]
     generator = torch.Generator().manual_seed(config.seed)
     steps, count = trajectories.samples.shape[:2]

@@ -1,181 +1,396 @@
-"""Conv2d and Linear with quantized weights and inputs.
+"""Linear and convolution layers with quantized weights and inputs.
 
-A layer is open while it holds the full-precision weight (and perhaps a hub of LoRAs), and sealed
-once it holds nothing but quantized weights, one for each entry of the hub. Open layers can be
-trained; only sealed ones are saved.
+A layer is open while it holds the full-precision weight (`msfp.open_layers`), and sealed once it
+holds nothing but packed codes and scales, as the layers here do. Open layers can be trained; only
+sealed ones are saved.
+
+Scales are kept as the bits of float32 numbers in int32 tensors, so that neither `model.half()` nor
+a loader's cast can round them.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fpformats import FloatFormat, decode_scaled, encode_scaled, parse, quantize_scaled
+from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
+from msfp.errors import InputError
 from msfp.quantizer import Quantizer
-from msfp.summary import LayerSummary
-from msfp.talora import LoRAHub, Router, Routing, attach_router
+from msfp.talora import Router, Routing, attach_router
+
+CHANNEL = "channel"
+"""The granularity of one scale for each output channel."""
+Layer = TypeVar("Layer", bound=nn.Module)
+NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """What must be known of a layer, beside its shape, to rebuild it.
+
+    Attributes:
+        weight: Format of the weights, which have a scale for each output channel.
+        input: Format of the inputs, which have one scale, and a zero point if the format is
+            unsigned; None where inputs are left as they are.
+
+    Example:
+        >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
+        >>> formats.to_dict()
+        {'weight_format': 'E2M1', 'weight_granularity': 'channel', 'input_format': 'E2M2U'}
+        >>> LayerFormats.from_dict(formats.to_dict()) == formats
+        True
+    """
+
+    weight: FloatFormat
+    input: FloatFormat | None = None
+
+    def __str__(self) -> str:
+        return f"weight={self.weight}" + ("" if self.input is None else f", input={self.input}")
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return the formats by name, as plain JSON types."""
+        return {
+            "weight_format": str(self.weight),
+            "weight_granularity": CHANNEL,
+            "input_format": None if self.input is None else str(self.input),
+        }
+
+    @classmethod
+    def from_dict(cls, names: dict[str, Any]) -> Self:
+        """Return the formats that `to_dict` named.
+
+        Raises:
+            InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
+                the granularity is another.
+        """
+        keys = {"weight_format", "weight_granularity", "input_format"}
+        if not isinstance(names, dict) or set(names) != keys:
+            raise InputError(f"it must have the keys {sorted(keys)}, not {names!r}")
+        if names["weight_granularity"] != CHANNEL:
+            granularity = names["weight_granularity"]
+            raise InputError(f"weight_granularity must be {CHANNEL!r}, not {granularity!r}")
+        given = names["input_format"]
+        return cls(
+            cls._format("weight_format", names["weight_format"]),
+            None if given is None else cls._format("input_format", given),
+        )
+
+    @staticmethod
+    def _format(key: str, name: Any) -> FloatFormat:
+        try:
+            fmt = parse(name)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{key} {name!r} is not a format: {error}") from error
+        if fmt.bits > 8:
+            raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
+        return fmt
+
+
+class DequantizedWeight(torch.Tensor):
+    """The weight of a sealed layer as others see it: a copy that cannot be written through."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Refuse what would change a copy, such as merging a LoRA."""
+        raise InputError(
+            "the weight of a quantized layer is packed: nothing can be merged into it; keep LoRAs "
+            "beside it, or call dequantize() on the denoiser first"
+        )
 
 
 class QuantizedLayer(nn.Module, ABC):
-    """What quantized convolutions and linear layers share; mixed in before the nn class.
+    """What open and sealed layers share; mixed in before the nn class.
 
     Attributes:
-        weight: The full-precision weight while open, the first sealed entry afterwards.
-        weight_quantizer: One scale for each output channel.
-        input_quantizer: One scale, and a zero point where the format is unsigned.
-        summary: What the search decided.
-        hub: LoRAs added to the weight before it is quantized, or None.
-        entries: Quantized weights of a sealed layer, shape `(entries, *weight.shape)`, or None.
+        formats: Formats of weight and inputs.
+        entries: Weights that are held, one for each LoRA of a hub that there was.
         routing: The denoiser's routing, or None where there is one entry.
         index: The layer's number in the routing.
     """
 
-    weight: torch.Tensor
+    formats: LayerFormats | None
     bias: Any  # a tensor or None; the nn classes do not agree on its annotation
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer
-    summary: LayerSummary
-    hub: LoRAHub | None
-    entries: torch.Tensor | None
-    routing: Routing | None
-    index: int
+    entries: int = 1
+    routing: Routing | None = None
+    index: int = 0
 
-    @classmethod
-    def wrap(
-        cls,
-        layer: nn.Module,
-        weight_quantizer: Quantizer,
-        input_quantizer: Quantizer,
-        summary: LayerSummary,
-    ) -> Self:
-        """Return an open quantized layer that shares the parameters of a plain one."""
-        quantized = cls.__new__(cls)
-        # Each container is copied, so that what is set on one layer is not set on the other.
-        quantized.__dict__.update({key: copy.copy(value) for key, value in vars(layer).items()})
-        quantized._modules, quantized._buffers = {}, {}
-        quantized.weight_quantizer = weight_quantizer
-        quantized.input_quantizer = input_quantizer
-        quantized.summary = summary
-        quantized.hub = None
-        quantized.register_buffer("entries", None, persistent=False)
-        quantized.routing, quantized.index = None, 0
-        return quantized
+    @abstractmethod
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded, same shape and dtype."""
 
-    def quantized_weight(self, entry: int = 0) -> torch.Tensor:
-        """Return the dequantized weight for an entry of the hub, shape `weight.shape`."""
-        if self.entries is not None:
-            return self.entries[entry]
-        weight: torch.Tensor = self.weight
-        if self.hub is not None:
-            weight = weight + self.hub.correction(entry).view_as(weight)
-        quantized: torch.Tensor = self.weight_quantizer(weight)
-        return quantized
-
-    @torch.no_grad()
-    def seal(self, entries: torch.Tensor | None = None) -> None:
-        """Keep the quantized weights alone: those given, or those of each entry of the hub."""
-        if entries is None:
-            count = 1 if self.hub is None else len(self.hub.up)
-            entries = torch.stack([self.quantized_weight(entry) for entry in range(count)])
-        self.entries = entries
-        self.weight = nn.Parameter(entries[0], requires_grad=False)
-        self.hub = None
+    @abstractmethod
+    def quantized_weight(self, entry: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dequantized weight for an entry of the hub."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize the input and apply the layer, each sample with the weight it is routed to."""
-        x = self.input_quantizer(x)
+        x = self.quantize_input(x)
         if self.routing is None:
-            return self.compute(x, self.quantized_weight())
-        y = self._routed(x, self.routing.winners[:, self.index])
-        choices = self.routing.choices[:, self.index]
-        if self.hub is not None and choices.requires_grad:
-            y = y + self._router_path(x, choices)
-        return y
+            return self.compute(x, self.quantized_weight(0, x.dtype))
+        return self._routed(x, self.routing.winners[:, self.index])
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,)."""
         used = sorted(set(winners.tolist()))
         if len(used) == 1:
-            return self.compute(x, self.quantized_weight(used[0]))
+            return self.compute(x, self.quantized_weight(used[0], x.dtype))
         rows = [(winners == entry).nonzero()[:, 0] for entry in used]
         parts = [
-            self.compute(x[index], self.quantized_weight(entry))
+            self.compute(x[index], self.quantized_weight(entry, x.dtype))
             for index, entry in zip(rows, used, strict=True)
         ]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def _router_path(self, x: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        """Return zeros that carry the gradient of each sample's choice.
-
-        Straight through the quantizer, the output moves with the choice of an entry by what that
-        entry adds to it: the layer applied with the entry's correction alone.
-        """
-        hub = self.hub
-        assert hub is not None  # noqa: S101 - the caller has looked
-        with torch.no_grad():
-            added = [self.low_rank(x, *hub.factors(entry)) for entry in range(len(hub.up))]
-        change = (choices - choices.detach()).T
-        shape = (-1,) + (1,) * (added[0].dim() - 1)
-        return torch.stack([c.view(shape) * y for c, y in zip(change, added, strict=True)]).sum(0)
-
-    @abstractmethod
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Apply the plain layer with another weight."""
-
-    @abstractmethod
-    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Apply the plain layer, without bias, with the weight `up @ down`."""
-
-
-class QuantLinear(QuantizedLayer, nn.Linear):
-    """nn.Linear with quantized weight and input."""
-
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Apply the matrix and the bias."""
-        return F.linear(x, weight, self.bias)
-
-    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Apply the two factors one after the other."""
-        return F.linear(F.linear(x, down), up)
-
-
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """nn.Conv2d with quantized weight and input; padding is zero in real terms."""
-
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve and add the bias."""
-        return self._convolve(x, weight, self.bias)
-
-    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Convolve to `rank` channels, then mix them; grouped convolutions take the product."""
-        kernel = self.weight.shape[1:]
-        if self.groups > 1:
-            return self._convolve(x, (up @ down).view(-1, *kernel), None)
-        return F.conv2d(self._convolve(x, down.view(-1, *kernel), None), up[..., None, None])
-
-    def _convolve(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        y: torch.Tensor = self._conv_forward(x, weight, bias)
+        """Apply the plain layer with another weight; padding is zero in real terms."""
+        if isinstance(self, nn.Linear):
+            return F.linear(x, weight, self.bias)
+        y: torch.Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
         return y
 
 
-def quantized_class(layer: nn.Module) -> type[QuantLinear | QuantConv2d]:
-    """Return the quantized counterpart of a layer's class."""
-    return QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+class SealedLayer(QuantizedLayer):
+    """A layer that keeps packed codes and dequantizes them at each forward.
+
+    A new one is a plain layer of its nn class until it is given formats, as by `empty_like`.
+
+    Attributes:
+        weight_shape: Shape of an entry's weight.
+        codes: The packed codes, uint8, one-dimensional. Each entry begins with a new byte.
+        weight_scale: Bits of the scales, int32, shape (out,).
+        input_scale: Bits of the scale of the inputs, int32, shape (); None if they have no format.
+        input_zero_point: Bits of their zero point, likewise; None if their format is signed.
+        dtype: What `weight` is in; moves with casts of the module.
+        cache: Dequantized weights, shape (entries, *weight_shape), or None.
+    """
+
+    formats: LayerFormats | None = None
+    weight_shape: torch.Size
+    codes: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+    dtype: torch.dtype
+    cache: torch.Tensor | None
+
+    @classmethod
+    def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
+        sealed = adopt(cls, layer)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        sealed.formats, sealed.entries, sealed.cache = formats, entries, None
+        sealed.weight_shape, sealed.dtype = weight.shape, weight.dtype
+        del sealed._parameters["weight"]
+        size = entries * -(-weight.numel() * formats.weight.bits // 8)
+        codes = torch.zeros(size, dtype=torch.uint8, device=weight.device)
+        # A parameter, not a buffer, because offloading leaves buffers where they are.
+        sealed.codes = nn.Parameter(codes, requires_grad=False)
+        inputs = formats.input
+        for name, shape, needed in (
+            ("weight_scale", (len(weight),), True),
+            ("input_scale", (), inputs is not None),
+            ("input_zero_point", (), inputs is not None and not inputs.signed),
+        ):
+            bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
+            sealed.register_buffer(name, bits if needed else None)
+        return sealed
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls,
+        layer: nn.Module,
+        weights: Sequence[torch.Tensor],
+        weight_quantizer: Quantizer,
+        input_quantizer: Quantizer | None,
+    ) -> Self:
+        """Return a layer with the attributes and the bias of another, and with weights to pack.
+
+        Args:
+            layer: The layer to be like, plain or open.
+            weights: One weight for each entry of a hub.
+            weight_quantizer: The grid of the weights.
+            input_quantizer: That of the inputs, or None to leave them as they are.
+        """
+        inputs = input_quantizer
+        fmt = weight_quantizer.format
+        sealed = cls.empty_like(
+            layer, LayerFormats(fmt, None if inputs is None else inputs.format), len(weights)
+        )
+        codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]
+        sealed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
+        sealed.weight_scale = _to_bits(weight_quantizer.scale).reshape(len(weights[0]))
+        if inputs is not None:
+            sealed.input_scale = _to_bits(inputs.scale)
+            sealed.input_zero_point = (
+                None if inputs.zero_point is None else _to_bits(inputs.zero_point)
+            )
+        return sealed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight of the first entry; before there are formats, the parameter."""
+        if self.formats is not None:
+            return self.quantized_weight().as_subclass(DequantizedWeight)
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight is not set yet")
+        return weight
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded, same shape and dtype; computed in float32 if it is narrower."""
+        if self.formats is None or self.formats.input is None or self.input_scale is None:
+            return x
+        zero = None if self.input_zero_point is None else _from_bits(self.input_zero_point)
+        rounded: torch.Tensor = quantize_scaled(
+            x, self.formats.input, _from_bits(self.input_scale), zero, clip_gradient=True
+        )
+        return rounded
+
+    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype.
+
+        Args:
+            entry: The entry of the hub.
+            dtype: Any floating-point dtype, or None for that of the module.
+        """
+        if self.formats is None:
+            return self.weight
+        dtype = self.dtype if dtype is None else dtype
+        # What is cached in float32 is exact, and can be rounded to any dtype.
+        if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
+            return self.cache[entry].to(dtype)
+        weight: torch.Tensor = decode_scaled(
+            self.codes.view(self.entries, -1)[entry],
+            self.formats.weight,
+            _from_bits(self.weight_scale).view(-1, *(1,) * (len(self.weight_shape) - 1)),
+            dtype=NARROW.get(dtype, "float32"),
+            shape=tuple(self.weight_shape),
+        )
+        return weight.to(dtype)
+
+    def cache_weight(self, enabled: bool) -> None:
+        """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
+        self.cache = None
+        if enabled and self.formats is not None:
+            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.entries)])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast; codes and scales are integers, which casts leave alone."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.formats is not None:
+            empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
+            self.dtype = fn(empty).dtype
+            # Cached weights are made anew: a cast would round them twice.
+            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return what repr shows."""
+        if self.formats is None:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, {self.formats}"
+
+
+class QuantLinear(SealedLayer, nn.Linear):  # type: ignore[override]
+    """nn.Linear with packed weight and quantized input."""
+
+
+class QuantConv1d(SealedLayer, nn.Conv1d):  # type: ignore[override]
+    """nn.Conv1d with packed weight and quantized input."""
+
+
+class QuantConv2d(SealedLayer, nn.Conv2d):  # type: ignore[override]
+    """nn.Conv2d with packed weight and quantized input."""
+
+
+SEALED_LAYERS: dict[type[nn.Module], type[SealedLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+}
+"""The sealed counterpart of each plain layer."""
+
+
+def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
+    """Return a layer of another class with the attributes, hooks and parameters of one.
+
+    Containers are copied, so that what is set on one layer is not set on the other; submodules
+    and buffers are not taken over.
+    """
+    adopted = cls.__new__(cls)
+    for name, value in vars(layer).items():
+        adopted.__dict__[name] = copy.copy(value) if isinstance(value, dict | set) else value
+    adopted._modules, adopted._buffers = {}, {}
+    return adopted
+
+
+def dequantized(layer: SealedLayer) -> nn.Module:
+    """Return the plain layer whose weight is the first entry of a sealed one."""
+    plain_class = next(plain for plain, sealed in SEALED_LAYERS.items() if type(layer) is sealed)
+    plain = adopt(plain_class, layer)
+    for name in ("formats", "entries", "weight_shape", "dtype", "cache"):
+        del plain.__dict__[name]
+    plain._parameters.clear()
+    plain.weight = nn.Parameter(layer.quantized_weight())
+    plain.register_parameter("bias", layer.bias)
+    return plain
+
+
+def _to_bits(number: torch.Tensor) -> torch.Tensor:
+    return number.detach().float().contiguous().clone().view(torch.int32)
+
+
+def _from_bits(bits: torch.Tensor) -> torch.Tensor:
+    return bits.view(torch.float32)
 
 
 def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a denoiser by name, in definition order."""
+    """Return the quantized layers of a denoiser by name, in definition order.
+
+    A layer is one once it has formats; the plain layers that a LoRA is made of are not.
+    """
     return {
         name: module
         for name, module in denoiser.named_modules()
-        if isinstance(module, QuantizedLayer)
+        if isinstance(module, QuantizedLayer) and module.formats is not None
     }
+
+
+def sealed_layers(denoiser: nn.Module) -> dict[str, SealedLayer]:
+    """Return the sealed layers of a denoiser by name, in definition order."""
+    layers = quantized_layers(denoiser)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SealedLayer)}
+
+
+def cache_weights(denoiser: nn.Module, enabled: bool = True) -> None:
+    """Keep dequantized weights in memory for speed, or dequantize at each forward.
+
+    Outputs are the same bits either way. What is cached is not saved.
+
+    Args:
+        denoiser: A network with sealed layers.
+        enabled: Whether to keep them.
+
+    Example:
+        >>> import msfp
+        >>> network = nn.Sequential(nn.Linear(64, 64))
+        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
+        >>> msfp.seal(network)
+        >>> cache_weights(network)
+    """
+    for layer in sealed_layers(denoiser).values():
+        layer.cache_weight(enabled)
 
 
 def add_router(denoiser: nn.Module, router: Router) -> None:
@@ -185,7 +400,33 @@ def add_router(denoiser: nn.Module, router: Router) -> None:
         layer.routing, layer.index = routing, index
 
 
-def seal(denoiser: nn.Module) -> None:
-    """Seal every quantized layer of a denoiser."""
-    for layer in quantized_layers(denoiser).values():
-        layer.seal()
+def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: int) -> None:
+    """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
+
+    Args:
+        denoiser: The plain network, on any device.
+        formats: Those of the quantized layers, by name.
+        entries: Entries of each layer; there is a router if more than one.
+
+    Raises:
+        InputError: If the denoiser has no such layer.
+    """
+    plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
+    missing = [name for name in formats if name not in plain]
+    if missing:
+        raise InputError(
+            f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
+            "the checkpoint does"
+        )
+    replace_layers(
+        denoiser,
+        {
+            plain[name]: SEALED_LAYERS[type(plain[name])].empty_like(plain[name], each, entries)
+            for name, each in formats.items()
+        },
+    )
+    if entries > 1:
+        with torch.device("meta"):
+            router = Router(len(formats), entries)
+        device = next(denoiser.parameters()).device
+        add_router(denoiser, router.to_empty(device=device))

@@ -1,29 +1,19 @@
-"""Mixup-sign post-training quantization: search each layer's grids, then swap the layer."""
+"""Mixup-sign post-training quantization: the search of one layer's grids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
-from torch import nn
 
 from fpformats import FloatFormat, Specials
 from fpformats.search import RATIOS, ZERO_POINTS, Choice, search
-from msfp.calibration import Calibration
-from msfp.config import QuantizationConfig, Scheme
-from msfp.denoiser import (
-    FIRST_LAYERS,
-    LAST_LAYERS,
-    denoiser_of,
-    position,
-    quantizable_layers,
-    replace_layer,
-)
+from msfp.config import Scheme
+from msfp.denoiser import PlainLayer
 from msfp.errors import InputError
-from msfp.layers import QuantizedLayer, quantized_class, quantized_layers
+from msfp.open_layers import OPEN_LAYERS, OpenLayer
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
 
@@ -98,7 +88,7 @@ def search_weight(weight: torch.Tensor, bits: int, scheme: Scheme) -> tuple[Quan
     """Return the quantizer of a weight, one scale for each output channel, and its SQNR."""
     clips = scheme != "int_minmax"
     choice = search(
-        weight.detach(),
+        weight,
         candidates(bits, scheme, signed=True),
         ratios=WEIGHT_RATIOS if clips else NO_CLIP,
         axis=0,
@@ -108,75 +98,51 @@ def search_weight(weight: torch.Tensor, bits: int, scheme: Scheme) -> tuple[Quan
     return Quantizer(choice.format, choice.scale), sqnr(signal, choice.squared_error)
 
 
+def finite_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return a layer's weight in float32; raise InputError if it is offloaded or not finite."""
+    if weight.is_meta:
+        raise InputError(f"the weight of layer {name!r} is offloaded: quantize before offloading")
+    if not weight.isfinite().all():
+        raise InputError(f"the weight of layer {name!r} is not finite")
+    return weight.detach().float()
+
+
 def quantize_layer(
-    name: str, layer: nn.Conv2d | nn.Linear, inputs: NDArray[np.float32], config: QuantizationConfig
-) -> QuantizedLayer:
-    """Search the grids of one layer and return its open quantized counterpart."""
-    weight_bits, input_bits = config.bits(position(name))
-    choice, signed = search_input(inputs, input_bits, config.scheme)
-    device = layer.weight.device
-    zero = None if choice.zero_point is None else torch.tensor(choice.zero_point, device=device)
-    weight_quantizer, weight_sqnr = search_weight(layer.weight, weight_bits, config.scheme)
-    input_quantizer = Quantizer(choice.format, torch.tensor(choice.scale, device=device), zero)
-    signal = float(np.square(inputs, dtype=np.float64).sum())
-    summary = LayerSummary(
-        name=name,
-        weight_format=str(weight_quantizer.format),
-        input_format=str(choice.format),
-        input_scale=choice.scale,
-        input_zero_point=choice.zero_point,
-        asymmetric=is_asymmetric(inputs),
-        weight_sqnr=weight_sqnr,
-        input_sqnr=sqnr(signal, choice.squared_error),
-        signed_input_sqnr=sqnr(signal, signed.squared_error),
-    )
-    return quantized_class(layer).wrap(layer, weight_quantizer, input_quantizer, summary)
-
-
-def quantize(
-    pipe: DiffusionPipeline,
-    config: QuantizationConfig,
-    *,
-    calibration: Calibration,
-    progress: Callable[[str], None] | None = None,
-) -> list[LayerSummary]:
-    """Quantize the denoiser of a pipeline in place.
+    name: str,
+    layer: PlainLayer,
+    inputs: NDArray[np.float32] | None,
+    bits: tuple[int, int | None],
+    scheme: Scheme,
+) -> tuple[OpenLayer, LayerSummary]:
+    """Search the grids of one layer.
 
     Args:
-        pipe: The pipeline; every Conv2d and Linear of its denoiser is swapped for an open
-            quantized layer that shares its parameters.
-        config: Bit widths and scheme.
-        calibration: Inputs collected by `calibrate` on the same denoiser.
-        progress: Called with each layer's name once it is searched.
+        name: Its name.
+        layer: The plain layer.
+        inputs: Values of its input; not needed where inputs have no bits.
+        bits: Bits of weights and inputs.
+        scheme: What to search.
 
     Returns:
-        What was chosen, one summary for each layer.
-
-    Raises:
-        InputError: If the pipeline has no denoiser or one that is quantized already, no layer is
-            the first or last though they are to have other bits, or the calibration is of
-            another denoiser. The pipeline is then as it was.
+        The open quantized counterpart, and what was found.
     """
-    denoiser = denoiser_of(pipe)
-    layers = quantizable_layers(denoiser)
-    if quantized_layers(denoiser):
-        raise InputError("the denoiser is quantized already: quantize a full-precision one")
-    if config.first_last != config.weights and all(position(n) == "inner" for n in layers):
-        raise InputError(
-            f"{type(denoiser).__name__} has no layer named {FIRST_LAYERS[0]} or {LAST_LAYERS[0]}, "
-            "so first_last cannot be applied: set it to the bits of the weights"
+    weight = finite_weight(name, layer.weight)
+    weight_quantizer, weight_sqnr = search_weight(weight, bits[0], scheme)
+    summary = LayerSummary(name, str(weight_quantizer.format), weight_sqnr=weight_sqnr)
+    input_quantizer = None
+    if bits[1] is not None and inputs is not None:
+        choice, signed = search_input(inputs, bits[1], scheme)
+        zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
+        quantizer = Quantizer(choice.format, torch.tensor(choice.scale), zero)
+        input_quantizer = quantizer.to(weight.device)
+        signal = float(np.square(inputs, dtype=np.float64).sum())
+        summary = replace(
+            summary,
+            input_format=str(choice.format),
+            input_scale=choice.scale,
+            input_zero_point=choice.zero_point,
+            asymmetric=is_asymmetric(inputs),
+            input_sqnr=sqnr(signal, choice.squared_error),
+            signed_input_sqnr=sqnr(signal, signed.squared_error),
         )
-    missing = [name for name in layers if name not in calibration.inputs]
-    if missing:
-        raise InputError(
-            f"calibration has no inputs for the layer {missing[0]!r}: it must be collected on the "
-            "denoiser that is quantized"
-        )
-    searched = []
-    for name, layer in layers.items():
-        searched.append(quantize_layer(name, layer, calibration.inputs[name], config))
-        if progress is not None:
-            progress(name)
-    for quantized in searched:
-        replace_layer(denoiser, quantized.summary.name, quantized)
-    return [quantized.summary for quantized in searched]
+    return OPEN_LAYERS[type(layer)].wrap(layer, weight_quantizer, input_quantizer), summary

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from fpformats import FloatFormat, quantize_scaled
+from msfp.float32 import Float32Module
 
 
-class Quantizer(nn.Module):
+class Quantizer(Float32Module):
     """Rounds a tensor to `scale * v + zero_point`, v a value of the format.
 
     Gradients are straight-through inside the range and zero outside; scale and zero point have

@@ -1,7 +1,8 @@
-"""What the search decided for one layer, as plain data that reports and checkpoints carry."""
+"""What the search decided for one layer, as plain data that reports carry."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,24 +14,25 @@ class LayerSummary:
     Attributes:
         name: Dotted name in the denoiser.
         weight_format: Format of the weights.
-        input_format: Format of the inputs.
+        weight_sqnr: Signal to quantization noise of the weights, in dB.
+        input_format: Format of the inputs, or None where they are not quantized; the numbers
+            below are NaN then.
         input_scale: Scale of the inputs, as searched.
         input_zero_point: Zero point of the inputs, or None where the format is signed.
         asymmetric: Whether the inputs are squeezed against zero from below, as after SiLU.
-        weight_sqnr: Signal to quantization noise of the weights, in dB.
-        input_sqnr: Likewise of the calibration inputs.
+        input_sqnr: Signal to quantization noise of the calibration inputs, in dB.
         signed_input_sqnr: Likewise with the best signed format.
     """
 
     name: str
     weight_format: str
-    input_format: str
-    input_scale: float
-    input_zero_point: float | None
-    asymmetric: bool
     weight_sqnr: float
-    input_sqnr: float
-    signed_input_sqnr: float
+    input_format: str | None = None
+    input_scale: float = math.nan
+    input_zero_point: float | None = None
+    asymmetric: bool = False
+    input_sqnr: float = math.nan
+    signed_input_sqnr: float = math.nan
 
     @property
     def unsigned(self) -> bool:

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from msfp.denoiser import timestep_of
+from msfp.float32 import Float32Module
 
 EMBEDDING_WIDTH = 128
 
@@ -76,7 +77,7 @@ class _HardChoice(torch.autograd.Function):
 _hard_choice: Callable[[torch.Tensor], torch.Tensor] = _HardChoice.apply
 
 
-class Router(nn.Module):
+class Router(Float32Module):
     """Chooses, for each layer, one LoRA of its hub at a timestep.
 
     Sinusoidal timestep embedding, then a two-layer perceptron to one logit for each layer and
@@ -102,9 +103,10 @@ class Router(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
-        weight = next(self.parameters())
-        embedding = get_timestep_embedding(timesteps.to(weight.device), EMBEDDING_WIDTH)
-        logits = self.mlp(embedding.to(weight.dtype)).unflatten(-1, (self.layers, self.entries))
+        device = next(self.parameters()).device
+        embedding = get_timestep_embedding(timesteps.to(device), EMBEDDING_WIDTH)
+        with torch.autocast(device.type, enabled=False):
+            logits = self.mlp(embedding).unflatten(-1, (self.layers, self.entries))
         return _hard_choice(logits.softmax(dim=-1))
 
 

@@ -18,5 +18,5 @@ def test_the_example_runs(tmp_path, monkeypatch):
     exec(before, names)  # noqa: S102
     names["pipe"] = ddim_pipeline()
     exec(after, names)  # noqa: S102
-    assert (tmp_path / "model-w4a4" / "unet" / "msfp.safetensors").is_file()
+    assert (tmp_path / "model-w4a4" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert names["pipe"] is not None

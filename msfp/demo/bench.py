@@ -22,8 +22,7 @@ from msfp.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Set
 from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.fine_tuning import finetune
-from msfp.layers import seal
-from msfp.post_training import quantize
+from msfp.quantization import quantize, seal
 from msfp.reference import ddim_pipeline, digit_classifier, quality
 from msfp.reference.digits import digits
 from msfp.sampling import Trajectories, record_trajectories

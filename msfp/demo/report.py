@@ -129,7 +129,7 @@ def layer_cells(layer: LayerSummary) -> tuple[str, ...]:
         layer.name,
         layer.weight_format,
         f"{layer.weight_sqnr:.1f}",
-        layer.input_format,
+        layer.input_format or "",
         zero,
         f"{layer.input_sqnr:.1f}",
         f"{layer.signed_input_sqnr:.1f}",

@@ -3,30 +3,20 @@
 pytest tests/benchmarks --benchmark-enable -s
 """
 
-import statistics
-import time
-
 import numpy as np
 import pytest
 import torch
+from race import race
 
-from fpformats import parse, quantize_scaled
+from fpformats import backends, parse, quantize_scaled
 from fpformats.search import RATIOS, search
 from fpformats.sketch import Sketch
 
-ROUNDS = 5
+ROUNDS = 3
 FORMATS = {
     "4-bit": ["E0M3", "E1M2", "E2M1", "E3M0", "E1M3U", "E2M2U", "E3M1U", "E4M0U"],
     "8-bit": ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E2M6U", "E4M4U"],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def data(count):
@@ -47,6 +37,11 @@ def loop(x, formats):
     return least
 
 
+def in_whole_array_operations(call):
+    with backends.using("portable"):
+        return call()
+
+
 @pytest.mark.parametrize("bits", FORMATS)
 def test_search_against_an_eager_loop(benchmark, bits):
     x, formats = data(1_000_000 if benchmark.enabled else 20_000), list(map(parse, FORMATS[bits]))
@@ -54,24 +49,15 @@ def test_search_against_an_eager_loop(benchmark, bits):
     for fmt, error in loop(x, formats).items():
         assert choice.by_format[fmt].squared_error == pytest.approx(error, rel=1e-3)
     ways = {
-        "loop": lambda: loop(x, formats),
+        "loop": lambda: in_whole_array_operations(lambda: loop(x, formats)),
+        "loop of compiled kernels": lambda: loop(x, formats),
         "search": lambda: search(x, formats, refine=False),
         "refined": lambda: search(x, formats),
     }
-    seconds = {name: [] for name in ways}
-
-    def interleaved():
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-
-    benchmark.pedantic(interleaved, rounds=ROUNDS if benchmark.enabled else 1)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    for name in ("search", "refined"):
-        ratio = median["loop"] / median[name]
-        benchmark.extra_info[name] = ratio
-        print(f"{bits}, {name}: {median[name] * 1e3:.1f} ms, {ratio:.0f} x as fast as the loop")
+    title = f"{bits} formats (refined: {{:.0f}} ms)"
+    race(benchmark, ways, rounds=ROUNDS, baseline="search")
+    milliseconds = benchmark.extra_info["microseconds"]["refined"] / 1e3
+    benchmark.extra_info.update(table="search", title=title.format(milliseconds))
 
 
 def test_sketch_updates(benchmark):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpformats import decode, encode, pack, parse, quantize, quantize_scaled, unpack
+from fpformats import decode, decode_scaled, encode, pack, parse, quantize, quantize_scaled, unpack
 from fpformats.kernels import native
 from fpformats.operands import is_plain_tensor
 
@@ -83,6 +83,45 @@ def test_a_matrix_may_become_its_own_transpose():
     expected = quantize(x.copy(), E2M1)
     quantize(x, E2M1, out=x.T)
     np.testing.assert_array_equal(x.T, expected)
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_codes_and_values_go_where_they_are_wanted(make):
+    x = make(numbers(300).reshape(3, 100))
+    codes, packed = make(np.empty((3, 100), np.uint8)), make(np.empty(150, np.uint8))
+    assert encode(x, E2M1, out=codes) is codes
+    assert encode(x, E2M1, packed=True, out=packed) is packed
+    expected = encode(x, E2M1)
+    assert (codes == expected).all()
+    assert (packed == encode(x, E2M1, packed=True)).all()
+    turned = make(np.empty((100, 3), np.uint8)).T
+    assert (encode(x, E2M1, out=turned) == expected).all()
+    values = make(np.empty((3, 100), np.float32))
+    assert decode(codes, E2M1, out=values) is values
+    assert (values == decode(codes, E2M1)).all()
+    assert decode_scaled(packed, E2M1, 0.5, shape=(3, 100), out=values) is values
+    assert (values == decode_scaled(codes, E2M1, 0.5)).all()
+    own = make(numbers(64).view(np.uint8) & 15)
+    expected = decode(own, E2M1)[:64]
+    assert (decode(own[:64], E2M1, out=own.view(values.dtype)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (np.empty(4, np.int8), TypeError, "out is ndarray of int8; it must be uint8"),
+        (torch.empty(4, dtype=torch.uint8), TypeError, "and a ndarray as the input is"),
+        (np.empty(3, np.uint8), ValueError, r"out has shape \(3,\); the result has shape \(4,\)"),
+        ([0], TypeError, "out is a list"),
+    ],
+)
+def test_what_cannot_take_the_result_is_refused(out, error, message):
+    with pytest.raises(error, match=message):
+        encode(np.zeros(4, np.float32), E2M1, out=out)
+    frozen = np.empty(4, np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        decode(np.zeros(4, np.uint8), E2M1, out=frozen)
 
 
 def test_misaligned_memory_is_read_and_written():

@@ -1,13 +1,29 @@
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from msfp import FinetuneConfig, InputError, finetune, load, save, seal
-from msfp.checkpoint import atomic_folder, check_output, checksum, packed_size
+from msfp import (
+    Calibration,
+    FinetuneConfig,
+    InputError,
+    QuantizationConfig,
+    finetune,
+    load,
+    quantize,
+    save,
+    seal,
+)
+from msfp.checkpoint import atomic_folder, check_output, packed_size
+from msfp.integrity import metadata
+from msfp.layers import sealed_layers
+from msfp.talora import Router
 
 SAMPLE = """
 import sys, torch, msfp
@@ -25,11 +41,17 @@ def routed(quantized, trajectories):
     return pipe
 
 
-@pytest.fixture
-def saved(quantized, tmp_path):
-    pipe, _ = quantized()
+@pytest.fixture(scope="module")
+def sealed_pipe(reference, calibration):
+    pipe = copy.deepcopy(reference)
+    quantize(pipe, QuantizationConfig(), calibration=calibration)
     seal(pipe.unet)
-    save(pipe, tmp_path / "model")
+    return pipe
+
+
+@pytest.fixture
+def saved(sealed_pipe, tmp_path):
+    save(sealed_pipe, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -42,17 +64,86 @@ def test_a_new_process_samples_bit_equal(routed, sampler, tmp_path):
     assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
 
 
-def test_the_file_is_close_to_four_bits_for_each_parameter(saved, reference):
-    parameters = sum(p.numel() for p in reference.unet.parameters())
-    size = (saved / "unet" / "msfp.safetensors").stat().st_size
-    assert size < 1.15 * parameters / 2
-    assert size == pytest.approx(packed_size(load(saved).unet), rel=0.05)
+def test_the_file_holds_the_bits_of_the_weights_and_little_else(saved):
+    unet = load(saved).unet
+    bits = 8 * packed_size(unet)
+    for layer in sealed_layers(unet).values():
+        bits -= layer.weight_shape.numel() * layer.formats.weight.bits
+        bits -= 32 * (len(layer.weight_scale) + 1 + (layer.input_zero_point is not None))
+    plain = sum(p.numel() for p in unet.parameters() if p.dtype == torch.float32)
+    assert bits == 32 * plain
+    size = (saved / TENSORS).stat().st_size
+    assert packed_size(unet) < size < 1.05 * packed_size(unet)
 
 
-def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
+def test_saving_what_was_loaded_gives_the_same_tensors_and_formats(saved, tmp_path):
     save(load(saved), tmp_path / "again")
-    for name in ("unet/msfp.safetensors", "unet/msfp.json", "scheduler/scheduler_config.json"):
-        assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert describe(saved) == describe(tmp_path / "again")
+    assert header(saved / TENSORS) == header(tmp_path / "again" / TENSORS)  # with the checksum
+
+
+def test_a_router_is_saved_and_stays_float32_in_a_half_precision_pipeline(routed, tmp_path):
+    save(routed, tmp_path / "model")
+    loaded = type(routed.unet).from_pretrained(
+        tmp_path / "model" / "unet", torch_dtype=torch.float16
+    )
+    assert {p.dtype for p in loaded.router.parameters()} == {torch.float32}
+    routed.unet.half()
+    assert isinstance(loaded.router, Router)
+    assert {p.dtype for p in routed.unet.router.parameters()} == {torch.float32}
+    x = torch.randn(3, 1, 16, 16).half()
+    for timesteps in (900, torch.tensor([900, 500, 20])):
+        with torch.no_grad():
+            expected = routed.unet(x, timesteps).sample
+            assert torch.equal(loaded(x, timesteps).sample, expected)
+
+
+def test_a_routed_denoiser_cannot_be_dequantized(routed):
+    with pytest.raises(InputError, match="with 2 weights for each layer cannot be dequantized"):
+        routed.unet.dequantize()
+
+
+class Network(nn.Module):
+    """A network that diffusers knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.SiLU())
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.inner(x).transpose(1, 2))
+
+
+@pytest.fixture
+def network():
+    network = Network()
+    draw = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    values = {"inner.0": draw.numpy(), "out": draw.sigmoid().numpy()}
+    quantize(network, QuantizationConfig(), calibration=Calibration(values))
+    seal(network)
+    return network
+
+
+def test_a_plain_network_is_saved_and_loaded_into_its_like(network, tmp_path):
+    save(network, tmp_path / "model")
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    loaded = load(tmp_path / "model", into=Network())
+    x = torch.randn(2, 4, 8)
+    assert torch.equal(loaded(x), network(x))
+    save(loaded, tmp_path / "again")
+    files = [tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("model", "again")]
+    assert header(files[0]) == header(files[1])  # with the checksum
+
+
+def test_another_network_is_told_which_layer_it_lacks(network, tmp_path):
+    save(network, tmp_path / "model")
+    with pytest.raises(InputError, match=r"Sequential has no layer 'inner\.0'"):
+        load(tmp_path / "model", into=nn.Sequential(nn.Linear(8, 4)))
 
 
 def test_an_open_denoiser_is_not_saved(quantized, tmp_path):
@@ -92,28 +183,29 @@ def test_outputs_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
     check_output(tmp_path / "new" / "folder")
 
 
-def test_a_half_precision_denoiser_is_not_saved(quantized, tmp_path):
-    pipe, _ = quantized()
-    seal(pipe.unet)
-    pipe.unet.conv_norm_out.half()
-    with pytest.raises(InputError, match=r"must be float32 to be saved, it has torch\.float16"):
-        save(pipe, tmp_path / "model")
-
-
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is not a checkpoint"):
+    with pytest.raises(InputError, match="no unet or transformer that is quantized by msfp"):
         load(tmp_path)
+    with pytest.raises(InputError, match="no quantization config of msfp"):
+        load(tmp_path, into=Network())
 
 
-def rewrite(folder, description):
-    """Write a changed description with a checksum that fits, as a wrong program would."""
-    tensor_file = folder / "unet" / "msfp.safetensors"
-    description["checksum"] = checksum(description, tensor_file)
-    (folder / "unet" / "msfp.json").write_text(json.dumps(description))
+def header(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def describe(folder):
-    return json.loads((folder / "unet" / "msfp.json").read_text())
+    return json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+
+
+def rewrite(folder, description, tensors=None):
+    """Write changed files with a checksum that fits, as a wrong program would."""
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["quantization_config"] = description
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / TENSORS) if tensors is None else tensors
+    save_file(tensors, folder / TENSORS, metadata(tensors, description))
 
 
 def damage_json(change):
@@ -127,11 +219,9 @@ def damage_json(change):
 
 def damage_tensors(change):
     def apply(folder):
-        file = folder / "unet" / "msfp.safetensors"
-        tensors = load_file(file)
+        tensors = load_file(folder / TENSORS)
         change(tensors)
-        save_file(tensors, file)
-        rewrite(folder, describe(folder))
+        rewrite(folder, describe(folder), tensors)
 
     return apply
 
@@ -141,20 +231,22 @@ def replace_tensor(name, tensor):
 
 
 def truncate(folder):
-    file = folder / "unet" / "msfp.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
 
 
 def flip_a_byte(folder):
-    file = folder / "unet" / "msfp.safetensors"
-    data = bytearray(file.read_bytes())
+    data = bytearray((folder / TENSORS).read_bytes())
     data[-1000] ^= 1
-    file.write_bytes(data)
+    (folder / TENSORS).write_bytes(data)
 
 
 def tamper_with_json(folder):
-    file = folder / "unet" / "msfp.json"
+    file = folder / "unet" / "config.json"
     file.write_text(file.read_text().replace("E2M2U", "E3M1U"))
+
+
+def without_metadata(folder):
+    save_file(load_file(folder / TENSORS), folder / TENSORS)
 
 
 def other_library(folder):
@@ -164,34 +256,68 @@ def other_library(folder):
     file.write_text(json.dumps(index))
 
 
+def formats_of(layer, **changes):
+    return damage_json(lambda d: d["layers"][layer].update(changes))
+
+
+def bits_of(*numbers):
+    return torch.tensor(numbers).view(torch.int32)
+
+
+TENSORS = "unet/diffusion_pytorch_model.safetensors"
 UNSIGNED = "down_blocks.0.resnets.0.conv1"
 DAMAGE = {
-    "truncated": (truncate, "checksum"),
+    "truncated": (truncate, r"diffusion_pytorch_model\.safetensors"),
     "flipped byte": (flip_a_byte, "checksum"),
     "tampered": (tamper_with_json, "checksum"),
-    "no tensors": (lambda folder: (folder / "unet" / "msfp.safetensors").unlink(), "corrupt"),
-    "no json": (lambda folder: (folder / "unet" / "msfp.json").write_text("{"), "corrupt"),
-    "a list": (lambda folder: (folder / "unet" / "msfp.json").write_text("[]"), "format version"),
+    "no metadata": (without_metadata, "format version None, this msfp reads 1"),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), r"no file named|cannot be loaded"),
+    "no json": (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot be"),
+    "a list": (lambda folder: (folder / "unet" / "config.json").write_text("[]"), "no unet"),
     "version": (damage_json(lambda d: d.update(format_version=99)), "format version 99"),
     "library": (other_library, "must be a class of diffusers, not of antigravity"),
-    "format": (damage_json(lambda d: d["layers"]["conv_in"].update(weight_format="E9")), "E9"),
-    "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), "entries|left over"),
-    "no entries": (damage_json(lambda d: d["layers"]["conv_in"].update(entries=0)), "corrupt"),
-    "missing": (damage_tensors(lambda t: t.pop("conv_in.codes")), r"conv_in\.codes"),
+    "unknown key": (damage_json(lambda d: d.update(colour=1)), r"unknown keys: \['colour'"),
+    "format": (formats_of("conv_in", weight_format="E9"), "layer 'conv_in'.*'E9' is not a format"),
+    "wide format": (formats_of("conv_in", weight_format="E5M10"), "has 16 bits, more than 8"),
+    "granularity": (formats_of("conv_in", weight_granularity="row"), "must be 'channel', not 'row"),
+    "format key": (formats_of("conv_in", more=1), "layer 'conv_in'.*must have the keys"),
+    "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), r"missing: \['conv_in\.weight"),
+    "other layer": (
+        damage_json(lambda d: d["layers"].update(conv_on=d["layers"]["conv_in"])),
+        "UNet2DModel has no layer 'conv_on'",
+    ),
+    "no entries": (damage_json(lambda d: d.update(entries=0)), "entries must be a positive int"),
+    "no router": (damage_json(lambda d: d.update(entries=2)), "missing.*router"),
+    "missing": (damage_tensors(lambda t: t.pop("conv_in.codes")), r"missing: \['conv_in\.codes"),
     "no zero point": (
         damage_tensors(lambda t: t.pop(f"{UNSIGNED}.input_zero_point")),
-        "zero_point",
+        "missing.*zero_point",
     ),
-    "extra": (replace_tensor("extra", torch.ones(1)), "extra"),
+    "extra": (replace_tensor("extra", torch.ones(1)), r"left over: \['extra'\]"),
     "short": (
         damage_tensors(lambda t: t.update({"conv_in.codes": t["conv_in.codes"][:-1].clone()})),
-        "conv_in|bytes",
+        r"conv_in\.codes expected shape",
     ),
-    "bias": (replace_tensor("conv_in.bias", torch.ones(3)), r"conv_in\.bias"),
-    "wide bias": (replace_tensor("conv_in.bias", torch.ones(32).double()), r"conv_in\.bias"),
-    "scales": (replace_tensor("conv_in.weight_scale", torch.ones(3)), r"conv_in\.weight_scale"),
-    "nan": (replace_tensor("conv_in.input_scale", torch.tensor(torch.nan)), "finite"),
-    "vector": (replace_tensor("conv_in.input_scale", torch.ones(16)), "scalars"),
+    "bias": (replace_tensor("conv_in.bias", torch.ones(3)), r"conv_in\.bias expected shape"),
+    "scales": (replace_tensor("conv_in.weight_scale", bits_of(1.0)), r"weight_scale expected"),
+    "float scales": (
+        replace_tensor("conv_in.weight_scale", torch.ones(32)),
+        r"conv_in\.weight_scale must be torch\.int32, not torch\.float32",
+    ),
+    "wide codes": (
+        damage_tensors(lambda t: t.update({"conv_in.codes": t["conv_in.codes"].long()})),
+        r"conv_in\.codes must be torch\.uint8, not torch\.int64",
+    ),
+    "nan": (
+        replace_tensor("conv_in.input_scale", bits_of(torch.nan)[0]),
+        r"conv_in\.input_scale must be the bits of positive and finite float32 numbers",
+    ),
+    "negative": (replace_tensor("conv_in.weight_scale", bits_of(*[-1.0] * 32)), "positive"),
+    "infinite": (
+        replace_tensor(f"{UNSIGNED}.input_zero_point", bits_of(torch.inf)[0]),
+        "input_zero_point must be the bits of finite",
+    ),
+    "vector": (replace_tensor("conv_in.input_scale", bits_of(*[1.0] * 16)), "expected shape"),
 }
 
 

@@ -41,7 +41,7 @@ def test_it_is_reproduced_by_its_seed_and_changed_by_another(quantized, trajecto
         finetune(
             pipe.unet, trajectories, FinetuneConfig(hub=2, seed=seed, rank=2, steps=3, batch=4)
         )
-        weights.append(pipe.unet.mid_block.resnets[0].conv1.entries)
+        weights.append(pipe.unet.mid_block.resnets[0].conv1.codes)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -55,7 +55,7 @@ def test_it_leaves_the_full_precision_model_alone(reference, quantized, trajecto
 def test_it_ends_sealed_with_an_entry_for_each_lora(quantized, trajectories):
     pipe, _ = quantized()
     finetune(pipe.unet, trajectories, FinetuneConfig(hub=3, rank=2, steps=2, batch=4))
-    assert all(len(layer.entries) == 3 for layer in quantized_layers(pipe.unet).values())
+    assert all(layer.entries == 3 for layer in quantized_layers(pipe.unet).values())
 
 
 def test_the_weighting_changes_what_is_learned(quantized, trajectories, reference):
@@ -65,7 +65,7 @@ def test_the_weighting_changes_what_is_learned(quantized, trajectories, referenc
         pipe, _ = quantized()
         config = FinetuneConfig(rank=4, steps=8, batch=8, denoising_power=power)
         finetune(pipe.unet, trajectories, config, factors=factors)
-        outcomes.append(pipe.unet.conv_out.entries)
+        outcomes.append(pipe.unet.conv_out.codes)
     assert not torch.equal(*outcomes)
 
 

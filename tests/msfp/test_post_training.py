@@ -93,24 +93,10 @@ def test_a_quantized_pipeline_is_not_quantized_again(quantized, calibration):
         quantize(pipe, QuantizationConfig(weights=3), calibration=calibration)
 
 
-def test_a_denoiser_without_known_ends_needs_one_width_for_all(reference, calibration):
-    class Denoiser(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = torch.nn.Linear(4, 4)
-
-    pipe = copy.deepcopy(reference)
-    pipe.unet = Denoiser()
-    inputs = Calibration({"inner": calibration.inputs["conv_in"]})
-    with pytest.raises(InputError, match="no layer named conv_in or conv_out"):
-        quantize(pipe, QuantizationConfig(), calibration=inputs)
-    assert len(quantize(pipe, QuantizationConfig(first_last=4), calibration=inputs)) == 1
-
-
 def test_the_plain_layer_keeps_its_weight_when_its_counterpart_is_sealed(quantized, reference):
     plain = copy.deepcopy(reference.unet.conv_in)
     layer = quantized()[0].unet.conv_in
-    twin = type(layer).wrap(plain, layer.weight_quantizer, layer.input_quantizer, layer.summary)
+    twin = type(layer).wrap(plain, layer.weight_quantizer, layer.input_quantizer)
     assert twin.weight is plain.weight
     twin.seal()
     assert torch.equal(plain.weight, reference.unet.conv_in.weight)

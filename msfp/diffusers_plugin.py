@@ -1,0 +1,314 @@
+"""msfp as a quantization method of diffusers: `quant_method: "msfp"`.
+
+`import msfp` registers it. From then on a quantized denoiser is saved and loaded by diffusers' own
+`save_pretrained` and `from_pretrained`, and a full-precision one is quantized as it is loaded with
+`from_pretrained(..., quantization_config=MSFPConfig(...))`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import is_transformers_available
+from torch import nn
+
+from msfp.config import FIRST_LAYERS, LAST_LAYERS, QuantizationConfig, Scheme
+from msfp.denoiser import bits_by_layer, replace_layers
+from msfp.errors import InputError
+from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
+from msfp.layers import (
+    SEALED_LAYERS,
+    LayerFormats,
+    dequantized,
+    make_room,
+    quantized_layers,
+    sealed_layers,
+)
+from msfp.post_training import finite_weight, search_weight
+
+
+class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
+    """The name of the method, as diffusers wants it."""
+
+    MSFP = "msfp"
+
+
+class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What is written to a denoiser's `config.json`: a `QuantizationConfig` and its outcome.
+
+    Given to `from_pretrained` with a full-precision model, it quantizes the weights as they are
+    loaded; inputs take calibration, which is what `msfp.quantize` does.
+
+    Args:
+        weights: As in `QuantizationConfig`.
+        activations: As in `QuantizationConfig`; None for weights alone.
+        first_last: As in `QuantizationConfig`.
+        scheme: As in `QuantizationConfig`.
+        include: As in `QuantizationConfig`.
+        exclude: As in `QuantizationConfig`.
+        first: As in `QuantizationConfig`.
+        last: As in `QuantizationConfig`.
+        modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
+        layers: The formats of each quantized layer by name, empty before there are any.
+        entries: Weights of each layer, one for each LoRA of its hub.
+        format_version: Version of the layout of the file.
+        **kwargs: `quant_method`, and nothing else.
+
+    Raises:
+        InputError: If a value is out of range, a key unknown or the format version another.
+
+    Example:
+        >>> config = MSFPConfig(weights=4, exclude=["time_embedding"])
+        >>> config.to_dict()["quant_method"], config.request.exclude
+        ('msfp', ('time_embedding',))
+        >>> MSFPConfig(format_version=99)
+        Traceback (most recent call last):
+        msfp.errors.InputError: quantization_config has format version 99, this msfp reads 1
+    """
+
+    def __init__(
+        self,
+        weights: int = 4,
+        activations: int | None = None,
+        first_last: int = 8,
+        scheme: Scheme = "mixup",
+        include: tuple[str, ...] = ("*",),
+        exclude: tuple[str, ...] = (),
+        first: tuple[str, ...] = FIRST_LAYERS,
+        last: tuple[str, ...] = LAST_LAYERS,
+        modules_to_not_convert: tuple[str, ...] = (),
+        layers: dict[str, dict[str, Any]] | None = None,
+        entries: int = 1,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        check_version("quantization_config has", format_version)
+        if kwargs.keys() - {"quant_method"}:
+            raise InputError(f"quantization_config has unknown keys: {sorted(kwargs)}")
+        if type(entries) is not int or entries < 1:
+            raise InputError(f"entries must be a positive integer, not {entries!r}")
+        self.quant_method = MSFPMethod.MSFP
+        exclude = (*exclude, *(modules_to_not_convert or ()))
+        self.request = QuantizationConfig(
+            weights, activations, first_last, scheme, include, exclude, first, last
+        )
+        self.entries = entries
+        self.layers = _formats({} if layers is None else layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `__init__` takes, as plain JSON types."""
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": FORMAT_VERSION,
+            **self.request.to_dict(),
+            "entries": self.entries,
+            "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what `repr` shows."""
+        return self.to_dict()
+
+
+def _formats(layers: Any) -> dict[str, LayerFormats]:
+    """Return the formats of layers from those of a JSON file."""
+    if not isinstance(layers, dict):
+        raise InputError(f"layers must be a table of formats by name, not {layers!r}")
+    formats = {}
+    for name, names in layers.items():
+        try:
+            formats[name] = LayerFormats.from_dict(names)
+        except InputError as error:
+            raise InputError(f"layer {name!r} of quantization_config: {error}") from error
+    return formats
+
+
+class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Loads packed denoisers, and quantizes weights that are loaded in full precision."""
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = True
+    is_compileable = True
+
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: MSFPConfig = quantization_config
+        self._dtype = torch.float32
+        self._float32_modules: list[str] = []
+        self._loaded: set[str] = set()
+        self._bits: dict[str, int] = {}
+        if not self.pre_quantized and quantization_config.request.activations is not None:
+            raise InputError(
+                "activations must be None where a model is quantized as it is loaded: quantizing "
+                "inputs takes calibration, see msfp.quantize"
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """Remember the dtype of what is not quantized."""
+        self._dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
+        """Check that a packed checkpoint is whole."""
+        if self.pre_quantized:
+            verify(files, self.quantization_config.to_dict())
+        self._loaded = set(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str], **_: Any
+    ) -> None:
+        """Make room for codes, or plan which weights to quantize."""
+        self._float32_modules = keep_in_fp32_modules
+        config = self.quantization_config
+        if self.pre_quantized:
+            make_room(model, config.layers, config.entries)
+        else:
+            bits = bits_by_layer(model, config.request)
+            self._bits = {name: weights for name, (weights, _) in bits.items()}
+
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        """Refuse packed checkpoints with tensors missing or left over."""
+        del prefix
+        if self.pre_quantized:
+            check_names(set(model.state_dict()), self._loaded)
+        return missing_keys
+
+    def check_if_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        *_rest: Any,
+        **_others: Any,
+    ) -> bool:
+        """Return whether a tensor is to be quantized, or is of the router, which stays float32."""
+        del model, param_value
+        layer, _, leaf = param_name.rpartition(".")
+        if self.pre_quantized:
+            return self.quantization_config.entries > 1 and param_name.startswith("router.")
+        return leaf == "weight" and layer in self._bits
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device | str | int | None,
+        state_dict: dict[str, torch.Tensor],
+        *_rest: Any,
+        **_others: Any,
+    ) -> None:
+        """Put a weight in its place, from the file's own numbers and not those cast on the way."""
+        del param_value
+        value = state_dict[param_name].to(target_device)
+        name, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(name)
+        if self.pre_quantized:
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            return
+        quantizer, _ = search_weight(
+            finite_weight(name, value), self._bits[name], self.quantization_config.request.scheme
+        )
+        packed = SEALED_LAYERS[type(layer)].pack(layer, [value], quantizer, None)
+        replace_layers(model, {layer: packed})
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        """Tell layers their dtype, and write down what was quantized."""
+        layers = sealed_layers(model)
+        missing = self._bits.keys() - layers
+        if missing:
+            raise InputError(f"the weight of layer {min(missing)!r} was not loaded")
+        for name, layer in layers.items():
+            kept = any(part in self._float32_modules for part in name.split("."))
+            layer.dtype = torch.float32 if kept else self._dtype
+        attach(model, self.quantization_config.request, self)
+        # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
+        model.is_quantized = False  # type: ignore[assignment]
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return what to write to a safetensors file, and what it is to say of itself."""
+        if not safe_serialization:
+            raise InputError("safe_serialization must be True: msfp writes safetensors alone")
+        config = self.quantization_config
+        open_layer = next((n for n in config.layers if f"{n}.codes" not in state_dict), None)
+        if open_layer is not None:
+            raise InputError(
+                f"layer {open_layer!r} has no packed codes: seal the denoiser before it is saved, "
+                "and save LoRA adapters by themselves"
+            )
+        return state_dict, metadata(state_dict, config.to_dict())
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """Put plain layers with dequantized weights in the place of quantized ones."""
+        config = self.quantization_config
+        if config.entries > 1:
+            raise InputError(
+                f"a denoiser with {config.entries} weights for each layer cannot be dequantized: "
+                "its router chooses among them at each timestep"
+            )
+        layers = sealed_layers(model)
+        replace_layers(model, {layer: dequantized(layer) for layer in layers.values()})
+        detach(model)
+        return model
+
+
+def check_names(expected: set[str], given: set[str]) -> None:
+    """Raise InputError unless a checkpoint has the tensors that its config asks for."""
+    if expected - given:
+        raise InputError(f"tensors are missing: {sorted(expected - given)[:3]}")
+    if given - expected:
+        raise InputError(f"tensors are left over: {sorted(given - expected)[:3]}")
+
+
+def attach(
+    denoiser: nn.Module, request: QuantizationConfig, quantizer: MSFPQuantizer | None = None
+) -> None:
+    """Tell diffusers how a denoiser is quantized, so that it can save and dequantize it.
+
+    Args:
+        denoiser: A network with quantized layers.
+        request: What was asked for.
+        quantizer: The quantizer that loaded it, or None for a new one.
+    """
+    layers = quantized_layers(denoiser)
+    entries = max(layer.entries for layer in layers.values())
+    formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
+    config = MSFPConfig(**request.to_dict(), layers=formats, entries=entries)
+    quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
+    quantizer.quantization_config = config
+    denoiser.hf_quantizer = quantizer
+    if isinstance(denoiser, ConfigMixin):
+        denoiser.register_to_config(quantization_config=config)
+
+
+def detach(denoiser: nn.Module) -> None:
+    """Make diffusers forget that a denoiser was quantized."""
+    if isinstance(denoiser, ConfigMixin):
+        kept = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
+        denoiser._internal_dict = type(denoiser.config)(kept)
+
+
+def register() -> None:
+    """Make `quant_method: "msfp"` known to diffusers.
+
+    Transformers must know the config too, or `PipelineQuantizationConfig(quant_backend="msfp")`
+    refuses it; its models are not quantized.
+    """
+    auto.AUTO_QUANTIZER_MAPPING[MSFPMethod.MSFP.value] = MSFPQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[MSFPMethod.MSFP.value] = MSFPConfig
+    if is_transformers_available():
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        AUTO_QUANTIZATION_CONFIG_MAPPING[MSFPMethod.MSFP.value] = MSFPConfig

@@ -1,0 +1,17 @@
+"""Modules whose numbers are not to be rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import nn
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters follow `.to(device)`, but stay float32 under `.half()` and such."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
