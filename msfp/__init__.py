@@ -4,7 +4,7 @@ The method is that of "Pioneering 4-Bit FP Quantization for Diffusion Models: Mi
 Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505.21591).
 """
 
-from msfp.calibration import Calibration, calibrate
+from msfp.calibration import Calibration
 from msfp.checkpoint import load, save
 from msfp.config import FinetuneConfig, QuantizationConfig
 from msfp.dfa import denoising_factors, timestep_weights
@@ -12,8 +12,10 @@ from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
 from msfp.fine_tuning import finetune
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
+from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
-from msfp.sampling import Sampler, Trajectories, record_trajectories
+from msfp.sampling import Sampler, Trajectories, prompt_calls, record_trajectories
+from msfp.stored_calls import store_calls, stored_calls
 from msfp.summary import LayerSummary
 from msfp.version import __version__
 
@@ -35,10 +37,13 @@ __all__ = [
     "denoising_factors",
     "finetune",
     "load",
+    "prompt_calls",
     "quantize",
     "record_trajectories",
     "save",
     "seal",
+    "store_calls",
+    "stored_calls",
     "timestep_weights",
 ]
 

@@ -1,76 +1,183 @@
-"""Collecting the inputs of every layer while the pipeline samples."""
+"""What calibration saw at the input of each layer: sketches that add up and can be saved."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
-from numpy.typing import NDArray
-from torch import nn
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from msfp.denoiser import denoiser_of, quantizable_layers
-from msfp.sampling import Progress, Sampler
+from fpformats.sketch import Sketch
+from msfp.errors import InputError
 
-SAMPLES_PER_CALL = 4096
+FORMAT_VERSION = 1
+KEY = "msfp_calibration"
+"""Key of the JSON in the metadata of the file."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibration:
-    """Values seen at the input of each layer over all timesteps.
+    """What the input of each layer looked like, over all calls that were made.
+
+    Two calibrations of one denoiser, by calls that were shared out between them, merge into that
+    of all calls, bit for bit.
 
     Attributes:
-        inputs: For each layer's name a uniform random sample of its input values, float32, shape
-            (n,), with the smallest and the largest value of every call included.
+        inputs: For each layer a sketch of its input, in the order in which layers first ran.
+            Layers that never ran come last; their sketches are empty.
+        activations: The activation function that computed a layer's input, where there is one.
+        timesteps: How often the denoiser was called at each timestep, where it has any;
+            descending.
+        weights: Of the timesteps, where they are weighted.
+        calls: Numbers of the pipeline calls that were made, ascending.
+        total: How many there are to make.
     """
 
-    inputs: dict[str, NDArray[np.float32]]
+    inputs: dict[str, Sketch]
+    activations: dict[str, str] = field(default_factory=dict)
+    timesteps: dict[float, int] = field(default_factory=dict)
+    weights: dict[float, int] | None = None
+    calls: list[int] = field(default_factory=list)
+    total: int = 0
+
+    @property
+    def ran(self) -> list[str]:
+        """The layers that ran, in the order in which they first did."""
+        return [name for name, sketch in self.inputs.items() if sketch.count or sketch.nonfinite]
+
+    def check_same(self, other: Calibration) -> None:
+        """Raise InputError unless another calibration has these layers, weights and calls."""
+        unlike = self.inputs.keys() ^ other.inputs.keys()
+        if unlike:
+            raise InputError(
+                "the calibrations are of different denoisers: one alone has a layer "
+                f"{min(unlike)!r}"
+            )
+        if other.weights != self.weights:
+            raise InputError("the calibrations weigh timesteps differently")
+        if other.total != self.total:
+            raise InputError(
+                f"the calibrations are by different calls: {self.total} and {other.total} of them"
+            )
+
+    def merge(self, other: Calibration) -> None:
+        """Add the calls of another calibration.
+
+        Raises:
+            InputError: If it has other layers, weights or calls, or a call is in both.
+        """
+        self.check_same(other)
+        both = set(self.calls) & set(other.calls)
+        if both:
+            raise InputError(f"call {min(both)} is in both calibrations, and would count twice")
+        # The order of layers is that of the first call of all.
+        first, second = sorted((self, other), key=lambda each: each.calls[:1] or [each.total])
+        for name, sketch in self.inputs.items():
+            sketch.merge(other.inputs[name])
+        self.inputs = {name: self.inputs[name] for name in first.inputs}
+        self.activations = second.activations | first.activations
+        self.timesteps = {
+            timestep: self.timesteps.get(timestep, 0) + other.timesteps.get(timestep, 0)
+            for timestep in sorted(self.timesteps | other.timesteps, reverse=True)
+        }
+        self.calls = sorted(self.calls + other.calls)
+
+    def all_reduce(self) -> None:
+        """Merge, in every process of torch.distributed, the calibrations of all of them."""
+        facts: list[Any] = [None] * dist.get_world_size()
+        names = list(self.inputs)
+        dist.all_gather_object(facts, (names, self.activations, self.timesteps, self.calls))
+        merged = self._empty(names)
+        for order, activations, timesteps, calls in facts:
+            part = self._empty(order)
+            part.activations, part.timesteps, part.calls = activations, timesteps, calls
+            merged.merge(part)
+        for name in sorted(names):
+            self.inputs[name].all_reduce()
+        merged.inputs = {name: self.inputs[name] for name in merged.inputs}
+        vars(self).update(vars(merged))
+
+    def _empty(self, names: list[str]) -> Calibration:
+        """Return a calibration like this one, of which no call was made."""
+        inputs = {name: Sketch() for name in names}
+        return Calibration(inputs, weights=self.weights, total=self.total)
+
+    def save(self, file: str | Path) -> None:
+        """Write a safetensors file, of which others never see a part.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
+        file = Path(file)
+        tensors = {
+            f"{name}.{key}": array
+            for name, sketch in self.inputs.items()
+            for key, array in sketch.state().items()
+        }
+        description = {
+            "format_version": FORMAT_VERSION,
+            "layers": list(self.inputs),
+            "activations": self.activations,
+            "timesteps": list(self.timesteps.items()),
+            "weights": None if self.weights is None else list(self.weights.items()),
+            "calls": self.calls,
+            "total": self.total,
+        }
+        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+        try:
+            save_file(tensors, partial, metadata={KEY: json.dumps(description)})
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"calibration {file} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: If the file cannot be read, or is no whole calibration of this version.
+        """
+        try:
+            with safe_open(file, framework="np") as opened:
+                text = (opened.metadata() or {}).get(KEY)
+                if text is None:
+                    raise InputError(f"{file} is a safetensors file, but not of a calibration")
+                description = json.loads(text)
+                version = description.get("format_version")
+                if version != FORMAT_VERSION:
+                    raise InputError(
+                        f"calibration {file} has format version {version}, this msfp reads "
+                        f"{FORMAT_VERSION}"
+                    )
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return cls._from(description, tensors)
+        except InputError:
+            raise
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
+            raise InputError(f"calibration {file} cannot be read: {error}") from error
+
+    @classmethod
+    def _from(cls, description: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
+        weights = description["weights"]
+        return cls(
+            inputs={name: _sketch(name, tensors) for name in description["layers"]},
+            activations=description["activations"],
+            timesteps=dict(description["timesteps"]),
+            weights=None if weights is None else dict(weights),
+            calls=description["calls"],
+            total=description["total"],
+        )
 
 
-class _Collector:
-    """Draws values from the input of one layer at each call."""
-
-    def __init__(self, seed: int) -> None:
-        self.parts: list[torch.Tensor] = []
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        values = args[0].detach().float().flatten().cpu()
-        chosen = torch.randint(values.numel(), (SAMPLES_PER_CALL,), generator=self.generator)
-        self.parts.append(torch.cat([values[chosen], torch.stack(values.aminmax())]))
-
-
-def calibrate(
-    pipe: DiffusionPipeline,
-    sampler: Sampler,
-    *,
-    count: int = 64,
-    seed: int = 1,
-    progress: Progress | None = None,
-) -> Calibration:
-    """Run the pipeline with its own sampler and keep what every Conv2d and Linear reads.
-
-    Args:
-        pipe: A pipeline with a full-precision denoiser.
-        sampler: The call to run; calibration covers the timesteps that it visits.
-        count: Images to sample.
-        seed: Seed of the noise and of the choice of values.
-        progress: Called after each batch of images.
-
-    Returns:
-        The collected values, 4098 per layer and denoiser call.
-
-    Raises:
-        InputError: If the pipeline has no denoiser.
-    """
-    layers = quantizable_layers(denoiser_of(pipe))
-    collectors = {name: _Collector(seed + index) for index, name in enumerate(layers)}
-    handles = [layers[name].register_forward_pre_hook(collectors[name]) for name in layers]
-    try:
-        sampler(pipe, count, seed, progress)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Calibration({name: torch.cat(c.parts).numpy() for name, c in collectors.items()})
+def _sketch(name: str, tensors: Mapping[str, np.ndarray]) -> Sketch:
+    """Return the sketch of a layer."""
+    return Sketch.from_state({key: tensors[f"{name}.{key}"] for key in Sketch().state()})

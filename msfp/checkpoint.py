@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from msfp.block_layers import refuse_block_layers
 from msfp.denoiser import COMPONENTS, denoiser_of
 from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_names
 from msfp.errors import InputError
@@ -86,6 +87,7 @@ def save(target: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
             is written then.
     """
     denoiser = denoiser_of(target)
+    refuse_block_layers(denoiser)
     if not quantized_layers(denoiser):
         raise InputError("denoiser has no quantized layers: call msfp.quantize first")
     if open_layers(denoiser):

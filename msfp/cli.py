@@ -138,9 +138,9 @@ def _pipeline(model: str) -> DiffusionPipeline:
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Calibrate, search, and write a packed checkpoint."""
-    from msfp.calibration import calibrate
     from msfp.checkpoint import check_output, save
     from msfp.denoiser import denoiser_of
+    from msfp.observation import calibrate
     from msfp.progress import stages
     from msfp.quantization import quantize, seal
     from msfp.sampling import Sampler
@@ -150,11 +150,15 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     denoiser = denoiser_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     with stages() as advance:
-        count, names = 64, []
-        calibration = calibrate(
-            pipe, Sampler(arguments.steps), count=count, seed=arguments.seed,
-            progress=lambda done: advance("calibrating", done, count),
-        )  # fmt: skip
+        calls = Sampler(arguments.steps, batch=16).calls(64, arguments.seed)
+        done: list[int] = []
+        names: list[str] = []
+
+        def called(count: int) -> None:
+            done.append(count)
+            advance("calibrating", len(done), len(calls))
+
+        calibration = calibrate(pipe, calls, progress=called)
 
         def searched(name: str) -> None:
             names.append(name)

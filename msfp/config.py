@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 from msfp.errors import InputError
 
-Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
+Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point", "mx", "nvfp4"]
+Granularity = Literal["channel", "tensor"]
 MIN_BITS, MAX_BITS = 3, 8
+BLOCK_BITS: dict[str, tuple[int, ...]] = {"mx": (4, 6, 8), "nvfp4": (4, 8)}
+"""Widths of the schemes whose blocks of elements share a scale."""
 MAX_HUB, MAX_RANK = 16, 256
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
@@ -30,6 +33,37 @@ def check_names(name: str, value: Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
+class LayerSettings(NamedTuple):
+    """What is to be searched for one layer; the fields are those of `QuantizationConfig`."""
+
+    weights: int
+    activations: int | None
+    scheme: Scheme
+    granularity: Granularity
+
+    def check(self) -> None:
+        """Raise InputError if a value is out of range, or the scheme has no format so wide."""
+        for name, bits in (("weights", self.weights), ("activations", self.activations)):
+            if name != "activations" or bits is not None:
+                check_bits(name, bits, self.scheme)
+        check_choice("scheme", self.scheme, get_args(Scheme))
+        check_choice("granularity", self.granularity, get_args(Granularity))
+
+
+def check_bits(name: str, bits: Any, scheme: str) -> None:
+    """Raise InputError unless a scheme has formats of a width."""
+    check_range(name, bits, MIN_BITS, MAX_BITS)
+    allowed = BLOCK_BITS.get(scheme)
+    if allowed is not None and bits not in allowed:
+        raise InputError(f"{name} must be one of {allowed} with scheme {scheme!r}, not {bits}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise InputError unless a value is one of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {allowed}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """Bit widths and the search of post-training quantization.
@@ -41,12 +75,18 @@ class QuantizationConfig:
         scheme: Which grids are searched. "mixup" is the paper's mixup-sign floating point
             (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
             floating point alone; "int_minmax" and "int_mse" are symmetric integers with no clip and
-            with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may.
+            with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may;
+            "mx" and "nvfp4" are the block formats of OCP and NVIDIA, for comparison: "mx" has 4, 6
+            and 8 bits, "nvfp4" 4, with MXFP8 where 8 are asked for.
+        granularity: What shares a scale of the weights: each output "channel", or the "tensor".
+            Blocks have their own.
         include: Layers to quantize: globs of dotted names of layers or of modules around them.
         exclude: Layers to leave in full precision, likewise.
         first: The layer that reads the noisy sample: globs of whole names, of which all that
             match count. Where none does, it is the first that runs during calibration.
         last: The layer that writes the prediction, likewise.
+        overrides: Other values of `weights`, `activations`, `scheme` or `granularity` by glob, as
+            in `include`. They go before `first_last`, and later ones before earlier ones.
 
     Raises:
         InputError: If a value is out of range.
@@ -64,15 +104,15 @@ class QuantizationConfig:
     exclude: tuple[str, ...] = ()
     first: tuple[str, ...] = FIRST_LAYERS
     last: tuple[str, ...] = LAST_LAYERS
+    granularity: Granularity = "channel"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("weights", "activations", "first_last"):
-            if name != "activations" or self.activations is not None:
-                check_range(name, getattr(self, name), MIN_BITS, MAX_BITS)
+        self.settings("inner").check()
+        check_bits("first_last", self.first_last, self.scheme)
         for name in ("include", "exclude", "first", "last"):
             object.__setattr__(self, name, check_names(name, getattr(self, name)))
-        if self.scheme not in get_args(Scheme):
-            raise InputError(f"scheme must be one of {get_args(Scheme)}, not {self.scheme!r}")
+        check_overrides(self.overrides)
 
     def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int | None]:
         """Return the bits of weights and inputs of a layer at a position."""
@@ -80,9 +120,28 @@ class QuantizationConfig:
             return self.weights, self.activations
         return self.first_last, None if self.activations is None else self.first_last
 
+    def settings(self, position: Literal["first", "inner", "last"]) -> LayerSettings:
+        """Return the settings of a layer at a position that no override names."""
+        return LayerSettings(*self.bits(position), self.scheme, self.granularity)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)
+
+
+def check_overrides(overrides: Any) -> None:
+    """Raise InputError unless overrides are fields of `LayerSettings` by glob."""
+    if not isinstance(overrides, Mapping) or not all(
+        isinstance(changes, Mapping) for changes in overrides.values()
+    ):
+        raise InputError(f"overrides must be a table of settings by glob, not {overrides!r}")
+    for glob, changes in overrides.items():
+        unknown = changes.keys() - set(LayerSettings._fields)
+        if unknown:
+            raise InputError(
+                f"overrides has {min(unknown)!r} for {glob!r}: it may have "
+                f"{', '.join(LayerSettings._fields)}"
+            )
 
 
 @dataclass(frozen=True)

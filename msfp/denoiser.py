@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.config import QuantizationConfig
+from msfp.config import LayerSettings, QuantizationConfig
 from msfp.errors import InputError
 
 COMPONENTS = ("unet", "transformer")
@@ -53,22 +53,23 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
     }
 
 
-def bits_by_layer(
+def settings_by_layer(
     denoiser: nn.Module, config: QuantizationConfig, executed: Iterable[str] | None = None
-) -> dict[str, tuple[int, int | None]]:
-    """Return the bits of weights and inputs of each layer that a config chooses.
+) -> dict[str, LayerSettings]:
+    """Return what is to be searched for each layer that a config chooses.
 
     Args:
         denoiser: The full-precision network.
-        config: Bit widths, and the names of layers to choose and of the first and the last one.
+        config: What to search, and for which layers.
         executed: Names of layers in the order in which they run, where that is known.
 
     Returns:
         By name, in definition order.
 
     Raises:
-        InputError: If a glob of `include` or `exclude` matches no layer, no layer is chosen, or
-            the first or last layer is to have other bits and is not found.
+        InputError: If a glob of `include`, `exclude` or `overrides` matches no layer, no layer is
+            chosen, an override is out of range, or the first or last layer is to have other bits
+            and is not found.
     """
     layers = list(quantizable_layers(denoiser))
     kind = type(denoiser).__name__
@@ -77,9 +78,12 @@ def bits_by_layer(
     if not chosen:
         raise InputError(f"{kind} has no layer that include and exclude leave to be quantized")
     ends = _ends(layers, config, None if executed is None else list(executed), kind)
-    return {
-        name: config.bits("first" if name in ends else "inner") for name in layers if name in chosen
-    }
+    settings = {name: config.settings("first" if name in ends else "inner") for name in layers}
+    for glob, changes in config.overrides.items():
+        for name in _matching(layers, "overrides", (glob,), kind):
+            settings[name] = settings[name]._replace(**changes)
+            settings[name].check()
+    return {name: settings[name] for name in layers if name in chosen}
 
 
 def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: str) -> set[str]:
@@ -126,6 +130,21 @@ def replace_layers(denoiser: nn.Module, replacements: dict[nn.Module, nn.Module]
 
 
 def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the timestep argument of one forward call as a tensor of shape (1,) or (batch,)."""
+    """Return the timestep argument of one forward call as a tensor of shape (1,) or (batch,).
+
+    Raises:
+        InputError: If the forward has none.
+    """
+    timestep = timestep_or_none(denoiser, args, kwargs)
+    if timestep is None:
+        raise InputError(f"the forward of {type(denoiser).__name__} must be given a timestep")
+    return timestep
+
+
+def timestep_or_none(
+    denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    """Return what `timestep_of` does, or None for a forward without a timestep."""
     bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
-    return torch.as_tensor(bound.arguments["timestep"]).reshape(-1)
+    timestep = bound.arguments.get("timestep")
+    return None if timestep is None else torch.as_tensor(timestep).reshape(-1)

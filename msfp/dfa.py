@@ -8,6 +8,7 @@ timesteps that the sampler really visits.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from diffusers import SchedulerMixin
@@ -16,6 +17,8 @@ from msfp.errors import InputError
 
 PROBE_SIZE = 64
 TOLERANCE = 1e-6
+WEIGHT_STEPS = 1024
+"""The largest integer weight of a timestep."""
 
 
 def _step(
@@ -87,3 +90,46 @@ def timestep_weights(factors: dict[float, float], power: float) -> dict[float, f
     raw = {timestep: abs(factor) ** power for timestep, factor in factors.items()}
     mean = sum(raw.values()) / len(raw)
     return {timestep: weight / mean for timestep, weight in raw.items()}
+
+
+def integer_weights(factors: dict[float, float]) -> dict[float, int]:
+    """Return the squares of factors as whole numbers, of which sums are exact.
+
+    They are rounded to 1/1024 of the largest, and those below that are 1.
+
+    Raises:
+        InputError: If a factor is not finite, or all are 0.
+
+    Example:
+        >>> integer_weights({750: -4.0, 500: 2.0, 250: -0.01})
+        {750: 1024, 500: 256, 250: 1}
+    """
+    squares = {timestep: factor**2 for timestep, factor in factors.items()}
+    largest = max(squares.values(), default=0.0)
+    if not (largest > 0 and math.isfinite(sum(squares.values()))):
+        raise InputError("factors must be finite, and one of them other than 0")
+    return {
+        timestep: max(1, round(WEIGHT_STEPS * square / largest))
+        for timestep, square in squares.items()
+    }
+
+
+def weight_at(weights: dict[float, int], timestep: float) -> int:
+    """Return the weight of the timestep that is nearest to one.
+
+    A denoiser in bfloat16 gets timesteps rounded to 1 part in 256, so that they need not be equal.
+
+    Raises:
+        InputError: If none is that near.
+
+    Example:
+        >>> weight_at({999: 1024, 501: 7}, 500.0)
+        7
+    """
+    nearest = min(weights, key=lambda known: abs(known - timestep))
+    if abs(nearest - timestep) > abs(nearest) / 256:
+        raise InputError(
+            f"factors has none for timestep {timestep:g}; it must have one for each timestep that "
+            f"the denoiser's forward is given, and has {', '.join(f'{t:g}' for t in weights)}"
+        )
+    return weights[nearest]

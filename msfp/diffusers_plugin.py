@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -18,8 +19,17 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import is_transformers_available
 from torch import nn
 
-from msfp.config import FIRST_LAYERS, LAST_LAYERS, QuantizationConfig, Scheme
-from msfp.denoiser import bits_by_layer, replace_layers
+from msfp.block_layers import block_layers
+from msfp.config import (
+    BLOCK_BITS,
+    FIRST_LAYERS,
+    LAST_LAYERS,
+    Granularity,
+    LayerSettings,
+    QuantizationConfig,
+    Scheme,
+)
+from msfp.denoiser import replace_layers, settings_by_layer
 from msfp.errors import InputError
 from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
 from msfp.layers import (
@@ -54,6 +64,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exclude: As in `QuantizationConfig`.
         first: As in `QuantizationConfig`.
         last: As in `QuantizationConfig`.
+        granularity: As in `QuantizationConfig`.
+        overrides: As in `QuantizationConfig`.
         modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
         layers: The formats of each quantized layer by name, empty before there are any.
         entries: Weights of each layer, one for each LoRA of its hub.
@@ -82,6 +94,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exclude: tuple[str, ...] = (),
         first: tuple[str, ...] = FIRST_LAYERS,
         last: tuple[str, ...] = LAST_LAYERS,
+        granularity: Granularity = "channel",
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
         modules_to_not_convert: tuple[str, ...] = (),
         layers: dict[str, dict[str, Any]] | None = None,
         entries: int = 1,
@@ -96,8 +110,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = MSFPMethod.MSFP
         exclude = (*exclude, *(modules_to_not_convert or ()))
         self.request = QuantizationConfig(
-            weights, activations, first_last, scheme, include, exclude, first, last
-        )
+            weights, activations, first_last, scheme, include, exclude, first, last, granularity,
+            {} if overrides is None else overrides,
+        )  # fmt: skip
         self.entries = entries
         self.layers = _formats({} if layers is None else layers)
 
@@ -143,7 +158,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._dtype = torch.float32
         self._float32_modules: list[str] = []
         self._loaded: set[str] = set()
-        self._bits: dict[str, int] = {}
+        self._settings: dict[str, LayerSettings] = {}
         if not self.pre_quantized and quantization_config.request.activations is not None:
             raise InputError(
                 "activations must be None where a model is quantized as it is loaded: quantizing "
@@ -171,8 +186,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             make_room(model, config.layers, config.entries)
         else:
-            bits = bits_by_layer(model, config.request)
-            self._bits = {name: weights for name, (weights, _) in bits.items()}
+            self._settings = settings_by_layer(model, config.request)
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
@@ -196,7 +210,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
             return self.quantization_config.entries > 1 and param_name.startswith("router.")
-        return leaf == "weight" and layer in self._bits
+        return leaf == "weight" and layer in self._settings
 
     def create_quantized_param(
         self,
@@ -216,16 +230,17 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
             return
-        quantizer, _ = search_weight(
-            finite_weight(name, value), self._bits[name], self.quantization_config.request.scheme
-        )
+        settings = self._settings[name]
+        if settings.scheme in BLOCK_BITS:
+            raise InputError(f"scheme {settings.scheme!r} cannot be saved: use msfp.quantize")
+        quantizer, _ = search_weight(finite_weight(name, value), settings)
         packed = SEALED_LAYERS[type(layer)].pack(layer, [value], quantizer, None)
         replace_layers(model, {layer: packed})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         """Tell layers their dtype, and write down what was quantized."""
         layers = sealed_layers(model)
-        missing = self._bits.keys() - layers
+        missing = self._settings.keys() - layers
         if missing:
             raise InputError(f"the weight of layer {min(missing)!r} was not loaded")
         for name, layer in layers.items():
@@ -283,11 +298,12 @@ def attach(
         quantizer: The quantizer that loaded it, or None for a new one.
     """
     layers = quantized_layers(denoiser)
-    entries = max(layer.entries for layer in layers.values())
+    entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
     config = MSFPConfig(**request.to_dict(), layers=formats, entries=entries)
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
+    quantizer.is_serializable = not block_layers(denoiser)
     denoiser.hf_quantizer = quantizer
     if isinstance(denoiser, ConfigMixin):
         denoiser.register_to_config(quantization_config=config)

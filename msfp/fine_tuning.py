@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from msfp.block_layers import refuse_block_layers
 from msfp.config import FinetuneConfig
 from msfp.dfa import timestep_weights
 from msfp.errors import InputError
@@ -134,6 +135,7 @@ def finetune(
         InputError: If the denoiser has no open quantized layer, the factors are missing or of
             another sampler, or the loss is not finite.
     """
+    refuse_block_layers(denoiser)
     layers = list(open_layers(denoiser).values())
     if not layers:
         raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")

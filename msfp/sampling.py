@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from msfp.denoiser import denoiser_of, timestep_of
 from msfp.errors import InputError
 
 Progress = Callable[[int], None]
-"""Called with the number of images that were just finished."""
+"""Called with the number of images, or of calls, that were just finished."""
+PipelineCall = Callable[[Any], object]
+"""A function that does something with a pipeline, or with a bare denoiser."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class Sampler:
                 progress(len(images[-1]))
         return torch.cat(images)
 
+    def calls(self, count: int, seed: int) -> list[PipelineCall]:
+        """Return the calls that sample `count` images, one for each batch.
+
+        Example:
+            >>> len(Sampler(steps=20, batch=8).calls(20, seed=0))
+            3
+        """
+        return [
+            partial(self.one_batch, seed=seed, start=start) for start in range(0, count, self.batch)
+        ]
+
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
         """Return the images from number `start` on, one batch of them."""
         if "batch_size" not in inspect.signature(pipe.__call__).parameters:
@@ -63,6 +77,39 @@ class Sampler:
             output_type="np",
         )
         return torch.from_numpy(output.images).permute(0, 3, 1, 2)
+
+
+def prompt_calls(
+    conditions: Sequence[str | int], *, steps: int = 20, seed: int = 0, **arguments: Any
+) -> list[PipelineCall]:
+    """Return calls of a conditional pipeline, one for each condition.
+
+    Args:
+        conditions: Prompts, or class labels for a pipeline that takes those.
+        steps: Sampler steps.
+        seed: Seed of the noise of the first call; each next one has the next.
+        **arguments: More arguments of the call, such as `guidance_scale` and `height`.
+
+    Raises:
+        InputError: If there is no condition, or one string in place of a list of them.
+
+    Example:
+        >>> calls = prompt_calls(["a fox", "a red bicycle"], steps=20, guidance_scale=5.0)
+        >>> len(calls)
+        2
+    """
+    if isinstance(conditions, str) or not conditions:
+        raise InputError(f"conditions must be a list of prompts or labels, not {conditions!r}")
+
+    def call(pipe: DiffusionPipeline, condition: str | int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        options = {"output_type": "latent"} | arguments
+        pipe([condition], num_inference_steps=steps, generator=generator, **options)
+
+    return [
+        partial(call, condition=condition, seed=seed + index)
+        for index, condition in enumerate(conditions)
+    ]
 
 
 @dataclass(frozen=True)

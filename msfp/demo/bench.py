@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from diffusers import DDIMPipeline
 
-from msfp.calibration import calibrate
 from msfp.checkpoint import packed_size
 from msfp.config import FinetuneConfig, QuantizationConfig, Scheme
 from msfp.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
 from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.fine_tuning import finetune
+from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
 from msfp.reference import ddim_pipeline, digit_classifier, quality
 from msfp.reference.digits import digits
@@ -42,13 +42,9 @@ class Bench:
     ) -> None:
         self.config, self.settings, self.seed, self.advance = config, settings, seed, advance
         self.pipe = ddim_pipeline()
-        self.calibration = calibrate(
-            self.pipe,
-            settings.sampler,
-            count=settings.calibration,
-            seed=seed + 1,
-            progress=self._progress("calibrating", settings.calibration),
-        )
+        calls = settings.sampler.calls(settings.calibration, seed + 1)
+        progress = self._progress("calibrating", len(calls))
+        self.calibration = calibrate(self.pipe, calls, progress=progress)
         self.training = self._record("recording trajectories", settings.trajectories, seed + 2)
         self.held_out = self._record("recording held-out trajectories", settings.held_out, seed + 3)
         self.factors = denoising_factors(self.pipe.scheduler, settings.sampler.steps)

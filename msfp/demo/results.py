@@ -9,11 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DDIMPipeline
-from numpy.typing import NDArray
 
+from fpformats.sketch import Sketch
 from msfp.config import QuantizationConfig, Scheme
 from msfp.sampling import Sampler
 from msfp.summary import LayerSummary
@@ -141,7 +140,7 @@ class Results:
     layers: list[LayerSummary]
     routing: list[list[int]]
     images: dict[str, torch.Tensor]
-    inputs: dict[str, NDArray[np.float32]]
+    inputs: dict[str, Sketch]
     pipe: DDIMPipeline
 
     def to_dict(self) -> dict[str, Any]:

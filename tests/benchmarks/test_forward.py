@@ -21,7 +21,7 @@ ROUNDS = 10
 def denoisers():
     keep_memory()
     pipe = ddim_pipeline()
-    calibration = calibrate(pipe, Sampler(2, 8), count=8)
+    calibration = calibrate(pipe, Sampler(2, 8).calls(8, seed=1))
     quantized = copy.deepcopy(pipe)
     quantize(quantized, QuantizationConfig(), calibration=calibration)
     seal(quantized.unet)

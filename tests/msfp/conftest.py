@@ -23,7 +23,7 @@ def reference():
 
 @pytest.fixture(scope="session")
 def calibration(reference, sampler):
-    return calibrate(reference, sampler, count=8)
+    return calibrate(reference, sampler.calls(8, seed=1))
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,28 @@ def test_finetune_values_out_of_range_are_refused(name, value):
 
 
 def test_configs_survive_json():
-    config = QuantizationConfig(weights=3, activations=6, first_last=4, scheme="signed")
+    config = QuantizationConfig(
+        weights=3,
+        activations=6,
+        first_last=4,
+        scheme="signed",
+        overrides={"*.to_q": {"weights": 6}},
+    )
     assert QuantizationConfig(**json.loads(json.dumps(config.to_dict()))) == config
     tuning = FinetuneConfig(hub=4, denoising_power=2.0)
     assert FinetuneConfig(**json.loads(json.dumps(tuning.to_dict()))) == tuning
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"granularity": "row"}, r"granularity must be one of \('channel', 'tensor'\), not 'row'"),
+        ({"scheme": "mx", "weights": 5}, r"weights must be one of \(4, 6, 8\) with scheme 'mx'"),
+        ({"scheme": "nvfp4", "first_last": 6}, r"first_last must be one of \(4, 8\)"),
+        ({"overrides": {"conv*": {"bits": 4}}}, r"overrides has 'bits' for 'conv\*': it may have"),
+        ({"overrides": [4]}, "overrides must be a table of settings by glob"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        QuantizationConfig(**config)

@@ -1,0 +1,77 @@
+"""Which activation function computed a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+ACTIVATIONS = {
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "relu": "ReLU",
+    "softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "mish": "Mish",
+    "hardswish": "Hardswish",
+}
+"""Functions of torch, and what the layers that apply them are called."""
+
+
+class ActivationTrace(TorchFunctionMode):
+    """Remembers, while it is entered, the outputs of activation functions.
+
+    A tensor is known by the memory that it lies in, so that reshaping and dropout in evaluation
+    mode keep what was known. Memory that another function has written anew is forgotten.
+
+    Example:
+        >>> with ActivationTrace() as trace:
+        ...     y = torch.nn.SiLU()(torch.zeros(2, 3))
+        ...     trace.function_of(y.flatten()), trace.function_of(y + 1)
+        ('SiLU', None)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._names.clear()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def function_of(self, x: torch.Tensor) -> str | None:
+        """Return the name of the activation function that wrote a tensor, or None."""
+        return self._names.get(_place(x))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, and note what it wrote."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.layout is torch.strided:
+            place = _place(result)
+            name = ACTIVATIONS.get(getattr(func, "__name__", "").rstrip("_"))
+            if name is not None:
+                self._names[place] = name
+            elif place in self._names and not _reads(args, place):
+                del self._names[place]
+        return result
+
+
+def _place(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _reads(args: tuple[Any, ...], place: int) -> bool:
+    """Return whether one of the arguments lies in a place."""
+    return any(isinstance(arg, torch.Tensor) and _place(arg) == place for arg in args)

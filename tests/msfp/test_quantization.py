@@ -1,0 +1,272 @@
+import copy
+import json
+import math
+
+import pipelines
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fpformats import quantize_blocks
+from fpformats.blocks import MXFP4, MXFP8_E4M3, NVFP4
+from msfp import (
+    Calibration,
+    FinetuneConfig,
+    InputError,
+    QuantizationConfig,
+    Sampler,
+    calibrate,
+    finetune,
+    prompt_calls,
+    quantize,
+    save,
+    seal,
+)
+from msfp.block_layers import BlockLayer, block_layers
+from msfp.denoiser import denoiser_of, quantizable_layers
+from msfp.layers import quantized_layers
+
+
+@pytest.mark.parametrize("family", pipelines.BUILDERS)
+def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp_path):
+    pipe = pipelines.build(family)
+    denoiser = denoiser_of(pipe)
+    plain = quantizable_layers(denoiser)
+    before = pipelines.sample(pipe, family)
+    batches = []
+    handle = next(iter(plain.values())).register_forward_pre_hook(
+        lambda _layer, args: batches.append(len(args[0]))
+    )
+    summaries = quantize(
+        pipe, QuantizationConfig(), calibration=lambda pipe: pipelines.sample(pipe, family)
+    )
+    handle.remove()
+    assert len(batches) == pipelines.STEPS
+    assert (batches[0] == 2) == (family in pipelines.GUIDED or family == "unet")
+    assert [summary.name for summary in summaries] == list(plain)
+    assert quantized_layers(denoiser).keys() == plain.keys()
+    seal(denoiser)
+    after = pipelines.sample(pipe, family)
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+    save(denoiser, tmp_path / "denoiser")
+    pipe.register_modules(
+        **{pipelines.component(pipe): type(denoiser).from_pretrained(tmp_path / "denoiser")}
+    )
+    assert torch.equal(pipelines.sample(pipe, family), after)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("conditional_unet", {"SiLU"}),
+        ("pixart", {"SiLU", "GELU"}),
+        ("sd3", {"SiLU", "GELU"}),
+        ("flux", {"SiLU", "GELU"}),
+    ],
+)
+def test_the_report_names_the_activation_before_asymmetric_inputs(family, names):
+    pipe = pipelines.build(family)
+    summaries = quantize(
+        pipe, QuantizationConfig(), calibration=lambda pipe: pipelines.sample(pipe, family)
+    )
+    reasons = {summary.reason for summary in summaries if summary.asymmetric}
+    assert names <= reasons <= names | {"data"}
+    assert all(summary.reason is None for summary in summaries if not summary.asymmetric)
+    for summary in summaries:
+        # GEGLU multiplies after its GELU, and attention after its softmax.
+        if summary.name.endswith(("net.2", "to_out.0")) and family == "conditional_unet":
+            assert summary.activation is None
+
+
+def test_prompts_are_encoded_and_sampled_with_guidance(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pipe = pipelines.build("conditional_unet")
+    pipe.register_modules(**pipelines.text_encoder(transformers, tmp_path))
+    prompts = ["a fox", "a red fox"]
+    arguments = {"height": 64, "width": 64}
+    calibration = calibrate(pipe, prompt_calls(prompts, steps=2, **arguments))
+    assert set(calibration.timesteps.values()) == {2}
+    text = next(name for name in calibration.inputs if name.endswith("attn2.to_k"))
+    # Two prompts, two steps, two branches of guidance, 8 tokens of width 8.
+    assert calibration.inputs[text].count == 2 * 2 * 2 * 8 * 8
+    unguided = calibrate(pipe, prompt_calls(prompts, steps=2, guidance_scale=1.0, **arguments))
+    assert unguided.inputs[text].count == calibration.inputs[text].count / 2
+
+
+def test_class_labels_are_sampled_like_prompts():
+    pipe = pipelines.build("dit")
+    calibration = calibrate(pipe, prompt_calls([1, 7], steps=2))
+    assert set(calibration.timesteps.values()) == {2}
+
+
+class Network(nn.Module):
+    """A network of three kinds of layers that has no timestep, and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Conv1d(4, 64, 3, padding=1)
+        self.conv = nn.Conv2d(64, 64, (1, 3), padding=(0, 1))
+        self.out = nn.Linear(64, 4)
+        self.idle = nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.conv(F.silu(self.inner(x)).unsqueeze(2)).squeeze(2)
+        return self.out(F.gelu(hidden).mT)
+
+
+X = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(3))
+
+
+def drive(network):
+    """Run a network."""
+    return network(X)
+
+
+def test_a_plain_network_is_driven_by_a_function_and_idle_layers_are_left():
+    network = Network()
+    with pytest.warns(UserWarning, match="1 layers never ran .* full precision: idle"):
+        summaries = quantize(network, QuantizationConfig(), calibration=drive)
+    assert [(s.name, s.reason) for s in summaries] == [
+        ("inner", None), ("conv", "SiLU"), ("out", "GELU"),
+    ]  # fmt: skip
+    assert type(network.idle) is nn.Linear
+    # Without a layer of a known name, the first and the last to run have 8 bits.
+    bits = {s.name: network.get_submodule(s.name).weight_quantizer.format.bits for s in summaries}
+    assert bits == {"inner": 8, "conv": 4, "out": 8}
+
+
+def test_overrides_go_before_the_ends_and_later_ones_before_earlier_ones():
+    network = Network()
+    config = QuantizationConfig(
+        weights=5,
+        exclude=("idle",),
+        overrides={
+            "*": {"activations": 6},
+            "inner": {"weights": 3, "activations": None},
+            "con?": {"scheme": "int_mse", "granularity": "tensor"},
+        },
+    )
+    summaries = {s.name: s for s in quantize(network, config, calibration=drive)}
+    inner, conv, out = (network.get_submodule(name) for name in ("inner", "conv", "out"))
+    assert (inner.weight_quantizer.format.bits, inner.input_quantizer) == (3, None)
+    assert summaries["inner"].input_format is None
+    assert (summaries["conv"].weight_format, summaries["conv"].input_format) == ("E0M4", "E0M5")
+    assert len(conv.weight_quantizer.scale.unique()) == 1
+    assert (out.weight_quantizer.format.bits, out.input_quantizer.format.bits) == (8, 6)
+    assert len(out.weight_quantizer.scale.unique()) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"overrides": {"nothing": {"weights": 4}}}, "overrides has 'nothing', which matches no"),
+        ({"overrides": {"conv": {"weights": 2}}}, "weights must be between 3 and 8, not 2"),
+        ({"overrides": {"conv": {"scheme": "mx"}}, "weights": 5}, r"one of \(4, 6, 8\) with .*mx"),
+    ],
+)
+def test_overrides_that_cannot_be_met_are_refused_before_calibration(config, message):
+    network = Network()
+    with pytest.raises(InputError, match=message):
+        quantize(network, QuantizationConfig(**config), calibration=pytest.fail)
+    assert type(network.conv) is nn.Conv2d
+
+
+def test_weights_of_one_scale_do_worse_than_with_one_for_each_channel():
+    by_channel, by_tensor = (
+        quantize(
+            Network(), QuantizationConfig(granularity=granularity, exclude=("idle",)),
+            calibration=drive,
+        )
+        for granularity in ("channel", "tensor")
+    )  # fmt: skip
+    for channel, tensor in zip(by_channel, by_tensor, strict=True):
+        assert channel.weight_sqnr > tensor.weight_sqnr
+
+
+def test_a_summary_tells_what_the_other_choices_would_have_cost():
+    network = Network()
+    config = QuantizationConfig(exclude=("idle",))
+    summaries = quantize(network, config, calibration=drive)
+    conv = summaries[1]
+    assert list(conv.weight_choices) == ["E1M2", "E2M1", "E3M0"]
+    assert list(conv.input_choices) == [
+        "E1M2", "E2M1", "E3M0", "E1M3U", "E2M2U", "E3M1U", "E4M0U",
+    ]  # fmt: skip
+    assert conv.input_sqnr == max(conv.input_choices.values()) == conv.input_choices["E2M2U"]
+    assert conv.weight_sqnr == max(conv.weight_choices.values())
+    assert conv.signed_input_sqnr == max(list(conv.input_choices.values())[:3])
+    plain = json.loads(json.dumps([s.to_dict() for s in summaries], allow_nan=False))
+    assert plain[1]["input_choices"] == conv.input_choices
+
+
+def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer():
+    def broken(network):
+        network(torch.full((1, 4, 50), math.inf))
+
+    network = Network()
+    with pytest.raises(InputError, match="input of layer 'inner' had 200 numbers that are NaN or"):
+        quantize(network, QuantizationConfig(exclude=("idle",)), calibration=broken)
+    assert type(network.inner) is nn.Conv1d
+
+
+def test_activations_are_not_quantized_without_calibration():
+    with pytest.raises(InputError, match="calibration must be given where activations"):
+        quantize(Network(), QuantizationConfig(first_last=4))
+    with pytest.raises(InputError, match="no inputs for the layer 'conv'"):
+        known = Calibration({"inner": calibrate(Network(), drive).inputs["inner"]})
+        quantize(Network(), QuantizationConfig(first_last=4), calibration=known)
+
+
+@pytest.mark.parametrize("scheme", ["mx", "nvfp4"])
+def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
+    network = Network()
+    plain = copy.deepcopy(network)
+    inner = MXFP4 if scheme == "mx" else NVFP4
+    config = QuantizationConfig(scheme=scheme, exclude=("idle",))
+    summaries = quantize(network, config, calibration=drive)
+    assert all(isinstance(layer, BlockLayer) for layer in block_layers(network).values())
+    assert [s.weight_format for s in summaries] == [
+        "MXFP8_E4M3", "MXFP4" if scheme == "mx" else "NVFP4", "MXFP8_E4M3",
+    ]  # fmt: skip
+    assert [s.input_format for s in summaries] == [s.weight_format for s in summaries]
+
+    def rounded(layer, x, fmt, axis):
+        layer.weight.data = quantize_blocks(layer.weight.data, fmt, 1)
+        return layer(quantize_blocks(x, fmt, axis))
+
+    hidden = F.silu(rounded(plain.inner, X, MXFP8_E4M3, 1)).unsqueeze(2)
+    hidden = F.gelu(rounded(plain.conv, hidden, inner, 1).squeeze(2)).mT
+    assert torch.equal(network(X), rounded(plain.out, hidden, MXFP8_E4M3, -1))
+
+
+def test_layers_in_blocks_are_run_and_no_more(tmp_path, trajectories):
+    network = Network()
+    config = QuantizationConfig(scheme="mx", exclude=("idle",), first=("inner",), last=("out",))
+    quantize(network, config)  # there is nothing to search, and so nothing to calibrate
+    refused = "layer 'inner' is in MXFP8_E4M3: block formats can be run .* not yet"
+    with pytest.raises(InputError, match=refused):
+        seal(network)
+    with pytest.raises(InputError, match=refused):
+        save(network, tmp_path / "model")
+    with pytest.raises(InputError, match=refused):
+        finetune(network, trajectories, FinetuneConfig())
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(network, config)
+    pipe = pipelines.build("unet")
+    quantize(pipe, QuantizationConfig(scheme="nvfp4"))
+    with pytest.raises(ValueError, match="not serializable"):
+        pipe.unet.save_pretrained(tmp_path / "unet")
+
+
+def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(reference, tmp_path):
+    file = tmp_path / "state.safetensors"
+    calls = Sampler(2, 2).calls(4, seed=0)
+    first = copy.deepcopy(reference)
+    done = quantize(first, QuantizationConfig(), calibration=calibrate(first, calls, file=file))
+    again = quantize(
+        copy.deepcopy(reference), QuantizationConfig(), calibration=Calibration.load(file)
+    )
+    assert again == done
