@@ -184,6 +184,32 @@ def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path,
     assert torch.equal(call(type(plain).from_pretrained(tmp_path)), before)
 
 
+@pytest.mark.parametrize("arguments", [
+    {"device_map": "cpu"},
+    {"device_map": {"": "cpu"}},
+    {"disable_mmap": True},
+    {"quantization_config": MSFPConfig(weights=8)},
+])  # fmt: skip
+def test_other_ways_to_load_give_the_same_bits(tmp_path, arguments):
+    denoiser = quantized(make("unet"), weights=5, activations=3, first_last=7)
+    denoiser.save_pretrained(tmp_path)
+    loaded = type(denoiser).from_pretrained(tmp_path, **arguments)
+    assert torch.equal(call(loaded), call(denoiser))
+    assert loaded.config.quantization_config.to_dict()["weights"] == 5
+
+
+def test_modules_that_diffusers_keeps_in_float32_are_kept(tmp_path, monkeypatch):
+    denoiser = quantized(make("unet"))
+    denoiser.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(denoiser), "_keep_in_fp32_modules", ["time_embedding"])
+    loaded = type(denoiser).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    for layer, dtype in (
+        (loaded.time_embedding.linear_1, torch.float32),
+        (loaded.conv_in, torch.float16),
+    ):
+        assert layer.bias.dtype == layer.dtype == layer.weight.dtype == dtype
+
+
 def test_shards_are_checked_together(tmp_path):
     denoiser = quantized(make("unet"))
     denoiser.save_pretrained(tmp_path, max_shard_size="10KB")
