@@ -191,35 +191,43 @@ def dpm_solver(scheduler: SchedulerMixin) -> Slopes:
     A step extrapolates the model's x0 (or noise, without ++) as D0 + D1 h + D2 h^2 / 2 in the half
     log-SNR lambda, and integrates it exactly; the factor is the coefficient of the latest output.
     """
-    config, algorithm = scheduler.config, scheduler.config.algorithm_type
+    config = scheduler.config
     sigmas = _double(scheduler.sigmas)
     if config.use_flow_sigmas:
         alpha, sigma = 1 - sigmas, sigmas
     else:
         alpha = 1 / np.sqrt(sigmas**2 + 1)
         sigma = sigmas * alpha
-    lambdas = np.log(alpha) - np.log(sigma)
+    coefficients = _dpm_solver_coefficients(scheduler, alpha, sigma)
+    prediction, levels = config.prediction_type, (alpha[:-1], sigma[:-1])
+    x0 = -sigmas[:-1] if prediction == "flow_prediction" else x0_slope(prediction, *levels)
+    data = config.algorithm_type.endswith("++")
+    return Slopes(coefficients * (x0 if data else noise_slope(prediction, *levels)), x0)
+
+
+def _dpm_solver_coefficients(scheduler: SchedulerMixin, alpha: Array, sigma: Array) -> Array:
+    """Return what each step multiplies its latest x0 (or noise, without ++) by."""
+    config, algorithm = scheduler.config, scheduler.config.algorithm_type
     single = isinstance(scheduler, DPMSolverSinglestepScheduler)
     orders = _singlestep_orders(scheduler) if single else _multistep_orders(scheduler)
-    weights = _singlestep_weights if single else _multistep_weights
+    lambdas = np.log(alpha) - np.log(sigma)
     coefficients = []
     for call, order in enumerate(orders):
-        start = call - order + 1 if single else call
-        h = lambdas[call + 1] - lambdas[start]
+        points = lambdas[call - order + 1 : call + 2]
+        h = points[-1] - (points[0] if single else points[-2])
         scale, k = {
             "dpmsolver++": (alpha[call + 1], h),
             "sde-dpmsolver++": (alpha[call + 1], 2 * h),
             "dpmsolver": (sigma[call + 1], -h),
             "sde-dpmsolver": (2 * sigma[call + 1], -h),
         }[algorithm]
+        if single:
+            latest = _singlestep_weights(points, config.solver_type)
+        else:
+            latest = _multistep_weights(points)
         integrals = _integrals(k, order, algorithm, config.solver_type)
-        latest = weights(lambdas[call - order + 1 : call + 2], config.solver_type)
         coefficients.append(scale * np.dot(integrals, latest))
-    prediction = config.prediction_type
-    levels = alpha[:-1], sigma[:-1]
-    x0 = -sigmas[:-1] if prediction == "flow_prediction" else x0_slope(prediction, *levels)
-    inner = x0 if algorithm.endswith("++") else noise_slope(prediction, *levels)
-    return Slopes(np.array(coefficients) * inner, x0)
+    return np.array(coefficients)
 
 
 def _integrals(k: float, order: int, algorithm: str, solver_type: str) -> list[float]:
@@ -239,12 +247,11 @@ def _integrals(k: float, order: int, algorithm: str, solver_type: str) -> list[f
     return [zeroth, first, second][:order]
 
 
-def _multistep_weights(lambdas: Array, solver_type: str) -> list[float]:  # noqa: ARG001
+def _multistep_weights(lambdas: Array) -> list[float]:
     """Return the weight of the latest output in D0, D1, D2: differences from the latest point.
 
     Args:
         lambdas: At the points of the outputs in use, oldest first, and at the next point.
-        solver_type: Of no influence on these weights.
     """
     *past, latest, after = lambdas
     h = after - latest

@@ -39,7 +39,7 @@ def probe(
         InputError: If the step cannot be called, does not return the target, or is not affine in
             the model output.
     """
-    _promote(scheduler)
+    _prepare(scheduler)
     draw = torch.Generator().manual_seed(0)
     factors = []
     x0 = None
@@ -101,8 +101,11 @@ def _pipeline_arguments(
     return {}
 
 
-def _promote(scheduler: SchedulerMixin) -> None:
-    """Turn the scheduler's tables to float64, so that differences of its steps are exact."""
+def _prepare(scheduler: SchedulerMixin) -> None:
+    """Take the scheduler's tables to the CPU and float64, and start at the first timestep.
+
+    In float32, small factors would drown in the rounding of the samples.
+    """
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timesteps":
             setattr(scheduler, name, value.cpu().double())

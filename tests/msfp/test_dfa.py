@@ -18,6 +18,9 @@ from diffusers import (
 from msfp import InputError, denoising_factors, timestep_weights
 from msfp.factor_formulas import closed_form
 
+# diffusers' own, of NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 STEPS = 10
 
 

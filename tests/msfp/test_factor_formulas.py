@@ -22,6 +22,12 @@ from msfp import InputError, denoising_factors
 from msfp.factor_formulas import FORMULAS, closed_form
 from msfp.factor_probe import probe
 
+# diffusers' own, of NumPy 2 and of algorithms that it will drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning"),
+]
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 

@@ -24,6 +24,9 @@ from msfp.dfa import REFUSED
 from msfp.factor_formulas import FORMULAS, closed_form
 from msfp.factor_probe import model_calls, probe
 
+# diffusers' own, of NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 SCHEDULERS = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
 CONFIGS = {
     "HeliosDMDScheduler": {"stages": 1},
