@@ -35,6 +35,8 @@ from fpformats.names import dtype_of, format_name, parse
 from fpformats.packing import pack, unpack
 from fpformats.rounding import Rounding, Saturation
 from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
+from fpformats.search import Choice
+from fpformats.sketch import Sketch
 
 if TYPE_CHECKING:
     from fpformats.parametric import format_parameters, quantize_parametric
@@ -49,10 +51,12 @@ __all__ = [
     "NVFP4",
     "BlockFormat",
     "Blocks",
+    "Choice",
     "FloatFormat",
     "Rounding",
     "Saturation",
     "ScaleRule",
+    "Sketch",
     "Specials",
     "decode",
     "decode_blocks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,14 +39,14 @@ def backends() -> list[Backend]:
         >>> [backend.takes for backend in backends()][0]
         'NumPy arrays, torch tensors in host memory'
     """
-    found = native.instruction_sets()
+    found = native.instruction_sets() if fused.is_enabled() else []
     compiled = f"compiled kernels, {native.library().chosen()}" if found else WHOLE_ARRAY
     has_triton = importlib.util.find_spec("triton") is not None
     return [
         Backend(
             "NumPy arrays, torch tensors in host memory",
             compiled,
-            "" if found else "installed without a C++17 compiler",
+            "" if found else "the compiled kernels are not there, or not used",
         ),
         Backend(
             "torch tensors on a CUDA device",
@@ -102,5 +101,6 @@ def using(name: str) -> Iterator[None]:
 
 
 def _no_cuda() -> str:
-    torch = sys.modules.get("torch")
-    return "no CUDA device is there" if torch is not None and not torch.cuda.is_available() else ""
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device is there"

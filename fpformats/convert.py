@@ -14,7 +14,7 @@ import numpy as np
 
 from fpformats import dispatch, fused
 from fpformats.operands import (
-    carrier_named,
+    carrier_for,
     carrier_of,
     check_out,
     check_target,
@@ -87,7 +87,7 @@ def quantize(
         return y
     grid = grid_of(fmt, carrier_of(x))
     check_out(out, x)
-    check_words(random, random_bits, x)
+    check_words(policy.random, random_bits, x)
     learning = needs_gradient(x, out=out)
     y = dispatch.quantize(x, fmt, grid, policy, out=out)
     if not learning:
@@ -150,7 +150,7 @@ def encode(
     policy = make_policy(rounding, saturation, random, random_bits)
     grid = grid_of(fmt, carrier_of(x))
     nan_code = checked_nan_code(nan, fmt)
-    check_words(random, random_bits, x)
+    check_words(policy.random, random_bits, x)
     check_packable(x, fmt, packed)
     check_codes_target(out, x, fmt, packed)
     return dispatch.encode(x, fmt, grid, policy, nan_code, packed, out=out)
@@ -172,7 +172,8 @@ def decode(
         dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
             (torch only), float32 or float64.
         shape: Where the codes are packed, the shape that they had.
-        out: Array or tensor of the shape and dtype of the result to write to.
+        out: Array or tensor of the shape and dtype of the result to write to. If an error is
+            raised for a code, it may have been written to.
 
     Returns:
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
@@ -193,7 +194,7 @@ def decode(
         >>> decode(np.array([33, 7], dtype=np.uint8), E2M1, shape=3)
         array([0.5, 1. , 6. ], dtype=float32)
     """
-    carrier = carrier_named(dtype)
+    carrier = carrier_for(dtype, codes)
     grid = grid_of(fmt, carrier)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
     check_target(out, codes, carrier.name, wanted)
@@ -232,7 +233,7 @@ def checked_nan_code(nan: int | None, fmt: FloatFormat) -> int | None:
     Raises:
         ValueError: If what is asked for is not a code.
     """
-    if nan is not None and not 0 <= nan < fmt.code_count:
+    if nan is not None and (type(nan) is not int or not 0 <= nan < fmt.code_count):
         raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
     return fmt.nan_code if nan is None else nan
 
@@ -246,8 +247,8 @@ def check_packable(x: Any, fmt: FloatFormat, packed: bool) -> None:
     """
     if packed and not hasattr(x, "shape"):
         raise TypeError(f"x is a {type(x).__name__}; only codes of an array or a tensor are packed")
-    if packed and fmt.bits > MAX_BITS:
-        raise ValueError(f"packed is True; {fmt} has {fmt.bits} bits, and up to {MAX_BITS} pack")
+    if packed and not 1 <= fmt.bits <= MAX_BITS:
+        raise ValueError(f"packed is True; {fmt} has {fmt.bits} bits, and 1 to {MAX_BITS} pack")
 
 
 def check_codes_target(out: Any, x: Any, fmt: FloatFormat, packed: bool) -> None:

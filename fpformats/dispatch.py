@@ -65,7 +65,7 @@ def quantize(
         if policy is DEFAULT and scales is None:
             fused.remember(kernel, fmt, array.dtype)
         y = fused.quantize(kernel, array, policy, scales, out)
-        return y if array is x else shaped(y, x)
+        return y if array is x or out is not None else shaped(y, x)
     if (plan := on_device.plan_of(x, fmt, carrier, policy, scales)) is not None:
         return on_device.quantize(plan, x, policy, scales, out)
     with quiet():
@@ -113,11 +113,12 @@ def encode(
         bits = fmt.bits if in_one_pass else None
         codes, met = on_device.encode(plan, x, nan_code, bits, policy, scales)
     else:
-        codes = _encode_whole(x, fmt, grid, policy, nan_code, scales)
+        codes = shaped(_encode_whole(x, fmt, grid, policy, nan_code, scales), x)
         in_one_pass, met = False, 0
     if met:
         raise _no_code(fmt, policy, bool(met & NAN_IN))
-    codes = codes if array is x or in_one_pass else shaped(codes, x)
+    is_number = array is not x and hasattr(codes, "shape") and codes.shape == array.shape
+    codes = shaped(codes, x) if is_number and out is None else codes
     return assigned(out, pack(codes, fmt.bits) if packed and not in_one_pass else codes)
 
 
@@ -177,7 +178,7 @@ def decode(
     wanted = tuple(getattr(codes, "shape", ())) if shape is None else shape
     packed_bits = None if shape is None else fmt.bits
     if kernel is not None:
-        values = fused.decode(kernel, codes, carrier, wanted, packed_bits or 0, scales, out)
+        values = fused.decode(kernel, codes, fmt, carrier, wanted, packed_bits or 0, scales, out)
         if values is not None:
             return values
     if packed_bits is None:
@@ -188,7 +189,7 @@ def decode(
     with quiet():
         integers = _as_integers(codes, working_carrier(carrier).name.replace("float", "int"))
         values = rescaled(portable.decode(library_of(codes), integers, grid), scales)
-    return assigned(out, shaped(cast(values, carrier.name), codes))
+        return assigned(out, shaped(cast(values, carrier.name), codes))
 
 
 def rounded(x: Any, grid: Grid, policy: Policy) -> Any:

@@ -289,11 +289,11 @@ class FloatFormat(_Hashed):
 
         return encode(x, self, **options)
 
-    def decode(self, codes: Any, dtype: Any = "float32") -> Any:
+    def decode(self, codes: Any, dtype: Any = "float32", **options: Any) -> Any:
         """Give the values of `codes`: `fpformats.decode` with this format."""
         from fpformats.convert import decode
 
-        return decode(codes, self, dtype)
+        return decode(codes, self, dtype, **options)
 
     def values(self) -> NDArray[np.float64]:
         """List the distinct finite values in ascending order: `fpformats.values`."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from fpformats.kernels import native
 from fpformats.kernels.grid import CARRIERS
-from fpformats.operands import assigned, cast, contiguous, is_plain_tensor
+from fpformats.operands import assigned, cast, check_codes, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
 from fpformats.scales import Scales, lay_out
 
@@ -32,6 +32,7 @@ MAX_PACKED_BITS = 8
 """Widest codes that the kernels pack."""
 CODE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
 """Integer dtypes that the kernels read codes from, and their widths."""
+MAX_REMEMBERED = 4096
 _enabled = True
 _nearest_kernels: dict[tuple[FloatFormat, Any], Any] = {}
 
@@ -45,6 +46,11 @@ def disabled() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+def is_enabled() -> bool:
+    """Tell whether compiled kernels are used where there are any."""
+    return _enabled
 
 
 def kernel_of(
@@ -92,7 +98,7 @@ def nearest(x: Any, fmt: FloatFormat, out: Any = None) -> Any:
     if out is not None and not (is_plain_tensor(out) and _is_like(out, x)):
         return None
     kernel.quantize(x.data_ptr(), y.data_ptr(), size, 1, False)
-    return y
+    return y if out is None else _written(out, y)
 
 
 def _is_like(out: Any, x: Any) -> bool:
@@ -104,6 +110,8 @@ def _is_like(out: Any, x: Any) -> bool:
 
 def remember(kernel: Any, fmt: FloatFormat, dtype: Any) -> None:
     """Keep a kernel of the default policy for `nearest`."""
+    if len(_nearest_kernels) >= MAX_REMEMBERED:
+        _nearest_kernels.clear()
     _nearest_kernels[fmt, dtype] = kernel
 
 
@@ -127,11 +135,11 @@ def quantize(
         `out`, or a new array or tensor.
     """
     source = _memory(x, in_order=scales is not None or policy.random is not None)
+    held, scaling, random = _operands(scales, policy, tuple(source.shape))
     target = source if out is x else out
-    if target is None or not _takes(target, source):
+    if target is None or not _takes(target, source) or not _is_apart(target, held):
         target = _empty_like(source)
     size = _size(source)
-    held, scaling, random = _operands(scales, policy, tuple(source.shape))
     kernel.quantize(
         _address(source),
         _address(target),
@@ -141,8 +149,7 @@ def quantize(
         scaling,
         random,
     )
-    del held
-    return assigned(out, target)
+    return _written(out, target)
 
 
 def encode(
@@ -174,7 +181,7 @@ def encode(
     size, width = _size(source), max(8, 1 << (bits - 1).bit_length())
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
     shape = (-(-size * bits // 8),) if packed else tuple(source.shape)
-    codes = out if _is_free(out, source) else _empty(source, shape, f"uint{width}")
+    codes = out if _is_free(out, [source, *held]) else _empty(source, shape, f"uint{width}")
     met = kernel.encode(
         _address(source),
         _address(codes),
@@ -186,24 +193,25 @@ def encode(
         scaling,
         random,
     )
-    del held
-    return assigned(out, codes), met
+    return _written(out, codes), met
 
 
 def decode(
     kernel: Any,
     codes: Any,
+    fmt: FloatFormat,
     carrier: Carrier,
     shape: tuple[int, ...],
     packed_bits: int = 0,
     scales: Scales | None = None,
     out: Any = None,
 ) -> Any:
-    """Give the values of codes; None if a code is out of range or the dtype is not read.
+    """Give the values of codes; None if one is out of range.
 
     Args:
         kernel: What `kernel_of` gave for `codes`.
         codes: Array or tensor of integers; where they are packed, of bytes.
+        fmt: The format.
         carrier: Carrier of the result.
         shape: Shape of the result.
         packed_bits: Width of packed codes, 0 where they are not packed.
@@ -213,24 +221,24 @@ def decode(
     Returns:
         Values of the carrier, or None.
     """
-    code_bytes = CODE_BYTES.get(str(codes.dtype).removeprefix("torch."))
-    if code_bytes is None:
-        return None
+    if (dtype := str(codes.dtype).removeprefix("torch.")) not in CODE_BYTES:
+        check_codes(codes, fmt.bits, str(fmt))
+        dtype = f"uint{max(8, 1 << (fmt.bits - 1).bit_length())}"
+        codes = cast(codes, dtype)
     source, size = _memory(codes, in_order=True), math.prod(shape)
-    values = out if _is_free(out, source) else _empty(source, shape, carrier.name)
     held, scaling, _ = _operands(scales, DEFAULT, shape)
+    values = out if _is_free(out, [source, *held]) else _empty(source, shape, carrier.name)
     met = kernel.decode(
         _address(source),
         _address(values),
         size,
         native.threads_for(size),
         size * values.itemsize >= native.STREAM_FROM,
-        code_bytes,
+        CODE_BYTES[dtype],
         packed_bits,
         scaling,
     )
-    del held
-    return None if met else assigned(out, values)
+    return None if met else _written(out, values)
 
 
 def errors(
@@ -324,7 +332,7 @@ def moments(
 
 
 def _in_host_memory(x: Any) -> bool:
-    return type(x) is np.ndarray or is_plain_tensor(x)
+    return type(x) in (np.ndarray, np.memmap) or is_plain_tensor(x)
 
 
 def _may_be_read(operand: Any) -> bool:
@@ -355,16 +363,27 @@ def _takes(target: Any, source: Any) -> bool:
     return bool(orderly) and (start == end or start + length <= end or end + length <= start)
 
 
-def _is_free(out: Any, source: Any) -> bool:
-    """Tell whether results of another width can go right to `out`: it does not touch the input."""
+def _is_free(out: Any, operands: list[Any]) -> bool:
+    """Tell whether results of another width can go right to `out`: it touches no input."""
     if out is None or not _in_host_memory(out):
         return False
     if isinstance(out, np.ndarray):
-        orderly = out.flags.c_contiguous and out.flags.aligned
-    else:
-        orderly = out.is_contiguous()
-    (start, length), (end, other) = _extent(out), _extent(source)
-    return bool(orderly) and (start + length <= end or end + other <= start)
+        return bool(out.flags.c_contiguous and out.flags.aligned) and _is_apart(out, operands)
+    return bool(out.is_contiguous()) and _is_apart(out, operands)
+
+
+def _is_apart(out: Any, operands: list[Any]) -> bool:
+    """Tell whether the memory of `out` overlaps none of the operands'."""
+    start, length = _extent(out)
+    extents = [_extent(operand) for operand in operands if operand is not None]
+    return all(start + length <= at or at + size <= start for at, size in extents)
+
+
+def _written(out: Any, result: Any) -> Any:
+    """Give the result, in `out` if there is one, and tell autograd that it was written to."""
+    if out is not None and result is out and not isinstance(out, np.ndarray):
+        sys.modules["torch"].autograd.graph.increment_version(out)
+    return assigned(out, result)
 
 
 def _extent(x: Any) -> tuple[int, int]:
@@ -380,7 +399,11 @@ def _size(x: Any) -> int:
 
 
 def _empty_like(x: Any) -> Any:
-    return np.empty_like(x) if isinstance(x, np.ndarray) else sys.modules["torch"].empty_like(x)
+    return (
+        np.empty(x.shape, x.dtype)
+        if isinstance(x, np.ndarray)
+        else sys.modules["torch"].empty_like(x)
+    )
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:

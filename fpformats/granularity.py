@@ -109,8 +109,8 @@ def _checked_weights(weights: Any, x: Any) -> NDArray[np.float64]:
         raise ValueError(
             f"weights has shape {array.shape}, which does not broadcast to {shape}"
         ) from None
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError("weights must be finite and 0 or more everywhere")
+    if not ((array >= 0).all() and (array <= 2.0**MAX_EXPONENT).all()):
+        raise ValueError(f"weights must be from 0 to 2**{MAX_EXPONENT} everywhere")
     return array
 
 

@@ -77,10 +77,15 @@ def quantize(
     Returns:
         `out`, or a new tensor.
     """
-    source = x.contiguous()
-    result = out if _takes(out, source) else source.new_empty(source.shape)
-    _launches().quantize(source, plan, result, **_operands(scales, policy, tuple(x.shape)))
-    return result if out is None or result is out else out.copy_(result)
+    source, operands = x.contiguous(), _operands(scales, policy, tuple(x.shape))
+    result = out if scales is None and _takes(out, source) else source.new_empty(source.shape)
+    _launches().quantize(source, plan, result, **operands)
+    if out is None:
+        return result
+    if result is not out:
+        return out.copy_(result)
+    sys.modules["torch"].autograd.graph.increment_version(out)
+    return out
 
 
 def encode(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fpformats.formats import FloatFormat
 from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-    from fpformats.formats import FloatFormat
 
 
 def is_tensor(x: object) -> bool:
@@ -88,6 +88,8 @@ def carrier_named(dtype: Any, argument: str = "dtype") -> Carrier:
     Raises:
         TypeError: If there is none.
     """
+    if not isinstance(dtype, Hashable):
+        raise TypeError(f"{argument} is {dtype!r}; allowed: {', '.join(CARRIERS)}")
     if (known := _known_carriers.get(dtype)) is not None and not is_compiling():
         return known
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
@@ -102,6 +104,18 @@ _known_carriers: dict[Any, Carrier] = {}
 """Carriers by dtype: making a name of a dtype takes longer than rounding a small array."""
 
 
+def carrier_for(dtype: Any, codes: Any) -> Carrier:
+    """Give the carrier that codes are to be decoded to.
+
+    Raises:
+        TypeError: If there is none, or NumPy does not have it and the codes are not a tensor.
+    """
+    carrier = carrier_named(dtype)
+    if carrier.name == "bfloat16" and not is_tensor(codes):
+        raise TypeError("dtype is bfloat16, which NumPy does not have; give codes as a tensor")
+    return carrier
+
+
 def working_carrier(carrier: Carrier) -> Carrier:
     """Give the carrier that the kernels compute in: float64 for itself, else float32."""
     return CARRIERS["float64" if carrier.name == "float64" else "float32"]
@@ -111,8 +125,11 @@ def grid_of(fmt: FloatFormat, carrier: Carrier) -> Grid:
     """Give the kernel parameters of a format for values held in a carrier.
 
     Raises:
+        TypeError: If `fmt` is not a format.
         ValueError: If the carrier cannot hold every value of the format.
     """
+    if not isinstance(fmt, FloatFormat):
+        raise TypeError(f"fmt is {fmt!r}; it must be a FloatFormat, as fpformats.parse gives")
     # Tracing looks into a cache's function anyway, and warns about the cache.
     return (_make_grid if is_compiling() else _cached_grid)(fmt, carrier)
 
@@ -197,8 +214,7 @@ def check_out(out: Any, x: Any) -> None:
         raise ValueError(f"out has shape {tuple(out.shape)}; x has shape {tuple(x.shape)}")
     if is_tensor(out) and out.device != x.device:
         raise ValueError(f"out is on {out.device}; x is on {x.device}")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out is read-only")
+    check_writable(out)
 
 
 def check_target(out: Any, source: Any, dtype: str, shape: tuple[int, ...] | None) -> None:
@@ -223,8 +239,19 @@ def check_target(out: Any, source: Any, dtype: str, shape: tuple[int, ...] | Non
         raise ValueError(f"out has shape {tuple(out.shape)}; the result has shape {wanted}")
     if is_tensor(out) and out.device != source.device:
         raise ValueError(f"out is on {out.device}; the input is on {source.device}")
+    check_writable(out)
+
+
+def check_writable(out: Any) -> None:
+    """Check that `out` may be written to.
+
+    Raises:
+        ValueError: If it is read-only, or a gradient would have to pass through it.
+    """
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    if learns(out) and sys.modules["torch"].is_grad_enabled():
+        raise ValueError("out requires a gradient, which cannot pass; use torch.no_grad()")
 
 
 def assigned(out: Any, result: Any) -> Any:

@@ -7,6 +7,7 @@ Codes follow one another from the lowest bit of the first byte on (little-endian
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 from fpformats.operands import cast, check_codes, library_of, padded
@@ -86,7 +87,7 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | Non
         count = math.prod(shape)
         codes = _regroup(xp, cast(packed, "int32"), 8, bits)[:count].reshape(shape)
     else:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = checked_shape(shape)
         _check_axis(axis, len(shape))
         stored = list(shape)
         stored[axis] = _byte_count(shape[axis], bits)
@@ -96,14 +97,32 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | Non
     return cast(codes, "uint8" if bits <= 8 else "uint16")
 
 
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """Give a shape, or a number of elements, as a tuple.
+
+    Raises:
+        ValueError: If it holds anything but integers of 0 or more.
+    """
+    lengths = shape if isinstance(shape, tuple | list) else (shape,)
+    try:
+        known = tuple(operator.index(length) for length in lengths)
+    except TypeError:
+        known = (-1,)
+    if min(known, default=0) < 0:
+        raise ValueError(f"shape is {shape!r}; it must hold integers of 0 or more")
+    return known
+
+
 def checked_packed(packed: Any, bits: int, shape: tuple[int, ...] | int) -> tuple[int, ...]:
     """Give the shape of packed codes, of which there are as many bytes as it takes.
 
     Raises:
         TypeError: If `packed` is not a uint8 array or tensor.
-        ValueError: If it has another number of bytes, or more than one dimension.
+        ValueError: If it has another number of bytes or more than one dimension, or codes of such
+            a width are not packed.
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    _check_bits(bits)
+    shape = checked_shape(shape)
     count = math.prod(shape)
     _check_packed(packed, (_byte_count(count, bits),), f"{count} codes of {bits} bits")
     return shape

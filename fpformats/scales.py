@@ -95,8 +95,10 @@ def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[
     Raises:
         ValueError: If there is not one size for each dimension, or one is not an integer above 0.
     """
-    if len(block_size) != len(shape) or any(
-        type(size) is not int or size < -1 or size == 0 for size in block_size
+    if (
+        not isinstance(block_size, tuple | list)
+        or len(block_size) != len(shape)
+        or any(type(size) is not int or size < -1 or size == 0 for size in block_size)
     ):
         raise ValueError(
             f"block_size is {block_size}; it must hold a positive integer or -1 for each of the "

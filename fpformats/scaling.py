@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpformats import convert, dispatch
 from fpformats.operands import (
-    carrier_named,
+    carrier_for,
     carrier_of,
     check_out,
     check_target,
@@ -91,7 +91,7 @@ def quantize_scaled(
     grid = grid_of(fmt, carrier)
     scales = make_scales(x, scale, zero_point, block_size, carrier)
     check_out(out, x)
-    check_words(random, random_bits, x)
+    check_words(policy.random, random_bits, x)
     if not needs_gradient(x, scale, zero_point, out=out):
         return dispatch.quantize(x, fmt, grid, policy, scales, out)
     with quiet():
@@ -155,7 +155,7 @@ def encode_scaled(
     grid = grid_of(fmt, carrier)
     nan_code = convert.checked_nan_code(nan, fmt)
     scales = make_scales(x, scale, zero_point, block_size, carrier)
-    check_words(random, random_bits, x)
+    check_words(policy.random, random_bits, x)
     convert.check_packable(x, fmt, packed)
     convert.check_codes_target(out, x, fmt, packed)
     return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales, out)
@@ -196,7 +196,7 @@ def decode_scaled(
         >>> decode_scaled(3, E2M1, 0.75)
         1.125
     """
-    carrier = carrier_named(dtype)
+    carrier = carrier_for(dtype, codes)
     working = working_carrier(carrier)
     grid = grid_of(fmt, working)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
-    from fpformats.granularity import as_rows, block_sizes
     from fpformats.kernels.grid import Carrier
-from fpformats.objective import Objective, Sums
+    from fpformats.objective import Objective, Sums
 
 RATIOS: NDArray[np.float64] = np.linspace(0.01, 1.0, 100)
 """The clips tried by default, as fractions of the largest magnitude."""
@@ -181,7 +180,8 @@ def _best(objective: Objective, fmt: FloatFormat, grid: _Grid) -> _Best:
         better = measured < error
         scale, error = np.where(better, refined, scale), np.where(better, measured, error)
         zero_point = None if zero_point is None else np.where(better, moved, zero_point)
-    zero = (objective.low == 0) & (objective.high == 0) & (error == 0)
+    # Whatever the scale, as long as the format has a zero.
+    zero = (objective.low == 0) & (objective.high == 0) & fmt.zero
     return _Best(scale, zero_point, error, zero)
 
 

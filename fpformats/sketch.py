@@ -111,8 +111,11 @@ class Sketch:
         """Add what another sketch has seen, as if this one had seen it.
 
         Raises:
+            TypeError: If it is not a sketch.
             OverflowError: If a bin would hold more than 64 bits can.
         """
+        if not isinstance(other, Sketch):
+            raise TypeError(f"other is a {type(other).__name__}; it must be a Sketch")
         self._add_moments(other._bins, other._moments)
         self._widen(other._low, other._high)
 
@@ -251,8 +254,15 @@ class Sketch:
                 f"state has moments of shape {moments.shape} and ends of shape {ends.shape}; "
                 f"{len(bins)} bins need (3, {len(bins)}) and (2,)"
             )
+        if not _is_state(bins, moments):
+            raise ValueError(
+                f"state has bins and moments that are none of a sketch: ascending integers below "
+                f"{2 * _SIGN}, and integers of 0 or more"
+            )
         sketch = cls()
         sketch._add_moments(bins.astype(np.uint32), moments.astype(np.int64))
+        if ends[0] > ends[1] and sketch.count:
+            raise ValueError(f"state has the ends {ends.tolist()}, of which the first is larger")
         sketch._widen(*ends.tolist())
         return sketch
 
@@ -315,3 +325,12 @@ def _moments(numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[
         np.add.reduceat(low * low, starts),
     ])  # fmt: skip
     return bins[starts].astype(np.uint32), moments.astype(np.int64)
+
+
+def _is_state(bins: NDArray[Any], moments: NDArray[Any]) -> bool:
+    """Tell whether bins and moments are those of a sketch, but for the limits of 64 bits."""
+    if bins.dtype.kind not in "iu" or moments.dtype.kind not in "iu":
+        return False
+    places = bins.astype(np.int64)
+    ascending = (np.diff(places) > 0).all() and (places >= 0).all() and (places < 2 * _SIGN).all()
+    return bool(ascending and (moments >= 0).all())

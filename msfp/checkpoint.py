@@ -24,7 +24,7 @@ from torch import nn
 
 from msfp.block_layers import refuse_block_layers
 from msfp.denoiser import COMPONENTS, denoiser_of
-from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_names
+from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_keys
 from msfp.errors import InputError
 from msfp.integrity import verify
 from msfp.layers import make_room, quantized_layers
@@ -169,7 +169,7 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     verify([folder / TENSOR_FILE], config.to_dict())
     tensors: dict[str, torch.Tensor] = load_file(folder / TENSOR_FILE)
     make_room(network, config.layers, config.entries)
-    check_names(set(network.state_dict()), set(tensors))
+    check_keys(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
     attach(network, config.request)
     return network

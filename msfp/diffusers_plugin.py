@@ -28,6 +28,7 @@ from msfp.config import (
     LayerSettings,
     QuantizationConfig,
     Scheme,
+    check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
 from msfp.errors import InputError
@@ -108,7 +109,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if type(entries) is not int or entries < 1:
             raise InputError(f"entries must be a positive integer, not {entries!r}")
         self.quant_method = MSFPMethod.MSFP
-        exclude = (*exclude, *(modules_to_not_convert or ()))
+        more = check_names("modules_to_not_convert", modules_to_not_convert)
+        exclude = (*check_names("exclude", exclude), *more)
         self.request = QuantizationConfig(
             weights, activations, first_last, scheme, include, exclude, first, last, granularity,
             {} if overrides is None else overrides,
@@ -194,7 +196,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Refuse packed checkpoints with tensors missing or left over."""
         del prefix
         if self.pre_quantized:
-            check_names(set(model.state_dict()), self._loaded)
+            check_keys(set(model.state_dict()), self._loaded)
         return missing_keys
 
     def check_if_quantized_param(
@@ -279,7 +281,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return model
 
 
-def check_names(expected: set[str], given: set[str]) -> None:
+def check_keys(expected: set[str], given: set[str]) -> None:
     """Raise InputError unless a checkpoint has the tensors that its config asks for."""
     if expected - given:
         raise InputError(f"tensors are missing: {sorted(expected - given)[:3]}")

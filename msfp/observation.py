@@ -18,8 +18,8 @@ from fpformats.sketch import Sketch
 from msfp.activations import ActivationTrace
 from msfp.calibration import Calibration
 from msfp.denoiser import denoiser_of, quantizable_layers, timestep_or_none
-from msfp.dfa import integer_weights, weight_at
 from msfp.errors import InputError
+from msfp.integer_weights import integer_weights, weight_at
 from msfp.sampling import PipelineCall, Progress
 
 SAMPLES_PER_CALL = 4096

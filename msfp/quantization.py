@@ -84,8 +84,8 @@ def _settings(
         settings = settings_by_layer(denoiser, config)
         if any(_needs_input(each) for each in settings.values()):
             raise InputError(
-                "calibration must be given where activations are quantized: calls of the pipeline, "
-                "or what msfp.calibrate returned"
+                "calibration must be given, such as a function that calls the pipeline or what "
+                "msfp.calibrate returned, or activations be None"
             )
         return settings
     settings = settings_by_layer(denoiser, config, calibration.ran)

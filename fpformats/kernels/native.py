@@ -26,16 +26,19 @@ PARALLEL_FROM = 1 << 20
 STREAM_FROM = 1 << 25
 """Bytes of a result from which on it is written past the caches, which could not hold it."""
 
-NAN_IN, NAN_OUT, BAD_CODE = 1, 2, 4
+NAN_IN, NAN_OUT = 1, 2
 
 
 def _load() -> Any:
     try:
         return importlib.import_module("fpformats.kernels._native")
-    except ImportError:
+    except ImportError as error:
+        # That of a module set to None or not built names no library.
+        missing = isinstance(error, ModuleNotFoundError)
+        how = "was installed without its compiled kernels" if missing else "cannot load its kernels"
         warnings.warn(
-            "fpformats was installed without its compiled kernels, so NumPy and torch do the work "
-            "more slowly; with a C++17 compiler at hand, reinstall it",
+            f"fpformats {how} ({error}), so NumPy and torch do the work more slowly; with a C++17 "
+            "compiler at hand, reinstall it",
             stacklevel=2,
         )
         return None
@@ -66,4 +69,9 @@ def threads_for(count: int) -> int:
         return 1
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

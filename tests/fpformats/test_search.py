@@ -430,7 +430,7 @@ def test_bad_arguments_are_refused_by_name():
         "ratios must be one-dimensional, positive": {"ratios": np.array([0.5, 0.0])},
         "ratios must be": {"ratios": np.array([])},
         "zero_points must be one-dimensional, from 0 to 1": {"zero_points": np.array([-0.3])},
-        "weights must be finite and 0 or more": {"weights": -x},
+        "weights must be from 0 to": {"weights": -x},
         r"weights has shape \(2,\), which does not broadcast": {"weights": x[:, 0]},
         "axis is 2; x has 2 dimensions": {"axis": 2},
         "only one of them": {"axis": 0, "block_size": (1, -1)},
@@ -506,3 +506,11 @@ def test_a_sketch_is_searched_as_a_whole_and_says_what_it_left_out():
     for options in ({"weights": 1.0}, {"axis": 0}, {"block_size": (1,)}):
         with pytest.raises(TypeError, match="x is a Sketch"):
             search(sketch, [E2M1], **options)
+
+
+def test_zeros_are_no_exact_match_where_the_format_has_no_zero():
+    fmt = FloatFormat(4, 0, signed=False, subnormals=False, zero=False)
+    for x in (np.zeros(10, np.float32), np.array([[0.0, 0.0], [3.0, 1.0]], np.float32)):
+        choice = search(x, [fmt], axis=0)
+        true = np.square(choice.quantize(x).astype(float) - x).sum()
+        assert choice.squared_error == pytest.approx(true, rel=1e-9)

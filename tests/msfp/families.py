@@ -1,14 +1,30 @@
 """Tiny denoisers of every family, with random weights, and arguments to call them with."""
 
+import json
+
 import torch
 from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from msfp import QuantizationConfig, quantize, seal
+from msfp.denoiser import denoiser_of
 
 BLOCKS = {
     "sample_size": 8,
@@ -59,7 +75,7 @@ def dit():
         num_layers=2,
         sample_size=8,
         norm_num_groups=4,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
     )
 
 
@@ -137,8 +153,9 @@ def make(family):
     return denoiser
 
 
-def call(denoiser, dtype=torch.float32, timestep=500):
-    """The prediction of a denoiser of any family for one fixed call."""
+def call(denoiser, timestep=500):
+    """The prediction of a denoiser of any family for one fixed call, in its dtype."""
+    dtype = denoiser.dtype
 
     def noise(*shape):
         draw = torch.Generator().manual_seed(len(shape))
@@ -181,3 +198,122 @@ def call(denoiser, dtype=torch.float32, timestep=500):
     args, kwargs = calls[type(denoiser)]()
     with torch.no_grad():
         return denoiser(*args, **kwargs, return_dict=False)[0]
+
+
+def quantized(denoiser, **config):
+    """The denoiser, quantized in place and sealed."""
+    quantize(denoiser, QuantizationConfig(**config), calibration=call)
+    seal(denoiser)
+    return denoiser
+
+
+def cast(module, dtype):
+    """The module cast in place as diffusers' loader does: buffers that are not saved stay."""
+    saved = set(module.state_dict())
+    stay = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
+    module.to(dtype)
+    for name, buffer in stay.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer
+    return module
+
+
+def autoencoder(channels):
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+        shift_factor=0.0,
+    ).eval()
+
+
+def clip(folder):
+    """A text encoder of random weights, and a tokenizer of one letter."""
+    folder.mkdir(exist_ok=True)
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=5
+    )
+    config = CLIPTextConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=5, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+def pipeline(family, folder):
+    """The pipeline of a family's denoiser; a folder is needed to write a vocabulary to."""
+    denoiser = make(family)
+    torch.manual_seed(0)
+    no_text = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    flow = FlowMatchEulerDiscreteScheduler()
+    ddim = DDIMScheduler(clip_sample=False, steps_offset=1)
+    makers = {
+        "unet": lambda: DDIMPipeline(denoiser, ddim),
+        "conditional_unet": lambda: StableDiffusionPipeline(
+            unet=denoiser, vae=autoencoder(4), scheduler=ddim, **clip(folder),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ),
+        "xl_unet": lambda: StableDiffusionXLPipeline(
+            unet=denoiser, vae=autoencoder(4), scheduler=ddim, **no_text, add_watermarker=False
+        ),
+        "dit": lambda: DiTPipeline(denoiser, autoencoder(4), ddim),
+        "pixart": lambda: PixArtAlphaPipeline(
+            transformer=denoiser, vae=autoencoder(4), scheduler=ddim,
+            text_encoder=None, tokenizer=None,
+        ),
+        "sd3": lambda: StableDiffusion3Pipeline(
+            transformer=denoiser, vae=autoencoder(4), scheduler=flow, **no_text,
+            text_encoder_3=None, tokenizer_3=None,
+        ),
+        "flux": lambda: FluxPipeline(
+            transformer=denoiser, vae=autoencoder(4), scheduler=flow, **no_text
+        ),
+    }  # fmt: skip
+    pipe = makers[family]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe):
+    """The images of one fixed call of two steps, float32.
+
+    The prediction instead, where the pipeline cannot make images in bfloat16 at all.
+    """
+    if type(pipe) in (DDIMPipeline, DiTPipeline) and pipe.dtype == torch.bfloat16:
+        return call(denoiser_of(pipe))
+    draw = torch.Generator().manual_seed(0)
+    dtype = denoiser_of(pipe).dtype
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    embeds = {"prompt_embeds": noise(1, 5, 8), "negative_prompt_embeds": -noise(1, 5, 8)}
+    pooled = {
+        "pooled_prompt_embeds": noise(1, 8),
+        "negative_pooled_prompt_embeds": -noise(1, 8),
+    }
+    size = {"height": 16, "width": 16}
+    arguments = {
+        DDIMPipeline: {"batch_size": 2},
+        StableDiffusionPipeline: {"prompt": "a", **size},
+        StableDiffusionXLPipeline: {**embeds, **pooled, **size},
+        DiTPipeline: {"class_labels": [1, 2]},
+        PixArtAlphaPipeline: {
+            **embeds, **size, "negative_prompt": None, "use_resolution_binning": False,
+            "prompt_attention_mask": torch.ones(1, 5),
+            "negative_prompt_attention_mask": torch.ones(1, 5),
+        },
+        StableDiffusion3Pipeline: {**embeds, **pooled, **size},
+        FluxPipeline: {
+            "prompt_embeds": noise(1, 5, 8), "pooled_prompt_embeds": noise(1, 8), **size
+        },
+    }[type(pipe)]  # fmt: skip
+    output = pipe(**arguments, generator=draw, num_inference_steps=2, output_type="np")
+    return torch.from_numpy(output.images)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fpformats import E2M1, E2M2U, E3M2, decode, quantize_scaled, unpack
+from fpformats import E2M1, E2M2U, E3M2, FloatFormat, Specials, decode, quantize_scaled, unpack
 from msfp import InputError, QuantConv1d, QuantConv2d, QuantLinear, cache_weights, seal
 from msfp.denoiser import replace_layers
 from msfp.layers import SEALED_LAYERS, quantized_layers
@@ -114,6 +114,22 @@ def test_a_sealed_layer_holds_codes_scales_and_bias_and_nothing_else():
     }
     assert "input_zero_point" not in sealed("conv2d", E3M2).state_dict()
     assert "input_scale" not in sealed("conv2d", None).state_dict()
+
+
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_entries_of_any_width_and_number_of_weights_are_packed_each_from_a_new_byte(bits):
+    plain = nn.Conv1d(3, 5, 3)  # 45 weights: the last byte of an entry is not full
+    fmt = FloatFormat(2, bits - 3, specials=Specials.FINITE_ONLY)
+    scale = torch.linspace(0.01, 0.1, 5).view(5, 1, 1)
+    weights = [torch.randn(5, 3, 3) for _ in range(3)]
+    layer = QuantConv1d.pack(plain, weights, Quantizer(fmt, scale), None)
+    assert layer.codes.shape == (3 * -(-45 * bits // 8),)
+    layer_again = copy.deepcopy(layer)
+    layer_again.cache_weight(True)
+    for entry, weight in enumerate(weights):
+        expected = quantize_scaled(weight, fmt, scale)
+        assert torch.equal(layer.quantized_weight(entry), expected)
+        assert torch.equal(layer_again.quantized_weight(entry), expected)
 
 
 def test_casting_there_and_back_does_not_touch_codes_and_scales():

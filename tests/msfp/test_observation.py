@@ -11,7 +11,7 @@ from torch import nn
 from fpformats.sketch import Sketch
 from msfp import Calibration, InputError, Sampler, calibrate, denoising_factors, store_calls
 from msfp.denoiser import quantizable_layers
-from msfp.dfa import integer_weights
+from msfp.integer_weights import integer_weights
 from msfp.observation import SAMPLES_PER_CALL
 from msfp.sampling import prompt_calls
 from msfp.stored_calls import stored_calls

@@ -2,7 +2,7 @@ import copy
 import json
 import math
 
-import pipelines
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,37 +24,41 @@ from msfp import (
     seal,
 )
 from msfp.block_layers import BlockLayer, block_layers
-from msfp.denoiser import denoiser_of, quantizable_layers
+from msfp.denoiser import denoiser_name, denoiser_of, quantizable_layers
 from msfp.layers import quantized_layers
 
+GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"), 2) | {"dit": 4}
+"""Samples in a forward of each family's fixed call: both branches of classifier-free guidance.
 
-@pytest.mark.parametrize("family", pipelines.BUILDERS)
+The unconditional pipeline makes two images, and that of classes, too; that of Flux has no branches.
+"""
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp_path):
-    pipe = pipelines.build(family)
+    pipe = families.pipeline(family, tmp_path / "text")
     denoiser = denoiser_of(pipe)
     plain = quantizable_layers(denoiser)
-    before = pipelines.sample(pipe, family)
+    before = families.images(pipe)
     batches = []
     handle = next(iter(plain.values())).register_forward_pre_hook(
         lambda _layer, args: batches.append(len(args[0]))
     )
-    summaries = quantize(
-        pipe, QuantizationConfig(), calibration=lambda pipe: pipelines.sample(pipe, family)
-    )
+    summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     handle.remove()
-    assert len(batches) == pipelines.STEPS
-    assert (batches[0] == 2) == (family in pipelines.GUIDED or family == "unet")
+    assert len(batches) == 2
+    assert set(batches) == {GUIDED.get(family, 1)}
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
     seal(denoiser)
-    after = pipelines.sample(pipe, family)
+    after = families.images(pipe)
     assert after.isfinite().all()
     assert not torch.equal(after, before)
     save(denoiser, tmp_path / "denoiser")
     pipe.register_modules(
-        **{pipelines.component(pipe): type(denoiser).from_pretrained(tmp_path / "denoiser")}
+        **{denoiser_name(pipe): type(denoiser).from_pretrained(tmp_path / "denoiser")}
     )
-    assert torch.equal(pipelines.sample(pipe, family), after)
+    assert torch.equal(families.images(pipe), after)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +70,9 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
         ("flux", {"SiLU", "GELU"}),
     ],
 )
-def test_the_report_names_the_activation_before_asymmetric_inputs(family, names):
-    pipe = pipelines.build(family)
-    summaries = quantize(
-        pipe, QuantizationConfig(), calibration=lambda pipe: pipelines.sample(pipe, family)
-    )
+def test_the_report_names_the_activation_before_asymmetric_inputs(family, names, tmp_path):
+    pipe = families.pipeline(family, tmp_path / "text")
+    summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     reasons = {summary.reason for summary in summaries if summary.asymmetric}
     assert names <= reasons <= names | {"data"}
     assert all(summary.reason is None for summary in summaries if not summary.asymmetric)
@@ -80,23 +82,21 @@ def test_the_report_names_the_activation_before_asymmetric_inputs(family, names)
             assert summary.activation is None
 
 
-def test_prompts_are_encoded_and_sampled_with_guidance(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pipe = pipelines.build("conditional_unet")
-    pipe.register_modules(**pipelines.text_encoder(transformers, tmp_path))
-    prompts = ["a fox", "a red fox"]
-    arguments = {"height": 64, "width": 64}
-    calibration = calibrate(pipe, prompt_calls(prompts, steps=2, **arguments))
-    assert set(calibration.timesteps.values()) == {2}
+def test_prompts_are_encoded_and_sampled_with_both_branches_of_guidance(tmp_path):
+    pipe = families.pipeline("conditional_unet", tmp_path)
+    arguments = {"height": 16, "width": 16}
+    calls = prompt_calls(["a", "a a"], steps=3, **arguments)
+    calibration = calibrate(pipe, calls)
+    assert list(calibration.timesteps.values()) == [2] * 3
     text = next(name for name in calibration.inputs if name.endswith("attn2.to_k"))
-    # Two prompts, two steps, two branches of guidance, 8 tokens of width 8.
-    assert calibration.inputs[text].count == 2 * 2 * 2 * 8 * 8
-    unguided = calibrate(pipe, prompt_calls(prompts, steps=2, guidance_scale=1.0, **arguments))
+    # Two prompts, three steps and two branches, of 5 tokens of width 8.
+    assert calibration.inputs[text].count == 2 * 3 * 2 * 5 * 8
+    unguided = calibrate(pipe, prompt_calls(["a", "a a"], steps=3, guidance_scale=1, **arguments))
     assert unguided.inputs[text].count == calibration.inputs[text].count / 2
 
 
-def test_class_labels_are_sampled_like_prompts():
-    pipe = pipelines.build("dit")
+def test_class_labels_are_sampled_like_prompts(tmp_path):
+    pipe = families.pipeline("dit", tmp_path)
     calibration = calibrate(pipe, prompt_calls([1, 7], steps=2))
     assert set(calibration.timesteps.values()) == {2}
 
@@ -213,7 +213,7 @@ def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer():
 
 
 def test_activations_are_not_quantized_without_calibration():
-    with pytest.raises(InputError, match="calibration must be given where activations"):
+    with pytest.raises(InputError, match="calibration must be given, such as a function"):
         quantize(Network(), QuantizationConfig(first_last=4))
     with pytest.raises(InputError, match="no inputs for the layer 'conv'"):
         known = Calibration({"inner": calibrate(Network(), drive).inputs["inner"]})
@@ -255,7 +255,7 @@ def test_layers_in_blocks_are_run_and_no_more(tmp_path, trajectories):
         finetune(network, trajectories, FinetuneConfig())
     with pytest.raises(InputError, match="quantized already"):
         quantize(network, config)
-    pipe = pipelines.build("unet")
+    pipe = families.pipeline("unet", tmp_path)
     quantize(pipe, QuantizationConfig(scheme="nvfp4"))
     with pytest.raises(ValueError, match="not serializable"):
         pipe.unet.save_pretrained(tmp_path / "unet")

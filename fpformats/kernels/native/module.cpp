@@ -104,8 +104,9 @@ struct Kernel {
                 const Scaling* scaling, const Random* random) const {
     Job job = this->job(in, out, count, scaling, random);
     job.streams = streams;
+    const Pass pass = chosen->quantize;
     nb::gil_scoped_release release;
-    run(chosen->quantize, job, threads);
+    run(pass, job, threads);
   }
 
   unsigned encode(uint64_t in, uint64_t out, int64_t count, int threads, int64_t nan_code,
@@ -115,8 +116,9 @@ struct Kernel {
     job.nan_code = nan_code;
     job.code_bytes = code_bytes;
     job.packed_bits = packed_bits;
+    const Pass pass = chosen->encode;
     nb::gil_scoped_release release;
-    return run(chosen->encode, job, threads);
+    return run(pass, job, threads);
   }
 
   unsigned decode(uint64_t in, uint64_t out, int64_t count, int threads, bool streams,
@@ -125,8 +127,9 @@ struct Kernel {
     job.code_bytes = code_bytes;
     job.packed_bits = packed_bits;
     job.streams = streams;
+    const Pass pass = chosen->decode;
     nb::gil_scoped_release release;
-    return run(chosen->decode, job, threads);
+    return run(pass, job, threads);
   }
 
   // Errors or, with `sums`, the six sums of candidates: see Trial.
@@ -145,8 +148,9 @@ struct Kernel {
         candidates,
         static_cast<double*>(const_cast<void*>(pointer(out))),
     };
+    const Attempt attempt = sums ? chosen->sums : chosen->errors;
     nb::gil_scoped_release release;
-    run(sums ? chosen->sums : chosen->errors, trial, threads);
+    run(attempt, trial, threads);
   }
 };
 

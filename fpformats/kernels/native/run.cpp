@@ -32,6 +32,7 @@ namespace {
 template <class Part>
 void share(int64_t parts, const Part& part) {
   std::vector<std::thread> helpers;
+  helpers.reserve(size_t(parts));
   int64_t started = 1;
   try {
     for (; started < parts; ++started) helpers.emplace_back(part, started);

@@ -26,12 +26,18 @@ class Arithmetic {
 #endif
 };
 
-// Where the lanes of a block are: room for them, for codes, and for random words and a few more.
+// Room for the random words of a block, of either width, and a few more.
+struct RandomWords {
+  uint64_t wide[block + 16];
+  uint32_t narrow[block + 16];
+};
+
+// Where the lanes of a block are: room for them, for codes and for random words.
 template <class Lane>
 struct alignas(64) Buffers {
   Lane lanes[block], results[block], scales[block], zero_points[block];
   uint32_t codes[block];
-  uint64_t words[block + 16];
+  RandomWords words;
 };
 
 template <class Way, class Lane, class Out>
@@ -64,11 +70,11 @@ void apply_general(const Job& job, int64_t begin, int64_t count, const Lane* in,
 
 template <class Lane, class Out>
 void round_in_general(const Job& job, int64_t begin, int64_t count, const Lane* in, Out* out,
-                      uint64_t* words) {
+                      RandomWords* words) {
   switch (job.plan->mode) {
 #define FPFORMATS_MODE(name) \
   case Mode::name:           \
-    return apply_general<Mode::name>(job, begin, count, in, out, words);
+    return apply_general<Mode::name>(job, begin, count, in, out, words ? words->wide : nullptr);
     FPFORMATS_MODE(nearest_ties_to_even)
     FPFORMATS_MODE(nearest_ties_to_away)
     FPFORMATS_MODE(toward_zero)
@@ -115,11 +121,11 @@ bool round_fast(const Plan& plan, int64_t count, const float* in, Out* out) {
 
 template <class Out>
 void round_block(const Job& job, int64_t begin, int64_t count, const float* in, Out* out,
-                 uint64_t* words) {
+                 RandomWords* words) {
   const Plan& plan = *job.plan;
   if (plan.draws_narrow) {
     const auto draws = plan.is_signed ? round_drawn<true, Out> : round_drawn<false, Out>;
-    return draws(job, begin, count, in, out, reinterpret_cast<uint32_t*>(words));
+    return draws(job, begin, count, in, out, words->narrow);
   }
   const bool done = plan.is_signed ? round_fast<true>(plan, count, in, out)
                                    : round_fast<false>(plan, count, in, out);
@@ -128,7 +134,7 @@ void round_block(const Job& job, int64_t begin, int64_t count, const float* in, 
 
 template <class Out>
 void round_block(const Job& job, int64_t begin, int64_t count, const double* in, Out* out,
-                 uint64_t* words) {
+                 RandomWords* words) {
   round_in_general(job, begin, count, in, out, words);
 }
 
@@ -145,7 +151,7 @@ unsigned quantize_lanes(const Job& job, int64_t begin, int64_t end) {
       scales.divide(in, buffers.lanes, count);
       in = buffers.lanes;
     }
-    round_block(job, from, count, in, out, buffers.words);
+    round_block(job, from, count, in, out, &buffers.words);
     if (job.scales) scales.multiply(out, count);
     store(job, from, count, out);
   }
@@ -165,7 +171,7 @@ unsigned encode_lanes(const Job& job, int64_t begin, int64_t end) {
       scales.divide(in, buffers.lanes, count);
       in = buffers.lanes;
     }
-    round_block(job, from, count, in, buffers.codes, buffers.words);
+    round_block(job, from, count, in, buffers.codes, &buffers.words);
     met |= name_nan(job, count, in, buffers.codes);
     store_codes(job, from, count, buffers.codes);
   }

@@ -1,0 +1,51 @@
+"""Weights of timesteps that are whole numbers, so that weighted sums are exact in any order."""
+
+from __future__ import annotations
+
+import math
+
+from msfp.errors import InputError
+
+WEIGHT_STEPS = 1024
+"""The largest weight."""
+
+
+def integer_weights(factors: dict[float, float]) -> dict[float, int]:
+    """Return the squares of denoising factors, rounded to 1/1024 of the largest, at least 1.
+
+    Raises:
+        InputError: If a factor is not finite, or all are 0.
+
+    Example:
+        >>> integer_weights({750: -4.0, 500: 2.0, 250: -0.01})
+        {750: 1024, 500: 256, 250: 1}
+    """
+    squares = {timestep: factor**2 for timestep, factor in factors.items()}
+    largest = max(squares.values(), default=0.0)
+    if not (largest > 0 and math.isfinite(sum(squares.values()))):
+        raise InputError("factors must be finite, and one of them other than 0")
+    return {
+        timestep: max(1, round(WEIGHT_STEPS * square / largest))
+        for timestep, square in squares.items()
+    }
+
+
+def weight_at(weights: dict[float, int], timestep: float) -> int:
+    """Return the weight of the timestep that is nearest to one.
+
+    A denoiser in bfloat16 gets timesteps rounded to 1 part in 256, so that they need not be equal.
+
+    Raises:
+        InputError: If none is that near.
+
+    Example:
+        >>> weight_at({999: 1024, 501: 7}, 500.0)
+        7
+    """
+    nearest = min(weights, key=lambda known: abs(known - timestep))
+    if abs(nearest - timestep) > abs(nearest) / 256:
+        raise InputError(
+            f"factors has none for timestep {timestep:g}; it must have one for each timestep that "
+            f"the denoiser's forward is given, and has {', '.join(f'{t:g}' for t in weights)}"
+        )
+    return weights[nearest]
