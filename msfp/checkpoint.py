@@ -144,7 +144,10 @@ def _is_packed(folder: Path) -> bool:
     file = folder / CONFIG_FILE
     if not file.is_file():
         return False
-    description = json.loads(file.read_text())
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
     config = description.get("quantization_config") if isinstance(description, dict) else None
     return isinstance(config, dict) and config.get("quant_method") == MSFPMethod.MSFP.value
 

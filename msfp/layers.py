@@ -171,7 +171,7 @@ class SealedLayer(QuantizedLayer):
         input_scale: Bits of the scale of the inputs, int32, shape (); None if they have no format.
         input_zero_point: Bits of their zero point, likewise; None if their format is signed.
         dtype: What `weight` is in; moves with casts of the module.
-        cache: Dequantized weights, shape (entries, *weight_shape), or None.
+        cache: Dequantized weights, entries first, or None.
     """
 
     formats: LayerFormats | None = None

@@ -79,7 +79,7 @@ def test_quantize_writes_a_checkpoint(tmp_path):
     process = run("quantize", "digits", "--steps", 2, "--output", tmp_path / "model")
     assert process.returncode == 0, process.stderr
     assert "65 layers quantized, 35 with unsigned inputs" in process.stdout
-    assert (tmp_path / "model" / "unet" / "msfp.safetensors").is_file()
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_an_interrupted_demo_writes_nothing(tmp_path):
@@ -111,8 +111,14 @@ def no_denoiser(tmp_path):
 
 def corrupt(tmp_path):
     (tmp_path / "model" / "unet").mkdir(parents=True)
-    (tmp_path / "model" / "unet" / "msfp.json").write_text("{")
+    config = {"quantization_config": {"quant_method": "msfp"}}
+    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "model_index.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def no_json(tmp_path):
+    (corrupt(tmp_path) / "unet" / "config.json").write_text("{")
     return tmp_path / "model"
 
 
@@ -135,12 +141,19 @@ BAD = {
         "has no denoiser|cannot be loaded",
     ),
     "quantized": (lambda t: ["quantize", corrupt(t), "--output", t / "x"], "is quantized already"),
+    "no json": (
+        lambda t: ["quantize", no_json(t), "--output", t / "x"],
+        "unet/config.json is not JSON",
+    ),
     "steps": (
         lambda t: ["quantize", "digits", "--steps", "0", "--output", t / "x"],
         "whole number from 1 to 1000",
     ),
-    "checkpoint": (lambda t: ["sample", t, "--output", t / "x.png"], "is not a checkpoint"),
-    "corrupt": (lambda t: ["sample", corrupt(t), "--output", t / "x.png"], "is corrupt"),
+    "checkpoint": (
+        lambda t: ["sample", t, "--output", t / "x.png"],
+        "no unet or transformer that is",
+    ),
+    "corrupt": (lambda t: ["sample", corrupt(t), "--output", t / "x.png"], "cannot be loaded"),
     "suffix": (lambda t: ["sample", corrupt(t), "--output", t / "x.jpg"], "must be a new .png"),
     "folder": (lambda t: ["sample", corrupt(t), "--output", t / "no/x.png"], "that exists"),
     "count": (
