@@ -1,7 +1,8 @@
-"""Where there is no GPU, the Triton kernels run in Triton's interpreter, on the CPU."""
+"""Proofs of minutes run only when they are asked for; without a GPU, Triton interprets."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -12,3 +13,13 @@ try:
     import fpformats.kernels.cuda  # noqa: F401
 except ImportError:
     collect_ignore += ["fpformats/kernels/cuda.py", "fpformats/kernels/triton_kernels.py"]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what is marked slow, unless a marker or a test is named."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    skip = pytest.mark.skip(reason="slow: run with -m slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
