@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+collect_ignore_glob = ["*conftest.py"]  # no doctests there, and all of one name
 collect_ignore = []
 try:
     import fpformats.kernels.cuda  # noqa: F401
