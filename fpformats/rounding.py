@@ -113,8 +113,6 @@ def make_policy(rounding: str, saturation: str, random: Any, random_bits: int) -
     """
     if random is None and (rounding, saturation, random_bits) == (NEAREST, FINITE, MAX_RANDOM_BITS):
         return DEFAULT
-    if type(random).__module__ == "numpy" and getattr(random, "shape", None) == ():
-        random = random.item()  # a seed that is a number of NumPy's
     policy = Policy(rounding, saturation, random, random_bits)
     _check_member("rounding", rounding, Rounding)
     _check_member("saturation", saturation, Saturation)
