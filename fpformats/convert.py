@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpformats import dispatch, fused
+from fpformats.kernels.plan import code_dtype
 from fpformats.operands import (
     carrier_for,
     carrier_of,
@@ -261,5 +262,4 @@ def check_codes_target(out: Any, x: Any, fmt: FloatFormat, packed: bool) -> None
     shape = tuple(getattr(x, "shape", ()))
     if packed:
         shape = (-(-math.prod(shape) * fmt.bits // 8),)
-    width = 8 if packed else max(8, 1 << (fmt.bits - 1).bit_length())
-    check_target(out, x, f"uint{width}", shape)
+    check_target(out, x, "uint8" if packed else code_dtype(fmt.bits), shape)

@@ -14,6 +14,7 @@ from fpformats import fused, on_device
 from fpformats.kernels import philox, portable
 from fpformats.kernels import policy as policies
 from fpformats.kernels.native import NAN_IN
+from fpformats.kernels.plan import code_dtype
 from fpformats.operands import (
     as_array,
     assigned,
@@ -108,8 +109,9 @@ def encode(
         codes, met = fused.encode(
             kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales, target
         )
+        codes = codes if array is x or packed or target is not None else shaped(codes, x)
     elif (plan := on_device.plan_of(x, fmt, carrier, policy, scales)) is not None:
-        in_one_pass = packed and fmt.bits in on_device.PACKED_BITS
+        in_one_pass = packed and on_device.packs(fmt.bits)
         bits = fmt.bits if in_one_pass else None
         codes, met = on_device.encode(plan, x, nan_code, bits, policy, scales)
     else:
@@ -117,8 +119,6 @@ def encode(
         in_one_pass, met = False, 0
     if met:
         raise _no_code(fmt, policy, bool(met & NAN_IN))
-    is_number = array is not x and hasattr(codes, "shape") and codes.shape == array.shape
-    codes = shaped(codes, x) if is_number and out is None else codes
     return assigned(out, pack(codes, fmt.bits) if packed and not in_one_pass else codes)
 
 
@@ -138,8 +138,7 @@ def _encode_whole(
         if nan_code is None:
             _refuse_nan(v, values, fmt, policy)
         codes = portable.encode(library_of(x), values, grid, nan_code)
-    width = max(8, 1 << (fmt.bits - 1).bit_length())
-    return cast(codes, f"uint{width}")
+    return cast(codes, code_dtype(fmt.bits))
 
 
 def decode(
@@ -172,7 +171,7 @@ def decode(
     kernel = fused.kernel_of(codes, fmt, carrier, scales=scales)
     plan = on_device.plan_of(codes, fmt, carrier, scales=scales)
     packs = kernel is not None and fmt.bits <= fused.MAX_PACKED_BITS
-    packs = packs or (plan is not None and fmt.bits in on_device.PACKED_BITS)
+    packs = packs or (plan is not None and on_device.packs(fmt.bits))
     if shape is not None and not packs:
         codes, shape = unpack(codes, fmt.bits, shape), None
     wanted = tuple(getattr(codes, "shape", ())) if shape is None else shape

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fpformats import memory
 from fpformats.kernels import native
 from fpformats.kernels.grid import CARRIERS
-from fpformats.operands import assigned, cast, check_codes, contiguous, is_plain_tensor
+from fpformats.kernels.plan import code_dtype
+from fpformats.operands import cast, check_codes, contiguous, is_plain_tensor
 from fpformats.rounding import DEFAULT, Policy
 from fpformats.scales import Scales, lay_out
 
@@ -98,14 +100,15 @@ def nearest(x: Any, fmt: FloatFormat, out: Any = None) -> Any:
     if out is not None and not (is_plain_tensor(out) and _is_like(out, x)):
         return None
     kernel.quantize(x.data_ptr(), y.data_ptr(), size, 1, False)
-    return y if out is None else _written(out, y)
+    return y if out is None else memory.written(out, y)
 
 
 def _is_like(out: Any, x: Any) -> bool:
     """Tell whether results can go right to `out`, and it is not one that has to be refused."""
-    if out.dtype != x.dtype or out.shape != x.shape or not _takes(out, x):
+    if out.dtype != x.dtype or out.shape != x.shape:
         return False
-    return bool(out.flags.writeable) if isinstance(out, np.ndarray) else not out.requires_grad
+    allowed = out.flags.writeable if isinstance(out, np.ndarray) else not out.requires_grad
+    return bool(allowed) and memory.may_write(out, x, [], in_place=True)
 
 
 def remember(kernel: Any, fmt: FloatFormat, dtype: Any) -> None:
@@ -137,19 +140,19 @@ def quantize(
     source = _memory(x, in_order=scales is not None or policy.random is not None)
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
     target = source if out is x else out
-    if target is None or not _takes(target, source) or not _is_apart(target, held):
-        target = _empty_like(source)
-    size = _size(source)
+    if not memory.may_write(target, source, held, in_place=True):
+        target = memory.empty_like(source)
+    size = memory.size(source)
     kernel.quantize(
-        _address(source),
-        _address(target),
+        memory.address(source),
+        memory.address(target),
         size,
         native.threads_for(size),
         size * source.itemsize >= native.STREAM_FROM and target is not source,
         scaling,
         random,
     )
-    return _written(out, target)
+    return memory.written(out, target)
 
 
 def encode(
@@ -178,22 +181,24 @@ def encode(
         The codes, and which of `native.NAN_IN` and `native.NAN_OUT` were met without a code.
     """
     source = _memory(x, in_order=True)
-    size, width = _size(source), max(8, 1 << (bits - 1).bit_length())
+    size, dtype = memory.size(source), code_dtype(bits)
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
     shape = (-(-size * bits // 8),) if packed else tuple(source.shape)
-    codes = out if _is_free(out, [source, *held]) else _empty(source, shape, f"uint{width}")
+    codes = out
+    if not memory.may_write(out, source, held, in_place=False):
+        codes = memory.empty(source, shape, dtype)
     met = kernel.encode(
-        _address(source),
-        _address(codes),
+        memory.address(source),
+        memory.address(codes),
         size,
         native.threads_for(size),
         -1 if nan_code is None else nan_code,
-        width // 8,
+        CODE_BYTES[dtype],
         bits if packed else 0,
         scaling,
         random,
     )
-    return _written(out, codes), met
+    return memory.written(out, codes), met
 
 
 def decode(
@@ -223,14 +228,16 @@ def decode(
     """
     if (dtype := str(codes.dtype).removeprefix("torch.")) not in CODE_BYTES:
         check_codes(codes, fmt.bits, str(fmt))
-        dtype = f"uint{max(8, 1 << (fmt.bits - 1).bit_length())}"
+        dtype = code_dtype(fmt.bits)
         codes = cast(codes, dtype)
     source, size = _memory(codes, in_order=True), math.prod(shape)
     held, scaling, _ = _operands(scales, DEFAULT, shape)
-    values = out if _is_free(out, [source, *held]) else _empty(source, shape, carrier.name)
+    values = out
+    if not memory.may_write(out, source, held, in_place=False):
+        values = memory.empty(source, shape, carrier.name)
     met = kernel.decode(
-        _address(source),
-        _address(values),
+        memory.address(source),
+        memory.address(values),
         size,
         native.threads_for(size),
         size * values.itemsize >= native.STREAM_FROM,
@@ -238,7 +245,7 @@ def decode(
         packed_bits,
         scaling,
     )
-    return None if met else _written(out, values)
+    return None if met else memory.written(out, values)
 
 
 def errors(
@@ -302,12 +309,23 @@ def _attempt(
         return None
     arrays = [x, weights, scales, zero_points]
     held = [None if array is None else np.ascontiguousarray(array) for array in arrays]
-    rows, weight, scale, zero = (0 if array is None else _address(array) for array in held)
+    rows, weight, scale, zero = (0 if array is None else memory.address(array) for array in held)
     count, candidates = scales.shape
     out = np.empty((count, 6) if sums else (count, candidates))
     threads = native.threads_for(x.size * candidates)
     kernel.attempt(
-        *(rows, weight, scale, zero, count, x.shape[1], candidates, _address(out), sums, threads)
+        *(
+            rows,
+            weight,
+            scale,
+            zero,
+            count,
+            x.shape[1],
+            candidates,
+            memory.address(out),
+            sums,
+            threads,
+        )
     )
     return out
 
@@ -327,12 +345,12 @@ def moments(
     """
     if not _enabled or native.library() is None:
         return None
-    bins, found = native.library().moments(_address(numbers), numbers.size, low_bits)
+    bins, found = native.library().moments(memory.address(numbers), numbers.size, low_bits)
     return bins, found.T
 
 
 def _in_host_memory(x: Any) -> bool:
-    return type(x) in (np.ndarray, np.memmap) or is_plain_tensor(x)
+    return type(x) in memory.ARRAYS or is_plain_tensor(x)
 
 
 def _may_be_read(operand: Any) -> bool:
@@ -350,69 +368,6 @@ def _is_channels_last(x: Any) -> bool:
     return bool(x.is_contiguous(memory_format=sys.modules["torch"].channels_last))
 
 
-def _takes(target: Any, source: Any) -> bool:
-    """Tell whether results can go right to where they are wanted, element after element."""
-    if target is source:
-        return True
-    if isinstance(target, np.ndarray):
-        orderly = target.flags.c_contiguous and target.flags.aligned
-    else:
-        orderly = target.stride() == source.stride() and is_plain_tensor(target)
-    start, end = _address(target), _address(source)
-    length = _size(source) * source.itemsize
-    return bool(orderly) and (start == end or start + length <= end or end + length <= start)
-
-
-def _is_free(out: Any, operands: list[Any]) -> bool:
-    """Tell whether results of another width can go right to `out`: it touches no input."""
-    if out is None or not _in_host_memory(out):
-        return False
-    if isinstance(out, np.ndarray):
-        return bool(out.flags.c_contiguous and out.flags.aligned) and _is_apart(out, operands)
-    return bool(out.is_contiguous()) and _is_apart(out, operands)
-
-
-def _is_apart(out: Any, operands: list[Any]) -> bool:
-    """Tell whether the memory of `out` overlaps none of the operands'."""
-    start, length = _extent(out)
-    extents = [_extent(operand) for operand in operands if operand is not None]
-    return all(start + length <= at or at + size <= start for at, size in extents)
-
-
-def _written(out: Any, result: Any) -> Any:
-    """Give the result, in `out` if there is one, and tell autograd that it was written to."""
-    if out is not None and result is out and not isinstance(out, np.ndarray):
-        sys.modules["torch"].autograd.graph.increment_version(out)
-    return assigned(out, result)
-
-
-def _extent(x: Any) -> tuple[int, int]:
-    return _address(x), _size(x) * x.itemsize
-
-
-def _address(x: Any) -> int:
-    return int(native.library().address(x) if isinstance(x, np.ndarray) else x.data_ptr())
-
-
-def _size(x: Any) -> int:
-    return int(x.size if isinstance(x, np.ndarray) else x.numel())
-
-
-def _empty_like(x: Any) -> Any:
-    return (
-        np.empty(x.shape, x.dtype)
-        if isinstance(x, np.ndarray)
-        else sys.modules["torch"].empty_like(x)
-    )
-
-
-def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, dtype)
-    torch = sys.modules["torch"]
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-
-
 def _operands(
     scales: Scales | None, policy: Policy, shape: tuple[int, ...]
 ) -> tuple[Any, Any, Any]:
@@ -422,13 +377,13 @@ def _operands(
     if scales is not None:
         scale, zero_point, layout = lay_out(scales, shape)
         held += [scale, zero_point]
-        zero = 0 if zero_point is None else _address(zero_point)
-        scaling = native.library().Scaling(_address(scale), zero, *layout)
+        zero = 0 if zero_point is None else memory.address(zero_point)
+        scaling = native.library().Scaling(memory.address(scale), zero, *layout)
     if policy.random is not None:
         words = policy.random
         if not isinstance(words, int):
             words = contiguous(cast(words, "int64"))
             held.append(words)
-        seed, address = (words, 0) if isinstance(words, int) else (0, _address(words))
+        seed, address = (words, 0) if isinstance(words, int) else (0, memory.address(words))
         random = native.library().Random(address, seed, policy.random_bits)
     return held, scaling, random

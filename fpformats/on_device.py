@@ -11,6 +11,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fpformats import memory
 from fpformats.kernels.native import NAN_IN, NAN_OUT
 from fpformats.kernels.plan import Plan, make_plan
 from fpformats.operands import cast, is_unwatched_tensor
@@ -18,22 +19,22 @@ from fpformats.rounding import DEFAULT, Policy
 from fpformats.scales import Scales, lay_out
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from fpformats.formats import FloatFormat
     from fpformats.kernels.grid import Carrier
 
-PACKED_BITS = (4, 6)
-"""Widths of codes that the kernels pack."""
-
 
 @functools.cache
-def launches() -> ModuleType | None:
+def launches() -> Any:
     """Give the module that launches the kernels; None where Triton is missing or too old."""
     try:
         return importlib.import_module("fpformats.kernels.cuda")
     except ImportError:
         return None
+
+
+def packs(bits: int) -> bool:
+    """Tell whether the kernels pack codes of a width."""
+    return bits in launches().PACKED_BITS
 
 
 def is_there(x: Any) -> bool:
@@ -78,14 +79,12 @@ def quantize(
         `out`, or a new tensor.
     """
     source, operands = x.contiguous(), _operands(scales, policy, tuple(x.shape))
-    result = out if scales is None and _takes(out, source) else source.new_empty(source.shape)
-    _launches().quantize(source, plan, result, **operands)
-    if out is None:
-        return result
-    if result is not out:
-        return out.copy_(result)
-    sys.modules["torch"].autograd.graph.increment_version(out)
-    return out
+    read = [*(operands["scaling"] or ())[:2], policy.random if is_there(policy.random) else None]
+    result = out
+    if not memory.may_write(out, source, read, in_place=True):
+        result = memory.empty_like(source)
+    launches().quantize(source, plan, result, **operands)
+    return memory.written(out, result)
 
 
 def encode(
@@ -102,14 +101,14 @@ def encode(
         plan: What `plan_of` gave for `x`.
         x: Tensor of any strides.
         nan_code: Code of NaN, None where there is none; the device is then waited for.
-        packed_bits: One of `PACKED_BITS` to pack the codes, else None.
+        packed_bits: A width that `packs` to pack the codes, else None.
         policy: That of the plan.
         scales: Scales and zero points, or None.
 
     Returns:
         The codes, and which of `NAN_IN` and `NAN_OUT` were met without a code.
     """
-    codes, seen = _launches().encode(
+    codes, seen = launches().encode(
         x.contiguous(),
         plan,
         nan_code,
@@ -141,32 +140,20 @@ def decode(
         Values of the carrier.
     """
     source = codes.contiguous()
-    values = source.new_empty(shape, dtype=getattr(sys.modules["torch"], carrier.name))
+    values = memory.empty(source, shape, carrier.name)
     scaling = _operands(scales, DEFAULT, shape)["scaling"]
-    _launches().decode(source, plan, values, packed_bits=packed_bits, scaling=scaling)
+    launches().decode(source, plan, values, packed_bits=packed_bits, scaling=scaling)
     return values
 
 
 _plan_of = functools.lru_cache(maxsize=4096)(make_plan)
 
 
-def _takes(out: Any, source: Any) -> bool:
-    """Tell whether results can go right to where they are wanted, element after element."""
-    if out is None or not out.is_contiguous() or not is_unwatched_tensor(out):
-        return False
-    start, end, length = out.data_ptr(), source.data_ptr(), source.numel() * source.element_size()
-    return bool(start == end or start + length <= end or end + length <= start)
-
-
-def _launches() -> Any:
-    return launches()
-
-
 def _operands(scales: Scales | None, policy: Policy, shape: tuple[int, ...]) -> dict[str, Any]:
     scaling = None
     if scales is not None and 0 not in shape:
         scale, zero_point, layout = lay_out(scales, shape)
-        scaling = _launches().Scaling(scale, zero_point, *layout)
+        scaling = launches().Scaling(scale, zero_point, layout)
     random = policy.random
     if random is not None and not isinstance(random, int):
         random = cast(random, "int64").contiguous()

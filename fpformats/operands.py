@@ -56,9 +56,19 @@ def is_unwatched_tensor(x: Any) -> bool:
     )
 
 
-def is_hidden(x: object) -> bool:
-    """Tell whether the values of `x` cannot be looked at: under torch.compile and torch.vmap."""
-    return is_compiling() or is_batched(x)
+def is_hidden(x: Any) -> bool:
+    """Tell whether the values of `x` cannot be looked at.
+
+    So it is under torch.compile and torch.vmap, and of tensors without memory: meta and fake ones.
+    """
+    return is_compiling() or is_batched(x) or _is_empty_shell(x)
+
+
+def _is_empty_shell(x: Any) -> bool:
+    if not is_tensor(x):
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # without it there are none
+    return bool(x.is_meta) or (fakes is not None and isinstance(x, fakes.FakeTensor))
 
 
 def library_of(x: object) -> ModuleType:

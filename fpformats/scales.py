@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fpformats.kernels.layout import Layout
 from fpformats.operands import (
     carrier_of,
     cast,
@@ -39,18 +40,6 @@ class Scales(NamedTuple):
     scale: Any
     zero_point: Any
     block_size: tuple[int, ...] | None
-
-
-class Layout(NamedTuple):
-    """Which scale an element has, of an array in row-major order.
-
-    The array is rows of `row_length` elements. Run j of a row, `run_length` long but for the last
-    one, has the scale of index ``row * row_stride + j``.
-    """
-
-    row_length: int
-    run_length: int
-    row_stride: int
 
 
 def make_scales(

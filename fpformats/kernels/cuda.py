@@ -16,8 +16,10 @@ import torch
 import triton.language as tl
 
 from fpformats.kernels import triton_kernels
+from fpformats.kernels.plan import code_dtype
 
 if TYPE_CHECKING:
+    from fpformats.kernels.layout import Layout
     from fpformats.kernels.plan import Plan
 
 BLOCK = 1024  # elements of a program
@@ -27,23 +29,15 @@ PACKED_BITS = (4, 6)
 class Scaling(NamedTuple):
     """Scales and zero points, and which of them an element has.
 
-    In row-major order the tensor is rows of `row_length` elements, and a row is runs of
-    `run_length` elements, of which the last may be shorter. Run j of row i has the scale
-    i * row_stride + j: with `row_stride` 0 all rows have the same scales.
-
     Attributes:
         scales: Contiguous tensor of the dtype that the kernel computes in, on the same device.
         zero_points: As `scales`, and as many; None for no shift.
-        row_length: Elements in a row.
-        run_length: Elements in a run.
-        row_stride: Scales from one row to the next.
+        layout: Which element has which.
     """
 
     scales: torch.Tensor
     zero_points: torch.Tensor | None
-    row_length: int
-    run_length: int
-    row_stride: int
+    layout: Layout
 
 
 def quantize(
@@ -177,12 +171,13 @@ def _launch(kernel: Any, x: torch.Tensor, out: torch.Tensor, count: int, **argum
 def _scaling_arguments(scaling: Scaling | None, count: int) -> dict[str, Any]:
     """Describe the layout, leaving away the divisions that it does not need."""
     index = tl.uint32 if count < 1 << 32 else tl.int64
-    scales, zero_points, row_length, run_length, row_stride = scaling or (None,) * 5
-    if scaling is not None:
-        is_aligned = scaling.row_length == scaling.run_length * scaling.row_stride
-        if is_aligned or scaling.row_length >= count:
+    scales, zero_points, layout = scaling or (None, None, None)
+    row_length, run_length, row_stride = layout or (None, None, None)
+    if layout is not None:
+        is_aligned = layout.row_length == layout.run_length * layout.row_stride
+        if is_aligned or layout.row_length >= count:
             row_length = row_stride = None
-            run_length = None if scaling.run_length >= count else scaling.run_length
+            run_length = None if layout.run_length >= count else layout.run_length
     return {
         "scales": scales,
         "zero_points": zero_points,
@@ -207,8 +202,7 @@ def _signed(number: int) -> int:
 
 
 def _code_dtype(plan: Plan) -> torch.dtype:
-    width = max(8, 1 << (plan.magnitude_bits + plan.signed - 1).bit_length())
-    dtype: torch.dtype = getattr(torch, f"uint{width}")
+    dtype: torch.dtype = getattr(torch, code_dtype(plan.magnitude_bits + plan.signed))
     return dtype
 
 

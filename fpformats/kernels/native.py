@@ -33,7 +33,7 @@ def _load() -> Any:
     try:
         return importlib.import_module("fpformats.kernels._native")
     except ImportError as error:
-        # That of a module set to None or not built names no library.
+        # A library that is there but does not load raises the base class.
         missing = isinstance(error, ModuleNotFoundError)
         how = "was installed without its compiled kernels" if missing else "cannot load its kernels"
         warnings.warn(

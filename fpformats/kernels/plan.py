@@ -55,9 +55,9 @@ class Plan(NamedTuple):
         is_default: Whether the policy is nearest with ties to even and SatFinite.
         is_narrow: Whether the default policy can be computed in float32: all intermediate
             numbers of the sum that rounds are normal there, and `smallest` is 0.
+        draws_narrow: Whether StochasticA with SatFinite can be computed in float32.
         edges: What becomes of results that are not values of the format.
         edge_codes: Codes of `edges`, in the same order; -1 for NaN.
-        draws_narrow: The same for StochasticA and SatFinite.
         quantum: Smallest spacing.
         linear: Codes below this one are linear: they stand for as many times `quantum`.
         pattern_offset: Pattern of a float64, cut by 52 - mantissa_bits, minus the code, for codes
@@ -153,6 +153,16 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
         first_nan=grid.first_nan,
         nan_is_negative_zero=grid.nan_is_negative_zero,
     )
+
+
+def code_dtype(bits: int) -> str:
+    """Name the smallest unsigned dtype that holds codes of a width.
+
+    Example:
+        >>> code_dtype(4), code_dtype(9)
+        ('uint8', 'uint16')
+    """
+    return f"uint{max(8, 1 << (bits - 1).bit_length())}"
 
 
 def _has_room(fmt: FloatFormat) -> bool:

@@ -11,6 +11,7 @@ import torch
 import fpformats
 from fpformats import E2M1, E4M3
 from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -24,7 +25,7 @@ STOCHASTIC = ("StochasticA", "SatNone")
 def scaling(cuda, run_length):
     runs = -(-COUNT // run_length)
     scales = torch.rand(runs, device="cuda") + 0.5
-    return cuda.Scaling(scales, None, COUNT, run_length, runs)
+    return cuda.Scaling(scales, None, Layout(COUNT, run_length, runs))
 
 
 def work(cuda, dtype):

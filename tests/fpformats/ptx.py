@@ -9,6 +9,7 @@ from triton.runtime import driver
 from fpformats import parse
 from fpformats.kernels import cuda
 from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 
 COUNT = 4096
@@ -48,7 +49,7 @@ def plan_of(name, carrier, rounding="NearestTiesToEven"):
 
 def scaling(dtype):
     scales = torch.ones(COUNT, dtype=dtype)
-    return cuda.Scaling(scales, scales, 60, 16, 4)
+    return cuda.Scaling(scales, scales, Layout(60, 16, 4))
 
 
 def main():

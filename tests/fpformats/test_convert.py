@@ -1,3 +1,4 @@
+import contextlib
 import math
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from oracles import (
     values_at,
     wide_formats,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpformats
 from fpformats import (
@@ -32,6 +34,7 @@ from fpformats import (
     exact,
     parse,
     quantize,
+    quantize_scaled,
     strategies,
     values,
 )
@@ -467,3 +470,21 @@ def test_compiled_graphs_give_the_same_bits(name):
     assert torch.equal(codes, encode(x, fmt, nan=1))
     decoded = torch.compile(lambda c: decode(c, fmt), fullgraph=True)(codes)
     assert_same_bits(decoded.numpy(), decode(codes, fmt).numpy())
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_memory_give_shapes_and_dtypes(kind):
+    fake = FakeTensorMode() if kind == "fake" else contextlib.nullcontext()
+    device = "cpu" if kind == "fake" else "meta"
+    fmt = parse("E2M1")
+    with fake:
+        x, codes = torch.empty(3, device=device), torch.empty(3, dtype=torch.uint8, device=device)
+        results = [
+            quantize(x, fmt),
+            quantize_scaled(x, fmt, torch.ones(1, device=device)),
+            quantize_scaled(x, fmt, 0.5),
+            decode(codes, fmt),
+            encode(x, fmt, nan=0),
+        ]
+    assert [tuple(result.shape) for result in results] == [(3,)] * 5
+    assert [result.dtype for result in results] == [torch.float32] * 4 + [torch.uint8]

@@ -27,6 +27,7 @@ import fpformats
 from fpformats import FloatFormat, Specials, parse
 from fpformats.kernels import philox
 from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 from fpformats.rounding import FINITE, NEAREST
 
@@ -270,7 +271,7 @@ def test_scales_of_every_layout_are_those_of_the_portable_way(layout, dtype):
             x = x + spread(shifts, layout, 300)
         x = torch.from_numpy(x).to(getattr(torch, dtype))
         given_shifts = None if zero_points is None else on_device(zero_points)
-        scaling = cuda.Scaling(on_device(scales), given_shifts, *layout)
+        scaling = cuda.Scaling(on_device(scales), given_shifts, Layout(*layout))
         check_scaled(fmt, x, scaling, full_scales, full_shifts)
 
 
@@ -293,7 +294,7 @@ def test_float32_division_products_and_sums_are_rounded_one_by_one():
     x = x.view(torch.float32)  # of any exponent, subnormal numbers too
     scales = torch.from_numpy(np.exp2(generator.uniform(-140, 120, 6000)).astype(np.float32))
     shifts = x.roll(1).nan_to_num(0, 0, 0)
-    scaling = cuda.Scaling(scales.to(DEVICE), shifts.to(DEVICE), 6000, 1, 6000)
+    scaling = cuda.Scaling(scales.to(DEVICE), shifts.to(DEVICE), Layout(6000, 1, 6000))
     check_scaled(fmt, x, scaling, scales, shifts)
 
 
@@ -302,7 +303,7 @@ def test_scaled_results_halfway_between_narrow_numbers_go_to_the_even_one(dtype)
     odd = torch.arange(1, 64, 2)
     scales = 1 + odd * torch.finfo(dtype).eps / 2
     x = torch.ones(odd.shape, dtype=dtype)
-    scaling = cuda.Scaling(scales.to(DEVICE), None, odd.numel(), 1, odd.numel())
+    scaling = cuda.Scaling(scales.to(DEVICE), None, Layout(odd.numel(), 1, odd.numel()))
     check_scaled(parse("E2M1"), x, scaling, scales, None)
 
 
@@ -310,7 +311,7 @@ def test_scaled_results_halfway_between_narrow_numbers_go_to_the_even_one(dtype)
 def test_scaled_formats_of_other_kinds_agree_with_the_portable_way(name):
     x = torch.from_numpy(np.random.default_rng(3).normal(0, 4, 1000).astype(np.float32))
     scale = torch.tensor(0.3)
-    scaling = cuda.Scaling(scale.to(DEVICE), None, 1000, 1000, 1)
+    scaling = cuda.Scaling(scale.to(DEVICE), None, Layout(1000, 1000, 1))
     check_scaled(parse(name), x, scaling, scale, None)
 
 
@@ -340,7 +341,7 @@ def _scales_kernel(
 )
 def test_elements_beyond_2_to_the_32_find_their_scales(layout):
     places = np.array([0, 1, 2**32 - 1, 2**33, 2**40 - 1, 2**40, 3 * 2**41 - 1, 2**43 - 1])
-    arguments = cuda._scaling_arguments(cuda.Scaling(None, None, *layout), 1 << 43)
+    arguments = cuda._scaling_arguments(cuda.Scaling(None, None, Layout(*layout)), 1 << 43)
     scales = np.arange(32, dtype=np.float32)
     arguments |= {"scales": on_device(scales)}
     out = torch.empty(8, dtype=torch.float32, device=DEVICE)
@@ -371,7 +372,7 @@ def test_scaled_codes_are_packed_and_decoded_in_one_launch():
     x = torch.from_numpy(np.random.default_rng(4).normal(0, 1, 256).astype(np.float32))
     scales = np.random.default_rng(5).uniform(0.1, 1, 16).astype(np.float32)
     full = torch.from_numpy(spread(scales, scaling, 256))
-    given = cuda.Scaling(on_device(scales), None, *scaling)
+    given = cuda.Scaling(on_device(scales), None, Layout(*scaling))
     packed, _ = cuda.encode(on_device(x), plan_of(fmt), 0, packed_bits=4, scaling=given)
     codes = fpformats.encode_scaled(x, fmt, full)
     assert_same(packed, fpformats.pack(codes, 4))

@@ -66,15 +66,6 @@ struct Scaling {
   Layout layout;
 };
 
-Scaling make_scaling(uint64_t scales, uint64_t zero_points, int64_t row_length, int64_t run_length,
-                     int64_t row_stride) {
-  return {scales, zero_points, {row_length, run_length, row_stride}};
-}
-
-Random make_random(uint64_t words, uint64_t seed, int bits) {
-  return {static_cast<const int64_t*>(pointer(words)), seed, bits};
-}
-
 struct Kernel {
   Plan plan;
   Carrier carrier;
@@ -177,15 +168,10 @@ nb::tuple moments(uint64_t numbers, int64_t count, int low_bits) {
   return nb::make_tuple(array_of(result.bins.data(), {bins}), array_of(fields, {bins, 3}));
 }
 
-// The address of an array's memory, 0 where it is not contiguous in row-major order or, to be
-// written to, read-only.
-uint64_t address(const nb::handle& array, bool to_write) {
+// The address of the memory of an array that is contiguous in row-major order.
+uint64_t address(const nb::handle& array) {
   Py_buffer view;
-  const int flags = PyBUF_C_CONTIGUOUS | (to_write ? PyBUF_WRITABLE : 0);
-  if (PyObject_GetBuffer(array.ptr(), &view, flags) != 0) {
-    PyErr_Clear();
-    return 0;
-  }
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_C_CONTIGUOUS) != 0) throw nb::python_error();
   const uint64_t result = reinterpret_cast<uintptr_t>(view.buf);
   PyBuffer_Release(&view);
   return result;
@@ -215,11 +201,11 @@ NB_MODULE(_native, m) {
   nb::class_<Scaling>(m, "Scaling")
       .def("__init__", [](Scaling* self, uint64_t scales, uint64_t zero_points, int64_t row_length,
                           int64_t run_length, int64_t row_stride) {
-        new (self) Scaling(make_scaling(scales, zero_points, row_length, run_length, row_stride));
+        new (self) Scaling{scales, zero_points, {row_length, run_length, row_stride}};
       });
   nb::class_<Random>(m, "Random").def(
       "__init__", [](Random* self, uint64_t words, uint64_t seed, int bits) {
-        new (self) Random(make_random(words, seed, bits));
+        new (self) Random{static_cast<const int64_t*>(pointer(words)), seed, bits};
       });
   nb::class_<Kernel>(m, "Kernel")
       .def(nb::init<const nb::object&, int, int>(), nb::arg("plan"), nb::arg("mode"),
@@ -237,7 +223,7 @@ NB_MODULE(_native, m) {
            nb::arg("zero_points"), nb::arg("row_count"), nb::arg("length"), nb::arg("candidates"),
            nb::arg("out"), nb::arg("sums"), nb::arg("threads"));
   m.def("moments", &moments, nb::arg("numbers"), nb::arg("count"), nb::arg("low_bits"));
-  m.def("address", &address, nb::arg("array"), nb::arg("to_write") = false);
+  m.def("address", &address, nb::arg("array"));
   m.def("names", &names);
   m.def("chosen", [] { return std::string(chosen->name); });
   m.def("choose", &choose, nb::arg("name"));

@@ -17,98 +17,122 @@ namespace {
 
 constexpr uint32_t not_a_number = 0xFFFFFFFFu;  // among codes, which have fewer bits or no NaN
 
+// What becomes of the sign, and of NaN, when magnitudes have been rounded.
+template <bool Signed>
+struct Signs {
+  float high, neutral;
+  int shift;
+  bool negative_zero;
+
+  explicit Signs(const Plan& plan)
+      : high(float(plan.high)),
+        neutral(plan.negative_zero ? -0.0f : 0.0f),
+        shift(plan.magnitude_bits),
+        negative_zero(plan.negative_zero) {}
+
+  // The magnitude in the range of the format; NaN stays.
+  float magnitude(float x) const {
+    const float a = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
+    return a > high ? high : a;
+  }
+
+  float value(float magnitude, float x) const {
+    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
+    const float y = bit_cast<float>(bit_cast<uint32_t>(magnitude) | sign) + neutral;
+    return x != x ? x : y;
+  }
+
+  uint32_t code(uint32_t magnitude, float x) const {
+    const uint32_t sign = Signed ? (bit_cast<uint32_t>(x) >> 31) << shift : 0;
+    const uint32_t code = magnitude | (negative_zero || magnitude != 0 ? sign : 0);
+    return x != x ? not_a_number : code;
+  }
+};
+
+// The binade of a magnitude, and the number in it whose last bit is the spacing of the format.
+struct Binades {
+  uint32_t floor, raise;
+  int cut;
+
+  explicit Binades(const Plan& plan)
+      : floor(bit_cast<uint32_t>(float(plan.floor))),
+        raise((uint32_t(23 - plan.digits) << 23) + 0x400000u),
+        cut(23 - plan.digits) {}
+
+  uint32_t of(float a) const {
+    return std::max(bit_cast<uint32_t>(a) & Bits<float>::exponent, floor);
+  }
+  float number(uint32_t binade) const { return bit_cast<float>(binade + raise); }
+
+  // The code of so many steps of a binade, counted in the last bits of a sum with its number.
+  uint32_t code(uint32_t binade, float sum) const {
+    const uint32_t count = bit_cast<uint32_t>(sum) - (binade + raise);
+    return ((binade - floor) >> cut) + count;
+  }
+};
+
 // A format with mantissa bits enough that parity of codes is that of counts, or (Parity) without.
 template <bool Signed, bool Parity>
 struct Narrow {
-  float high, neutral;
-  uint32_t floor, raise;
-  int cut, sign_shift;
-  bool negative_zero;
+  Signs<Signed> signs;
+  Binades binades;
 
-  explicit Narrow(const Plan& plan)
-      : high(float(plan.high)),
-        neutral(plan.negative_zero ? -0.0f : 0.0f),
-        floor(bit_cast<uint32_t>(float(plan.floor))),
-        raise((uint32_t(23 - plan.digits) << 23) + 0x400000u),
-        cut(23 - plan.digits),
-        sign_shift(plan.magnitude_bits),
-        negative_zero(plan.negative_zero) {}
+  explicit Narrow(const Plan& plan) : signs(plan), binades(plan) {}
 
-  struct Split {
-    uint32_t binade;
-    float number, sum;
-  };
-
-  Split split(float x) const {
-    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
-    float a = magnitude > high ? high : magnitude;  // NaN stays
-    const uint32_t e = std::max(bit_cast<uint32_t>(a) & Bits<float>::exponent, floor);
+  float sum(float x, uint32_t& binade) const {
+    float a = signs.magnitude(x);
+    binade = binades.of(a);
     if (Parity) {
       // Where the code is even but the count odd, a tie goes down as the next smaller number does.
-      const uint32_t even = a <= high ? (e - floor) >> 23 & 1 : 0;
+      const uint32_t even = a <= signs.high ? (binade - binades.floor) >> 23 & 1 : 0;
       a = bit_cast<float>(bit_cast<uint32_t>(a) - even);
     }
-    const float number = bit_cast<float>(e + raise);
-    return {e, number, a + number};
+    return a + binades.number(binade);
   }
 
   float value(float x) const {
-    const Split s = split(x);
-    const float y = s.sum - s.number;
-    if (!Signed) return y;
-    const uint32_t sign = bit_cast<uint32_t>(x) & Bits<float>::sign;
-    return bit_cast<float>(bit_cast<uint32_t>(y) | sign) + neutral;
+    uint32_t binade;
+    const float rounded = sum(x, binade);
+    return signs.value(rounded - binades.number(binade), x);
   }
 
   uint32_t code(float x) const {
-    const Split s = split(x);
-    const uint32_t count = bit_cast<uint32_t>(s.sum) - bit_cast<uint32_t>(s.number);
-    uint32_t code = ((s.binade - floor) >> cut) + count;
-    if (Signed) {
-      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
-      code |= negative_zero || code != 0 ? sign : 0;
-    }
-    return x != x ? not_a_number : code;
+    uint32_t binade;
+    const float rounded = sum(x, binade);
+    return signs.code(binades.code(binade, rounded), x);
   }
 };
 
 // StochasticA of a format that `Narrow` takes, with words of up to 32 bits.
 template <bool Signed>
 struct Drawn {
-  Narrow<Signed, false> narrow;
+  Signs<Signed> signs;
+  Binades binades;
   uint32_t below, above, kept;
-  int cut, bits, sign_shift;
-  bool negative_zero;
+  int bits;
 
   Drawn(const Plan& plan, int random_bits)
-      : narrow(plan),
+      : signs(plan),
+        binades(plan),
         below(uint32_t(plan.digits) << 23),
         above(uint32_t(254 + plan.digits) << 23),
         kept(~uint32_t(0) << (32 - random_bits)),
-        cut(23 - plan.digits),
-        bits(random_bits),
-        sign_shift(plan.magnitude_bits),
-        negative_zero(plan.negative_zero) {}
-
-  struct Split {
-    uint32_t binade, up;
-    float low, step;
-  };
+        bits(random_bits) {}
 
   // The neighbour nearer zero, and whether (1) the word takes the number to the other one: that is
   // where the first bits of the rest, in steps, carry when the word is added.
-  Split split(float x, uint32_t word) const {
-    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
-    const float a = magnitude < narrow.high ? magnitude : narrow.high;
-    const uint32_t e = std::max(bit_cast<uint32_t>(a) & Bits<float>::exponent, narrow.floor);
-    const float number = bit_cast<float>(e + narrow.raise), step = bit_cast<float>(e - below);
-    const float nearest = (a + number) - number;
-    const float low = nearest > a ? nearest - step : nearest;
-    const float rest = (a - low) * bit_cast<float>(above - e) * 0x1p31f;
+  float split(float x, uint32_t word, uint32_t& binade, uint32_t& up) const {
+    const float magnitude = signs.magnitude(x), a = x != x ? 0.0f : magnitude;
+    binade = binades.of(a);
+    const float number = binades.number(binade), nearest = (a + number) - number;
+    const float low = nearest > a ? nearest - step(binade) : nearest;
+    const float rest = (a - low) * bit_cast<float>(above - binade) * 0x1p31f;
     const uint32_t first_bits = (uint32_t(int32_t(rest)) << 1 | bit_below(rest)) & kept;
-    const uint32_t sum = first_bits + (word << (32 - bits));
-    return {e, sum < first_bits ? 1u : 0u, low, step};
+    up = first_bits + (word << (32 - bits)) < first_bits ? 1u : 0u;
+    return low;
   }
+
+  float step(uint32_t binade) const { return bit_cast<float>(binade - below); }
 
   // The 32nd bit of a rest of 31 bits before the point: conversion is of signed integers.
   static uint32_t bit_below(float rest) {
@@ -116,66 +140,42 @@ struct Drawn {
   }
 
   float value(float x, uint32_t word) const {
-    const Split s = split(x, word);
-    const float y = s.up ? s.low + s.step : s.low;
-    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
-    return x != x ? x : bit_cast<float>(bit_cast<uint32_t>(y) | sign) + narrow.neutral;
+    uint32_t binade, up;
+    const float low = split(x, word, binade, up);
+    return signs.value(up ? low + step(binade) : low, x);
   }
 
   uint32_t code(float x, uint32_t word) const {
-    const Split s = split(x, word);
-    const float number = bit_cast<float>(s.binade + narrow.raise);
-    const uint32_t count = bit_cast<uint32_t>(s.low + number) - bit_cast<uint32_t>(number);
-    uint32_t code = ((s.binade - narrow.floor) >> cut) + count + s.up;
-    if (Signed) {
-      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
-      code |= negative_zero || code != 0 ? sign : 0;
-    }
-    return x != x ? not_a_number : code;
+    uint32_t binade, up;
+    const float low = split(x, word, binade, up);
+    return signs.code(binades.code(binade, low + binades.number(binade)) + up, x);
   }
 };
 
 // A format whose binades are those of float32, subnormal numbers included.
 template <bool Signed>
 struct Pattern {
-  float high, neutral;
-  uint32_t half, lowest, offset;
-  int cut, sign_shift;
-  bool negative_zero;
+  Signs<Signed> signs;
+  uint32_t half, lowest;
+  int cut;
 
   static bool fits(const Plan& plan) {
     return plan.floor == 0x1p-126 && plan.digits == plan.mantissa_bits && plan.smallest == 0;
   }
 
   explicit Pattern(const Plan& plan)
-      : high(float(plan.high)),
-        neutral(plan.negative_zero ? -0.0f : 0.0f),
+      : signs(plan),
         half(plan.digits < 23 ? (1u << (22 - plan.digits)) - 1 : 0),
         lowest(plan.digits < 23),
-        cut(23 - plan.digits),
-        sign_shift(plan.magnitude_bits),
-        negative_zero(plan.negative_zero) {}
+        cut(23 - plan.digits) {}
 
   uint32_t steps(float x) const {
-    const float magnitude = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
-    const uint32_t u = bit_cast<uint32_t>(magnitude > high ? high : magnitude) & ~Bits<float>::sign;
+    const uint32_t u = bit_cast<uint32_t>(signs.magnitude(x)) & ~Bits<float>::sign;
     return (u + half + (u >> cut & lowest)) >> cut;
   }
 
-  float value(float x) const {
-    const float y = bit_cast<float>(steps(x) << cut);
-    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
-    return x != x ? x : bit_cast<float>(bit_cast<uint32_t>(y) | sign) + neutral;
-  }
-
-  uint32_t code(float x) const {
-    uint32_t code = steps(x);
-    if (Signed) {
-      const uint32_t sign = (bit_cast<uint32_t>(x) >> 31) << sign_shift;
-      code |= negative_zero || code != 0 ? sign : 0;
-    }
-    return x != x ? not_a_number : code;
-  }
+  float value(float x) const { return signs.value(bit_cast<float>(steps(x) << cut), x); }
+  uint32_t code(float x) const { return signs.code(steps(x), x); }
 };
 
 // Any format and any policy. Lanes are float64 as far as they take part, codes 64 bits wide.
