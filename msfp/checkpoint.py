@@ -174,5 +174,5 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     make_room(network, config.layers, config.entries)
     check_keys(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
-    attach(network, config.request)
+    attach(network, config.request, summaries=config.summaries)
     return network
