@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -251,6 +251,18 @@ def matching(facts: Iterable[LayerFacts], glob: str) -> list[LayerFacts]:
     if not kept:
         raise InputError(f"filter {glob!r} matches none of the {len(facts)} layers")
     return kept
+
+
+def overview(facts: Sequence[LayerFacts]) -> str:
+    """Return the sums of a table in a sentence."""
+    unsigned = sum(each.sign == "unsigned" for each in facts)
+    size = sum(each.bytes for each in facts)
+    widths = sorted({each.weight.bits for each in facts})
+    parts = [f"{sum(each.weight.bits == b for each in facts)} at {b} bits" for b in widths]
+    return (
+        f"{len(facts)} layers, {size:,} bytes; weights: {', '.join(parts)}; "
+        f"inputs: {unsigned} unsigned."
+    )
 
 
 def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:
