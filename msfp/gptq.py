@@ -1,0 +1,144 @@
+"""Rounding a matrix so that its output is kept, not its weights: GPTQ on a floating-point grid.
+
+Columns are rounded one after the other, and each takes up what the errors of those before it have
+done to the output (Frantar et al., ICLR 2023). With H = E[x x^T] the error of a row is `e H e^T`.
+Written `H = R D R^T`, R unit upper triangular, it is the sum over columns of `D_j (e R)_j ** 2`,
+and the j-th term is least if the weight rounded is `w_j + sum_{k<j} e_k R_kj`. So one Cholesky
+factor is all that is needed, and no inverse (Chee et al., NeurIPS 2023, theorem 6). Sweeps of
+coordinate descent then lower the error until no single weight has a better value.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fpformats import FloatFormat, quantize_scaled
+
+BLOCK = 64
+"""Columns between two updates of the rest by a matrix product."""
+DAMPING = 0.01
+"""Added to the diagonal of H, in units of its mean."""
+
+
+def damped(second: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return second moments with part of their mean diagonal added to the diagonal.
+
+    Args:
+        second: Shape (groups, columns, columns).
+        damping: The part; where the mean is 0, the diagonal becomes 1.
+    """
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    added = torch.where(mean > 0, damping * mean, 1.0)
+    return second + torch.diag_embed(added.expand_as(diagonal))
+
+
+def unit_upper(second: torch.Tensor) -> torch.Tensor:
+    """Return the unit upper triangular R of `second = R D R^T`, D diagonal.
+
+    Example:
+        >>> unit_upper(torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
+        tensor([[1., 1.],
+                [0., 1.]])
+    """
+    factor: torch.Tensor = torch.linalg.cholesky(second.flip(-2, -1)).flip(-2, -1)
+    return factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
+
+
+def output_error(error: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of the output that an error of the matrix makes, for each row.
+
+    Args:
+        error: Shape (groups, rows, columns).
+        second: Second moments of the columns, shape (groups, columns, columns).
+
+    Returns:
+        Shape (groups, rows).
+    """
+    return ((error @ second) * error).sum(dim=-1)
+
+
+class _Columns:
+    """A matrix that is rounded column by column, stored with columns as rows to be contiguous."""
+
+    def __init__(self, matrix: torch.Tensor, fmt: FloatFormat, scale: torch.Tensor) -> None:
+        self.format = fmt
+        self.wanted = matrix.mT.contiguous()
+        self.scale = scale.expand_as(matrix).mT
+        self.rounded = torch.zeros_like(self.wanted)
+        self.error = torch.zeros_like(self.wanted)
+
+    def round(self, column: int, target: torch.Tensor) -> torch.Tensor:
+        """Round a column to the value nearest to a target; return the change of its error."""
+        value = quantize_scaled(target, self.format, self.scale[:, column])
+        error = self.wanted[:, column] - value
+        change: torch.Tensor = error - self.error[:, column]
+        self.rounded[:, column], self.error[:, column] = value, error
+        return change
+
+    def feed_forward(self, factor: torch.Tensor) -> None:
+        """Round each column to make up for those before it."""
+        size = factor.shape[-1]
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            before = factor[:, :start, start:stop].mT @ self.error[:, :start]
+            target = self.wanted[:, start:stop] + before
+            inside = factor[:, start:stop, start:stop]
+            for j in range(stop - start):
+                self.round(start + j, target[:, j])
+                rest = inside[:, j, j + 1 :, None] * self.error[:, start + j, None]
+                target[:, j + 1 :] += rest
+
+    def sweep(self, second: torch.Tensor) -> None:
+        """Round each column to the best value for all others as they are."""
+        size = second.shape[-1]
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            gradient = second[:, start:stop] @ self.error
+            inside = second[:, start:stop, start:stop]
+            for j in range(stop - start):
+                pull = gradient[:, j] / inside[:, j, j, None]
+                change = self.round(start + j, self.rounded[:, start + j] + pull)
+                gradient += inside[:, j, :, None] * change[:, None]
+
+
+def gptq(
+    matrix: torch.Tensor,
+    second: torch.Tensor,
+    fmt: FloatFormat,
+    scale: torch.Tensor,
+    *,
+    damping: float = DAMPING,
+    sweeps: int = 0,
+) -> torch.Tensor:
+    """Round a matrix to the values of a format times a scale with little error of its output.
+
+    Args:
+        matrix: The wanted weights, shape (groups, rows, columns).
+        second: Second moments of the columns it multiplies (of their dequantized values, so that
+            a zero point is in them), shape (groups, columns, columns).
+        fmt: Any format.
+        scale: One for each weight; any shape that broadcasts to the matrix's.
+        damping: Added to the diagonal of the moments, in units of its mean.
+        sweeps: Rounds of coordinate descent afterwards; each costs as much again.
+
+    Returns:
+        The rounded matrix, shape and dtype of `matrix`.
+
+    Raises:
+        torch.linalg.LinAlgError: If the damped moments are not positive definite.
+
+    Example:
+        Where both columns read the same, the second weight makes up for the error of the first:
+
+        >>> from fpformats import E2M1
+        >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), torch.ones(1, 2, 2)
+        >>> gptq(matrix, second, E2M1, torch.tensor(1.0), damping=0.001)
+        tensor([[[1.0000, 1.5000]]])
+    """
+    second = damped(second, damping)
+    columns = _Columns(matrix, fmt, scale)
+    columns.feed_forward(unit_upper(second))
+    for _ in range(sweeps):
+        columns.sweep(second)
+    return columns.rounded.mT.contiguous()
