@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from msfp.errors import InputError
 
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
+Rounding = Literal["nearest", "gptq"]
 MIN_BITS, MAX_BITS = 3, 8
 MAX_HUB, MAX_RANK = 16, 256
 
@@ -96,6 +97,49 @@ class FinetuneConfig:
         check_range("batch", self.batch, 1, 10**6)
         check_range("learning_rate", self.learning_rate, 0, 1)
         check_range("denoising_power", self.denoising_power, 0, 4)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """How the weights of a quantized denoiser are rounded anew and corrected, without training.
+
+    Attributes:
+        rounding: "gptq" rounds each weight to make up for the errors of those before it, "nearest"
+            each by itself.
+        sweeps: Rounds of coordinate descent after GPTQ.
+        match_inputs: Whether the weights that are rounded are those that give the full-precision
+            output best from the quantized input, or the full-precision weights.
+        correct_bias: Whether biases make up for the mean error of their layer's output.
+        damping: Strength of the pull towards the full-precision weights, and of the diagonal that
+            GPTQ adds to the second moments, in units of their mean diagonal.
+        samples: Noisy samples in the one forward; all of a layer's inputs are held at once.
+        positions: Pixels or tokens, drawn from these samples, that moments are taken over at most.
+        seed: Seed of the draws.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    rounding: Rounding = "gptq"
+    sweeps: int = 0
+    match_inputs: bool = True
+    correct_bias: bool = True
+    damping: float = 0.03
+    samples: int = 256
+    positions: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounding not in get_args(Rounding):
+            raise InputError(f"rounding must be one of {get_args(Rounding)}, not {self.rounding!r}")
+        check_range("sweeps", self.sweeps, 0, 100)
+        check_range("damping", self.damping, 1e-6, 1e3)
+        check_range("samples", self.samples, 1, 10**6)
+        check_range("positions", self.positions, 1, 10**9)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""

@@ -1,0 +1,90 @@
+"""Correcting the weights and biases of a quantized denoiser, layer after layer, in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fpformats import quantize_scaled
+from msfp.config import RefinementConfig
+from msfp.correction import matched_bias, matched_matrix
+from msfp.fine_tuning import draw_batch
+from msfp.gptq import gptq
+from msfp.layers import QuantizedLayer
+from msfp.moments import as_matrix, layer_moments
+from msfp.paired import Meeting, paired
+from msfp.sampling import Trajectories
+
+
+class _Refiner:
+    """Refines each layer that it meets."""
+
+    def __init__(self, config: RefinementConfig, progress: Callable[[str], None] | None) -> None:
+        self.config, self.progress = config, progress
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def __call__(self, meeting: Meeting) -> None:
+        layer, config = meeting.layer, self.config
+        moments = layer_moments(
+            layer,
+            layer.input_quantizer(meeting.inputs),
+            meeting.outputs,
+            most=config.positions,
+            generator=self.generator,
+        )
+        matrix = as_matrix(layer, layer.weight)
+        centred = config.correct_bias and layer.bias is not None
+        if config.match_inputs:
+            matrix = matched_matrix(matrix, moments, damping=config.damping, centred=centred)
+        matrix = self._rounded(matrix, moments.second(centred=centred), layer)
+        layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape), requires_grad=False)
+        if centred:
+            layer.bias = nn.Parameter(matched_bias(matrix, moments), requires_grad=False)
+        if self.progress is not None:
+            self.progress(meeting.name)
+
+    def _rounded(
+        self, matrix: torch.Tensor, second: torch.Tensor, layer: QuantizedLayer
+    ) -> torch.Tensor:
+        fmt = layer.weight_quantizer.format
+        scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
+        if self.config.rounding == "nearest":
+            rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
+            return rounded
+        return gptq(
+            matrix, second, fmt, scale, damping=self.config.damping, sweeps=self.config.sweeps
+        )
+
+
+@torch.no_grad()
+def refine(
+    denoiser: nn.Module,
+    trajectories: Trajectories,
+    config: RefinementConfig,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Round the weights of a quantized denoiser anew and correct them, without training.
+
+    The layers are met in the order in which they run, each with the inputs that it gets from the
+    layers already refined and the outputs that it has in full precision.
+
+    Args:
+        denoiser: Quantized by `quantize`, open; changed in place. Its weights become values of
+            their grids, and stay open to `finetune`.
+        trajectories: Recorded from the full-precision denoiser. Samples are drawn from all
+            timesteps alike.
+        config: What is corrected and how.
+        progress: Called with each layer's name once it is refined.
+
+    Raises:
+        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    steps, count = trajectories.samples.shape[:2]
+    step, trajectory = draw_batch(steps, count, config.samples, generator)
+    sample, timestep = trajectories.samples[step, trajectory], trajectories.timesteps[step]
+    with paired(denoiser, _Refiner(config, progress)):
+        denoiser(torch.cat([sample, sample]), torch.cat([timestep, timestep]))

@@ -1,0 +1,114 @@
+import copy
+import statistics
+
+import pytest
+import torch
+
+from msfp import FinetuneConfig, InputError, finetune, seal
+from msfp.config import RefinementConfig
+from msfp.evaluate import noise_errors
+from msfp.fine_tuning import draw_batch
+from msfp.layers import quantized_layers
+from msfp.paired import paired
+from msfp.refinement import refine
+
+SMALL = {"samples": 24, "positions": 2048}
+
+
+@pytest.fixture
+def refined(quantized, trajectories):
+    """A function that gives a refined open denoiser."""
+
+    def make(**config):
+        denoiser = quantized()[0].unet
+        refine(denoiser, trajectories, RefinementConfig(**(SMALL | config)))
+        return denoiser
+
+    return make
+
+
+def mean_error(denoiser, trajectories):
+    return statistics.mean(noise_errors(denoiser, trajectories))
+
+
+def test_weights_become_values_of_their_grids_and_are_sealed_as_they_are(refined):
+    denoiser = refined()
+    before = {name: layer.weight.clone() for name, layer in quantized_layers(denoiser).items()}
+    seal(denoiser)
+    for name, layer in quantized_layers(denoiser).items():
+        assert torch.equal(layer.entries[0], before[name])
+
+
+def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
+    errors = [
+        mean_error(denoiser, trajectories)
+        for denoiser in (
+            quantized()[0].unet,
+            refined(match_inputs=False, correct_bias=False),
+            refined(),
+        )
+    ]
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < 0.85 * errors[1]
+
+
+def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, trajectories):
+    denoiser = quantized()[0].unet
+    config = RefinementConfig(rounding="nearest", samples=16, positions=10**6)
+    full, inputs = {}, {}
+
+    def visit(meeting):
+        full[meeting.name], inputs[meeting.name] = meeting.outputs, meeting.inputs
+
+    generator = torch.Generator().manual_seed(config.seed)
+    step, trajectory = draw_batch(*trajectories.samples.shape[:2], config.samples, generator)
+    sample, timestep = trajectories.samples[step, trajectory], trajectories.timesteps[step]
+    with paired(denoiser, visit), torch.no_grad():
+        denoiser(torch.cat([sample] * 2), torch.cat([timestep] * 2))
+    refine(denoiser, trajectories, config)
+    layer = denoiser.conv_in  # reads the samples themselves
+    with torch.no_grad():
+        mean = layer(inputs["conv_in"]).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(mean, full["conv_in"].mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_reproduced_by_its_seed(refined):
+    first, second, other = (refined(seed=seed, samples=8).conv_out for seed in (0, 0, 1))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_the_full_precision_model_is_left_alone(refined, reference):
+    before = copy.deepcopy(reference.unet.state_dict())
+    refined(samples=4)
+    assert all(torch.equal(before[k], v) for k, v in reference.unet.state_dict().items())
+
+
+def test_without_bias_correction_biases_stay(refined, reference):
+    denoiser = refined(correct_bias=False, samples=4)
+    for name, layer in quantized_layers(denoiser).items():
+        assert torch.equal(layer.bias, reference.unet.get_submodule(name).bias)
+
+
+def test_fine_tuning_ends_better_from_refined_weights(refined, quantized, trajectories):
+    config = FinetuneConfig(rank=2, steps=6, batch=8)
+    errors = []
+    for denoiser in (quantized()[0].unet, refined()):
+        finetune(denoiser, trajectories, config)
+        errors.append(mean_error(denoiser, trajectories))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_progress_names_every_layer(quantized, trajectories):
+    denoiser, seen = quantized()[0].unet, []
+    refine(denoiser, trajectories, RefinementConfig(samples=2), progress=seen.append)
+    assert sorted(seen) == sorted(quantized_layers(denoiser))
+
+
+def test_a_plain_or_a_sealed_denoiser_is_refused(reference, quantized, trajectories):
+    sealed = quantized()[0].unet
+    seal(sealed)
+    for denoiser in (reference.unet, sealed):
+        with pytest.raises(InputError, match="must have been quantized and not yet sealed"):
+            refine(denoiser, trajectories, RefinementConfig())
