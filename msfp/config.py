@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from msfp.errors import InputError
 
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "adaround"]
 MIN_BITS, MAX_BITS = 3, 8
 MAX_HUB, MAX_RANK = 16, 256
 
@@ -108,8 +108,8 @@ class RefinementConfig:
     """How the weights of a quantized denoiser are rounded anew and corrected, without training.
 
     Attributes:
-        rounding: "gptq" rounds each weight to make up for the errors of those before it, "nearest"
-            each by itself.
+        rounding: "gptq" rounds each weight to make up for the errors of those before it,
+            "adaround" learns which of its neighbours each takes, "nearest" rounds each by itself.
         sweeps: Rounds of coordinate descent after GPTQ.
         match_inputs: Whether the weights that are rounded are those that give the full-precision
             output best from the quantized input, or the full-precision weights.

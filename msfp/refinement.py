@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fpformats import quantize_scaled
+from msfp.adaround import adaround
 from msfp.config import RefinementConfig
 from msfp.correction import matched_bias, matched_matrix
 from msfp.fine_tuning import draw_batch
@@ -50,12 +51,13 @@ class _Refiner:
     ) -> torch.Tensor:
         fmt = layer.weight_quantizer.format
         scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
-        if self.config.rounding == "nearest":
-            rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
-            return rounded
-        return gptq(
-            matrix, second, fmt, scale, damping=self.config.damping, sweeps=self.config.sweeps
-        )
+        damping = self.config.damping
+        if self.config.rounding == "gptq":
+            return gptq(matrix, second, fmt, scale, damping=damping, sweeps=self.config.sweeps)
+        if self.config.rounding == "adaround":
+            return adaround(matrix, second, fmt, scale, damping=damping)
+        rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
+        return rounded
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from msfp import FinetuneConfig, InputError, finetune, seal
+from msfp.adaround import adaround
 from msfp.config import RefinementConfig
 from msfp.evaluate import noise_errors
 from msfp.fine_tuning import draw_batch
@@ -31,8 +32,12 @@ def mean_error(denoiser, trajectories):
     return statistics.mean(noise_errors(denoiser, trajectories))
 
 
-def test_weights_become_values_of_their_grids_and_are_sealed_as_they_are(refined):
-    denoiser = refined()
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
+def test_weights_become_values_of_their_grids_and_are_sealed_as_they_are(
+    refined, rounding, monkeypatch
+):
+    monkeypatch.setitem(adaround.__kwdefaults__, "steps", 3)
+    denoiser = refined(rounding=rounding, samples=2)
     before = {name: layer.weight.clone() for name, layer in quantized_layers(denoiser).items()}
     seal(denoiser)
     for name, layer in quantized_layers(denoiser).items():
