@@ -1,0 +1,201 @@
+"""Quantized products of attention: queries with keys, and softmax probabilities with values.
+
+The layers around attention are quantized as any other; these are the two matrix products between
+them. Probabilities lie in [0, 1], so their format is unsigned, without a zero point. A processor
+is wrapped, not rewritten: whatever it does, its call of scaled dot-product attention is computed
+on rounded operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fpformats.search import Choice, SortedTensor, search_tensor
+from msfp.errors import InputError
+from msfp.fine_tuning import draw_batch
+from msfp.post_training import float_formats, search_input
+from msfp.quantizer import Quantizer
+from msfp.sampling import Trajectories
+
+OPERANDS = ("query", "key", "probabilities", "value")
+SAMPLES_PER_OPERAND = 2**17
+
+RoundOperand = Callable[[str, torch.Tensor], torch.Tensor]
+"""Rounds the operand of a name."""
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    round_operand: RoundOperand,
+) -> torch.Tensor:
+    """Return softmax(Q K^T scale + mask) V with each operand rounded as it enters its product.
+
+    Args:
+        query: Shape (..., queries, width).
+        key: Shape (..., keys, width).
+        value: Shape (..., keys, values).
+        mask: Added to the scores, or boolean: False leaves a key out; or None.
+        scale: Of the scores; None is width ** -0.5.
+        round_operand: Called with each of `OPERANDS` and its tensor.
+
+    Returns:
+        Shape (..., queries, values).
+    """
+    scores = round_operand("query", query) @ round_operand("key", key).mT
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(mask.logical_not(), -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return round_operand("probabilities", scores.softmax(dim=-1)) @ round_operand("value", value)
+
+
+class _Products(TorchFunctionMode):
+    """Inside the block, scaled dot-product attention is computed on rounded operands."""
+
+    def __init__(self, round_operand: RoundOperand) -> None:
+        super().__init__()
+        self.round_operand = round_operand
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace the one function, call all others."""
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attention(*args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if dropout_p or is_causal or enable_gqa:
+            raise InputError("attention must be without dropout, causal mask and grouped queries")
+        return attention(query, key, value, attn_mask, scale, self.round_operand)
+
+
+class QuantizedAttention(nn.Module):
+    """A diffusers attention processor whose products are computed on rounded operands.
+
+    Args:
+        processor: The processor that is wrapped; it must call scaled dot-product attention.
+        quantizers: One for each of `OPERANDS`.
+    """
+
+    def __init__(self, processor: Callable[..., Any], quantizers: dict[str, Quantizer]) -> None:
+        super().__init__()
+        self.processor = processor
+        self.quantizers = nn.ModuleDict(quantizers)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the processor."""
+        with _Products(lambda name, x: self.quantizers[name](x)):
+            return self.processor(*args, **kwargs)
+
+
+class _Recorder:
+    """A processor that keeps values of its operands and computes in full precision."""
+
+    def __init__(self, processor: Callable[..., Any], seed: int) -> None:
+        self.processor = processor
+        self.generator = torch.Generator().manual_seed(seed)
+        self.values: dict[str, torch.Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the processor."""
+        with _Products(self._keep):
+            return self.processor(*args, **kwargs)
+
+    def _keep(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        values = x.detach().float().flatten().cpu()
+        drawn = torch.randint(len(values), (SAMPLES_PER_OPERAND,), generator=self.generator)
+        self.values[name] = torch.cat([values[drawn], torch.stack(values.aminmax())])
+        return x
+
+    def quantized(self, bits: int) -> QuantizedAttention:
+        """Return the processor with the formats that fit the kept values best."""
+        if not self.values:
+            raise InputError(
+                f"{type(self.processor).__name__} does not call scaled dot-product attention"
+            )
+        quantizers = {}
+        for name in OPERANDS:
+            choice = _search(name, SortedTensor(self.values[name].numpy()), bits)
+            zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
+            quantizers[name] = Quantizer(choice.format, torch.tensor(choice.scale), zero)
+        return QuantizedAttention(self.processor, quantizers)
+
+
+def _search(name: str, tensor: SortedTensor, bits: int) -> Choice:
+    if name == "probabilities":
+        return search_tensor(tensor, float_formats(bits, signed=False))
+    return search_input(tensor, bits, "mixup")[0]
+
+
+def attention_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules of a denoiser, those with a processor to set, by name."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "processor") and hasattr(module, "set_processor")
+    }
+
+
+@torch.no_grad()
+def quantize_attention(
+    denoiser: nn.Module, trajectories: Trajectories, bits: int, *, samples: int = 64, seed: int = 0
+) -> None:
+    """Quantize the products of every attention module, by what one forward shows of them.
+
+    Args:
+        denoiser: In full precision or quantized; changed in place.
+        trajectories: Recorded from the full-precision denoiser.
+        bits: Of all four operands.
+        samples: Noisy samples in the forward.
+        seed: Seed of the draws.
+
+    Raises:
+        InputError: If there is no attention, or a processor does not call scaled dot-product
+            attention. The denoiser is then as it was.
+    """
+    modules = attention_modules(denoiser)
+    if not modules:
+        raise InputError(f"{type(denoiser).__name__} has no attention module with a processor")
+    recorders = {
+        name: _Recorder(module.processor, seed + index)  # type: ignore[arg-type]
+        for index, (name, module) in enumerate(modules.items())
+    }
+    generator = torch.Generator().manual_seed(seed)
+    steps, count = trajectories.samples.shape[:2]
+    step, trajectory = draw_batch(steps, count, samples, generator)
+    try:
+        for name, module in modules.items():
+            module.set_processor(recorders[name])  # type: ignore[operator]
+        denoiser(trajectories.samples[step, trajectory], trajectories.timesteps[step])
+    finally:
+        for name, module in modules.items():
+            module.set_processor(recorders[name].processor)  # type: ignore[operator]
+    quantized = {name: recorder.quantized(bits) for name, recorder in recorders.items()}
+    for name, module in modules.items():
+        module.set_processor(quantized[name])  # type: ignore[operator]
