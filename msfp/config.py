@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from msfp.errors import InputError
 
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point"]
+ScaleSearch = Literal["weight", "diagonal", "output"]
+BiasCorrection = Literal["all", "last", "none"]
 Rounding = Literal["nearest", "gptq", "adaround"]
 MIN_BITS, MAX_BITS = 3, 8
 MAX_HUB, MAX_RANK = 16, 256
@@ -18,6 +20,12 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless low <= value <= high."""
     if not low <= value <= high:
         raise InputError(f"{name} must be between {low} and {high}, not {value}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise InputError unless a value is one of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {allowed}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,7 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "first_last"):
             check_range(name, getattr(self, name), MIN_BITS, MAX_BITS)
-        if self.scheme not in get_args(Scheme):
-            raise InputError(f"scheme must be one of {get_args(Scheme)}, not {self.scheme!r}")
+        check_choice("scheme", self.scheme, get_args(Scheme))
 
     def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int]:
         """Return the bits of weights and activations of a layer at a position."""
@@ -111,9 +118,14 @@ class RefinementConfig:
         rounding: "gptq" rounds each weight to make up for the errors of those before it,
             "adaround" learns which of its neighbours each takes, "nearest" rounds each by itself.
         sweeps: Rounds of coordinate descent after GPTQ.
+        scales: "weight" keeps format and scales as searched on the weights alone; "output" searches
+            them anew by the error of the layer's output, "diagonal" by that error where columns
+            are taken to share nothing.
+        split_inputs: Whether layers that read a concatenation get a scale for each of its parts.
         match_inputs: Whether the weights that are rounded are those that give the full-precision
             output best from the quantized input, or the full-precision weights.
-        correct_bias: Whether biases make up for the mean error of their layer's output.
+        correct_bias: Whose bias makes up for the mean error of its layer's output: that of every
+            layer, or of the last alone, which takes the mean shift from the prediction.
         damping: Strength of the pull towards the full-precision weights, and of the diagonal that
             GPTQ adds to the second moments, in units of their mean diagonal.
         samples: Noisy samples in the one forward; all of a layer's inputs are held at once.
@@ -126,16 +138,19 @@ class RefinementConfig:
 
     rounding: Rounding = "gptq"
     sweeps: int = 0
+    scales: ScaleSearch = "weight"
+    split_inputs: bool = False
     match_inputs: bool = True
-    correct_bias: bool = True
+    correct_bias: BiasCorrection = "all"
     damping: float = 0.03
     samples: int = 256
     positions: int = 16384
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounding not in get_args(Rounding):
-            raise InputError(f"rounding must be one of {get_args(Rounding)}, not {self.rounding!r}")
+        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("scales", self.scales, get_args(ScaleSearch))
+        check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
         check_range("sweeps", self.sweeps, 0, 100)
         check_range("damping", self.damping, 1e-6, 1e3)
         check_range("samples", self.samples, 1, 10**6)

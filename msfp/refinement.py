@@ -11,12 +11,17 @@ from fpformats import quantize_scaled
 from msfp.adaround import adaround
 from msfp.config import RefinementConfig
 from msfp.correction import matched_bias, matched_matrix
+from msfp.denoiser import position
 from msfp.fine_tuning import draw_batch
 from msfp.gptq import gptq
 from msfp.layers import QuantizedLayer
 from msfp.moments import as_matrix, layer_moments
 from msfp.paired import Meeting, paired
+from msfp.post_training import float_formats
+from msfp.quantizer import Quantizer
 from msfp.sampling import Trajectories
+from msfp.split import split_inputs
+from msfp.weight_search import search_scales
 
 
 class _Refiner:
@@ -36,15 +41,32 @@ class _Refiner:
             generator=self.generator,
         )
         matrix = as_matrix(layer, layer.weight)
-        centred = config.correct_bias and layer.bias is not None
+        corrected = config.correct_bias == "all" or (
+            config.correct_bias == "last" and position(meeting.name) == "last"
+        )
+        centred = corrected and layer.bias is not None
         if config.match_inputs:
             matrix = matched_matrix(matrix, moments, damping=config.damping, centred=centred)
-        matrix = self._rounded(matrix, moments.second(centred=centred), layer)
+        second = moments.second(centred=centred)
+        if config.scales != "weight":
+            self._search(matrix, second, layer)
+        matrix = self._rounded(matrix, second, layer)
         layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape), requires_grad=False)
         if centred:
             layer.bias = nn.Parameter(matched_bias(matrix, moments), requires_grad=False)
         if self.progress is not None:
             self.progress(meeting.name)
+
+    def _search(self, matrix: torch.Tensor, second: torch.Tensor, layer: QuantizedLayer) -> None:
+        """Give a layer the format and scales that serve its output best."""
+        old = layer.weight_quantizer
+        formats = [old.format]
+        if old.format.exponent_bits:  # not integers
+            formats = float_formats(old.format.bits, signed=True)
+        if self.config.scales == "diagonal":
+            second = second.diagonal(dim1=-2, dim2=-1)
+        fmt, scale = search_scales(matrix, second, formats)
+        layer.weight_quantizer = Quantizer(fmt, scale.reshape(old.scale.shape))
 
     def _rounded(
         self, matrix: torch.Tensor, second: torch.Tensor, layer: QuantizedLayer
@@ -84,6 +106,8 @@ def refine(
     Raises:
         InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
     """
+    if config.split_inputs:
+        split_inputs(denoiser, trajectories, samples=config.samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     steps, count = trajectories.samples.shape[:2]
     step, trajectory = draw_batch(steps, count, config.samples, generator)

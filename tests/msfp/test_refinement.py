@@ -49,7 +49,7 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
         mean_error(denoiser, trajectories)
         for denoiser in (
             quantized()[0].unet,
-            refined(match_inputs=False, correct_bias=False),
+            refined(match_inputs=False, correct_bias="none"),
             refined(),
         )
     ]
@@ -91,9 +91,28 @@ def test_the_full_precision_model_is_left_alone(refined, reference):
 
 
 def test_without_bias_correction_biases_stay(refined, reference):
-    denoiser = refined(correct_bias=False, samples=4)
+    denoiser = refined(correct_bias="none", samples=4)
     for name, layer in quantized_layers(denoiser).items():
         assert torch.equal(layer.bias, reference.unet.get_submodule(name).bias)
+
+
+def test_the_last_bias_alone_takes_the_mean_shift_from_the_prediction(
+    refined, reference, trajectories
+):
+    plain = {"rounding": "nearest", "match_inputs": False}
+    before, after = (refined(correct_bias=which, **plain) for which in ("none", "last"))
+    shifts = []
+    with torch.no_grad():
+        for denoiser in (before, after):
+            predictions = denoiser(trajectories.samples[1], trajectories.timesteps[1]).sample
+            shifts.append((predictions - trajectories.predictions[1]).mean().abs().item())
+    assert shifts[1] < 0.5 * shifts[0]
+    changed = [
+        name
+        for name, layer in quantized_layers(after).items()
+        if not torch.equal(layer.bias, reference.unet.get_submodule(name).bias)
+    ]
+    assert changed == ["conv_out"]
 
 
 def test_fine_tuning_ends_better_from_refined_weights(refined, quantized, trajectories):
@@ -117,3 +136,45 @@ def test_a_plain_or_a_sealed_denoiser_is_refused(reference, quantized, trajector
     for denoiser in (reference.unet, sealed):
         with pytest.raises(InputError, match="must have been quantized and not yet sealed"):
             refine(denoiser, trajectories, RefinementConfig())
+
+
+@pytest.mark.parametrize("scales", ["diagonal", "output"])
+def test_scales_can_be_searched_by_the_output(refined, scales):
+    plain, searched = refined(samples=2), refined(samples=2, scales=scales)
+    pairs = zip(*(quantized_layers(d).values() for d in (plain, searched)), strict=True)
+    changed = 0
+    for before, after in pairs:
+        assert after.weight_quantizer.scale.shape == before.weight_quantizer.scale.shape
+        assert after.weight_quantizer.format.bits == before.weight_quantizer.format.bits
+        assert torch.equal(after.weight_quantizer(after.weight), after.weight)
+        changed += not torch.equal(after.weight_quantizer.scale, before.weight_quantizer.scale)
+    assert changed > 50
+
+
+def test_integers_stay_integers_when_scales_are_searched(quantized, trajectories):
+    denoiser = quantized(scheme="int_mse")[0].unet
+    refine(denoiser, trajectories, RefinementConfig(samples=2, scales="diagonal"))
+    assert denoiser.conv_in.weight_quantizer.format.exponent_bits == 0
+
+
+def test_concatenated_inputs_are_split_on_request(refined):
+    denoiser = refined(samples=2, split_inputs=True)
+    assert denoiser.up_blocks[0].resnets[0].conv_shortcut.input_quantizer.scale.shape == (192, 1, 1)
+    assert denoiser.down_blocks[1].resnets[0].conv_shortcut.input_quantizer.scale.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("rounding", "up", "one of .*gptq"),
+        ("scales", "all", "one of .*output"),
+        ("correct_bias", "first", "one of .*last"),
+        ("samples", 0, "between 1"),
+        ("damping", 0, "between"),
+        ("sweeps", -1, "between 0"),
+        ("positions", 0, "between 1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name, value, allowed):
+    with pytest.raises(InputError, match=rf"{name} must be {allowed}.*not {value!r}"):
+        RefinementConfig(**{name: value})
