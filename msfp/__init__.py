@@ -4,16 +4,21 @@ The method is that of "Pioneering 4-Bit FP Quantization for Diffusion Models: Mi
 Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505.21591).
 """
 
+from msfp.attention import quantize_attention
 from msfp.calibration import Calibration, calibrate
 from msfp.checkpoint import load, save
-from msfp.config import FinetuneConfig, QuantizationConfig
+from msfp.config import FinetuneConfig, QuantizationConfig, RefinementConfig
 from msfp.dfa import denoising_factors, timestep_weights
 from msfp.errors import InputError
 from msfp.fine_tuning import finetune
 from msfp.layers import seal
+from msfp.low_rank import add_branches
 from msfp.post_training import quantize
+from msfp.refinement import refine
 from msfp.sampling import Sampler, Trajectories, record_trajectories
+from msfp.split import split_inputs
 from msfp.summary import LayerSummary
+from msfp.time_layers import with_exact_times
 from msfp.version import __version__
 
 __all__ = [
@@ -22,16 +27,22 @@ __all__ = [
     "InputError",
     "LayerSummary",
     "QuantizationConfig",
+    "RefinementConfig",
     "Sampler",
     "Trajectories",
     "__version__",
+    "add_branches",
     "calibrate",
     "denoising_factors",
     "finetune",
     "load",
     "quantize",
+    "quantize_attention",
     "record_trajectories",
+    "refine",
     "save",
     "seal",
+    "split_inputs",
     "timestep_weights",
+    "with_exact_times",
 ]

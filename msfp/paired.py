@@ -29,12 +29,14 @@ class Meeting:
     Attributes:
         name: Dotted name of the layer in the denoiser.
         layer: The open layer; its weight and bias are still those of full precision.
+        full_inputs: What it reads in full precision.
         inputs: What it reads behind quantized predecessors, before its input quantizer.
         outputs: What it gives in full precision, bias included.
     """
 
     name: str
     layer: QuantizedLayer
+    full_inputs: torch.Tensor
     inputs: torch.Tensor
     outputs: torch.Tensor
 
@@ -46,7 +48,7 @@ def _forward(name: str, layer: QuantizedLayer, visit: Visit, x: torch.Tensor) ->
     """Apply a layer to both halves of a batch, and let it be changed in between."""
     full, quantized = x.chunk(2)
     outputs = layer.compute(full, layer.weight)
-    visit(Meeting(name, layer, quantized, outputs))
+    visit(Meeting(name, layer, full, quantized, outputs))
     return torch.cat([outputs, type(layer).forward(layer, quantized)])
 
 

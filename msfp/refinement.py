@@ -15,6 +15,7 @@ from msfp.denoiser import position
 from msfp.fine_tuning import draw_batch
 from msfp.gptq import gptq
 from msfp.layers import QuantizedLayer
+from msfp.low_rank import LowRankBranch, branches_of
 from msfp.moments import as_matrix, layer_moments
 from msfp.paired import Meeting, paired
 from msfp.post_training import float_formats
@@ -27,8 +28,13 @@ from msfp.weight_search import search_scales
 class _Refiner:
     """Refines each layer that it meets."""
 
-    def __init__(self, config: RefinementConfig, progress: Callable[[str], None] | None) -> None:
-        self.config, self.progress = config, progress
+    def __init__(
+        self,
+        config: RefinementConfig,
+        branches: dict[str, LowRankBranch],
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.config, self.branches, self.progress = config, branches, progress
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, meeting: Meeting) -> None:
@@ -36,7 +42,7 @@ class _Refiner:
         moments = layer_moments(
             layer,
             layer.input_quantizer(meeting.inputs),
-            meeting.outputs,
+            self._wanted(meeting),
             most=config.positions,
             generator=self.generator,
         )
@@ -56,6 +62,16 @@ class _Refiner:
             layer.bias = nn.Parameter(matched_bias(matrix, moments), requires_grad=False)
         if self.progress is not None:
             self.progress(meeting.name)
+
+    def _wanted(self, meeting: Meeting) -> torch.Tensor:
+        """Return what the quantized layer should give, its branch making up for its own errors."""
+        branch = self.branches.get(meeting.name)
+        if branch is None:
+            return meeting.outputs
+        change: torch.Tensor = branch(meeting.layer, meeting.full_inputs) - branch(
+            meeting.layer, meeting.inputs
+        )
+        return meeting.outputs + change
 
     def _search(self, matrix: torch.Tensor, second: torch.Tensor, layer: QuantizedLayer) -> None:
         """Give a layer the format and scales that serve its output best."""
@@ -112,5 +128,5 @@ def refine(
     steps, count = trajectories.samples.shape[:2]
     step, trajectory = draw_batch(steps, count, config.samples, generator)
     sample, timestep = trajectories.samples[step, trajectory], trajectories.timesteps[step]
-    with paired(denoiser, _Refiner(config, progress)):
+    with paired(denoiser, _Refiner(config, branches_of(denoiser), progress)):
         denoiser(torch.cat([sample, sample]), torch.cat([timestep, timestep]))
