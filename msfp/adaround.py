@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from fpformats import FloatFormat, Rounding, quantize_scaled
-from msfp.gptq import damped
 
 STRETCH = 0.1
 """The sigmoid reaches this far beyond 0 and 1, so that h attains them (equation 23)."""
@@ -41,7 +40,6 @@ def adaround(
     fmt: FloatFormat,
     scale: torch.Tensor,
     *,
-    damping: float = 0.01,
     steps: int = 300,
 ) -> torch.Tensor:
     """Round a matrix up or down to the values of a format times a scale, by learned choices.
@@ -51,7 +49,6 @@ def adaround(
         second: Second moments of the columns it multiplies, shape (groups, columns, columns).
         fmt: Any format.
         scale: One for each weight; any shape that broadcasts to the matrix's.
-        damping: Added to the diagonal of the moments, in units of its mean.
         steps: Steps of Adam; each costs as much as a product of matrix and moments.
 
     Returns:
@@ -69,7 +66,6 @@ def adaround(
     low = quantize_scaled(matrix, fmt, scale, rounding=Rounding.TowardNegative)
     high = quantize_scaled(matrix, fmt, scale, rounding=Rounding.TowardPositive)
     gap = high - low
-    second = damped(second, damping)
     diagonal = second.diagonal(dim1=-2, dim2=-1)[..., None, :]
     # In units of a weight's own error by nearest rounding, so that one strength suits all layers.
     unit = (gap.square() * diagonal).mean().clamp(min=torch.finfo(gap.dtype).tiny) / 12

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from msfp.gptq import damped
 from msfp.moments import Moments
 
 
 def matched_matrix(
-    matrix: torch.Tensor, moments: Moments, *, damping: float, centred: bool
+    matrix: torch.Tensor, moments: Moments, upper: torch.Tensor, *, centred: bool
 ) -> torch.Tensor:
     """Return the matrix that gives the wanted outputs best from the inputs as they are read.
 
-    It minimises the mean square of `y - M x` plus `damping` times the mean diagonal of E[x x^T]
-    times the squared distance from the given matrix. Errors of the inputs that show in the inputs
-    themselves are so made up for; without any, the matrix is returned.
+    With moments damped by d it minimises the mean square of `y - M x` plus d times the squared
+    distance from the given matrix. Errors of the inputs that show in the inputs themselves are so
+    made up for; without any, the matrix is returned.
 
     Args:
         matrix: The full-precision weights, shape (groups, rows, columns).
         moments: Of the quantized inputs x and the full-precision outputs y.
-        damping: Strength of the pull towards the given matrix.
+        upper: The `upper_factor` of the second moments of x, damped.
         centred: Whether a bias makes up for the means (ordinary least squares with intercept).
 
     Returns:
@@ -28,8 +27,9 @@ def matched_matrix(
     """
     second = moments.second(centred=centred)
     residual = moments.cross(centred=centred) - matrix @ second
-    factor = torch.linalg.cholesky(damped(second, damping))
-    return matrix + torch.cholesky_solve(residual.mT, factor).mT
+    half = torch.linalg.solve_triangular(upper.mT, residual, upper=False, left=False)
+    change: torch.Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    return matrix + change
 
 
 def matched_bias(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:

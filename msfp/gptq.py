@@ -16,8 +16,6 @@ from fpformats import FloatFormat, quantize_scaled
 
 BLOCK = 64
 """Columns between two updates of the rest by a matrix product."""
-DAMPING = 0.01
-"""Added to the diagonal of H, in units of its mean."""
 
 
 def damped(second: torch.Tensor, damping: float) -> torch.Tensor:
@@ -33,16 +31,22 @@ def damped(second: torch.Tensor, damping: float) -> torch.Tensor:
     return second + torch.diag_embed(added.expand_as(diagonal))
 
 
-def unit_upper(second: torch.Tensor) -> torch.Tensor:
-    """Return the unit upper triangular R of `second = R D R^T`, D diagonal.
+def upper_factor(second: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangular U with a positive diagonal of `second = U U^T`.
+
+    Args:
+        second: Positive definite, shape (..., columns, columns).
+
+    Raises:
+        torch.linalg.LinAlgError: If it is not positive definite.
 
     Example:
-        >>> unit_upper(torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
-        tensor([[1., 1.],
-                [0., 1.]])
+        >>> upper_factor(torch.tensor([[5.0, 2.0], [2.0, 4.0]]))
+        tensor([[2., 1.],
+                [0., 2.]])
     """
     factor: torch.Tensor = torch.linalg.cholesky(second.flip(-2, -1)).flip(-2, -1)
-    return factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    return factor
 
 
 def output_error(error: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -108,37 +112,38 @@ def gptq(
     fmt: FloatFormat,
     scale: torch.Tensor,
     *,
-    damping: float = DAMPING,
     sweeps: int = 0,
+    upper: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round a matrix to the values of a format times a scale with little error of its output.
 
     Args:
         matrix: The wanted weights, shape (groups, rows, columns).
         second: Second moments of the columns it multiplies (of their dequantized values, so that
-            a zero point is in them), shape (groups, columns, columns).
+            a zero point is in them), positive definite (see `damped`), shape (groups, columns,
+            columns).
         fmt: Any format.
         scale: One for each weight; any shape that broadcasts to the matrix's.
-        damping: Added to the diagonal of the moments, in units of its mean.
         sweeps: Rounds of coordinate descent afterwards; each costs as much again.
+        upper: The moments' `upper_factor`, where it is known already.
 
     Returns:
         The rounded matrix, shape and dtype of `matrix`.
 
     Raises:
-        torch.linalg.LinAlgError: If the damped moments are not positive definite.
+        torch.linalg.LinAlgError: If the moments are not positive definite.
 
     Example:
         Where both columns read the same, the second weight makes up for the error of the first:
 
         >>> from fpformats import E2M1
-        >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), torch.ones(1, 2, 2)
-        >>> gptq(matrix, second, E2M1, torch.tensor(1.0), damping=0.001)
+        >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), damped(torch.ones(1, 2, 2), 0.001)
+        >>> gptq(matrix, second, E2M1, torch.tensor(1.0))
         tensor([[[1.0000, 1.5000]]])
     """
-    second = damped(second, damping)
+    upper = upper_factor(second) if upper is None else upper
     columns = _Columns(matrix, fmt, scale)
-    columns.feed_forward(unit_upper(second))
+    columns.feed_forward(upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
     for _ in range(sweeps):
         columns.sweep(second)
     return columns.rounded.mT.contiguous()

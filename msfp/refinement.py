@@ -13,7 +13,7 @@ from msfp.config import RefinementConfig
 from msfp.correction import matched_bias, matched_matrix
 from msfp.denoiser import position
 from msfp.fine_tuning import draw_batch
-from msfp.gptq import gptq
+from msfp.gptq import damped, gptq, upper_factor
 from msfp.layers import QuantizedLayer
 from msfp.low_rank import LowRankBranch, branches_of
 from msfp.moments import as_matrix, layer_moments
@@ -51,12 +51,13 @@ class _Refiner:
             config.correct_bias == "last" and position(meeting.name) == "last"
         )
         centred = corrected and layer.bias is not None
+        second = damped(moments.second(centred=centred), config.damping)
+        upper = upper_factor(second)
         if config.match_inputs:
-            matrix = matched_matrix(matrix, moments, damping=config.damping, centred=centred)
-        second = moments.second(centred=centred)
+            matrix = matched_matrix(matrix, moments, upper, centred=centred)
         if config.scales != "weight":
             self._search(matrix, second, layer)
-        matrix = self._rounded(matrix, second, layer)
+        matrix = self._rounded(matrix, second, upper, layer)
         layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape), requires_grad=False)
         if centred:
             layer.bias = nn.Parameter(matched_bias(matrix, moments), requires_grad=False)
@@ -85,15 +86,18 @@ class _Refiner:
         layer.weight_quantizer = Quantizer(fmt, scale.reshape(old.scale.shape))
 
     def _rounded(
-        self, matrix: torch.Tensor, second: torch.Tensor, layer: QuantizedLayer
+        self,
+        matrix: torch.Tensor,
+        second: torch.Tensor,
+        upper: torch.Tensor,
+        layer: QuantizedLayer,
     ) -> torch.Tensor:
         fmt = layer.weight_quantizer.format
         scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
-        damping = self.config.damping
         if self.config.rounding == "gptq":
-            return gptq(matrix, second, fmt, scale, damping=damping, sweeps=self.config.sweeps)
+            return gptq(matrix, second, fmt, scale, sweeps=self.config.sweeps, upper=upper)
         if self.config.rounding == "adaround":
-            return adaround(matrix, second, fmt, scale, damping=damping)
+            return adaround(matrix, second, fmt, scale)
         rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
         return rounded
 

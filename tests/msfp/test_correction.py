@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from msfp.correction import matched_bias, matched_matrix
+from msfp.gptq import damped, upper_factor
 from msfp.moments import Moments
 
 
@@ -13,6 +14,11 @@ def moments_of(x, y):
     moments = Moments(*y.shape[:2], x.shape[1], dtype=torch.float64)
     moments.add(x, y)
     return moments
+
+
+def matched(matrix, moments, damping, centred):
+    upper = upper_factor(damped(moments.second(centred=centred), damping))
+    return matched_matrix(matrix, moments, upper, centred=centred)
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def example():
 def test_without_damping_it_is_least_squares_with_an_intercept(example):
     _, read, matrix, wanted = example
     moments = moments_of(read, wanted)
-    found = matched_matrix(matrix, moments, damping=0, centred=True)
+    found = matched(matrix, moments, damping=0, centred=True)
     bias = matched_bias(found, moments).view(2, 4)
     for group in range(2):
         columns = torch.cat([read[group], torch.ones(1, 500, dtype=torch.float64)])
@@ -43,7 +49,7 @@ def test_damping_is_ridge_regression_towards_the_matrix(example):
     identity = torch.eye(6, dtype=torch.float64)
     right = wanted @ read.mT / 500 + pull * matrix
     expected = torch.linalg.solve(second + pull * identity, right, left=False)
-    found = matched_matrix(matrix, moments_of(read, wanted), damping=0.1, centred=False)
+    found = matched(matrix, moments_of(read, wanted), damping=0.1, centred=False)
     torch.testing.assert_close(found, expected)
 
 
@@ -51,7 +57,7 @@ def test_damping_is_ridge_regression_towards_the_matrix(example):
 def test_inputs_without_error_leave_the_matrix_and_the_bias_alone(example, damping):
     full, _, matrix, wanted = example
     moments = moments_of(full, wanted)
-    found = matched_matrix(matrix, moments, damping=damping, centred=True)
+    found = matched(matrix, moments, damping=damping, centred=True)
     torch.testing.assert_close(found, matrix)
     torch.testing.assert_close(matched_bias(found, moments), torch.full((8,), 0.7).double())
 
@@ -65,5 +71,5 @@ def test_the_mean_output_is_the_wanted_one_for_any_matrix(example):
 
 def test_inputs_that_are_always_zero_leave_the_matrix_alone(example):
     _, read, matrix, wanted = example
-    found = matched_matrix(matrix, moments_of(0 * read, wanted), damping=0.01, centred=True)
+    found = matched(matrix, moments_of(0 * read, wanted), damping=0.01, centred=True)
     assert torch.equal(found, matrix)
