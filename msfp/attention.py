@@ -1,9 +1,9 @@
 """Quantized products of attention: queries with keys, and softmax probabilities with values.
 
 The layers around attention are quantized as any other; these are the two matrix products between
-them. Probabilities lie in [0, 1], so their format is unsigned, without a zero point. A processor
-is wrapped, not rewritten: whatever it does, its call of scaled dot-product attention is computed
-on rounded operands.
+them. Probabilities lie in [0, 1], so their format is unsigned, without a zero point. Processors
+are left as they are: while an attention module runs, the call of scaled dot-product attention is
+computed on rounded operands, whatever else its processor does.
 """
 
 from __future__ import annotations
@@ -95,56 +95,62 @@ class _Products(TorchFunctionMode):
         return attention(query, key, value, attn_mask, scale, self.round_operand)
 
 
-class QuantizedAttention(nn.Module):
-    """A diffusers attention processor whose products are computed on rounded operands.
+class AttentionProducts(nn.ModuleDict):
+    """The quantizers of one attention module, one for each of `OPERANDS`."""
 
-    Args:
-        processor: The processor that is wrapped; it must call scaled dot-product attention.
-        quantizers: One for each of `OPERANDS`.
-    """
-
-    def __init__(self, processor: Callable[..., Any], quantizers: dict[str, Quantizer]) -> None:
-        super().__init__()
-        self.processor = processor
-        self.quantizers = nn.ModuleDict(quantizers)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the processor."""
-        with _Products(lambda name, x: self.quantizers[name](x)):
-            return self.processor(*args, **kwargs)
+    def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return an operand rounded."""
+        rounded: torch.Tensor = self[name](x)
+        return rounded
 
 
 class _Recorder:
-    """A processor that keeps values of its operands and computes in full precision."""
+    """Keeps values of the operands and leaves them as they are."""
 
-    def __init__(self, processor: Callable[..., Any], seed: int) -> None:
-        self.processor = processor
+    def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.values: dict[str, torch.Tensor] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the processor."""
-        with _Products(self._keep):
-            return self.processor(*args, **kwargs)
-
-    def _keep(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return an operand as it is."""
         values = x.detach().float().flatten().cpu()
         drawn = torch.randint(len(values), (SAMPLES_PER_OPERAND,), generator=self.generator)
         self.values[name] = torch.cat([values[drawn], torch.stack(values.aminmax())])
         return x
 
-    def quantized(self, bits: int) -> QuantizedAttention:
-        """Return the processor with the formats that fit the kept values best."""
-        if not self.values:
-            raise InputError(
-                f"{type(self.processor).__name__} does not call scaled dot-product attention"
-            )
+    def products(self, bits: int) -> AttentionProducts:
+        """Return the quantizers with the formats that fit the kept values best."""
         quantizers = {}
         for name in OPERANDS:
             choice = _search(name, SortedTensor(self.values[name].numpy()), bits)
             zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
             quantizers[name] = Quantizer(choice.format, torch.tensor(choice.scale), zero)
-        return QuantizedAttention(self.processor, quantizers)
+        return AttentionProducts(quantizers)
+
+
+class _Switch:
+    """Turns rounding on while one attention module runs, by hooks around its forward."""
+
+    def __init__(self, module: nn.Module, round_operand: RoundOperand) -> None:
+        self.mode = _Products(round_operand)
+        self.handles = (
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+        )
+
+    def enter(self, *_: Any) -> None:
+        """Start rounding."""
+        self.mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, *_: Any) -> None:
+        """Stop rounding."""
+        self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def attach_products(module: nn.Module, products: AttentionProducts) -> None:
+    """Make quantizers part of an attention module and round its operands by them."""
+    module.add_module("products", products)
+    _Switch(module, products.round_operand)
 
 
 def _search(name: str, tensor: SortedTensor, bits: int) -> Choice:
@@ -182,20 +188,19 @@ def quantize_attention(
     modules = attention_modules(denoiser)
     if not modules:
         raise InputError(f"{type(denoiser).__name__} has no attention module with a processor")
-    recorders = {
-        name: _Recorder(module.processor, seed + index)  # type: ignore[arg-type]
-        for index, (name, module) in enumerate(modules.items())
-    }
+    recorders = {name: _Recorder(seed + index) for index, name in enumerate(modules)}
     generator = torch.Generator().manual_seed(seed)
     steps, count = trajectories.samples.shape[:2]
     step, trajectory = draw_batch(steps, count, samples, generator)
+    switches = [_Switch(modules[name], recorders[name].round_operand) for name in modules]
     try:
-        for name, module in modules.items():
-            module.set_processor(recorders[name])  # type: ignore[operator]
         denoiser(trajectories.samples[step, trajectory], trajectories.timesteps[step])
     finally:
-        for name, module in modules.items():
-            module.set_processor(recorders[name].processor)  # type: ignore[operator]
-    quantized = {name: recorder.quantized(bits) for name, recorder in recorders.items()}
-    for name, module in modules.items():
-        module.set_processor(quantized[name])  # type: ignore[operator]
+        for handle in (handle for switch in switches for handle in switch.handles):
+            handle.remove()
+    for name, recorder in recorders.items():
+        if not recorder.values:
+            kind = type(modules[name].processor).__name__
+            raise InputError(f"{kind} does not call scaled dot-product attention")
+    for name, recorder in recorders.items():
+        attach_products(modules[name], recorder.products(bits))

@@ -48,10 +48,10 @@ def test_every_attention_of_the_model_is_quantized_with_unsigned_probabilities(
     modules = attention_modules(denoiser)
     assert len(modules) == 4
     for module in modules.values():
-        formats = {name: q.format for name, q in module.processor.quantizers.items()}
+        formats = {name: q.format for name, q in module.products.items()}
         assert {fmt.bits for fmt in formats.values()} == {4}
         assert not formats["probabilities"].signed
-        assert module.processor.quantizers["probabilities"].zero_point is None
+        assert module.products["probabilities"].zero_point is None
 
 
 def test_the_prediction_moves_by_less_the_more_bits_there_are(reference, trajectories):
@@ -75,7 +75,49 @@ def test_a_processor_that_computes_attention_by_itself_is_refused_and_nothing_is
     last.set_processor(AttnProcessor())
     with pytest.raises(InputError, match="AttnProcessor does not call scaled dot-product"):
         quantize_attention(denoiser, trajectories, 4, samples=2)
-    assert type(last.processor) is AttnProcessor
+    assert not any(hasattr(module, "products") for module in modules.values())
+    assert not any(module._forward_hooks for module in modules.values())
+
+
+def test_rounding_ends_with_the_module_even_after_an_error(reference, trajectories):
+    denoiser = copy.deepcopy(reference.unet)
+    quantize_attention(denoiser, trajectories, 4, samples=2)
+    module = next(iter(attention_modules(denoiser).values()))
+    with pytest.raises(RuntimeError):
+        module(torch.ones(1, 5, 3))
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_arguments_of_a_call_reach_the_processor(reference, trajectories):
+    denoiser = copy.deepcopy(reference.unet)
+    quantize_attention(denoiser, trajectories, 4, samples=2)
+    module = next(iter(attention_modules(denoiser).values()))
+    seen = {}
+    processor = module.processor
+
+    class Listening:
+        def __call__(self, attn, hidden_states, temb=None, **kwargs):
+            seen["temb"] = temb
+            return processor(attn, hidden_states, temb=temb, **kwargs)
+
+    module.set_processor(Listening())
+    with torch.no_grad():
+        module(torch.randn(1, 64, 8, 8), temb=torch.ones(1))
+    assert seen["temb"] is not None
+
+
+def test_a_copy_has_quantizers_of_its_own(reference, trajectories):
+    denoiser = copy.deepcopy(reference.unet)
+    quantize_attention(denoiser, trajectories, 4, samples=2)
+    twin = copy.deepcopy(denoiser)
+    call = trajectories.samples[1, :2], trajectories.timesteps[1]
+    with torch.no_grad():
+        before = denoiser(*call).sample
+        assert torch.equal(twin(*call).sample, before)
+        for module in attention_modules(twin).values():
+            module.products["value"].scale.mul_(1.5)
+        assert not torch.equal(twin(*call).sample, before)
+        assert torch.equal(denoiser(*call).sample, before)
 
 
 def test_a_denoiser_without_attention_is_refused(trajectories):
