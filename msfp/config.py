@@ -15,6 +15,7 @@ ScaleSearch = Literal["weight", "diagonal", "output"]
 BiasCorrection = Literal["all", "last", "none"]
 Rounding = Literal["nearest", "gptq", "adaround"]
 MIN_BITS, MAX_BITS = 3, 8
+FLOAT_SCHEMES = ("mixup", "signed")
 BLOCK_BITS: dict[str, tuple[int, ...]] = {"mx": (4, 6, 8), "nvfp4": (4, 8)}
 """Widths of the schemes whose blocks of elements share a scale."""
 MAX_HUB, MAX_RANK = 16, 256
@@ -207,8 +208,10 @@ def _refinement(refine: Any) -> RefinementConfig | Literal["auto"] | None:
         if unknown:
             raise InputError(f"refine has no field {min(unknown)!r}")
         return RefinementConfig(**refine)
-    if refine is None or refine == "auto" or isinstance(refine, RefinementConfig):
+    if refine is None or isinstance(refine, RefinementConfig):
         return refine
+    if refine == "auto":
+        return "auto"
     raise InputError(f"refine must be a RefinementConfig, 'auto' or None, not {refine!r}")
 
 

@@ -115,21 +115,22 @@ class LayerFormats:
             raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
         given = names["input_format"]
         return cls(
-            cls._format("weight_format", names["weight_format"]),
-            None if given is None else cls._format("input_format", given),
+            narrow_format("weight_format", names["weight_format"]),
+            None if given is None else narrow_format("input_format", given),
             names["input_granularity"],
             rank,
         )
 
-    @staticmethod
-    def _format(key: str, name: Any) -> FloatFormat:
-        try:
-            fmt = parse(name)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{key} {name!r} is not a format: {error}") from error
-        if fmt.bits > 8:
-            raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
-        return fmt
+
+def narrow_format(key: str, name: Any) -> FloatFormat:
+    """Return the format of a name; raise InputError unless it is one of at most 8 bits."""
+    try:
+        fmt = parse(name)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{key} {name!r} is not a format: {error}") from error
+    if fmt.bits > 8:
+        raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
+    return fmt
 
 
 class DequantizedWeight(torch.Tensor):
@@ -265,24 +266,21 @@ class SealedLayer(QuantizedLayer):
         # A parameter, not a buffer, because offloading leaves buffers where they are.
         sealed.codes = nn.Parameter(codes, requires_grad=False)
         inputs = formats.input
+        by_channel = formats.input_granularity == CHANNEL
         channels = weight.shape[1] * getattr(layer, "groups", 1)
         for name, shape, needed in (
             ("weight_scale", (len(weight),), True),
-            (
-                "input_scale",
-                (channels,) if formats.input_granularity == CHANNEL else (),
-                inputs is not None,
-            ),
+            ("input_scale", (channels,) if by_channel else (), inputs is not None),
             ("input_zero_point", (), inputs is not None and not inputs.signed),
         ):
             bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             sealed.register_buffer(name, bits if needed else None)
-        rank = formats.branch_rank
-        for name, shape in (
-            ("branch_down", (rank, weight[0].numel())),
-            ("branch_up", (len(weight), rank)),
+        rank, columns = formats.branch_rank, weight[0].numel()
+        for name, rows, width in (
+            ("branch_down", rank, columns),
+            ("branch_up", len(weight), rank),
         ):
-            factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            factor = torch.zeros(rows, width, dtype=weight.dtype, device=weight.device)
             sealed.register_parameter(name, nn.Parameter(factor) if rank else None)
         return sealed
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fpformats import FloatFormat
 from fpformats.search import search
 from fpformats.sketch import Sketch
-from msfp.open_layers import OpenLayer, untrained_layers
+from msfp.open_layers import untrained_layers
 from msfp.post_training import candidates
 from msfp.quantizer import Quantizer
 from msfp.trajectories import Trajectories, draw_batch
