@@ -10,8 +10,7 @@ samples one by one, so the halves do not mix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,31 +60,6 @@ class _Pairing:
         return torch.cat([outputs, type(layer).forward(layer, quantized)])
 
 
-@contextmanager
-def paired(denoiser: nn.Module, visit: Visit, batch: int) -> Iterator[None]:
-    """Inside the block, run doubled batches through a denoiser: full precision, then quantized.
-
-    Args:
-        denoiser: Quantized by `quantize`, open and without LoRAs.
-        visit: Called at each layer, the first time that it runs. What it puts into the layer holds
-            for the full-precision half of later runs too, so there should be one forward only.
-        batch: Samples in each half.
-
-    Raises:
-        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
-    """
-    layers = untrained_layers(denoiser)
-    pairing = _Pairing(visit, batch)
-    for name, layer in layers.items():
-        # On the instance, where nn.Module looks first; the class keeps its own.
-        layer.forward = partial(pairing.forward, name, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            del layer.forward
-
-
 @torch.no_grad()
 def meet_layers(
     denoiser: nn.Module,
@@ -94,17 +68,29 @@ def meet_layers(
     row: torch.Tensor,
     visit: Visit,
 ) -> torch.Tensor:
-    """Run a batch of recorded samples through a denoiser in both precisions.
+    """Run recorded samples through a denoiser in full precision and quantized, in one forward.
 
     Args:
         denoiser: Quantized by `quantize`, open and without LoRAs.
         trajectories: Recorded from the full-precision denoiser.
         step: Numbers of sampler steps, shape (batch,).
         row: Numbers of rows, shape (batch,).
-        visit: Called at each layer.
+        visit: Called at each layer, the first time that it runs. What it puts into the layer holds
+            for the full-precision half, too, should the layer run again.
 
     Returns:
         The predictions, those of full precision before those of the quantized denoiser.
+
+    Raises:
+        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
     """
-    with paired(denoiser, visit, len(step)):
+    layers = untrained_layers(denoiser)
+    pairing = _Pairing(visit, len(step))
+    for name, layer in layers.items():
+        # On the instance, where nn.Module looks first; the class keeps its own.
+        layer.forward = partial(pairing.forward, name, layer)  # type: ignore[method-assign]
+    try:
         return trajectories.predict(denoiser, step.repeat(2), row.repeat(2))
+    finally:
+        for layer in layers.values():
+            del layer.forward

@@ -27,7 +27,10 @@ CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 
 
 class _Concatenations(TorchFunctionMode):
-    """Inside the block, keeps every concatenation, its dimension and the sizes of its parts."""
+    """Inside the block, keeps each concatenation, its dimension and the sizes of its parts.
+
+    Vectors are left out: sine and cosine of a timestep are concatenated too, and are of one range.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class _Concatenations(TorchFunctionMode):
         self, result: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int = 0, **_: Any
     ) -> None:
         sizes = [part.shape[dim] for part in tensors if part.dim() == result.dim()]
-        if len(sizes) == len(tensors) > 1:
+        if len(sizes) == len(tensors) > 1 and result.dim() > 2:
             self.found.append((result, dim % result.dim(), sizes))
 
     def parts(self, x: torch.Tensor, dim: int) -> list[int] | None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
-from msfp import InputError
+from msfp import InputError, QuantizationConfig, quantize
 from msfp.attention import OPERANDS, attention, attention_modules, quantize_attention
 
 
@@ -41,9 +41,9 @@ def test_each_operand_is_rounded_once_under_its_name():
 
 
 def test_every_attention_of_the_model_is_quantized_with_unsigned_probabilities(
-    reference, trajectories
+    quantized, trajectories
 ):
-    denoiser = copy.deepcopy(reference.unet)
+    denoiser = quantized()[0].unet
     quantize_attention(denoiser, trajectories, 4, samples=8)
     modules = attention_modules(denoiser)
     assert len(modules) == 4
@@ -54,22 +54,23 @@ def test_every_attention_of_the_model_is_quantized_with_unsigned_probabilities(
         assert module.products["probabilities"].zero_point is None
 
 
-def test_the_prediction_moves_by_less_the_more_bits_there_are(reference, trajectories):
+def test_the_prediction_moves_by_less_the_more_bits_there_are(quantized, trajectories):
     sample, timestep = trajectories.samples[1, :8], trajectories.timesteps[1]
     errors = []
     for bits in (4, 6, 8):
-        denoiser = copy.deepcopy(reference.unet)
-        quantize_attention(denoiser, trajectories, bits, samples=8)
+        denoiser = quantized()[0].unet
         with torch.no_grad():
-            moved = denoiser(sample, timestep).sample - trajectories.predictions[1, :8]
+            before = denoiser(sample, timestep).sample
+            quantize_attention(denoiser, trajectories, bits, samples=8)
+            moved = denoiser(sample, timestep).sample - before
         errors.append(moved.square().mean().item())
     assert 0 < errors[2] < errors[1] < errors[0] < 0.01
 
 
 def test_a_processor_that_computes_attention_by_itself_is_refused_and_nothing_is_changed(
-    reference, trajectories
+    quantized, trajectories
 ):
-    denoiser = copy.deepcopy(reference.unet)
+    denoiser = quantized()[0].unet
     modules = attention_modules(denoiser)
     last = list(modules.values())[-1]
     last.set_processor(AttnProcessor())
@@ -79,8 +80,8 @@ def test_a_processor_that_computes_attention_by_itself_is_refused_and_nothing_is
     assert not any(module._forward_hooks for module in modules.values())
 
 
-def test_rounding_ends_with_the_module_even_after_an_error(reference, trajectories):
-    denoiser = copy.deepcopy(reference.unet)
+def test_rounding_ends_with_the_module_even_after_an_error(quantized, trajectories):
+    denoiser = quantized()[0].unet
     quantize_attention(denoiser, trajectories, 4, samples=2)
     module = next(iter(attention_modules(denoiser).values()))
     with pytest.raises(RuntimeError):
@@ -88,8 +89,8 @@ def test_rounding_ends_with_the_module_even_after_an_error(reference, trajectori
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def test_arguments_of_a_call_reach_the_processor(reference, trajectories):
-    denoiser = copy.deepcopy(reference.unet)
+def test_arguments_of_a_call_reach_the_processor(quantized, trajectories):
+    denoiser = quantized()[0].unet
     quantize_attention(denoiser, trajectories, 4, samples=2)
     module = next(iter(attention_modules(denoiser).values()))
     seen = {}
@@ -106,8 +107,8 @@ def test_arguments_of_a_call_reach_the_processor(reference, trajectories):
     assert seen["temb"] is not None
 
 
-def test_a_copy_has_quantizers_of_its_own(reference, trajectories):
-    denoiser = copy.deepcopy(reference.unet)
+def test_a_copy_has_quantizers_of_its_own(quantized, trajectories):
+    denoiser = quantized()[0].unet
     quantize_attention(denoiser, trajectories, 4, samples=2)
     twin = copy.deepcopy(denoiser)
     call = trajectories.samples[1, :2], trajectories.timesteps[1]
@@ -120,6 +121,16 @@ def test_a_copy_has_quantizers_of_its_own(reference, trajectories):
         assert torch.equal(denoiser(*call).sample, before)
 
 
-def test_a_denoiser_without_attention_is_refused(trajectories):
-    with pytest.raises(InputError, match="Linear has no attention module"):
-        quantize_attention(torch.nn.Linear(2, 2), trajectories, 4)
+def test_a_denoiser_without_attention_quantized_twice_or_not_at_all_is_refused(
+    reference, quantized, trajectories
+):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    quantize(network, QuantizationConfig(activations=None, first_last=4))
+    with pytest.raises(InputError, match="Sequential has no attention module"):
+        quantize_attention(network, trajectories, 4)
+    with pytest.raises(InputError, match="must have been quantized"):
+        quantize_attention(reference.unet, trajectories, 4)
+    denoiser = quantized()[0].unet
+    quantize_attention(denoiser, trajectories, 4, samples=2)
+    with pytest.raises(InputError, match="quantized already"):
+        quantize_attention(denoiser, trajectories, 4)

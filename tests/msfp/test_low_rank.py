@@ -6,8 +6,9 @@ import torch
 from msfp import InputError
 from msfp.config import RefinementConfig
 from msfp.gptq import damped, output_error
-from msfp.low_rank import add_branches, branches_of, low_rank
-from msfp.paired import paired
+from msfp.layers import quantized_layers
+from msfp.low_rank import add_branches, low_rank
+from msfp.paired import meet_layers
 from msfp.refinement import refine
 
 
@@ -78,20 +79,18 @@ def test_branches_leave_the_model_as_it_is_in_full_precision(quantized, referenc
     assert "conv_out" not in names
     assert len(names) == 63
     for name in names:
-        layer, branch = denoiser.get_submodule(name), branches_of(denoiser)[name]
-        whole = layer.weight.flatten(1) + branch.up @ branch.down
+        layer = denoiser.get_submodule(name)
+        whole = layer.weight.flatten(1) + layer.branch_up @ layer.branch_down
         torch.testing.assert_close(
             whole.view_as(layer.weight), reference.unet.get_submodule(name).weight
         )
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < torch.linalg.matrix_norm(
             whole, 2
         )
-    with paired(denoiser, lambda _meeting: None), torch.no_grad():
-        sample = trajectories.samples[1, :4]
-        timestep = trajectories.timesteps[1].repeat(8)
-        halves = denoiser(torch.cat([sample] * 2), timestep).sample.chunk(2)
+    row = torch.arange(4)
+    predictions = meet_layers(denoiser, trajectories, row * 0 + 1, row, lambda _meeting: None)
     torch.testing.assert_close(
-        halves[0], prediction(reference.unet, trajectories), rtol=1e-3, atol=1e-3
+        predictions[:4], prediction(reference.unet, trajectories), rtol=1e-3, atol=1e-3
     )
 
 
@@ -102,7 +101,7 @@ def test_branches_lower_the_error_before_and_after_refinement(quantized, traject
         if rank:
             add_branches(denoiser, rank)
         if refined:
-            refine(denoiser, trajectories, RefinementConfig(samples=24, positions=2048))
+            refine(denoiser, trajectories, RefinementConfig(samples=12, positions=1024))
         moved = prediction(denoiser, trajectories) - trajectories.predictions[1, :4]
         errors.append(moved.square().mean().item())
     assert errors[1] < 0.8 * errors[0]
@@ -112,11 +111,12 @@ def test_branches_lower_the_error_before_and_after_refinement(quantized, traject
 def test_branches_are_in_the_state_of_the_denoiser_and_survive_a_copy(quantized, trajectories):
     denoiser = quantized()[0].unet
     add_branches(denoiser, 2)
-    assert sum(key.startswith("branches.") for key in denoiser.state_dict()) == 2 * 63
+    assert sum(".branch_" in key for key in denoiser.state_dict()) == 2 * 63
     twin = copy.deepcopy(denoiser)
     with torch.no_grad():
-        for branch in branches_of(twin).values():
-            branch.up.zero_()
+        for layer in quantized_layers(twin).values():
+            if layer.branch_up is not None:
+                layer.branch_up.zero_()
     assert not torch.equal(prediction(twin, trajectories), prediction(denoiser, trajectories))
 
 

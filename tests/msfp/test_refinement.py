@@ -8,10 +8,10 @@ from msfp import FinetuneConfig, InputError, finetune, seal
 from msfp.adaround import adaround
 from msfp.config import RefinementConfig
 from msfp.evaluate import noise_errors
-from msfp.fine_tuning import draw_batch
 from msfp.layers import quantized_layers
-from msfp.paired import paired
+from msfp.paired import meet_layers
 from msfp.refinement import refine
+from msfp.trajectories import draw_batch
 
 SMALL = {"samples": 24, "positions": 2048}
 
@@ -41,7 +41,7 @@ def test_weights_become_values_of_their_grids_and_are_sealed_as_they_are(
     before = {name: layer.weight.clone() for name, layer in quantized_layers(denoiser).items()}
     seal(denoiser)
     for name, layer in quantized_layers(denoiser).items():
-        assert torch.equal(layer.entries[0], before[name])
+        assert torch.equal(layer.weight, before[name])
 
 
 def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
@@ -66,10 +66,8 @@ def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, tra
         full[meeting.name], inputs[meeting.name] = meeting.outputs, meeting.inputs
 
     generator = torch.Generator().manual_seed(config.seed)
-    step, trajectory = draw_batch(*trajectories.samples.shape[:2], config.samples, generator)
-    sample, timestep = trajectories.samples[step, trajectory], trajectories.timesteps[step]
-    with paired(denoiser, visit), torch.no_grad():
-        denoiser(torch.cat([sample] * 2), torch.cat([timestep] * 2))
+    step, row = draw_batch(*trajectories.samples.shape[:2], config.samples, generator)
+    meet_layers(denoiser, trajectories, step, row, visit)
     refine(denoiser, trajectories, config)
     layer = denoiser.conv_in  # reads the samples themselves
     with torch.no_grad():

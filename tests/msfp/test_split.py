@@ -1,20 +1,21 @@
+import families
 import pytest
 import torch
+from torch import nn
 
-from msfp import FinetuneConfig, finetune
+from msfp import FinetuneConfig, QuantizationConfig, finetune, quantize, record_trajectories
 from msfp.layers import quantized_layers
+from msfp.post_training import float_formats
 from msfp.split import concatenated_inputs, split_inputs, split_quantizer
 
+STEP, ROW = torch.arange(4), torch.zeros(4, dtype=torch.int64)
 SHORTCUTS = [f"up_blocks.{i}.resnets.{j}.conv_shortcut" for i in range(3) for j in range(2)]
 SIZES = [[96, 96], [96, 64], [96, 64], [64, 32], [64, 32], [32, 32]]
 
 
 def test_the_layers_found_are_the_shortcuts_of_the_up_path(quantized, trajectories):
     denoiser = quantized()[0].unet
-    with torch.no_grad():
-        found = concatenated_inputs(
-            denoiser, trajectories.samples[0, :2], trajectories.timesteps[0]
-        )
+    found = concatenated_inputs(denoiser, trajectories, STEP[:1], ROW[:1])
     assert sorted(found) == SHORTCUTS
     assert [found[name][1] for name in SHORTCUTS] == SIZES
     for x, sizes in found.values():
@@ -22,11 +23,25 @@ def test_the_layers_found_are_the_shortcuts_of_the_up_path(quantized, trajectori
     assert not any(layer._forward_pre_hooks for layer in quantized_layers(denoiser).values())
 
 
+def test_concatenated_features_of_a_transformer_are_found_too(tmp_path):
+    pipe = families.pipeline("flux", tmp_path)
+    paths = record_trajectories(pipe, families.images)
+    quantize(pipe, QuantizationConfig(refine=None, scheme="signed"), calibration=families.images)
+    found = concatenated_inputs(pipe.transformer, paths, STEP[:1], ROW[:1])
+    assert {name: sizes for name, (_, sizes) in found.items()} == {
+        "single_transformer_blocks.0.proj_out": [32, 128]
+    }
+    assert split_inputs(pipe.transformer, paths) == list(found)
+    scale = pipe.transformer.single_transformer_blocks[0].proj_out.input_quantizer.scale
+    assert scale.shape == (160,)
+    assert families.images(pipe).isfinite().all()
+
+
 def test_each_part_is_rounded_as_if_alone_where_one_format_suits_both():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 6, 16, 16, generator=generator)
     x[:, 4:] *= 100
-    quantizer = split_quantizer(x, [4, 2], 4, torch.Generator().manual_seed(1))
+    quantizer = split_quantizer(nn.Conv2d(6, 1, 1), x, [4, 2], float_formats(4, signed=True))
     assert quantizer.scale.shape == (6, 1, 1)
     scales = quantizer.scale.flatten()
     assert (scales[:4] == scales[0]).all()
@@ -41,9 +56,8 @@ def test_each_part_is_rounded_as_if_alone_where_one_format_suits_both():
 
 def test_splitting_lowers_the_error_of_every_input_that_is_split(quantized, trajectories):
     denoiser = quantized()[0].unet
-    samples, timesteps = trajectories.samples[:, 0], trajectories.timesteps
     with torch.no_grad():
-        inputs = concatenated_inputs(denoiser, samples, timesteps)
+        inputs = concatenated_inputs(denoiser, trajectories, STEP, ROW)
         before = {name: denoiser.get_submodule(name).input_quantizer for name in inputs}
         assert sorted(split_inputs(denoiser, trajectories, samples=16)) == SHORTCUTS
         errors = torch.tensor(
