@@ -16,7 +16,6 @@ from torch import nn
 from fpformats.sketch import Sketch
 from msfp.calibration import Calibration
 from msfp.denoiser import quantizable_layers
-from msfp.errors import InputError
 from msfp.trajectories import Trajectories
 
 
@@ -42,24 +41,21 @@ def _inputs(denoiser: nn.Module, trajectories: Trajectories, row: int) -> dict[s
 def time_inputs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, torch.Tensor]:
     """Return the inputs of every layer that depends on the timestep alone, at all timesteps.
 
-    A layer is one of them if it reads the same for two different rows, at each timestep, and not
-    the same at all timesteps.
+    A layer is one of them if it reads the same, at each timestep, for the first row and for the
+    last one with its samples negated, and not the same at all timesteps.
 
     Args:
         denoiser: In full precision.
-        trajectories: Of two rows at least, whose conditions differ where it has any; recorded
-            from the denoiser with the sampler that will be used.
+        trajectories: Recorded from the denoiser with the sampler that will be used. Where there
+            are conditions, those of the first and the last row must differ.
 
     Returns:
         By layer, in definition order, shape (timesteps, features).
-
-    Raises:
-        InputError: If there is one row alone.
     """
-    rows = trajectories.samples.shape[1]
-    if rows < 2:
-        raise InputError("trajectories must have two rows at least, to tell what differs")
-    first, second = (_inputs(denoiser, trajectories, row) for row in (0, rows - 1))
+    first = _inputs(denoiser, trajectories, 0)
+    # Both branches of guidance have the same samples, hence the sign.
+    negated = replace(trajectories, samples=-trajectories.samples)
+    second = _inputs(denoiser, negated, trajectories.samples.shape[1] - 1)
     return {
         name: first[name]
         for name in quantizable_layers(denoiser)
@@ -72,11 +68,7 @@ def time_inputs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, to
 def with_exact_times(
     calibration: Calibration, denoiser: nn.Module, trajectories: Trajectories
 ) -> Calibration:
-    """Return a calibration whose numbers for time layers are all that there are, each once.
-
-    Raises:
-        InputError: If the trajectories have one row alone.
-    """
+    """Return a calibration whose numbers for time layers are all that there are, each once."""
     exact = {}
     for name, x in time_inputs(denoiser, trajectories).items():
         exact[name] = Sketch()

@@ -58,7 +58,7 @@ def test_the_prediction_moves_by_less_the_more_bits_there_are(quantized, traject
     sample, timestep = trajectories.samples[1, :8], trajectories.timesteps[1]
     errors = []
     for bits in (4, 6, 8):
-        denoiser = quantized()[0].unet
+        denoiser = quantized(weights=8, activations=None)[0].unet
         with torch.no_grad():
             before = denoiser(sample, timestep).sample
             quantize_attention(denoiser, trajectories, bits, samples=8)

@@ -1,11 +1,10 @@
 import copy
-import dataclasses
 
 import families
 import pytest
 import torch
 
-from msfp import InputError, QuantizationConfig, quantize, record_trajectories
+from msfp import QuantizationConfig, quantize, record_trajectories
 from msfp.denoiser import denoiser_of
 from msfp.time_layers import time_inputs, with_exact_times
 
@@ -62,16 +61,10 @@ def test_no_other_choice_has_less_error_on_what_the_layers_will_read(
         assert exact <= sampled * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("family", ["conditional_unet", "pixart", "sd3"])
-def test_layers_that_read_conditions_are_none_of_them(family, tmp_path):
+@pytest.mark.parametrize("family", ["conditional_unet", "pixart"])
+def test_layers_that_read_samples_or_conditions_are_none_of_them(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
     paths = record_trajectories(pipe, families.images)
-    names = time_inputs(denoiser_of(pipe), paths)
-    assert any("time" in name for name in names)
-    assert not any("context" in name or "attn" in name or "caption" in name for name in names)
-
-
-def test_one_row_does_not_tell(reference, trajectories):
-    one = dataclasses.replace(trajectories, samples=trajectories.samples[:, :1])
-    with pytest.raises(InputError, match="two rows at least"):
-        time_inputs(reference.unet, one)
+    names = list(time_inputs(denoiser_of(pipe), paths))
+    assert len(names) > 2
+    assert all("time_emb" in name or name.startswith("adaln_single.") for name in names)
