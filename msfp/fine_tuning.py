@@ -17,7 +17,7 @@ from msfp.open_layers import OpenLayer, open_layers
 from msfp.quantization import seal
 from msfp.quantizer import Quantizer
 from msfp.talora import LoRAHub, Router
-from msfp.trajectories import Trajectories
+from msfp.trajectories import Trajectories, draw_batch
 
 ROUTER_RATE = 1e-3
 SCALE_RATE = 2e-3
@@ -80,30 +80,6 @@ def keep_above(scales: list[torch.Tensor], floors: list[torch.Tensor]) -> None:
     """Raise scales that have fallen below their floors."""
     for scale, floor in zip(scales, floors, strict=True):
         scale.clamp_(min=floor)
-
-
-def draw_batch(
-    steps: int, count: int, size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch: evenly spread sampler steps from a random offset, and random trajectories.
-
-    Args:
-        steps: Sampler steps to draw from.
-        count: Trajectories to draw from.
-        size: Samples in the batch.
-        generator: Source of randomness.
-
-    Returns:
-        The index of the step and that of the trajectory of each sample, both of shape (size,).
-
-    Example:
-        >>> step, trajectory = draw_batch(20, 100, 5, torch.Generator().manual_seed(0))
-        >>> step.tolist()
-        [4, 8, 12, 16, 0]
-    """
-    offset = torch.randint(steps, (1,), generator=generator)
-    step = (offset + torch.arange(size) * steps // size) % steps
-    return step, torch.randint(count, (size,), generator=generator)
 
 
 def finetune(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layers import (
     LayerFormats,
     QuantConv1d,
@@ -21,8 +20,6 @@ from msfp.layers import (
 from msfp.quantizer import Quantizer
 from msfp.talora import LoRAHub
 
-Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
 
 class OpenLayer(QuantizedLayer):
     """A layer that quantizes its weight at each forward, with gradients.
@@ -30,8 +27,8 @@ class OpenLayer(QuantizedLayer):
     Attributes:
         weight: The full-precision weight.
         weight_quantizer: One scale for each output channel.
-        input_quantizer: One scale, and a zero point where the format is unsigned; None to leave
-            inputs as they are.
+        input_quantizer: One scale, or one for each channel, and a zero point where the format is
+            unsigned; None to leave inputs as they are.
         hub: LoRAs added to the weight before it is quantized, or None.
     """
 
@@ -50,13 +47,14 @@ class OpenLayer(QuantizedLayer):
         opened.weight_quantizer = weight_quantizer
         opened.input_quantizer = input_quantizer
         opened.register_module("hub", None)
+        opened.register_parameter("branch_down", None)
+        opened.register_parameter("branch_up", None)
         return opened
 
     @property
     def formats(self) -> LayerFormats:  # type: ignore[override]
         """Formats of weight and inputs."""
-        inputs = None if self.input_quantizer is None else self.input_quantizer.format
-        return LayerFormats(self.weight_quantizer.format, inputs)
+        return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
 
     def merged_weight(self, entry: int = 0) -> torch.Tensor:
         """Return the weight with the correction of an entry of the hub, before it is rounded."""
@@ -103,21 +101,6 @@ class OpenLayer(QuantizedLayer):
         shape = (-1,) + (1,) * (added[0].dim() - 1)
         return torch.stack([c.view(shape) * y for c, y in zip(change, added, strict=True)]).sum(0)
 
-    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Apply the plain layer, without bias, with the weight `up @ down`.
-
-        Convolutions go to `rank` channels and then mix them; grouped ones take the product.
-        """
-        if isinstance(self, nn.Linear):
-            return F.linear(F.linear(x, down), up)
-        kernel = self.weight.shape[1:]
-        convolve: Convolution = self._conv_forward  # type: ignore[assignment]
-        if self.groups > 1:  # type: ignore[operator]
-            return convolve(x, (up @ down).view(-1, *kernel), None)
-        mix = F.conv1d if isinstance(self, nn.Conv1d) else F.conv2d
-        ones = (1,) * (len(kernel) - 1)
-        return mix(convolve(x, down.view(-1, *kernel), None), up.view(*up.shape, *ones))
-
     def extra_repr(self) -> str:
         """Return what repr shows."""
         return f"{super().extra_repr()}, {self.formats}"
@@ -154,3 +137,11 @@ def open_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
     return {
         name: module for name, module in denoiser.named_modules() if isinstance(module, OpenLayer)
     }
+
+
+def untrained_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
+    """Return what `open_layers` does; raise InputError if there are none, or they have LoRAs."""
+    layers = open_layers(denoiser)
+    if not layers or any(layer.hub is not None for layer in layers.values()):
+        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
+    return layers

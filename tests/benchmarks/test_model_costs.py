@@ -28,7 +28,7 @@ def pipes():
     keep_memory()
     pipe = ddim_pipeline()
     quantized = copy.deepcopy(pipe)
-    quantize(quantized, CONFIG, calibration=Sampler(2, 8).calls(8, seed=1))
+    quantize(quantized, CONFIG, calibration=calibrate(pipe, Sampler(2, 8).calls(8, seed=1)))
     seal(quantized.unet)
     return pipe, quantized
 
