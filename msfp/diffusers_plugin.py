@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin
@@ -28,6 +28,7 @@ from msfp.config import (
     LayerSettings,
     QuantizationConfig,
     Scheme,
+    check_choice,
     check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
@@ -42,6 +43,7 @@ from msfp.layers import (
     sealed_layers,
 )
 from msfp.post_training import finite_weight, search_weight
+from msfp.talora import RouterKind, router_of
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
@@ -70,6 +72,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
         layers: The formats of each quantized layer by name, empty before there are any.
         entries: Weights of each layer, one for each LoRA of its hub.
+        router: The kind of router that chooses among them.
         format_version: Version of the layout of the file.
         **kwargs: `quant_method`, and nothing else.
 
@@ -100,6 +103,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: tuple[str, ...] = (),
         layers: dict[str, dict[str, Any]] | None = None,
         entries: int = 1,
+        router: RouterKind = "learned",
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -115,7 +119,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             weights, activations, first_last, scheme, include, exclude, first, last, granularity,
             {} if overrides is None else overrides,
         )  # fmt: skip
-        self.entries = entries
+        check_choice("router", router, get_args(RouterKind))
+        self.entries, self.router = entries, router
         self.layers = _formats({} if layers is None else layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +130,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "format_version": FORMAT_VERSION,
             **self.request.to_dict(),
             "entries": self.entries,
+            "router": self.router,
             "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
         }
 
@@ -186,7 +192,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules = keep_in_fp32_modules
         config = self.quantization_config
         if self.pre_quantized:
-            make_room(model, config.layers, config.entries)
+            make_room(model, config.layers, config.entries, config.router)
         else:
             self._settings = settings_by_layer(model, config.request)
 
@@ -302,7 +308,8 @@ def attach(
     layers = quantized_layers(denoiser)
     entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
-    config = MSFPConfig(**request.to_dict(), layers=formats, entries=entries)
+    router = router_of(denoiser).kind if entries > 1 else "learned"
+    config = MSFPConfig(**request.to_dict(), layers=formats, entries=entries, router=router)
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     quantizer.is_serializable = not block_layers(denoiser)

@@ -24,7 +24,7 @@ from fpformats import FloatFormat, decode_scaled, encode_scaled, parse, quantize
 from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
 from msfp.errors import InputError
 from msfp.quantizer import Quantizer
-from msfp.talora import Router, Routing, attach_router
+from msfp.talora import ROUTERS, Router, RouterKind, Routing, attach_router
 
 CHANNEL = "channel"
 """The granularity of one scale for each output channel."""
@@ -400,13 +400,19 @@ def add_router(denoiser: nn.Module, router: Router) -> None:
         layer.routing, layer.index = routing, index
 
 
-def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: int) -> None:
+def make_room(
+    denoiser: nn.Module,
+    formats: dict[str, LayerFormats],
+    entries: int,
+    router: RouterKind = "learned",
+) -> None:
     """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
 
     Args:
         denoiser: The plain network, on any device.
         formats: Those of the quantized layers, by name.
         entries: Entries of each layer; there is a router if more than one.
+        router: The kind of that router.
 
     Raises:
         InputError: If the denoiser has no such layer.
@@ -427,6 +433,6 @@ def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: in
     )
     if entries > 1:
         with torch.device("meta"):
-            router = Router(len(formats), entries)
+            empty = ROUTERS[router](len(formats), entries)
         device = next(denoiser.parameters()).device
-        add_router(denoiser, router.to_empty(device=device))
+        add_router(denoiser, empty.to_empty(device=device))

@@ -32,7 +32,8 @@ class OpenLayer(QuantizedLayer):
         weight_quantizer: One scale for each output channel.
         input_quantizer: One scale, and a zero point where the format is unsigned; None to leave
             inputs as they are.
-        hub: LoRAs added to the weight before it is quantized, or None.
+        hub: LoRAs added to the weight before it is quantized, or beside it; or None.
+        quantizing: False makes it the plain layer, in full precision.
     """
 
     sealed_class: type[SealedLayer]
@@ -40,6 +41,7 @@ class OpenLayer(QuantizedLayer):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
     hub: LoRAHub | None
+    quantizing: bool = True
 
     @classmethod
     def wrap(
@@ -60,7 +62,7 @@ class OpenLayer(QuantizedLayer):
 
     def merged_weight(self, entry: int = 0) -> torch.Tensor:
         """Return the weight with the correction of an entry of the hub, before it is rounded."""
-        if self.hub is None:
+        if self.hub is None or self.hub.beside:
             return self.weight
         return self.weight + self.hub.correction(entry).view_as(self.weight)
 
@@ -76,6 +78,22 @@ class OpenLayer(QuantizedLayer):
         rounded: torch.Tensor = self.input_quantizer(x)
         return rounded
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the quantized layer, and the branch beside it; or the plain layer."""
+        if not self.quantizing:
+            return self.compute(x, self.weight)
+        y = super().forward(x)
+        return y + self._branch(x, self.hub) if self.hub is not None and self.hub.beside else y
+
+    def _branch(self, x: torch.Tensor, hub: LoRAHub) -> torch.Tensor:
+        """Return what the hub adds beside the layer: each sample's entry of it."""
+        if self.routing is None:
+            return self.low_rank(x, *hub.factors(0))
+        choices = self.routing.choices[:, self.index].T
+        added = [self.low_rank(x, *hub.factors(entry)) for entry in range(len(hub.up))]
+        shape = (-1,) + (1,) * (added[0].dim() - 1)
+        return torch.stack([c.view(shape) * y for c, y in zip(choices, added, strict=True)]).sum(0)
+
     @torch.no_grad()
     def seal(self) -> SealedLayer:
         """Return the sealed layer of the same outputs, with an entry for each of the hub."""
@@ -85,6 +103,8 @@ class OpenLayer(QuantizedLayer):
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry, with the gradient of the choice."""
+        if self.hub is not None and self.hub.beside:
+            return self.compute(x, self.quantized_weight(0, x.dtype))
         y = super()._routed(x, winners)
         if self.routing is None or self.hub is None:
             return y
