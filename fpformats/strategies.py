@@ -5,9 +5,12 @@ Random floats almost never lie on a tie, a power of two or an overflow threshold
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from hypothesis import reject
@@ -21,13 +24,43 @@ from fpformats.formats import (
     Specials,
     default_bias,
 )
-from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.kernels.grid import CARRIERS, Carrier, holds
 from fpformats.rounding import MAX_RANDOM_BITS, Policy, Rounding, Saturation
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
 _WIDTHS: dict[str, Literal[16, 32, 64]] = {"float16": 16, "float32": 32, "float64": 64}
+
+
+class _Shape(NamedTuple):
+    """Everything of a format but its bias, and the biases with which a carrier holds it."""
+
+    specials: Specials
+    signed: bool
+    subnormals: bool
+    zero: bool
+    lowest_bias: int
+    highest_bias: int
+
+
+@cache
+def _shapes(exponent_bits: int, mantissa_bits: int, carrier: Carrier) -> tuple[_Shape, ...]:
+    """Return the formats of two widths that a carrier holds, from the plainest on."""
+    shapes = []
+    kinds = [(True, True), (False, True), (False, False)]
+    for specials, signed, (subnormals, zero) in itertools.product(Specials, (True, False), kinds):
+        try:
+            fmt = FloatFormat(exponent_bits, mantissa_bits, signed, 0, specials, subnormals, zero)
+        except ValueError:  # such a format does not exist
+            continue
+        # The exponents of all values fall by one where the bias grows by one.
+        lowest = fmt.max_exponent - carrier.bias
+        smallest_step = fmt.scaled_magnitude(fmt.smallest_code)[1]
+        highest = smallest_step - carrier.min_exponent + carrier.mantissa_bits
+        if fmt.max_code > 0 and lowest <= highest and holds(carrier, replace(fmt, bias=highest)):
+            shapes.append(_Shape(specials, signed, subnormals, zero, lowest, highest))
+    return tuple(shapes)
 
 
 @st.composite
@@ -40,23 +73,27 @@ def formats(draw: DrawFn, carrier: str = "float64", max_bits: int = 64) -> Float
         max_bits: Most bits that a code may have, at least 3.
 
     Returns:
-        A format.
+        A format with at least two finite values.
     """
-    exponent_bits = draw(st.integers(0, min(MAX_EXPONENT_BITS, max_bits - 1)))
-    mantissa_bits = draw(st.integers(0, min(MAX_MANTISSA_BITS, max_bits - 1 - exponent_bits)))
-    specials = draw(st.sampled_from(Specials))
-    usual = default_bias(exponent_bits, specials)
-    reach = 2 * CARRIERS[carrier].bias
-    bias = draw(st.just(usual) | st.integers(usual - 3, usual + 3) | st.integers(-reach, reach))
-    subnormals, signed = draw(st.booleans()), draw(st.booleans())
-    zero = subnormals or draw(st.booleans())
-    try:
-        fmt = FloatFormat(exponent_bits, mantissa_bits, signed, bias, specials, subnormals, zero)
-    except ValueError:
-        reject()
-    if not holds(CARRIERS[carrier], fmt):
-        reject()
-    return fmt
+    holder = CARRIERS[carrier]
+    exponents = holder.bias - holder.min_exponent + holder.mantissa_bits
+    widest = min(exponents.bit_length() - 1, MAX_EXPONENT_BITS, max_bits - 1)
+    exponent_bits = draw(st.integers(0, widest))
+    most = min(holder.mantissa_bits, MAX_MANTISSA_BITS, max_bits - 1 - exponent_bits)
+    mantissa_bits = draw(st.integers(0 if exponent_bits else 1, most))
+    shape = draw(st.sampled_from(_shapes(exponent_bits, mantissa_bits, holder)))
+    low, high = shape.lowest_bias, shape.highest_bias
+    usual = min(max(default_bias(exponent_bits, shape.specials), low), high)
+    near = st.integers(max(usual - 3, low), min(usual + 3, high))
+    return FloatFormat(
+        exponent_bits,
+        mantissa_bits,
+        shape.signed,
+        draw(st.just(usual) | near | st.integers(low, high)),
+        shape.specials,
+        shape.subnormals,
+        shape.zero,
+    )
 
 
 @st.composite
@@ -84,7 +121,18 @@ def codes(fmt: FloatFormat) -> SearchStrategy[int]:
 
 def values_of(fmt: FloatFormat) -> SearchStrategy[Fraction | float]:
     """Draw the finite values of a format, as `fpformats.exact` gives them."""
-    return codes(fmt).map(lambda code: exact.decode(code, fmt)).filter(exact.is_finite)
+    magnitudes = st.integers(0, fmt.max_code)
+    if fmt.signed:
+        signs = st.booleans()
+        finite = st.builds(_signed_code, magnitudes, signs, st.just(fmt))
+        return finite.map(lambda code: exact.decode(code, fmt))
+    return magnitudes.map(lambda code: exact.decode(code, fmt))
+
+
+def _signed_code(magnitude: int, negative: bool, fmt: FloatFormat) -> int:
+    """Return the code of a magnitude with a sign, where it has a number with that sign."""
+    code = magnitude | negative << fmt.magnitude_bits
+    return magnitude if code == fmt.nan_code else code
 
 
 @st.composite

@@ -14,9 +14,10 @@ from msfp.fine_tuning import finetune
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
 from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
-from msfp.sampling import Sampler, Trajectories, prompt_calls, record_trajectories
+from msfp.sampling import Sampler, prompt_calls
 from msfp.stored_calls import store_calls, stored_calls
 from msfp.summary import LayerSummary
+from msfp.trajectories import Trajectories, record_trajectories
 from msfp.version import __version__
 
 __all__ = [

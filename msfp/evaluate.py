@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from msfp.sampling import Trajectories
+from msfp.trajectories import Trajectories
 
 
 @torch.no_grad()
@@ -16,11 +16,13 @@ def noise_errors(denoiser: nn.Module, trajectories: Trajectories) -> list[float]
 
     The noise has unit variance, so an error of 0.01 is one hundredth of it.
     """
+    rows = torch.arange(trajectories.samples.shape[1])
     return [
-        (denoiser(sample, timestep).sample - prediction).square().mean().item()
-        for timestep, sample, prediction in zip(
-            trajectories.timesteps, trajectories.samples, trajectories.predictions, strict=True
-        )
+        (trajectories.predict(denoiser, torch.full_like(rows, step), rows) - prediction)
+        .square()
+        .mean()
+        .item()
+        for step, prediction in enumerate(trajectories.predictions)
     ]
 
 

@@ -16,8 +16,8 @@ from msfp.layers import add_router
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.quantization import seal
 from msfp.quantizer import Quantizer
-from msfp.sampling import Trajectories
 from msfp.talora import LoRAHub, Router
+from msfp.trajectories import Trajectories
 
 ROUTER_RATE = 1e-3
 SCALE_RATE = 2e-3
@@ -151,8 +151,7 @@ def finetune(
     losses: list[float] = []
     while len(losses) < config.steps:
         step, trajectory = draw_batch(steps, count, config.batch, generator)
-        sample = trajectories.samples[step, trajectory]
-        prediction = denoiser(sample, trajectories.timesteps[step]).sample
+        prediction = trajectories.predict(denoiser, step, trajectory)
         error = (prediction - trajectories.predictions[step, trajectory]).square().flatten(1)
         loss = (error.mean(dim=1) * loss_weights[step].to(error.device)).mean()
         if not torch.isfinite(loss):

@@ -1,19 +1,16 @@
-"""Running a pipeline from seeded noise, and recording what its denoiser is asked on the way."""
+"""Running a pipeline from seeded noise."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
-from msfp.denoiser import denoiser_of, timestep_of
 from msfp.errors import InputError
 
 Progress = Callable[[int], None]
@@ -110,64 +107,3 @@ def prompt_calls(
         partial(call, condition=condition, seed=seed + index)
         for index, condition in enumerate(conditions)
     ]
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """What a denoiser saw and said along a sampler's path.
-
-    Attributes:
-        timesteps: Shape (steps,), in the sampler's order.
-        samples: Noisy inputs x_t, shape (steps, count, channels, height, width).
-        predictions: The denoiser's outputs there, same shape.
-    """
-
-    timesteps: torch.Tensor
-    samples: torch.Tensor
-    predictions: torch.Tensor
-
-
-@contextmanager
-def recorded(denoiser: nn.Module) -> Iterator[list[tuple[float, torch.Tensor, torch.Tensor]]]:
-    """Record (timestep, input, output) of every forward of a denoiser inside the block."""
-    calls: list[tuple[float, torch.Tensor, torch.Tensor]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        prediction = output[0] if isinstance(output, tuple) else output.sample
-        timestep = timestep_of(module, args, kwargs)[0].item()
-        calls.append((timestep, args[0].detach().clone(), prediction.detach().clone()))
-
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def record_trajectories(
-    pipe: DiffusionPipeline,
-    sampler: Sampler,
-    count: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> Trajectories:
-    """Sample `count` images and return the path of the denoiser's inputs and outputs.
-
-    Raises:
-        InputError: If the sampler does not take every batch through the same timesteps.
-    """
-    batches = []
-    for start in range(0, count, sampler.batch):
-        with recorded(denoiser_of(pipe)) as calls:
-            sampler.one_batch(pipe, seed, start)
-        batches.append(calls)
-        if progress is not None:
-            progress(min(sampler.batch, count - start))
-    timesteps = [timestep for timestep, _, _ in batches[0]]
-    if any([timestep for timestep, _, _ in calls] != timesteps for calls in batches):
-        raise InputError("the sampler must take every batch through the same timesteps")
-    return Trajectories(
-        torch.tensor(timesteps),
-        torch.cat([torch.stack([x for _, x, _ in calls]) for calls in batches], 1)[:, :count],
-        torch.cat([torch.stack([y for _, _, y in calls]) for calls in batches], 1)[:, :count],
-    )

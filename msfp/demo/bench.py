@@ -25,8 +25,8 @@ from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
 from msfp.reference import ddim_pipeline, digit_classifier, quality
 from msfp.reference.digits import digits
-from msfp.sampling import Trajectories, record_trajectories
 from msfp.summary import LayerSummary
+from msfp.trajectories import Trajectories, record_trajectories
 
 Advance = Callable[[str, int, int], None]
 """Called with a stage's name, the units of it that are done and their total."""
@@ -60,8 +60,8 @@ class Bench:
         return advance
 
     def _record(self, stage: str, count: int, seed: int) -> Trajectories:
-        progress = self._progress(stage, count)
-        return record_trajectories(self.pipe, self.settings.sampler, count, seed, progress)
+        calls = self.settings.sampler.calls(count, seed)
+        return record_trajectories(self.pipe, calls, self._progress(stage, len(calls)))
 
     def sample(self, name: str, pipe: DDIMPipeline) -> torch.Tensor:
         """Return the images of a pipeline, from the same noise as every other's."""

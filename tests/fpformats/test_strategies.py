@@ -3,18 +3,37 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import find, given
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from fpformats import Specials, decode, exact, parse, quantize, strategies
 from fpformats.kernels.grid import CARRIERS, holds
 
 
-@given(data=st.data(), carrier=st.sampled_from(["float32", "float64"]))
-def test_formats_fit_their_carrier(data, carrier):
-    fmt = data.draw(strategies.formats(carrier, max_bits=12))
+@given(data=st.data(), carrier=st.sampled_from(list(CARRIERS)), bits=st.integers(3, 64))
+def test_formats_fit_their_carrier(data, carrier, bits):
+    fmt = data.draw(strategies.formats(carrier, max_bits=bits))
     assert holds(CARRIERS[carrier], fmt)
-    assert fmt.bits <= 12
+    assert 1 <= fmt.bits <= bits
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_no_draw_of_a_format_is_thrown_away(carrier):
+    drawn = 0
+
+    @settings(max_examples=200, database=None, deadline=None)
+    @given(strategies.formats(carrier))
+    def count(_fmt):
+        nonlocal drawn
+        drawn += 1
+
+    count()
+    assert drawn == 200
+
+
+@given(data=st.data(), fmt=strategies.formats())
+def test_values_of_a_format_are_finite(data, fmt):
+    assert exact.is_finite(data.draw(strategies.values_of(fmt)))
 
 
 @pytest.mark.parametrize("specials", Specials)

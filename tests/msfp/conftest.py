@@ -28,7 +28,7 @@ def calibration(reference, sampler):
 
 @pytest.fixture(scope="session")
 def trajectories(reference, sampler):
-    return record_trajectories(reference, sampler, count=16, seed=5)
+    return record_trajectories(reference, sampler.calls(16, seed=5))
 
 
 @pytest.fixture

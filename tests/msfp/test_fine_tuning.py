@@ -21,7 +21,7 @@ SHORT = {"rank": 4, "steps": 12, "batch": 8}
 
 @pytest.fixture(scope="module")
 def held_out(reference, sampler):
-    return record_trajectories(reference, sampler, count=8, seed=77)
+    return record_trajectories(reference, sampler.calls(8, seed=77))
 
 
 @pytest.mark.parametrize("hub", [1, 2])

@@ -1,0 +1,231 @@
+"""Recording what a denoiser is asked on a sampler's path, and asking it again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from msfp.denoiser import denoiser_of, timestep_of
+from msfp.errors import InputError
+from msfp.sampling import PipelineCall, Progress
+
+
+@dataclass(frozen=True)
+class RowCondition:
+    """An argument of a denoiser that has a row for each sample, such as prompt embeddings.
+
+    Attributes:
+        values: Shape (steps, rows, ...), or (1, rows, ...) where all steps have the same.
+    """
+
+    values: torch.Tensor
+
+    def at(self, step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Return the rows of steps, both given by number."""
+        return self.values[step if len(self.values) > 1 else torch.zeros_like(step), row]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What a denoiser saw and said along a sampler's path.
+
+    Attributes:
+        timesteps: What the denoiser was given, shape (steps,), in the sampler's order.
+        samples: Noisy inputs x_t, shape (steps, rows, channels, height, width), or of whatever
+            shape the denoiser reads. With classifier-free guidance, the two branches are rows.
+        predictions: The denoiser's outputs there, shape (steps, rows, ...).
+        conditions: The other arguments by name: tensors with a row for each sample as
+            `RowCondition`, in dictionaries and lists if need be, and all else as it was given.
+    """
+
+    timesteps: torch.Tensor
+    samples: torch.Tensor
+    predictions: torch.Tensor
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def predict(self, denoiser: nn.Module, step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Ask a denoiser what another was asked on the path.
+
+        Args:
+            denoiser: One of the same architecture, in any precision.
+            step: Numbers of sampler steps, shape (batch,); they may differ.
+            row: Numbers of rows, shape (batch,). A pair may be asked more than once.
+
+        Returns:
+            Its prediction, of the shape of `predictions[step, row]`.
+        """
+        conditions = {name: _at(value, step, row) for name, value in self.conditions.items()}
+        output = denoiser(self.samples[step, row], timestep=self.timesteps[step], **conditions)
+        return prediction_of(output)
+
+
+def prediction_of(output: Any) -> torch.Tensor:
+    """Return the prediction in what a denoiser's forward gave: a tensor, a tuple or an output."""
+    if isinstance(output, torch.Tensor):
+        return output
+    prediction: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return prediction
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One recorded forward of a denoiser."""
+
+    timestep: torch.Tensor
+    sample: torch.Tensor
+    prediction: torch.Tensor
+    conditions: dict[str, Any]
+
+
+@contextmanager
+def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
+    """Record every forward of a denoiser inside the block."""
+    forwards: list[_Forward] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        timestep = timestep_of(module, args, kwargs)
+        if (timestep != timestep[0]).any():
+            raise InputError("all samples of a recorded forward must be at one timestep")
+        given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        sample = given.pop(next(iter(given)))
+        conditions = {k: v for k, v in given.items() if k not in ("timestep", "return_dict")}
+        forwards.append(
+            _Forward(
+                timestep[0].detach().clone(),
+                sample.detach().clone(),
+                prediction_of(output).detach().clone(),
+                conditions,
+            )
+        )
+
+    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield forwards
+    finally:
+        handle.remove()
+
+
+def record_trajectories(
+    pipe: DiffusionPipeline | nn.Module,
+    calls: PipelineCall | Sequence[PipelineCall],
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Make calls of a pipeline and return the path of its denoiser's inputs and outputs.
+
+    Args:
+        pipe: A pipeline, or the denoiser itself.
+        calls: What to do with it, as for `calibrate`: a function, or several such as
+            `Sampler.calls` and `prompt_calls` return. All must take the same steps, with samples
+            and conditions of the same size.
+        progress: Called after each call with the number of calls just made, 1.
+
+    Returns:
+        The path; the rows of later calls follow those of earlier ones.
+
+    Raises:
+        InputError: If the calls differ in their steps, sizes or other conditions, or a forward
+            has samples at several timesteps.
+
+    Example:
+        >>> from msfp.reference import ddim_pipeline
+        >>> from msfp.sampling import Sampler
+        >>> paths = record_trajectories(ddim_pipeline(), Sampler(2, batch=4).calls(8, seed=0))
+        >>> paths.timesteps.tolist(), tuple(paths.samples.shape)
+        ([999, 499], (2, 8, 1, 16, 16))
+    """
+    batches: list[list[_Forward]] = []
+    for call in [calls] if callable(calls) else calls:
+        with recorded(denoiser_of(pipe)) as forwards, torch.no_grad():
+            call(pipe)
+        batches.append(forwards)
+        if progress is not None:
+            progress(1)
+    if not batches or not batches[0]:
+        raise InputError("calls must run the denoiser at least once")
+    steps = [[forward.timestep.item() for forward in forwards] for forwards in batches]
+    if any(each != steps[0] for each in steps):
+        raise InputError("all calls must take the sampler through the same timesteps")
+    return Trajectories(
+        torch.stack([forward.timestep for forward in batches[0]]),
+        _table([[forward.sample for forward in forwards] for forwards in batches], "sample"),
+        _table([[forward.prediction for forward in forwards] for forwards in batches], "output"),
+        _merged(batches),
+    )
+
+
+def _table(batches: Sequence[Sequence[torch.Tensor]], name: str) -> torch.Tensor:
+    """Return tensors of calls and steps as one of shape (steps, rows, ...)."""
+    shapes = {tuple(each.shape[1:]) for steps in batches for each in steps}
+    if len(shapes) > 1:
+        raise InputError(f"all calls must have {name} of one size, not {sorted(shapes)}")
+    return torch.cat([torch.stack(list(steps)) for steps in batches], dim=1)
+
+
+def _merged(batches: list[list[_Forward]]) -> dict[str, Any]:
+    """Return the conditions of all forwards as one tree."""
+    trees = [[forward.conditions for forward in forwards] for forwards in batches]
+    rows = [len(forwards[0].sample) for forwards in batches]
+    merged: dict[str, Any] = _merge(trees, rows, "conditions")
+    return merged
+
+
+def _merge(values: list[list[Any]], rows: list[int], name: str) -> Any:
+    """Merge the values that one argument had in calls and steps.
+
+    Args:
+        values: One for each call and step.
+        rows: How many samples each call has.
+        name: What to call the argument.
+    """
+    first = values[0][0]
+    if isinstance(first, dict | list | tuple):
+        return _merge_parts(values, rows, name)
+    if isinstance(first, torch.Tensor) and first.dim() and len(first) == rows[0]:
+        return _row_condition(values, name)
+    if not all(_equal(first, each) for steps in values for each in steps):
+        raise InputError(f"{name} must be the same in all calls, or have a row for each sample")
+    return first
+
+
+def _merge_parts(values: list[list[Any]], rows: list[int], name: str) -> Any:
+    """Merge dictionaries and lists, part by part."""
+    first = values[0][0]
+    keys = list(first) if isinstance(first, dict) else range(len(first))
+    if any(type(each) is not type(first) or len(each) != len(first) for v in values for each in v):
+        raise InputError(f"{name} must have the same parts in all calls")
+    parts = {
+        key: _merge([[each[key] for each in steps] for steps in values], rows, f"{name}.{key}")
+        for key in keys
+    }
+    return parts if isinstance(first, dict) else list(parts.values())
+
+
+def _row_condition(values: list[list[torch.Tensor]], name: str) -> RowCondition:
+    """Merge tensors that have a row for each sample."""
+    constant = all(_equal(steps[0], each) for steps in values for each in steps)
+    return RowCondition(_table([steps[:1] if constant else steps for steps in values], name))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two arguments are the same, tensors by their numbers."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    return bool(one == other)
+
+
+def _at(value: Any, step: torch.Tensor, row: torch.Tensor) -> Any:
+    """Return a condition for a batch of steps and rows."""
+    if isinstance(value, RowCondition):
+        return value.at(step, row)
+    if isinstance(value, dict):
+        return {key: _at(each, step, row) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_at(each, step, row) for each in value]
+    return value
