@@ -6,7 +6,7 @@ Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505
 
 from msfp.calibration import Calibration
 from msfp.checkpoint import load, save
-from msfp.config import FinetuneConfig, QuantizationConfig
+from msfp.config import QuantizationConfig
 from msfp.dfa import denoising_factors, timestep_weights
 from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
@@ -17,6 +17,8 @@ from msfp.quantization import quantize, seal
 from msfp.sampling import Sampler, prompt_calls
 from msfp.stored_calls import store_calls, stored_calls
 from msfp.summary import LayerSummary
+from msfp.talora import precompute_routing
+from msfp.training.config import FinetuneConfig, LearningRates
 from msfp.trajectories import Trajectories, record_trajectories
 from msfp.version import __version__
 
@@ -25,6 +27,7 @@ __all__ = [
     "FinetuneConfig",
     "InputError",
     "LayerSummary",
+    "LearningRates",
     "MSFPConfig",
     "QuantConv1d",
     "QuantConv2d",
@@ -38,6 +41,7 @@ __all__ = [
     "denoising_factors",
     "finetune",
     "load",
+    "precompute_routing",
     "prompt_calls",
     "quantize",
     "record_trajectories",

@@ -188,9 +188,7 @@ class SegmentRouter(Router):
     kind = "segments"
     boundaries: torch.Tensor
 
-    def __init__(
-        self, layers: int, entries: int, boundaries: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, layers: int, entries: int, boundaries: torch.Tensor | None = None) -> None:
         super().__init__(layers, entries)
         empty = torch.zeros(entries - 1)
         self.register_buffer("boundaries", empty if boundaries is None else boundaries.float())
