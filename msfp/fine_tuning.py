@@ -11,7 +11,7 @@ from torch import nn
 
 from msfp.block_layers import refuse_block_layers
 from msfp.errors import InputError
-from msfp.open_layers import open_layers
+from msfp.open_layers import untrained_layers
 from msfp.quantization import seal
 from msfp.talora import routing_of
 from msfp.training.config import FinetuneConfig
@@ -70,9 +70,7 @@ def finetune(
             if the loss is not finite.
     """
     refuse_block_layers(denoiser)
-    layers = open_layers(denoiser)
-    if not layers or any(layer.hub is not None for layer in layers.values()):
-        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
+    untrained_layers(denoiser)
     weights = loss_weights(trajectories.timesteps, factors, config.denoising_power)
     objective = Objective(weights, config.branches)
     file = None if file is None else Path(file)

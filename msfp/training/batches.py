@@ -1,32 +1,8 @@
-"""Which sampler steps and samples a step of training sees, and which process takes which part."""
+"""Which process takes which part of a batch, and in how many parts."""
 
 from __future__ import annotations
 
 import torch
-
-
-def draw_batch(
-    steps: int, count: int, size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch: evenly spread sampler steps from a random offset, and random trajectories.
-
-    Args:
-        steps: Sampler steps to draw from.
-        count: Trajectories to draw from.
-        size: Samples in the batch.
-        generator: Source of randomness.
-
-    Returns:
-        The index of the step and that of the trajectory of each sample, both of shape (size,).
-
-    Example:
-        >>> step, trajectory = draw_batch(20, 100, 5, torch.Generator().manual_seed(0))
-        >>> step.tolist()
-        [4, 8, 12, 16, 0]
-    """
-    offset = torch.randint(steps, (1,), generator=generator)
-    step = (offset + torch.arange(size) * steps // size) % steps
-    return step, torch.randint(count, (size,), generator=generator)
 
 
 def shares(

@@ -58,7 +58,8 @@ class FinetuneConfig:
             by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
         seed: Seed of initialisation and batches.
         routing: "learned" by the router, or "segments" with equally many of the sampler's steps.
-        place: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight.
+        place: LoRAs "inside" the quantizer, Q(W + BA), or a single one "beside" the quantized
+            weight, which then is a branch of the layer.
         initial: LoRAs begin at "zero", or as the "svd" of the rounding error of the weight.
         temperature: Of the router's softmax, at the first step and at the last; geometric between.
         branches: Coefficients with which the sampler adds up consecutive rows of the trajectories,
@@ -142,6 +143,8 @@ class FinetuneConfig:
             raise InputError(f"temperature must be the first and the last, not {self.temperature}")
         if not self.branches or not any(self.branches):
             raise InputError(f"branches must be coefficients, not all 0, not {self.branches}")
+        if self.place == "beside" and self.hub > 1:
+            raise InputError(f"hub must be 1 where LoRAs are beside the weights, not {self.hub}")
         if self.patience and not self.evaluate_every:
             raise InputError("patience needs evaluate_every to be above 0")
         if self.batch < self.accumulation:

@@ -39,6 +39,9 @@ class Teacher:
         for name, value in original.named_parameters():
             if not torch.equal(value.to(parameters[name].device), parameters[name]):
                 self._kept[name] = value.detach().to(parameters[name].device)
+        for name, value in parameters.items():
+            if name.rpartition(".")[2] == "branch_up":  # what the original's weights still hold
+                self._kept[name] = torch.zeros_like(value)
 
     def keep(self, names: Iterable[str]) -> None:
         """Keep copies of parameters that are about to be trained."""

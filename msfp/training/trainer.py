@@ -13,7 +13,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.talora import LearnedRouter
-from msfp.training.batches import draw_batch, shares
+from msfp.training.batches import shares
 from msfp.training.config import FinetuneConfig
 from msfp.training.diagnosis import first_nonfinite
 from msfp.training.objective import Objective, Predict, recorded
@@ -21,7 +21,7 @@ from msfp.training.parameters import ScaleFloors, optimizer_groups, trained_para
 from msfp.training.processes import accelerator, sum_gradients, summed
 from msfp.training.state import History, TrainingState
 from msfp.training.teacher import Teacher
-from msfp.trajectories import Trajectories
+from msfp.trajectories import Trajectories, draw_batch
 
 
 @dataclass(frozen=True)
