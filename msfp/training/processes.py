@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_tensorboard_available
 from torch import nn
 
 from msfp.errors import InputError
@@ -34,7 +35,8 @@ def accelerator(
     Raises:
         InputError: If the process has one of another precision, or tensorboard is not installed.
     """
-    logs = None if tensorboard is None else "tensorboard"
+    if tensorboard is not None and not is_tensorboard_available():
+        raise InputError("tensorboard must be installed where its logs are asked for")
     with _MAKING:
         made = AcceleratorState._shared_state
         if made and AcceleratorState().mixed_precision != precision:
@@ -42,15 +44,12 @@ def accelerator(
                 f"precision must be {AcceleratorState().mixed_precision!r}, as that of the "
                 f"Accelerator that this process has, not {precision!r}"
             )
-        try:
-            return Accelerator(
-                mixed_precision=precision,
-                cpu=device.type == "cpu",
-                log_with=logs,
-                project_dir=tensorboard,
-            )
-        except (ImportError, ValueError) as error:
-            raise InputError(f"training cannot be set up: {error}") from error
+        return Accelerator(
+            mixed_precision=precision,
+            cpu=device.type == "cpu",
+            log_with=None if tensorboard is None else "tensorboard",
+            project_dir=tensorboard,
+        )
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
