@@ -23,6 +23,9 @@ from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Status, Trainer
 from msfp.trajectories import Trajectories
 
+MAX_TEACHER_ERROR = 0.02
+"""How far predictions may be from those recorded, relative to them: the rounding of bfloat16."""
+
 
 def finetune(
     denoiser: nn.Module,
@@ -75,12 +78,14 @@ def finetune(
     objective = Objective(weights, config.branches)
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
-    _check_needs(config, held_out, own_path)
+    _check_needs(denoiser, config, held_out, own_path)
     _check_trajectories(denoiser, objective, trajectories, held_out)
     material = Material(
         trajectories, objective, Teacher(denoiser, teacher), held_out, own_path, file,
         None if tensorboard is None else Path(tensorboard),
     )  # fmt: skip
+    if teacher is not None or config.student_every or not config.cache_teacher:
+        _check_teacher(material)
     # Made before the denoiser is changed, because it can refuse the precision or the logs.
     accelerator(trajectories.samples.device, config.precision, material.tensorboard)
     add_hubs(denoiser, config, trajectories.timesteps)
@@ -113,6 +118,7 @@ def _check_file(file: Path | None, *, resume: bool) -> None:
 
 
 def _check_needs(
+    denoiser: nn.Module,
     config: FinetuneConfig,
     held_out: Trajectories | None,
     own_path: Callable[[], Trajectories] | None,
@@ -120,6 +126,8 @@ def _check_needs(
     """Raise InputError unless there is what a config needs."""
     if config.student_every and own_path is None:
         raise InputError("own_path must be given where student_every is above 0")
+    if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
     if config.evaluate_every and held_out is None:
         raise InputError("held_out must be given where evaluate_every is above 0")
 
@@ -149,3 +157,19 @@ def _check_trajectories(
     objective.count(held_out)
     if not torch.equal(held_out.timesteps.cpu(), trajectories.timesteps.cpu()):
         raise InputError("held_out must have been recorded with the sampler of the trajectories")
+
+
+def _check_teacher(material: Material) -> None:
+    """Raise InputError unless the teacher is the denoiser that recorded the trajectories."""
+    path = material.path
+    step = torch.arange(len(path.timesteps))
+    row = torch.zeros_like(step)
+    with material.teacher.active() as denoiser:
+        said = path.predict(denoiser, step, row).float()
+    wanted = path.predictions[step, row].float()
+    off = ((said - wanted).norm() / wanted.norm()).item()
+    if not off <= MAX_TEACHER_ERROR:
+        raise InputError(
+            f"teacher must be the denoiser that recorded the trajectories: its predictions are "
+            f"{100 * off:.1f} % off"
+        )

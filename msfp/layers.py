@@ -340,6 +340,25 @@ class SealedLayer(QuantizedLayer):
         )
         return rounded
 
+    def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
+        """Return the quantizers that gave the codes and the rounded inputs.
+
+        Raises:
+            ValueError: If there are no formats yet.
+        """
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        trailing = (1,) * (len(self.weight_shape) - 1)
+        scale = _from_bits(self.weight_scale).clone().view(-1, *trailing)
+        weights = Quantizer(self.formats.weight, scale)
+        if self.formats.input is None or self.input_scale is None:
+            return weights, None
+        scale = _from_bits(self.input_scale).clone()
+        scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
+        bits = self.input_zero_point
+        zero = None if bits is None else _from_bits(bits).clone()
+        return weights, Quantizer(self.formats.input, scale, zero)
+
     def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype.
 

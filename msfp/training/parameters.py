@@ -91,15 +91,12 @@ def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, flo
                 yield f"{name}.input_quantizer.{part}", rate
     for name, module in denoiser.named_modules():
         prefix = f"{name}." if name else ""
-        if name.startswith("router"):
-            rate = rates.router
-        elif "Norm" in type(module).__name__:
-            rate = rates.norms
-        else:
-            rate = rates.biases
+        norm = "Norm" in type(module).__name__
         for part, _ in module.named_parameters(recurse=False):
-            if name.startswith("router") or part == "bias" or rate is rates.norms:
-                yield prefix + part, rate
+            if name.split(".")[0] == "router":
+                yield prefix + part, rates.router
+            elif norm or part == "bias":
+                yield prefix + part, rates.norms if norm else rates.biases
 
 
 def optimizer_groups(

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from msfp.attention import AttentionProducts
 from msfp.errors import InputError
-from msfp.open_layers import OpenLayer, open_layers
+from msfp.open_layers import OpenLayer
 from msfp.talora import RouterHook
 from msfp.trajectories import Trajectories
 
@@ -58,28 +59,27 @@ class Teacher:
         trained = {name: parameters[name].data for name in self._kept}
         hooks = self.denoiser._forward_pre_hooks
         routed = {key: hook for key, hook in hooks.items() if isinstance(hook, RouterHook)}
-        layers = list(open_layers(self.denoiser).values())
         try:
             for key in routed:
                 del hooks[key]
-            self._switch(layers, self._kept, parameters, quantizing=False)
+            self._switch(self._kept, parameters, quantizing=False)
             with torch.no_grad():
                 yield self.denoiser
         finally:
-            self._switch(layers, trained, parameters, quantizing=True)
+            self._switch(trained, parameters, quantizing=True)
             hooks.update(routed)
 
-    @staticmethod
     def _switch(
-        layers: list[OpenLayer],
+        self,
         values: dict[str, torch.Tensor],
         parameters: dict[str, nn.Parameter],
         *,
         quantizing: bool,
     ) -> None:
         """Quantize or not, and put values in the place of parameters."""
-        for layer in layers:
-            layer.quantizing = quantizing
+        for module in self.denoiser.modules():
+            if isinstance(module, OpenLayer | AttentionProducts):
+                module.quantizing = quantizing
         for name, value in values.items():
             parameters[name].data = value
 

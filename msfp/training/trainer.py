@@ -80,6 +80,8 @@ class Trainer:
         self.denoiser, self.material, self.config = denoiser, material, config
         self.objective = material.objective
         denoiser.requires_grad_(False)
+        if config.checkpointing:
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         rates = trained_parameters(denoiser, config.rates)
         if not rates:
             raise InputError("rates must leave something to be trained")
@@ -152,6 +154,8 @@ class Trainer:
                 error = self._last_error().get("held_out_error")
                 progress(Status(self.state.step, self.config.steps, loss, error, left))
         self._save()
+        if self.config.checkpointing:
+            self.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
         if self.state.best or self.state.average:
             self.state.put(self.state.best or self.state.average)
         if self.material.tensorboard is not None:

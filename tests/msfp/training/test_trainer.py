@@ -115,6 +115,11 @@ def test_a_batch_in_parts_is_that_batch(student, path):
 def test_activations_computed_again_give_the_same_gradients(student, path):
     config = FinetuneConfig(**SHORT | {"steps": 2}, hub=2)
     kept, _ = trained(student, path, config)
+    runs = []
+    block = student.unet.mid_block.resnets[0]
+    block.register_forward_hook(lambda *_: runs.append(1))
+    tuned(student, path, replace(config, checkpointing=True))
+    assert len(runs) == 1 + 2 * 2  # the check, and each step forward and again
     again, _ = trained(student, path, replace(config, checkpointing=True))
     assert difference(kept, again) < 1e-4
 
@@ -285,6 +290,9 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "held_out must be given", evaluated)
     other = record_trajectories(full, replace(SAMPLER, steps=2).calls(4, seed=0))
     refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
+    network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
+    with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
+        finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
     wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
     refused(student, wide, "must be of a denoiser like this one")
     small = replace(path, predictions=path.predictions[..., :4])
@@ -329,9 +337,14 @@ def test_logs_without_tensorboard_are_refused(student, path, tmp_path, monkeypat
     refused(student, path, "tensorboard must be installed", tensorboard=tmp_path)
 
 
-def test_losses_and_errors_are_logged(student, path, held_out, tmp_path, monkeypatch):
+def test_losses_and_errors_are_logged(student, path, held_out, monkeypatch):
     logged = []
-    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: logged.append(values))
+
+    def log(_self, values, step):
+        logged.append((step, values))
+
+    monkeypatch.setattr("accelerate.Accelerator.log", log)
     _, history = tuned(student, path, FinetuneConfig(**SHORT, evaluate_every=6), held_out=held_out)
-    assert [values["loss"] for values in logged] == history.losses
-    assert logged[-1]["held_out_error"] == history.errors[6]
+    assert [values["loss"] for _, values in logged] == history.losses
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1][1]["held_out_error"] == history.errors[6]
