@@ -12,6 +12,7 @@ from msfp.dfa import denoising_factors, timestep_weights
 from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
 from msfp.fine_tuning import finetune
+from msfp.inspection import LayerFacts, inspect_layers
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
 from msfp.low_rank import add_branches
 from msfp.observation import calibrate
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "FinetuneConfig",
     "InputError",
+    "LayerFacts",
     "LayerSummary",
     "LearningRates",
     "MSFPConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "calibrate",
     "denoising_factors",
     "finetune",
+    "inspect_layers",
     "load",
     "precompute_routing",
     "prompt_calls",

@@ -75,7 +75,7 @@ def finetune(
     refuse_block_layers(denoiser)
     untrained_layers(denoiser)
     weights = loss_weights(trajectories.timesteps, factors, config.denoising_power)
-    objective = Objective(weights, config.branches)
+    objective = Objective(weights, config.branches, config.branch_rows)
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
     _check_needs(denoiser, config, held_out, own_path)

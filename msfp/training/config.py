@@ -62,9 +62,11 @@ class FinetuneConfig:
             weight, which then is a branch of the layer.
         initial: LoRAs begin at "zero", or as the "svd" of the rounding error of the weight.
         temperature: Of the router's softmax, at the first step and at the last; geometric between.
-        branches: Coefficients with which the sampler adds up consecutive rows of the trajectories,
-            which are the branches of one sample: (1 - g, g) for guidance of scale g with the
-            unconditional branch first. The loss is that of the sum.
+        branches: Coefficients with which the sampler adds up the rows of the trajectories that are
+            branches of one sample: (1 - g, g) for guidance of scale g with the unconditional
+            branch first. The loss is that of the sum.
+        branch_rows: Samples of a call of the pipeline: as many rows of one branch are followed by
+            those of the next.
         accumulation: Parts that a process takes its batch in.
         clip: Largest norm of the gradient, or None.
         ema: Decay of the moving average of what is trained, which then is the result; 0 for none.
@@ -99,6 +101,7 @@ class FinetuneConfig:
     initial: Initial = "zero"
     temperature: tuple[float, float] = (1.0, 1.0)
     branches: tuple[float, ...] = (1.0,)
+    branch_rows: int = 1
     accumulation: int = 1
     clip: float | None = None
     ema: float = 0.0
@@ -119,7 +122,7 @@ class FinetuneConfig:
         check_range("rank", self.rank, 1, MAX_RANK)
         for name in ("steps", "save_every"):
             check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("batch", "accumulation"):
+        for name in ("batch", "branch_rows", "accumulation"):
             check_range(name, getattr(self, name), 1, 10**6)
         for name in ("student_every", "evaluate_every", "patience"):
             check_range(name, getattr(self, name), 0, 10**9)

@@ -63,22 +63,32 @@ class Objective:
     Args:
         weights: Of each sampler step, shape (steps,).
         branches: Coefficients of the rows that are branches of one sample.
+        branch_rows: Rows of one branch that are followed by those of the next.
     """
 
-    def __init__(self, weights: torch.Tensor, branches: tuple[float, ...]) -> None:
+    def __init__(
+        self, weights: torch.Tensor, branches: tuple[float, ...] = (1.0,), branch_rows: int = 1
+    ) -> None:
         self.weights, self.branches = weights, torch.tensor(branches)
+        self.branch_rows = branch_rows
 
     def count(self, path: Trajectories) -> int:
         """Return how many samples a path has, each with a row for each branch."""
         rows, branches = path.samples.shape[1], len(self.branches)
-        if rows % branches:
-            raise InputError(f"trajectories have {rows} rows, which {branches} branches do not fit")
+        if branches > 1 and rows % (branches * self.branch_rows):
+            raise InputError(
+                f"trajectories have {rows} rows, which {branches} branches of {self.branch_rows} "
+                "do not fit"
+            )
         return rows // branches
 
     def rows(self, step: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the steps and rows of samples."""
-        branches = len(self.branches)
-        row = sample[:, None] * branches + torch.arange(branches)
+        branches, block = len(self.branches), self.branch_rows
+        if branches == 1:
+            return step, sample
+        first = sample // block * block * branches + sample % block
+        row = first[:, None] + torch.arange(branches) * block
         return step.repeat_interleave(branches), row.flatten()
 
     def errors(

@@ -229,8 +229,11 @@ def test_branches_of_guidance_are_trained_by_their_sum(student, path):
     )
     torch.testing.assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)
     assert objective.count(path) == 4
-    with pytest.raises(InputError, match="8 rows, which 3 branches do not fit"):
+    with pytest.raises(InputError, match="8 rows, which 3 branches of 1 do not fit"):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
+    calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), branch_rows=2)
+    _, rows = calls_of_two.rows(step, torch.arange(4))
+    assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
