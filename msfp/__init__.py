@@ -7,7 +7,7 @@ Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505
 from msfp.attention import quantize_attention
 from msfp.calibration import Calibration
 from msfp.checkpoint import load, save
-from msfp.config import FinetuneConfig, QuantizationConfig, RefinementConfig
+from msfp.config import QuantizationConfig, RefinementConfig
 from msfp.dfa import denoising_factors, timestep_weights
 from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
@@ -22,7 +22,9 @@ from msfp.sampling import Sampler, prompt_calls
 from msfp.split import split_inputs
 from msfp.stored_calls import store_calls, stored_calls
 from msfp.summary import LayerSummary
+from msfp.talora import precompute_routing
 from msfp.time_layers import with_exact_times
+from msfp.training.config import FinetuneConfig, LearningRates
 from msfp.trajectories import Trajectories, record_trajectories
 from msfp.version import __version__
 
@@ -32,6 +34,7 @@ __all__ = [
     "InputError",
     "LayerFacts",
     "LayerSummary",
+    "LearningRates",
     "MSFPConfig",
     "QuantConv1d",
     "QuantConv2d",
@@ -48,6 +51,7 @@ __all__ = [
     "finetune",
     "inspect_layers",
     "load",
+    "precompute_routing",
     "prompt_calls",
     "quantize",
     "quantize_attention",

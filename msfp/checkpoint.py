@@ -131,7 +131,7 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     config = MSFPConfig(**description["quantization_config"])
     verify([folder / TENSOR_FILE], config.to_dict())
     tensors: dict[str, torch.Tensor] = load_file(folder / TENSOR_FILE)
-    make_room(network, config.layers, config.entries)
+    make_room(network, config.layers, config.entries, config.router)
     make_room_for_products(network, config.products)
     check_keys(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin
@@ -35,6 +35,7 @@ from msfp.config import (
     QuantizationConfig,
     RefinementConfig,
     Scheme,
+    check_choice,
     check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
@@ -52,6 +53,7 @@ from msfp.layers import (
 )
 from msfp.post_training import finite_weight, search_weight
 from msfp.summary import LayerSummary
+from msfp.talora import RouterKind, router_of
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
@@ -83,6 +85,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: The formats of each quantized layer by name, empty before there are any.
         products: The formats of the operands of each quantized attention module, likewise.
         entries: Weights of each layer, one for each LoRA of its hub.
+        router: The kind of router that chooses among them.
         summaries: What the search decided for layers and what else it could have, as of
             `LayerSummary.to_dict`; empty where that is not known.
         format_version: Version of the layout of the file.
@@ -118,6 +121,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: dict[str, dict[str, Any]] | None = None,
         products: dict[str, dict[str, str]] | None = None,
         entries: int = 1,
+        router: RouterKind = "learned",
         summaries: Iterable[Mapping[str, Any]] = (),
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
@@ -134,10 +138,11 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             weights, activations, first_last, scheme, include, exclude, first, last, granularity,
             {} if overrides is None else overrides, refine, attention,  # type: ignore[arg-type]
         )  # fmt: skip
-        self.entries = entries
+        check_choice("router", router, get_args(RouterKind))
+        self.entries, self.router = entries, router
         self.layers = _formats({} if layers is None else layers)
-        self.summaries = [LayerSummary.from_dict(each) for each in summaries]
         self.products = _products({} if products is None else products)
+        self.summaries = [LayerSummary.from_dict(each) for each in summaries]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `__init__` takes, as plain JSON types."""
@@ -147,6 +152,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "format_version": FORMAT_VERSION,
             **self.request.to_dict(),
             "entries": self.entries,
+            "router": self.router,
             "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
             "products": self.products,
             **({"summaries": summaries} if summaries else {}),
@@ -224,7 +230,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules = keep_in_fp32_modules
         config = self.quantization_config
         if self.pre_quantized:
-            make_room(model, config.layers, config.entries)
+            make_room(model, config.layers, config.entries, config.router)
             make_room_for_products(model, config.products)
         else:
             self._settings = settings_by_layer(model, config.request)
@@ -356,13 +362,12 @@ def attach(
     layers = quantized_layers(denoiser)
     entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
+    router = router_of(denoiser).kind if entries > 1 else "learned"
     config = MSFPConfig(
-        **request.to_dict(),
-        layers=formats,
-        entries=entries,
+        **request.to_dict(), layers=formats, entries=entries, router=router,
         products=product_formats(denoiser),
         summaries=[summary.to_dict() for summary in summaries],
-    )
+    )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     quantizer.is_serializable = not block_layers(denoiser)
