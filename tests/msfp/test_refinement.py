@@ -24,7 +24,7 @@ from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
 from msfp.paired import meet_layers
 from msfp.refinement import refine
-from msfp.trajectories import draw_batch
+from msfp.trajectories import spread_batch
 
 SMALL = {"samples": 16, "positions": 2048}
 
@@ -157,7 +157,7 @@ def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, tra
         full[meeting.name], inputs[meeting.name] = meeting.outputs, meeting.inputs
 
     generator = torch.Generator().manual_seed(config.seed)
-    step, row = draw_batch(*trajectories.samples.shape[:2], config.samples, generator)
+    step, row = spread_batch(*trajectories.samples.shape[:2], config.samples, generator)
     meet_layers(denoiser, trajectories, step, row, visit)
     refine(denoiser, trajectories, config)
     layer = denoiser.conv_in  # reads the samples themselves
