@@ -19,6 +19,7 @@ from msfp import (
 )
 from msfp.adaround import adaround
 from msfp.config import RefinementConfig
+from msfp.denoiser import denoiser_of
 from msfp.evaluate import noise_errors
 from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
@@ -103,14 +104,12 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_denoiser_of_any_family_comes_closer_to_full_precision(family, tmp_path):
-    pipe = families.pipeline(family, tmp_path)
-    paths = record_trajectories(pipe, families.images)
+    paths = record_trajectories(families.pipeline(family, tmp_path), families.images)
     errors = []
     for refinement in (None, RefinementConfig()):
-        denoiser = families.make(family)
-        config = QuantizationConfig(refine=refinement)
-        quantize(denoiser, config, calibration=families.call, trajectories=paths)
-        errors.append(mean_error(denoiser, paths))
+        pipe = families.pipeline(family, tmp_path)
+        quantize(pipe, QuantizationConfig(refine=refinement), calibration=families.images)
+        errors.append(mean_error(denoiser_of(pipe), paths))
     assert 0 < errors[1] < 0.8 * errors[0]
 
 
