@@ -124,9 +124,12 @@ class AttentionProducts(nn.ModuleDict):
     """The quantizers of one attention module, one for each of `OPERANDS`."""
 
     switch: _Switch
+    quantizing: bool = True
 
     def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return an operand rounded."""
+        """Return an operand rounded, unless that is switched off."""
+        if not self.quantizing:
+            return x
         rounded: torch.Tensor = self[name](x)
         return rounded
 

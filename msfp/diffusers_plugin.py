@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin
@@ -35,6 +35,7 @@ from msfp.config import (
     QuantizationConfig,
     RefinementConfig,
     Scheme,
+    check_choice,
     check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
@@ -51,6 +52,8 @@ from msfp.layers import (
     sealed_layers,
 )
 from msfp.post_training import finite_weight, search_weight
+from msfp.summary import LayerSummary
+from msfp.talora import RouterKind, router_of
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
@@ -82,6 +85,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: The formats of each quantized layer by name, empty before there are any.
         products: The formats of the operands of each quantized attention module, likewise.
         entries: Weights of each layer, one for each LoRA of its hub.
+        router: The kind of router that chooses among them.
+        summaries: What the search decided for layers and what else it could have, as of
+            `LayerSummary.to_dict`; empty where that is not known.
         format_version: Version of the layout of the file.
         **kwargs: `quant_method`, and nothing else.
 
@@ -115,6 +121,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: dict[str, dict[str, Any]] | None = None,
         products: dict[str, dict[str, str]] | None = None,
         entries: int = 1,
+        router: RouterKind = "learned",
+        summaries: Iterable[Mapping[str, Any]] = (),
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -130,19 +138,24 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             weights, activations, first_last, scheme, include, exclude, first, last, granularity,
             {} if overrides is None else overrides, refine, attention,  # type: ignore[arg-type]
         )  # fmt: skip
-        self.entries = entries
+        check_choice("router", router, get_args(RouterKind))
+        self.entries, self.router = entries, router
         self.layers = _formats({} if layers is None else layers)
         self.products = _products({} if products is None else products)
+        self.summaries = [LayerSummary.from_dict(each) for each in summaries]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `__init__` takes, as plain JSON types."""
+        summaries = [summary.to_dict() for summary in self.summaries]
         return {
             "quant_method": self.quant_method.value,
             "format_version": FORMAT_VERSION,
             **self.request.to_dict(),
             "entries": self.entries,
+            "router": self.router,
             "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
             "products": self.products,
+            **({"summaries": summaries} if summaries else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -190,6 +203,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules: list[str] = []
         self._loaded: set[str] = set()
         self._settings: dict[str, LayerSettings] = {}
+        self._summaries: list[LayerSummary] = []
         for name in () if self.pre_quantized else ("activations", "refine", "attention"):
             if getattr(quantization_config.request, name) is not None:
                 raise InputError(
@@ -216,7 +230,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules = keep_in_fp32_modules
         config = self.quantization_config
         if self.pre_quantized:
-            make_room(model, config.layers, config.entries)
+            make_room(model, config.layers, config.entries, config.router)
             make_room_for_products(model, config.products)
         else:
             self._settings = settings_by_layer(model, config.request)
@@ -266,7 +280,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         settings = self._settings[name]
         if settings.scheme in BLOCK_BITS:
             raise InputError(f"scheme {settings.scheme!r} cannot be saved: use msfp.quantize")
-        quantizer, _ = search_weight(finite_weight(name, value), settings)
+        quantizer, table = search_weight(finite_weight(name, value), settings)
+        chosen = str(quantizer.format)
+        self._summaries.append(LayerSummary(name, chosen, table[chosen], table))
         packed = SEALED_LAYERS[type(layer)].pack(layer, [value], quantizer, None)
         replace_layers(model, {layer: packed})
 
@@ -279,7 +295,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, layer in layers.items():
             kept = any(part in self._float32_modules for part in name.split("."))
             layer.dtype = torch.float32 if kept else self._dtype
-        attach(model, self.quantization_config.request, self)
+        config = self.quantization_config
+        attach(model, config.request, self, summaries=self._summaries or config.summaries)
         # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -328,7 +345,11 @@ def check_keys(expected: set[str], given: set[str]) -> None:
 
 
 def attach(
-    denoiser: nn.Module, request: QuantizationConfig, quantizer: MSFPQuantizer | None = None
+    denoiser: nn.Module,
+    request: QuantizationConfig,
+    quantizer: MSFPQuantizer | None = None,
+    *,
+    summaries: Iterable[LayerSummary],
 ) -> None:
     """Tell diffusers how a denoiser is quantized, so that it can save and dequantize it.
 
@@ -336,13 +357,17 @@ def attach(
         denoiser: A network with quantized layers.
         request: What was asked for.
         quantizer: The quantizer that loaded it, or None for a new one.
+        summaries: What the search decided, where that is known.
     """
     layers = quantized_layers(denoiser)
     entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
+    router = router_of(denoiser).kind if entries > 1 else "learned"
     config = MSFPConfig(
-        **request.to_dict(), layers=formats, entries=entries, products=product_formats(denoiser)
-    )
+        **request.to_dict(), layers=formats, entries=entries, router=router,
+        products=product_formats(denoiser),
+        summaries=[summary.to_dict() for summary in summaries],
+    )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     quantizer.is_serializable = not block_layers(denoiser)

@@ -33,7 +33,9 @@ def checksum(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        # A single number may have a stride of 0, which a view as bytes refuses; a copy has not.
+        whole = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        data = whole.view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 

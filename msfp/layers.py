@@ -25,7 +25,7 @@ from fpformats import FloatFormat, decode_scaled, encode_scaled, parse, quantize
 from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
 from msfp.errors import InputError
 from msfp.quantizer import Quantizer
-from msfp.talora import Router, Routing, attach_router
+from msfp.talora import ROUTERS, Router, RouterKind, Routing, attach_router
 
 TENSOR, CHANNEL = "tensor", "channel"
 """The granularities of one scale, and of one for each channel."""
@@ -342,6 +342,25 @@ class SealedLayer(QuantizedLayer):
         )
         return rounded
 
+    def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
+        """Return the quantizers that gave the codes and the rounded inputs.
+
+        Raises:
+            ValueError: If there are no formats yet.
+        """
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        trailing = (1,) * (len(self.weight_shape) - 1)
+        scale = _from_bits(self.weight_scale).clone().view(-1, *trailing)
+        weights = Quantizer(self.formats.weight, scale)
+        if self.formats.input is None or self.input_scale is None:
+            return weights, None
+        scale = _from_bits(self.input_scale).clone()
+        scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
+        bits = self.input_zero_point
+        zero = None if bits is None else _from_bits(bits).clone()
+        return weights, Quantizer(self.formats.input, scale, zero)
+
     def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype.
 
@@ -488,13 +507,19 @@ def add_router(denoiser: nn.Module, router: Router) -> None:
         layer.routing, layer.index = routing, index
 
 
-def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: int) -> None:
+def make_room(
+    denoiser: nn.Module,
+    formats: dict[str, LayerFormats],
+    entries: int,
+    router: RouterKind = "learned",
+) -> None:
     """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
 
     Args:
         denoiser: The plain network, on any device.
         formats: Those of the quantized layers, by name.
         entries: Entries of each layer; there is a router if more than one.
+        router: The kind of that router.
 
     Raises:
         InputError: If the denoiser has no such layer.
@@ -515,6 +540,6 @@ def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: in
     )
     if entries > 1:
         with torch.device("meta"):
-            router = Router(len(formats), entries)
+            empty = ROUTERS[router](len(formats), entries)
         device = next(denoiser.parameters()).device
-        add_router(denoiser, router.to_empty(device=device))
+        add_router(denoiser, empty.to_empty(device=device))

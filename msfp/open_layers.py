@@ -29,7 +29,8 @@ class OpenLayer(QuantizedLayer):
         weight_quantizer: One scale for each output channel.
         input_quantizer: One scale, or one for each channel, and a zero point where the format is
             unsigned; None to leave inputs as they are.
-        hub: LoRAs added to the weight before it is quantized, or None.
+        hub: LoRAs added to the weight before it is quantized, or beside it; or None.
+        quantizing: False makes it the plain layer, in full precision.
     """
 
     sealed_class: type[SealedLayer]
@@ -37,6 +38,7 @@ class OpenLayer(QuantizedLayer):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
     hub: LoRAHub | None
+    quantizing: bool = True
 
     @classmethod
     def wrap(
@@ -58,7 +60,7 @@ class OpenLayer(QuantizedLayer):
 
     def merged_weight(self, entry: int = 0) -> torch.Tensor:
         """Return the weight with the correction of an entry of the hub, before it is rounded."""
-        if self.hub is None:
+        if self.hub is None or self.hub.beside:
             return self.weight
         return self.weight + self.hub.correction(entry).view_as(self.weight)
 
@@ -74,11 +76,34 @@ class OpenLayer(QuantizedLayer):
         rounded: torch.Tensor = self.input_quantizer(x)
         return rounded
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the quantized layer, or the plain one."""
+        if self.quantizing:
+            return super().forward(x)
+        return super().add_branch(x, self.compute(x, self.weight, self.bias))
+
+    def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return an output with what the branch and a hub beside the weight give for the input."""
+        down, up = self._beside()
+        return y if down is None or up is None else y + self.low_rank(x, down, up)
+
+    def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the factors of all that stands beside the weight, in its dtype."""
+        if self.hub is None or not self.hub.beside:
+            return self.branch_down, self.branch_up
+        down, up = (factor.to(self.weight.dtype) for factor in self.hub.factors(0))
+        if self.branch_down is None or self.branch_up is None:
+            return down, up
+        return torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
+
     @torch.no_grad()
     def seal(self) -> SealedLayer:
         """Return the sealed layer of the same outputs, with an entry for each of the hub."""
         count = 1 if self.hub is None else len(self.hub.up)
         weights = [self.merged_weight(entry) for entry in range(count)]
+        for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
+            kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
+            self.register_parameter(name, kept)
         return self.sealed_class.pack(self, weights, self.weight_quantizer, self.input_quantizer)
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
@@ -96,7 +121,8 @@ class OpenLayer(QuantizedLayer):
         entry adds to it: the layer applied with the entry's correction alone.
         """
         with torch.no_grad():
-            added = [self.low_rank(x, *hub.factors(entry)) for entry in range(len(hub.up))]
+            factors = [hub.factors(entry) for entry in range(len(hub.up))]
+            added = [self.low_rank(x, down.to(x.dtype), up.to(x.dtype)) for down, up in factors]
         change = (choices - choices.detach()).T
         shape = (-1,) + (1,) * (added[0].dim() - 1)
         return torch.stack([c.view(shape) * y for c, y in zip(change, added, strict=True)]).sum(0)

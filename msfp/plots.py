@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from fpformats import FloatFormat, values
 from fpformats.sketch import Sketch
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
+SMALL = 48
+"""Pixels in the height of an image below which its pixels are enlarged."""
 STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -53,16 +56,17 @@ def tiled(images: torch.Tensor, columns: int) -> NDArray[np.float32]:
     return canvas
 
 
-def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
-    """Write images as one PNG, each pixel enlarged."""
+def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8) -> None:
+    """Write images as one PNG, the pixels of small ones enlarged."""
+    zoom = max(1, SMALL // images.shape[2])
     canvas = tiled(images, columns).repeat(zoom, axis=0).repeat(zoom, axis=1)
     mpl.image.imsave(file, canvas.repeat(3, axis=2) if canvas.shape[2] == 1 else canvas)
 
 
 def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
     """Draw one labelled row of images for each method; columns start from equal noise."""
-    columns = len(rows[0][1])
-    picture = figure(2.6 + 0.52 * columns, 0.58 * len(rows) + 0.1)
+    columns, side = len(rows[0][1]), 0.52 if rows[0][1].shape[2] <= SMALL else 1.2
+    picture = figure(2.6 + side * columns, (side + 0.06) * len(rows) + 0.1)
     with mpl.rc_context(STYLE):
         grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (label, images) in zip(grid, rows, strict=True):
@@ -87,17 +91,22 @@ def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(errors) / 1.5, max(errors) * 1.8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_decades(axes.xaxis)
     axes.grid(axis="both", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.set_xlabel(heading)
     return picture
 
 
+def _plain_decades(axis: Axis) -> None:
+    """Mark 1, 2 and 5 of each power of ten of a logarithmic axis, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def errors_by_timestep(
-    timesteps: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]]
+    timesteps: Sequence[float], rows: Sequence[tuple[str, Sequence[float]]]
 ) -> Figure:
     """Draw the noise-prediction error of each method against the timestep."""
     picture = figure(7.2, 3.8)
@@ -106,9 +115,26 @@ def errors_by_timestep(
     for (label, errors), colour in zip(rows, colours, strict=True):
         axes.plot(timesteps, errors, marker="o", markersize=3, label=label, color=colour)
     axes.set_yscale("log")
+    _plain_decades(axes.yaxis)
+    axes.grid(axis="y", color="#e4e7eb")
     axes.set_xlabel("timestep t (noise on the left, picture on the right)")
     axes.set_ylabel("noise-prediction error")
     axes.invert_xaxis()
+    if len(rows) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
+    """Draw up to three kinds of ratios of signal to noise in dB, one point for each layer."""
+    picture = figure(9.2, 3.8)
+    axes = axes_of(picture)
+    for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
+        axes.plot(range(len(ratios)), ratios, "o", markersize=4, label=label, color=colour)
+    axes.set_xlabel("layer, from input to output")
+    axes.set_ylabel("signal to noise, dB")
+    axes.grid(axis="y", color="#e4e7eb")
+    axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture
 
@@ -127,7 +153,7 @@ def distribution_with_grids(
     """
     picture = figure(7.2, 2.4 + 0.35 * len(grids))
     axes = axes_of(picture)
-    low, high = inputs.min, inputs.quantile(0.998)
+    low, high = inputs.quantile(0.002), inputs.quantile(0.998)
     margin = 0.05 * (high - low)
     counts, sums, _ = inputs.bins()
     heights, _, _ = axes.hist(

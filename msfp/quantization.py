@@ -111,8 +111,9 @@ def quantize(
     except BaseException:
         replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
         raise
-    attach(denoiser, replace(config, refine=refinement))
-    return [_as_refined(summary, layer) for layer, summary in searched.values()]
+    summaries = [_as_refined(summary, layer) for layer, summary in searched.values()]
+    attach(denoiser, replace(config, refine=refinement), summaries=summaries)
+    return summaries
 
 
 def _refinement(
@@ -232,4 +233,5 @@ def seal(denoiser: nn.Module) -> None:
     replace_layers(denoiser, {layer: layer.seal() for layer in layers.values()})
     quantizer = getattr(denoiser, "hf_quantizer", None)
     if quantizer is not None:
-        attach(denoiser, quantizer.quantization_config.request)
+        config = quantizer.quantization_config
+        attach(denoiser, config.request, summaries=config.summaries)

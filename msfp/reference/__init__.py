@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
@@ -43,6 +45,16 @@ def digit_classifier(file: Path = CLASSIFIER_FILE) -> DigitClassifier:
     classifier = DigitClassifier().eval()
     classifier.load_state_dict(load_file(file))
     return classifier
+
+
+@functools.cache
+def _classifier() -> DigitClassifier:
+    return digit_classifier()
+
+
+def digit_features(images: torch.Tensor) -> torch.Tensor:
+    """Return the classifier's features of images in [0, 1], in which Frechet distances are."""
+    return _classifier().features(images * 2 - 1)
 
 
 def quality() -> dict[str, Any]:

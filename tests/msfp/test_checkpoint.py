@@ -20,7 +20,7 @@ from msfp import (
     seal,
 )
 from msfp.attention import OPERANDS
-from msfp.checkpoint import atomic_folder, check_output, packed_size
+from msfp.checkpoint import packed_size
 from msfp.integrity import metadata
 from msfp.layers import sealed_layers
 from msfp.talora import Router
@@ -160,25 +160,6 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(saved):
     with pytest.raises(InputError, match="exists and is not empty"):
         save(load(saved), saved)
     assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
-        (folder / "half").write_text("written")
-        raise error
-    assert not list(tmp_path.iterdir())
-
-
-def test_outputs_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    for path in ("file", "file/x", "file/x/y", "link", "empty"):
-        with pytest.raises(InputError, match="output"):
-            check_output(tmp_path / path)
-    check_output(tmp_path / "new" / "folder")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):

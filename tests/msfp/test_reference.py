@@ -1,7 +1,7 @@
 import torch
 
 from msfp.evaluate import FrechetDistance, noise_errors
-from msfp.reference import PIPELINE_FOLDER, digit_classifier, quality
+from msfp.reference import PIPELINE_FOLDER, digit_classifier, digit_features, quality
 from msfp.reference.digits import digits
 from msfp.reference.train import TrainingState, build_denoiser, training_steps
 
@@ -35,7 +35,7 @@ def test_the_classifier_reads_digits():
 
 def test_the_frechet_distance_tells_digits_from_noise_and_halves_from_each_other():
     real = (digits()[0] + 1) / 2
-    distance = FrechetDistance(digit_classifier(), real[::2])
+    distance = FrechetDistance(digit_features, real[::2])
     noise = torch.rand(real[1::2].shape, generator=torch.Generator().manual_seed(0))
     assert distance(real[1::2]) < 2 * max(quality()["frechet_real_halves"])
     assert distance(noise) > 10 * distance(real[1::2])
