@@ -11,6 +11,7 @@ from msfp.dfa import denoising_factors, timestep_weights
 from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
 from msfp.fine_tuning import finetune
+from msfp.inspection import LayerFacts, inspect_layers
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
 from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
@@ -24,6 +25,7 @@ __all__ = [
     "Calibration",
     "FinetuneConfig",
     "InputError",
+    "LayerFacts",
     "LayerSummary",
     "MSFPConfig",
     "QuantConv1d",
@@ -37,6 +39,7 @@ __all__ = [
     "calibrate",
     "denoising_factors",
     "finetune",
+    "inspect_layers",
     "load",
     "prompt_calls",
     "quantize",

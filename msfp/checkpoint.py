@@ -8,11 +8,6 @@ same two files that diffusers would write. The layout is described in docs/check
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,45 +24,9 @@ from msfp.errors import InputError
 from msfp.integrity import verify
 from msfp.layers import make_room, quantized_layers
 from msfp.open_layers import open_layers
+from msfp.outputs import atomic_folder
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
-
-
-def check_output(path: Path) -> None:
-    """Raise InputError unless a new folder or file can be made at a path.
-
-    It must be absent or an empty folder other than the working directory, and its nearest
-    existing parent a folder that can be written to.
-    """
-    path = path.absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"output {path} exists: name a new one")
-    if path.is_dir() and (any(path.iterdir()) or path == Path.cwd()):
-        raise InputError(
-            f"output folder {path} exists and is not empty or is the working directory: "
-            "name a new one"
-        )
-    parent = next(parent for parent in path.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {path} cannot be made: {parent} is not a folder to write in")
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the given name once the block ends without an error."""
-    check_output(folder)
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-    except OSError as error:
-        raise InputError(f"output {folder} cannot be made: {error.strerror}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def packed_size(denoiser: nn.Module) -> int:
@@ -174,5 +133,5 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     make_room(network, config.layers, config.entries)
     check_keys(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
-    attach(network, config.request)
+    attach(network, config.request, summaries=config.summaries)
     return network

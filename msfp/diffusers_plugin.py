@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -42,6 +42,7 @@ from msfp.layers import (
     sealed_layers,
 )
 from msfp.post_training import finite_weight, search_weight
+from msfp.summary import LayerSummary
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
@@ -70,6 +71,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
         layers: The formats of each quantized layer by name, empty before there are any.
         entries: Weights of each layer, one for each LoRA of its hub.
+        summaries: What the search decided for layers and what else it could have, as of
+            `LayerSummary.to_dict`; empty where that is not known.
         format_version: Version of the layout of the file.
         **kwargs: `quant_method`, and nothing else.
 
@@ -100,6 +103,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: tuple[str, ...] = (),
         layers: dict[str, dict[str, Any]] | None = None,
         entries: int = 1,
+        summaries: Iterable[Mapping[str, Any]] = (),
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -117,15 +121,18 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         )  # fmt: skip
         self.entries = entries
         self.layers = _formats({} if layers is None else layers)
+        self.summaries = [LayerSummary.from_dict(each) for each in summaries]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `__init__` takes, as plain JSON types."""
+        summaries = [summary.to_dict() for summary in self.summaries]
         return {
             "quant_method": self.quant_method.value,
             "format_version": FORMAT_VERSION,
             **self.request.to_dict(),
             "entries": self.entries,
             "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
+            **({"summaries": summaries} if summaries else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -161,6 +168,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules: list[str] = []
         self._loaded: set[str] = set()
         self._settings: dict[str, LayerSettings] = {}
+        self._summaries: list[LayerSummary] = []
         if not self.pre_quantized and quantization_config.request.activations is not None:
             raise InputError(
                 "activations must be None where a model is quantized as it is loaded: quantizing "
@@ -235,7 +243,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         settings = self._settings[name]
         if settings.scheme in BLOCK_BITS:
             raise InputError(f"scheme {settings.scheme!r} cannot be saved: use msfp.quantize")
-        quantizer, _ = search_weight(finite_weight(name, value), settings)
+        quantizer, table = search_weight(finite_weight(name, value), settings)
+        chosen = str(quantizer.format)
+        self._summaries.append(LayerSummary(name, chosen, table[chosen], table))
         packed = SEALED_LAYERS[type(layer)].pack(layer, [value], quantizer, None)
         replace_layers(model, {layer: packed})
 
@@ -248,7 +258,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, layer in layers.items():
             kept = any(part in self._float32_modules for part in name.split("."))
             layer.dtype = torch.float32 if kept else self._dtype
-        attach(model, self.quantization_config.request, self)
+        config = self.quantization_config
+        attach(model, config.request, self, summaries=self._summaries or config.summaries)
         # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -290,7 +301,11 @@ def check_keys(expected: set[str], given: set[str]) -> None:
 
 
 def attach(
-    denoiser: nn.Module, request: QuantizationConfig, quantizer: MSFPQuantizer | None = None
+    denoiser: nn.Module,
+    request: QuantizationConfig,
+    quantizer: MSFPQuantizer | None = None,
+    *,
+    summaries: Iterable[LayerSummary],
 ) -> None:
     """Tell diffusers how a denoiser is quantized, so that it can save and dequantize it.
 
@@ -298,11 +313,17 @@ def attach(
         denoiser: A network with quantized layers.
         request: What was asked for.
         quantizer: The quantizer that loaded it, or None for a new one.
+        summaries: What the search decided, where that is known.
     """
     layers = quantized_layers(denoiser)
     entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
-    config = MSFPConfig(**request.to_dict(), layers=formats, entries=entries)
+    config = MSFPConfig(
+        **request.to_dict(),
+        layers=formats,
+        entries=entries,
+        summaries=[summary.to_dict() for summary in summaries],
+    )
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     quantizer.is_serializable = not block_layers(denoiser)

@@ -18,6 +18,8 @@ from fpformats import FloatFormat, values
 from fpformats.sketch import Sketch
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
+SMALL = 48
+"""Pixels in the height of an image below which its pixels are enlarged."""
 STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -53,16 +55,17 @@ def tiled(images: torch.Tensor, columns: int) -> NDArray[np.float32]:
     return canvas
 
 
-def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
-    """Write images as one PNG, each pixel enlarged."""
+def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8) -> None:
+    """Write images as one PNG, the pixels of small ones enlarged."""
+    zoom = max(1, SMALL // images.shape[2])
     canvas = tiled(images, columns).repeat(zoom, axis=0).repeat(zoom, axis=1)
     mpl.image.imsave(file, canvas.repeat(3, axis=2) if canvas.shape[2] == 1 else canvas)
 
 
 def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
     """Draw one labelled row of images for each method; columns start from equal noise."""
-    columns = len(rows[0][1])
-    picture = figure(2.6 + 0.52 * columns, 0.58 * len(rows) + 0.1)
+    columns, side = len(rows[0][1]), 0.52 if rows[0][1].shape[2] <= SMALL else 1.5
+    picture = figure(2.6 + side * columns, (side + 0.06) * len(rows) + 0.1)
     with mpl.rc_context(STYLE):
         grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (label, images) in zip(grid, rows, strict=True):
@@ -97,7 +100,7 @@ def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -
 
 
 def errors_by_timestep(
-    timesteps: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]]
+    timesteps: Sequence[float], rows: Sequence[tuple[str, Sequence[float]]]
 ) -> Figure:
     """Draw the noise-prediction error of each method against the timestep."""
     picture = figure(7.2, 3.8)
@@ -109,6 +112,21 @@ def errors_by_timestep(
     axes.set_xlabel("timestep t (noise on the left, picture on the right)")
     axes.set_ylabel("noise-prediction error")
     axes.invert_xaxis()
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def errors_by_layer(names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
+    """Draw ratios of signal to noise of each layer in dB, and name the worst of the last row."""
+    picture = figure(9.2, 3.8)
+    axes = axes_of(picture)
+    for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
+        axes.plot(range(len(names)), ratios, "o", markersize=4, label=label, color=colour)
+    axes.set_xlabel("layer, from input to output")
+    axes.set_ylabel("signal to noise, dB")
+    axes.set_xlim(-1, len(names))
+    axes.grid(axis="y", color="#e4e7eb")
+    axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture
 

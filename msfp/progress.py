@@ -8,9 +8,32 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+Advance = Callable[[str, int, int], None]
+"""Called with a stage's name, the units of it that are done and their total."""
+
+
+def counted(advance: Advance, stage: str, total: int) -> Callable[[int], None]:
+    """Return a function of the units of a stage that were just done.
+
+    Example:
+        >>> done = counted(print, "sampling", 64)
+        >>> done(16)
+        sampling 16 64
+        >>> done(16)
+        sampling 32 64
+    """
+    done = 0
+
+    def count(units: int) -> None:
+        nonlocal done
+        done += units
+        advance(stage, done, total)
+
+    return count
+
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def stages() -> Iterator[Advance]:
     """Yield a function of a stage's name, its units done and their total; bars go to stderr."""
     columns = (
         TextColumn("{task.description}"),

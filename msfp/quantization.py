@@ -72,8 +72,9 @@ def quantize(
         if progress is not None:
             progress(name)
     replace_layers(denoiser, {plain[name]: layer for name, (layer, _) in searched.items()})
-    attach(denoiser, config)
-    return [summary for _, summary in searched.values()]
+    summaries = [summary for _, summary in searched.values()]
+    attach(denoiser, config, summaries=summaries)
+    return summaries
 
 
 def _settings(
@@ -134,4 +135,5 @@ def seal(denoiser: nn.Module) -> None:
     replace_layers(denoiser, {layer: layer.seal() for layer in layers.values()})
     quantizer = getattr(denoiser, "hf_quantizer", None)
     if quantizer is not None:
-        attach(denoiser, quantizer.quantization_config.request)
+        config = quantizer.quantization_config
+        attach(denoiser, config.request, summaries=config.summaries)

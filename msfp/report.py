@@ -18,10 +18,26 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #e4e7eb; }
 th { border-bottom: 2px solid #1f2933; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+table.sortable th { cursor: pointer; position: sticky; top: 0; background: #fff; }
+table.sortable td { white-space: nowrap; }
 .scroll { overflow-x: auto; max-height: 32rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1.2rem 0; }
 figcaption, .note { color: #52606d; font-size: .92rem; }
 """
+
+
+SCRIPT = """
+for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
+  const rows = [...head.closest("table").rows].slice(1), column = head.cellIndex;
+  const down = head.dataset.down = head.dataset.down === "no" ? "yes" : "no";
+  const text = row => row.cells[column].textContent;
+  const order = (a, b) => a - b || a.localeCompare(b, undefined, {numeric: true});
+  rows.sort((a, b) => !text(a) - !text(b) || (down === "yes" ? -1 : 1) * order(text(a), text(b)));
+  head.closest("tbody").append(...rows);
+};
+"""
+"""Sorts a table by the column that is clicked, the other way at the second click; what is empty
+comes last."""
 
 
 def png(picture: Figure) -> bytes:
@@ -41,13 +57,14 @@ def image(picture: bytes, caption: str) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, sortable: bool = False) -> str:
     """Return an HTML table; the first column is a label, the others are numbers."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    kind = ' class="sortable"' if sortable else ""
+    return f'<div class="scroll"><table{kind}><tr>{head}</tr>{body}</table></div>'
 
 
 def paragraph(text: str, *, note: bool = False) -> str:
@@ -71,5 +88,5 @@ def page(heading: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body><h1>{title}</h1>{body}</body></html>\n"
+        f"<body><h1>{title}</h1>{body}<script>{SCRIPT}</script></body></html>\n"
     )

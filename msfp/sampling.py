@@ -17,11 +17,13 @@ Progress = Callable[[int], None]
 """Called with the number of images, or of calls, that were just finished."""
 PipelineCall = Callable[[Any], object]
 """A function that does something with a pipeline, or with a bare denoiser."""
+CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
+"""Arguments of pipeline calls that say what images show, and the type of each image's."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """An unconditional pipeline call with fixed step count and batch size.
+    """A pipeline call with fixed step count, batch size and conditions.
 
     The noise of image i depends on the seed and the batch size alone, so two models sampled alike
     start from equal noise.
@@ -29,10 +31,15 @@ class Sampler:
     Attributes:
         steps: Sampler steps.
         batch: Images in one call of the pipeline.
+        conditions: Prompts, or class labels, for a pipeline that takes those. Image i has the
+            condition i; after the last one the first is next.
+        guidance_scale: Of classifier-free guidance, or None for the pipeline's default.
     """
 
     steps: int = 20
     batch: int = 64
+    conditions: tuple[str, ...] | tuple[int, ...] = ()
+    guidance_scale: float | None = None
 
     def __call__(
         self, pipe: DiffusionPipeline, count: int, seed: int, progress: Progress | None = None
@@ -40,7 +47,7 @@ class Sampler:
         """Return `count` images of shape (count, channels, height, width) in [0, 1], float32.
 
         Raises:
-            InputError: If the pipeline cannot be called without a condition.
+            InputError: If the pipeline takes other conditions, or no guidance scale.
         """
         images = []
         for start in range(0, count, self.batch):
@@ -62,18 +69,54 @@ class Sampler:
 
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
         """Return the images from number `start` on, one batch of them."""
-        if "batch_size" not in inspect.signature(pipe.__call__).parameters:
-            raise InputError(
-                f"{type(pipe).__name__} is not an unconditional pipeline: its call must take "
-                "batch_size"
-            )
         output = pipe(
-            batch_size=self.batch,
+            **self.arguments(pipe, start),
             generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
             num_inference_steps=self.steps,
             output_type="np",
         )
         return torch.from_numpy(output.images).permute(0, 3, 1, 2)
+
+    def arguments(self, pipe: DiffusionPipeline, start: int = 0) -> dict[str, Any]:
+        """Return the arguments of a call that say what the images from number `start` on show.
+
+        Raises:
+            InputError: If the pipeline takes other conditions, or no guidance scale.
+        """
+        parameters = inspect.signature(pipe.__call__).parameters
+        taken = next((name for name in CONDITION_TYPES if name in parameters), "batch_size")
+        kind = type(pipe).__name__
+        if taken not in parameters:
+            raise InputError(f"{kind} cannot be sampled: its call must take prompt or batch_size")
+        check_conditions(kind, self.conditions, taken)
+        given: dict[str, Any] = {taken: self.batch}
+        if self.conditions:
+            images = range(start, start + self.batch)
+            given = {taken: [self.conditions[i % len(self.conditions)] for i in images]}
+        if self.guidance_scale is not None:
+            if "guidance_scale" not in parameters:
+                raise InputError(f"guidance_scale must not be given: {kind} takes none")
+            given["guidance_scale"] = self.guidance_scale
+        return given
+
+
+def check_conditions(kind: str, conditions: Sequence[str | int], taken: str) -> None:
+    """Raise InputError unless conditions are what the call of a pipeline takes.
+
+    Args:
+        kind: The class of the pipeline.
+        conditions: What is given.
+        taken: The argument that takes them, or "batch_size" where none does.
+    """
+    wanted = CONDITION_TYPES.get(taken)
+    if wanted is None and conditions:
+        raise InputError(f"{kind} is unconditional: prompts and labels must not be given")
+    if wanted is not None:
+        name = "prompts" if wanted is str else "labels"
+        if not conditions:
+            raise InputError(f"{kind} is conditional: {name} must be given")
+        if not all(isinstance(each, wanted) for each in conditions):
+            raise InputError(f"{kind} takes {name}, not {conditions[0]!r}")
 
 
 def prompt_calls(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from fpformats import parse
+from msfp.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,21 @@ class LayerSummary:
         return self.input_zero_point is not None
 
     @property
+    def other_sign_sqnr(self) -> float:
+        """The best SQNR in dB of the formats of the other sign, NaN if none was searched.
+
+        Example:
+            >>> choices = {"E2M1": 18.0, "E3M0": 15.0, "E2M2U": 22.5}
+            >>> LayerSummary("a", "E2M1", 20.0, input_format="E2M2U", input_zero_point=-0.3,
+            ...     input_choices=choices).other_sign_sqnr
+            18.0
+        """
+        lost = [
+            db for name, db in self.input_choices.items() if parse(name).signed is self.unsigned
+        ]
+        return max(lost, default=math.nan)
+
+    @property
     def reason(self) -> str | None:
         """Why the inputs count as asymmetric: the activation function before, or the data alone."""
         if not self.asymmetric:
@@ -58,3 +77,41 @@ class LayerSummary:
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the summary that `to_dict` wrote.
+
+        Raises:
+            InputError: If a key is unknown, or a value is not of its kind.
+
+        Example:
+            >>> summary = LayerSummary("conv_in", "E2M1", 20.5)
+            >>> str(LayerSummary.from_dict(summary.to_dict())) == str(summary)
+            True
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"the summary of a layer must be a table, not {values!r}")
+        known = {each.name: each for each in fields(cls)}
+        restored: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise InputError(f"the summary of a layer has the unknown key {key!r}")
+            unknown_number = known[key].type == "float" and value is None
+            restored[key] = math.nan if unknown_number else value
+            if not _is_a(known[key].type, restored[key]):
+                raise InputError(f"{key} in the summary of a layer must not be {value!r}")
+        missing = {"name", "weight_format", "weight_sqnr"} - restored.keys()
+        if missing:
+            raise InputError(f"the summary of a layer lacks {min(missing)!r}")
+        return cls(**restored)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Return whether a value is of the type that a field is annotated with."""
+    kinds: dict[str, Any] = {"str": str, "float": float, "int": int, "bool": bool}
+    if kind == "dict[str, float]":
+        return isinstance(value, dict) and all(isinstance(db, float) for db in value.values())
+    if kind.endswith(" | None"):
+        return value is None or _is_a(kind.removesuffix(" | None"), value)
+    return isinstance(value, kinds[kind])

@@ -22,14 +22,12 @@ from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.fine_tuning import finetune
 from msfp.observation import calibrate
+from msfp.progress import Advance, counted
 from msfp.quantization import quantize, seal
-from msfp.reference import ddim_pipeline, digit_classifier, quality
+from msfp.reference import ddim_pipeline, digit_features, quality
 from msfp.reference.digits import digits
 from msfp.summary import LayerSummary
 from msfp.trajectories import Trajectories, record_trajectories
-
-Advance = Callable[[str, int, int], None]
-"""Called with a stage's name, the units of it that are done and their total."""
 
 KEPT_IMAGES = 64
 
@@ -50,14 +48,7 @@ class Bench:
         self.factors = denoising_factors(self.pipe.scheduler, settings.sampler.steps)
 
     def _progress(self, stage: str, total: int) -> Callable[[int], None]:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.advance(stage, done, total)
-
-        return advance
+        return counted(self.advance, stage, total)
 
     def _record(self, stage: str, count: int, seed: int) -> Trajectories:
         calls = self.settings.sampler.calls(count, seed)
@@ -199,7 +190,7 @@ def _results(
     layers: list[LayerSummary],
 ) -> Results:
     """Put together what was measured, and compare each method's images with the first's."""
-    distance = FrechetDistance(digit_classifier(), (digits()[0] + 1) / 2)
+    distance = FrechetDistance(digit_features, (digits()[0] + 1) / 2)
     reference = done[0][2]
     for index, (_, row, images) in enumerate(done):
         row.frechet = distance(images)

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fpformats import parse
 from msfp import plots, report
 from msfp.checkpoint import save
-from msfp.demo.results import FULL_PRECISION, Results, Row, findings, versions
-from msfp.post_training import search_input
-from msfp.summary import LayerSummary
+from msfp.demo.results import FULL_PRECISION, Results, Row, findings
+from msfp.inspection import COLUMNS, LayerFacts, inspect_layers
+from msfp.inspection import cells as layer_cells
+from msfp.model_report import input_distribution
+from msfp.versions import versions
 
 HEADER = (
     "method", "noise\nerror", "paired\nPSNR dB", "Frechet\ndistance",
@@ -58,28 +59,13 @@ def terminal_table(results: Results) -> Table:
     return table
 
 
-def most_gained(results: Results) -> LayerSummary:
-    """Return the inner layer whose input gained most from an unsigned format."""
+def most_gained(facts: list[LayerFacts]) -> LayerFacts:
+    """Return the layer whose input gained most from an unsigned format."""
     return max(
-        (layer for layer in results.layers if layer.unsigned),
-        key=lambda layer: layer.input_sqnr - layer.signed_input_sqnr,
-        default=results.layers[0],
+        (each for each in facts if each.sign == "unsigned"),
+        key=lambda each: each.cost_of_other_sign,
+        default=facts[0],
     )
-
-
-def distribution(results: Results, layer: LayerSummary) -> Figure:
-    """Draw a layer's inputs with the chosen grid and the best signed one below them."""
-    inputs = results.inputs[layer.name]
-    bits = parse(layer.input_format).bits
-    _, signed = search_input(inputs, bits, "signed")
-    grids = [
-        (f"{signed.format} ({layer.signed_input_sqnr:.1f} dB)", signed.format, signed.scale, 0.0)
-    ]
-    if layer.unsigned:
-        label = f"{layer.input_format} ({layer.input_sqnr:.1f} dB)"
-        zero = layer.input_zero_point or 0.0
-        grids.append((label, parse(layer.input_format), layer.input_scale, zero))
-    return plots.distribution_with_grids(inputs, grids, f"input of {layer.name}")
 
 
 def figures(results: Results) -> dict[str, tuple[Figure, str]]:
@@ -87,7 +73,7 @@ def figures(results: Results) -> dict[str, tuple[Figure, str]]:
     methods = results.rows[1:]
     names = [row.method for row in methods]
     pairs = [(row.method, results.images[row.method][:SHOWN]) for row in results.rows]
-    layer = most_gained(results)
+    layer = most_gained(inspect_layers(results.pipe))
     errors = [(row.method, row.errors) for row in methods]
     return {
         "images": (
@@ -105,8 +91,8 @@ def figures(results: Results) -> dict[str, tuple[Figure, str]]:
             "The same error at each timestep of the sampler.",
         ),
         "distribution": (
-            distribution(results, layer),
-            f"The inputs of {layer.name} over all timesteps (symmetric logarithmic height), and "
+            input_distribution(layer, results.inputs[layer.layer]),
+            f"The inputs of {layer.layer} over all timesteps (symmetric logarithmic height), and "
             "below them the values that each format offers. The unsigned grid spends no values "
             "on the empty left side.",
         ),
@@ -115,25 +101,6 @@ def figures(results: Results) -> dict[str, tuple[Figure, str]]:
             "The LoRA that the router of the last method gives each layer at each timestep.",
         ),
     }
-
-
-LAYER_HEADER = (
-    "layer", "weights", "weights dB", "inputs", "zero point", "inputs dB", "best signed dB",
-)  # fmt: skip
-
-
-def layer_cells(layer: LayerSummary) -> tuple[str, ...]:
-    """Return a layer's row of the per-layer table."""
-    zero = "" if layer.input_zero_point is None else f"{layer.input_zero_point:.2f}"
-    return (
-        layer.name,
-        layer.weight_format,
-        f"{layer.weight_sqnr:.1f}",
-        layer.input_format or "",
-        zero,
-        f"{layer.input_sqnr:.1f}",
-        f"{layer.signed_input_sqnr:.1f}",
-    )
 
 
 def html_page(results: Results, pictures: dict[str, tuple[bytes, str]]) -> str:
@@ -145,6 +112,7 @@ def html_page(results: Results, pictures: dict[str, tuple[bytes, str]]) -> str:
 
     header = [name.replace("\n", " ") for name in HEADER]
     rows = [cells(row, results) for row in results.rows]
+    layers = [layer_cells(each) for each in inspect_layers(results.pipe)]
     run = {"seed": str(results.seed), **versions()}
     return report.page(
         title(results),
@@ -170,7 +138,7 @@ def html_page(results: Results, pictures: dict[str, tuple[bytes, str]]) -> str:
             ("Why the sign bit matters", [picture("distribution")]),
             ("Which LoRA at which timestep", [picture("routing")]),
             ("Layer by layer", [
-                report.table(LAYER_HEADER, [layer_cells(layer) for layer in results.layers]),
+                report.table(COLUMNS, layers, sortable=True),
             ]),
             ("How this was run", [report.table(("", ""), list(run.items()))]),
         ],

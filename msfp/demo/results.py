@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DDIMPipeline
 
@@ -16,7 +14,7 @@ from fpformats.sketch import Sketch
 from msfp.config import QuantizationConfig, Scheme
 from msfp.sampling import Sampler
 from msfp.summary import LayerSummary
-from msfp.version import __version__
+from msfp.versions import versions
 
 
 @dataclass(frozen=True)
@@ -158,17 +156,6 @@ class Results:
             "layers": [layer.to_dict() for layer in self.layers],
             "routing": self.routing,
         }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what was run, and on what kind of machine."""
-    return {
-        "msfp": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
 
 
 def tied(first: Row, second: Row, spread: float) -> bool:

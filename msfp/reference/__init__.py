@@ -6,6 +6,7 @@ colour as a UNet with attention.
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -91,6 +92,26 @@ def photograph_classifier() -> ImageClassifier:
 def _trained(classifier: ImageClassifier, file: Path) -> ImageClassifier:
     classifier.load_state_dict(load_file(file))
     return classifier.eval()
+
+
+@functools.cache
+def _digit_classifier() -> ImageClassifier:
+    return digit_classifier()
+
+
+@functools.cache
+def _photograph_classifier() -> ImageClassifier:
+    return photograph_classifier()
+
+
+def digit_features(images: torch.Tensor) -> torch.Tensor:
+    """Return the classifier's features of images in [0, 1], in which Frechet distances are."""
+    return _digit_classifier().features(images * 2 - 1)
+
+
+def photograph_features(images: torch.Tensor) -> torch.Tensor:
+    """Return the classifier's features of colour images in [0, 1], likewise."""
+    return _photograph_classifier().features(images * 2 - 1)
 
 
 def quality() -> dict[str, Any]:

@@ -20,21 +20,22 @@ from msfp.config import QuantizationConfig
 from msfp.demo.bench import Bench, one_thread_each
 from msfp.demo.results import FULL, METHODS, QUICK, Settings
 from msfp.evaluate import FrechetDistance, noise_errors
+from msfp.features import Features
 from msfp.plots import save_image_grid
-from msfp.reference import PIPELINE_FOLDER, QUALITY_FILE, ddim_pipeline, digit_classifier
+from msfp.reference import PIPELINE_FOLDER, QUALITY_FILE, ddim_pipeline, digit_features
 from msfp.reference.digits import digits
 
 SEEDS = range(100, 108)
 FINETUNE_SEEDS = range(4)
 
 
-def real_halves(classifier: torch.nn.Module, real: torch.Tensor) -> list[float]:
+def real_halves(features: Features, real: torch.Tensor) -> list[float]:
     """Return the distance of a random half of the real digits from the other, for each seed."""
     halves = []
     for seed in SEEDS:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         first, second = real[order[: len(real) // 2]], real[order[len(real) // 2 :]]
-        halves.append(FrechetDistance(classifier, first)(second))
+        halves.append(FrechetDistance(features, first)(second))
     return halves
 
 
@@ -68,12 +69,12 @@ def finetune_errors(settings: Settings) -> list[float]:
 
 def main() -> None:
     """Write quality.json and a grid of samples beside the model."""
-    classifier, real = digit_classifier(), (digits()[0] + 1) / 2
-    distance = FrechetDistance(classifier, real)
+    features, real = digit_features, (digits()[0] + 1) / 2
+    distance = FrechetDistance(features, real)
     quality: dict[str, Any] = {
         "sampler": "DDIM, trailing timesteps",
         "seeds": list(SEEDS),
-        "frechet_real_halves": real_halves(classifier, real),
+        "frechet_real_halves": real_halves(features, real),
         "frechet_model": {run.label: model_distances(run, distance) for run in (QUICK, FULL)},
         "finetune_noise_errors": {run.label: finetune_errors(run) for run in (QUICK, FULL)},
     }

@@ -19,9 +19,10 @@ from msfp import (
     save,
     seal,
 )
-from msfp.checkpoint import atomic_folder, check_output, packed_size
+from msfp.checkpoint import packed_size
 from msfp.integrity import metadata
 from msfp.layers import sealed_layers
+from msfp.outputs import atomic_folder, check_output
 from msfp.talora import Router
 
 SAMPLE = """

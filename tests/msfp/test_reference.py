@@ -6,7 +6,13 @@ import torch
 
 from msfp.errors import InputError
 from msfp.evaluate import FrechetDistance, noise_errors
-from msfp.reference import PIPELINE_FOLDER, digit_classifier, digits_dit_pipeline, quality
+from msfp.reference import (
+    PIPELINE_FOLDER,
+    digit_classifier,
+    digit_features,
+    digits_dit_pipeline,
+    quality,
+)
 from msfp.reference.digits import digits
 from msfp.reference.dit_pipeline import PixelDiTPipeline
 from msfp.reference.models import (
@@ -49,7 +55,7 @@ def test_the_classifier_reads_digits():
 
 def test_the_frechet_distance_tells_digits_from_noise_and_halves_from_each_other():
     real = (digits()[0] + 1) / 2
-    distance = FrechetDistance(digit_classifier(), real[::2])
+    distance = FrechetDistance(digit_features, real[::2])
     noise = torch.rand(real[1::2].shape, generator=torch.Generator().manual_seed(0))
     assert distance(real[1::2]) < 2 * max(quality()["frechet_real_halves"])
     assert distance(noise) > 10 * distance(real[1::2])

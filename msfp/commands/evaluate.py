@@ -1,0 +1,102 @@
+"""`msfp evaluate`: a packed checkpoint against the full-precision pipeline, at equal seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msfp.commands import options
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from msfp.comparison import Comparison
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    evaluate = commands.add_parser(
+        "evaluate", help="compare a quantized checkpoint with its full-precision pipeline"
+    )
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument(
+        "--against", required=True, metavar="MODEL",
+        help=f"the full-precision pipeline folder, or {options.REFERENCE!r}",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--features", metavar="NETWORK",
+        help="of the Frechet distance: pixels, digits, a TorchScript file or module:function "
+        "(default: digits against digits, else pixels)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--json", type=Path, metavar="FILE", help="a new .json file, or - for standard output"
+    )
+    options.add_report(evaluate)
+    # Other noise than that of calibration.
+    options.add_sampling(evaluate, count=64, first_seed=1000)
+    evaluate.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare, print a table, and write what was asked for."""
+    from msfp.comparison import compare
+    from msfp.errors import InputError
+    from msfp.features import feature_network
+    from msfp.progress import stages
+
+    options.check_files(arguments, json=".json", report=".html")
+    if arguments.count < 2:
+        raise InputError("count must be at least 2: a Frechet distance is one between sets")
+    default = "digits" if arguments.against == options.REFERENCE else "pixels"
+    name = arguments.features or default
+    features = feature_network(name)
+    sampler = options.check_sampling(arguments)
+    full = options.load_pipeline(arguments.against, arguments)
+    quantized = options.load_checkpoint(arguments.checkpoint, arguments)
+    with stages() as advance:
+        found = compare(
+            full, quantized, sampler, count=arguments.count, seed=arguments.seed,
+            features=features, advance=advance,
+        )  # fmt: skip
+    if arguments.json is not None:
+        description = {"checkpoint": str(arguments.checkpoint), "against": arguments.against}
+        values = description | {"features": name} | found.to_dict()
+        options.write_text(arguments.json, json.dumps(values, indent=1) + "\n")
+    if arguments.json != options.STANDARD_OUTPUT:
+        _print(found, name)
+    if arguments.report is not None:
+        options.write_text(arguments.report, _report(arguments, found, full, quantized, name))
+
+
+def _print(found: Comparison, features: str) -> None:
+    """Print the table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for row in found.table(features):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    found: Comparison,
+    full: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    features: str,
+) -> str:
+    """Return the HTML page."""
+    from msfp.denoiser import denoiser_of, quantizable_layers
+    from msfp.model_report import ModelReport
+
+    layers = quantizable_layers(denoiser_of(full))
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    title = f"{arguments.checkpoint.absolute().name} against {Path(arguments.against).name}"
+    return ModelReport(title, denoiser_of(quantized), found.inputs, weights, found, features).html()

@@ -1,0 +1,260 @@
+"""Comparing a quantized pipeline with the full-precision one, at equal seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fpformats.sketch import Sketch
+from msfp.checkpoint import packed_size
+from msfp.denoiser import denoiser_of
+from msfp.errors import InputError
+from msfp.evaluate import FrechetDistance, paired_psnr, paired_sqnr, paired_ssim
+from msfp.features import Features
+from msfp.layers import quantized_layers
+from msfp.observation import calibrate
+from msfp.post_training import sqnr
+from msfp.progress import Advance, counted
+from msfp.sampling import Sampler
+from msfp.trajectories import Trajectories, record_trajectories
+
+KEPT_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured; `to_dict` gives all but images and sketches.
+
+    Attributes:
+        sampler: The call of both pipelines.
+        count: Images of each set.
+        seed: Seed of the noise that both start from.
+        psnr: Paired PSNR of the images in dB, all pixels of all images together.
+        ssim: Mean structural similarity of the pairs, NaN where images are too small for it.
+        sqnr: Energy of the full-precision images over that of the errors, in dB.
+        frechet: Frechet distance of the quantized images from full-precision ones of other seeds.
+        frechet_floor: That of the full-precision images of equal seeds from the same: what is
+            measured with nothing quantized.
+        timesteps: The sampler's.
+        noise_errors: Mean squared error of the prediction on full-precision trajectories, at each
+            timestep.
+        noise_sqnr: Energy of the prediction over that of the error, in dB, likewise.
+        layers: SQNR in dB of the output of each quantized layer given full-precision inputs, over
+            the same trajectories.
+        trajectories: How many images these were of.
+        bytes: Size of the tensors of the full-precision denoiser and of the quantized one.
+        images: Some images of the full-precision pipeline and of the quantized one.
+        inputs: What the layers of the full-precision denoiser read.
+    """
+
+    sampler: Sampler
+    count: int
+    seed: int
+    psnr: float
+    ssim: float
+    sqnr: float
+    frechet: float
+    frechet_floor: float
+    timesteps: list[float]
+    noise_errors: list[float]
+    noise_sqnr: list[float]
+    layers: dict[str, float]
+    trajectories: int
+    bytes: tuple[int, int]
+    images: tuple[torch.Tensor, torch.Tensor]
+    inputs: dict[str, Sketch]
+
+    @property
+    def noise_error(self) -> float:
+        """Mean over timesteps."""
+        return sum(self.noise_errors) / len(self.noise_errors)
+
+    def table(self, features: str) -> list[tuple[str, str, str]]:
+        """Return rows of a measure, its value and what it is of; `features` names the network."""
+        pairs = f"{self.count} images of either model from equal noise"
+        size, packed = (f"{number / 1e6:.2f}" for number in self.bytes)
+        return [
+            (
+                "noise-prediction error",
+                f"{self.noise_error:.4f}",
+                f"{self.trajectories} full-precision trajectories of {len(self.timesteps)} steps",
+            ),
+            ("paired PSNR, dB", f"{self.psnr:.2f}", pairs),
+            ("paired SSIM", f"{self.ssim:.4f}", pairs),
+            ("paired SQNR, dB", f"{self.sqnr:.2f}", pairs),
+            (
+                f"Frechet distance ({features})",
+                f"{self.frechet:.4g}",
+                f"{self.count} images, from {self.count} full-precision ones of another seed",
+            ),
+            (
+                "its noise floor",
+                f"{self.frechet_floor:.4g}",
+                "the same, with the full-precision images of equal seeds",
+            ),
+            ("size, MB", packed, f"{size} in full precision"),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON types, None where one is not finite."""
+        left_out = ("sampler", "images", "inputs")
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
+        numbers: dict[str, Any] = _finite(
+            {**asdict(self.sampler), **values, "noise_error": self.noise_error}
+        )
+        return numbers
+
+
+def _finite(value: Any) -> Any:
+    """Return plain JSON types with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def compare(
+    full: DiffusionPipeline,
+    quantized: DiffusionPipeline,
+    sampler: Sampler,
+    *,
+    count: int,
+    seed: int,
+    features: Features,
+    advance: Advance = lambda *_: None,
+) -> Comparison:
+    """Sample both pipelines from equal noise, and ask both denoisers the same.
+
+    Args:
+        full: The pipeline in full precision.
+        quantized: The same, quantized.
+        sampler: How to call them.
+        count: Images of each set, at least two.
+        seed: Seed of their noise; the next one is for the other full-precision images, and that
+            after it for the trajectories.
+        features: In which the Frechet distance is measured.
+        advance: Told of the progress of each stage.
+
+    Raises:
+        InputError: If the second is not the first one quantized, or a pipeline takes other
+            conditions.
+    """
+    check_pair(denoiser_of(full), denoiser_of(quantized))
+    sampler.arguments(full)
+    if count < 2:
+        raise InputError(f"count must be at least 2, not {count}")
+    reference, inputs = _observed(full, sampler, count, seed, advance)
+    other = sampler(full, count, seed + 1, counted(advance, "other full-precision images", count))
+    images = sampler(quantized, count, seed, counted(advance, "quantized images", count))
+    paths = record_trajectories(full, sampler.calls(1, seed + 2))
+    errors = _errors(denoiser_of(full), denoiser_of(quantized), paths, advance)
+    distance = FrechetDistance(features, other)
+    return Comparison(
+        sampler=sampler,
+        count=count,
+        seed=seed,
+        psnr=paired_psnr(images, reference),
+        ssim=_ssim(images, reference),
+        sqnr=paired_sqnr(images, reference),
+        frechet=distance(images),
+        frechet_floor=distance(reference),
+        timesteps=paths.timesteps.tolist(),
+        trajectories=sampler.batch,
+        bytes=(packed_size(denoiser_of(full)), packed_size(denoiser_of(quantized))),
+        images=(reference[:KEPT_IMAGES], images[:KEPT_IMAGES]),
+        inputs=inputs,
+        **errors,
+    )
+
+
+def check_pair(full: nn.Module, quantized: nn.Module) -> None:
+    """Raise InputError unless one denoiser is the other one quantized."""
+    layers = quantized_layers(quantized)
+    if quantized_layers(full) or not layers:
+        raise InputError("a quantized pipeline must be compared with one in full precision")
+    modules = dict(full.named_modules())
+    for name, layer in layers.items():
+        other = getattr(modules.get(name), "weight", None)
+        if other is None or other.shape != layer.weight.shape:
+            raise InputError(
+                f"the pipelines are of different models: layer {name!r} is not the same in both"
+            )
+
+
+def _ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the structural similarity, NaN where its window does not fit."""
+    return paired_ssim(images, reference) if min(images.shape[2:]) >= 11 else math.nan
+
+
+def _observed(
+    pipe: DiffusionPipeline, sampler: Sampler, count: int, seed: int, advance: Advance
+) -> tuple[torch.Tensor, dict[str, Sketch]]:
+    """Return the images of a full-precision pipeline, and what its layers read meanwhile."""
+    batches: list[Any] = []
+    calls = sampler.calls(count, seed)
+
+    def kept(call: Callable[[Any], object]) -> Callable[[Any], None]:
+        return lambda pipe: batches.append(call(pipe))
+
+    progress = counted(advance, "full-precision images", len(calls))
+    calibration = calibrate(pipe, [kept(call) for call in calls], progress=progress)
+    return torch.cat(batches)[:count], calibration.inputs
+
+
+@torch.no_grad()
+def _errors(
+    full: nn.Module, quantized: nn.Module, paths: Trajectories, advance: Advance
+) -> dict[str, Any]:
+    """Return the errors of the predictions by timestep, and those of the layers' outputs."""
+    progress = counted(advance, "errors by timestep and layer", len(paths.timesteps))
+    rows = torch.arange(paths.samples.shape[1])
+    errors: list[float] = []
+    ratios: list[float] = []
+    with _compared(full, quantized) as layers:
+        for step, prediction in enumerate(paths.predictions):
+            steps = torch.full_like(rows, step)
+            # First the quantized one: its router's choice holds for the layers compared after it.
+            difference = paths.predict(quantized, steps, rows).double() - prediction
+            paths.predict(full, steps, rows)
+            energy, noise = prediction.double().square().sum(), difference.square().sum()
+            errors.append(noise.item() / difference.numel())
+            ratios.append(sqnr(energy.item(), noise.item()))
+            progress(1)
+    return {"noise_errors": errors, "noise_sqnr": ratios, "layers": layers}
+
+
+@contextmanager
+def _compared(full: nn.Module, quantized: nn.Module) -> Iterator[dict[str, float]]:
+    """Compare layers at each forward of the full one; the SQNR is there when the block ends."""
+    layers = quantized_layers(quantized)
+    totals = {name: [0.0, 0.0] for name in layers}
+
+    def hook(name: str, layer: nn.Module) -> Callable[..., None]:
+        def observe(_: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            noise = layer(args[0] if args else kwargs["input"]) - output
+            for index, x in enumerate((output, noise)):
+                totals[name][index] += x.double().square().sum().item()
+
+        return observe
+
+    handles = [
+        full.get_submodule(name).register_forward_hook(hook(name, layer), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    found: dict[str, float] = {}
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found |= {name: sqnr(*sums) for name, sums in totals.items() if sums[0] > 0}

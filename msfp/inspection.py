@@ -1,0 +1,310 @@
+"""What is known of each quantized layer of a checkpoint or a denoiser, without its weights.
+
+The formats stand in the quantization config, scales and zero points are read from the tensors, and
+what the search found of the alternatives from the summaries that were saved along with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fpformats import FloatFormat
+from msfp.checkpoint import CONFIG_FILE, quantized_component
+from msfp.denoiser import denoiser_of
+from msfp.diffusers_plugin import MSFPConfig
+from msfp.errors import InputError
+from msfp.layers import LayerFormats
+from msfp.open_layers import open_layers
+from msfp.summary import LayerSummary
+
+BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number, by the name that safetensors has for its dtype."""
+ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
+"""What layers can be sorted by: decibels from the smallest on, bytes from the largest."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One quantized layer as it is stored, and what the search found.
+
+    Attributes:
+        layer: Dotted name in the denoiser.
+        weight: Format of the weights.
+        weight_clip: The largest weight that can be represented in any output channel.
+        input: Format of the inputs, or None where they are not quantized.
+        input_scale: Scale of the inputs; NaN where they are not quantized.
+        zero_point: Zero point of the inputs, or None where their format is signed.
+        bytes: Size of the layer's tensors.
+        summary: What the search found, or None where that was not saved. Fine-tuning changes
+            weights and scales, and leaves it as it was.
+    """
+
+    layer: str
+    weight: FloatFormat
+    weight_clip: float
+    input: FloatFormat | None
+    input_scale: float
+    zero_point: float | None
+    bytes: int
+    summary: LayerSummary | None
+
+    @property
+    def sign(self) -> str | None:
+        """Whether the inputs are "signed" or "unsigned", or None where they are not quantized."""
+        if self.input is None:
+            return None
+        return "signed" if self.input.signed else "unsigned"
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """The least and the largest input that can be represented."""
+        if self.input is None:
+            return math.nan, math.nan
+        low, high = float(self.input.min), float(self.input.max)
+        zero = self.zero_point or 0.0
+        return self.input_scale * low + zero, self.input_scale * high + zero
+
+    @property
+    def weight_sqnr(self) -> float:
+        """SQNR of the weights in dB as the search left them, NaN where it is not known."""
+        return math.nan if self.summary is None else self.summary.weight_sqnr
+
+    @property
+    def input_sqnr(self) -> float:
+        """SQNR of the calibration inputs in dB, NaN where it is not known."""
+        return math.nan if self.summary is None else self.summary.input_sqnr
+
+    @property
+    def other_sign_sqnr(self) -> float:
+        """The best SQNR of formats of the other sign, NaN where none was searched."""
+        return math.nan if self.summary is None else self.summary.other_sign_sqnr
+
+    @property
+    def cost_of_other_sign(self) -> float:
+        """What the losing choice of sign would have cost, in dB."""
+        return self.input_sqnr - self.other_sign_sqnr
+
+    @property
+    def reason(self) -> str | None:
+        """Why the inputs count as asymmetric, or None."""
+        return None if self.summary is None else self.summary.reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as plain JSON types, None for NaN."""
+        values = {
+            "layer": self.layer,
+            "weight_format": str(self.weight),
+            "weight_clip": self.weight_clip,
+            "weight_sqnr": self.weight_sqnr,
+            "input_format": None if self.input is None else str(self.input),
+            "sign": self.sign,
+            "input_scale": self.input_scale,
+            "zero_point": self.zero_point,
+            "clip_low": self.clip[0],
+            "clip_high": self.clip[1],
+            "input_sqnr": self.input_sqnr,
+            "other_sign_sqnr": self.other_sign_sqnr,
+            "cost_of_other_sign": self.cost_of_other_sign,
+            "reason": self.reason,
+            "bytes": self.bytes,
+        }
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in values.items()
+        }
+
+
+def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
+    """Return what is known of each quantized layer, in definition order.
+
+    A folder without summaries does not know that order; its layers are in alphabetical order.
+
+    Args:
+        source: A pipeline with a sealed denoiser, such a denoiser, or the folder of either. Of a
+            folder's tensors none but scales and zero points are read.
+
+    Raises:
+        InputError: If nothing there is quantized by msfp, a layer is open, or a file cannot be
+            read.
+
+    Example:
+        >>> import msfp
+        >>> network = nn.Sequential(nn.Linear(8, 16))
+        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
+        >>> msfp.seal(network)
+        >>> facts = inspect_layers(network)[0]
+        >>> facts.layer, facts.weight.bits, facts.bytes == 16 * 8 // 2 + 16 * 4 + 16 * 4
+        ('0', 4, True)
+    """
+    if isinstance(source, str | Path):
+        return _of_folder(Path(source))
+    denoiser = denoiser_of(source)
+    config = getattr(getattr(denoiser, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, MSFPConfig):
+        raise InputError(f"{type(denoiser).__name__} is not quantized: call msfp.quantize first")
+    if open_layers(denoiser):
+        raise InputError(f"layer {next(iter(open_layers(denoiser)))} is open: seal the denoiser")
+    tensors = denoiser.state_dict()
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    return _facts(config, sizes, tensors.__getitem__)
+
+
+def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
+    """Return the folder of the denoiser in a pipeline's folder or a network's, and its config.
+
+    Raises:
+        InputError: If it is not quantized by msfp, or its config cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} is not a folder")
+    if not (folder / CONFIG_FILE).is_file():
+        name = quantized_component(folder)
+        if name is None:
+            raise InputError(f"checkpoint {folder} has no denoiser that is quantized by msfp")
+        folder = folder / name
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
+        return folder, MSFPConfig(**description)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} is not a config of msfp: {error}") from error
+
+
+def _of_folder(folder: Path) -> list[LayerFacts]:
+    """Return the facts of the layers of a folder, from headers and small tensors."""
+    folder, config = read_config(folder)
+    places: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    stored = opened.get_slice(name)
+                    sizes[name] = math.prod(stored.get_shape()) * BYTES[stored.get_dtype()]
+                    places[name] = file
+
+        def read(name: str) -> torch.Tensor:
+            with safe_open(places[name], framework="pt") as opened:
+                tensor: torch.Tensor = opened.get_tensor(name)
+                return tensor
+
+        return _facts(config, sizes, read)
+    except (SafetensorError, OSError, LookupError) as error:
+        raise InputError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
+def _facts(
+    config: MSFPConfig, sizes: Mapping[str, int], read: Callable[[str], torch.Tensor]
+) -> list[LayerFacts]:
+    """Return the facts of each layer of a config, given the sizes of tensors and their numbers."""
+    summaries = {summary.name: summary for summary in config.summaries}
+    owned: dict[str, int] = dict.fromkeys(config.layers, 0)
+    for name, size in sizes.items():
+        layer = name.rpartition(".")[0]
+        if layer in owned:
+            owned[layer] += size
+
+    def numbers(name: str) -> torch.Tensor:
+        return read(name).view(torch.float32)
+
+    def facts(layer: str, formats: LayerFormats) -> LayerFacts:
+        scale, zero = math.nan, None
+        if formats.input is not None:
+            scale = numbers(f"{layer}.input_scale").item()
+            if not formats.input.signed:
+                zero = numbers(f"{layer}.input_zero_point").item()
+        largest = numbers(f"{layer}.weight_scale").max().item()
+        clip = largest * float(formats.weight.max)
+        summary = summaries.get(layer)
+        return LayerFacts(
+            layer, formats.weight, clip, formats.input, scale, zero, owned[layer], summary
+        )
+
+    # JSON files have layers in alphabetical order, but summaries in that of the denoiser.
+    known = {name: config.layers[name] for name in summaries if name in config.layers}
+    return [facts(layer, formats) for layer, formats in (known | config.layers).items()]
+
+
+def matching(facts: Iterable[LayerFacts], glob: str) -> list[LayerFacts]:
+    """Return the layers whose name, or that of a module around them, matches a glob.
+
+    Raises:
+        InputError: If none does.
+    """
+    kept = []
+    facts = list(facts)
+    for each in facts:
+        parts = each.layer.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if any(fnmatchcase(name, glob) for name in names):
+            kept.append(each)
+    if not kept:
+        raise InputError(f"filter {glob!r} matches none of the {len(facts)} layers")
+    return kept
+
+
+def overview(facts: Sequence[LayerFacts]) -> str:
+    """Return the sums of a table in a sentence."""
+    unsigned = sum(each.sign == "unsigned" for each in facts)
+    size = sum(each.bytes for each in facts)
+    widths = sorted({each.weight.bits for each in facts})
+    parts = [f"{sum(each.weight.bits == b for each in facts)} at {b} bits" for b in widths]
+    return (
+        f"{len(facts)} layers, {size:,} bytes; weights: {', '.join(parts)}; "
+        f"inputs: {unsigned} unsigned."
+    )
+
+
+def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:
+    """Return layers sorted by one of `ORDERS`; those of which a number is not known come last."""
+    if order == "model":
+        return list(facts)
+    if order == "layer":
+        return sorted(facts, key=lambda each: each.layer)
+    sign = -1 if order == "bytes" else 1
+
+    def key(each: LayerFacts) -> float:
+        number = getattr(each, order)
+        return math.inf if math.isnan(number) else sign * number
+
+    return sorted(facts, key=key)
+
+
+COLUMNS = (
+    "layer", "weights", "weights dB", "inputs", "sign", "zero point", "clip", "inputs dB",
+    "other sign dB", "cost dB", "reason", "bytes",
+)  # fmt: skip
+"""The columns of the per-layer table."""
+
+
+def cells(facts: LayerFacts) -> tuple[str, ...]:
+    """Return a layer's row of the per-layer table as text; what is not known is empty."""
+    low, high = facts.clip
+    return (
+        facts.layer,
+        str(facts.weight),
+        _decibels(facts.weight_sqnr),
+        "" if facts.input is None else str(facts.input),
+        facts.sign or "",
+        "" if facts.zero_point is None else f"{facts.zero_point:.3f}",
+        "" if math.isnan(low) else f"{low:.3g} to {high:.3g}",
+        _decibels(facts.input_sqnr),
+        _decibels(facts.other_sign_sqnr),
+        _decibels(facts.cost_of_other_sign),
+        facts.reason or "",
+        str(facts.bytes),
+    )
+
+
+def _decibels(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.1f}"

@@ -1,0 +1,75 @@
+"""Writing folders and files of which others never see a part."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from msfp.errors import InputError
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError unless a new folder or file can be made at a path.
+
+    It must be absent or an empty folder other than the working directory, and its nearest
+    existing parent a folder that can be written to.
+    """
+    path = path.absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"output {path} exists: name a new one")
+    if path.is_dir() and (any(path.iterdir()) or path == Path.cwd()):
+        raise InputError(
+            f"output folder {path} exists and is not empty or is the working directory: "
+            "name a new one"
+        )
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output {path} cannot be made: {parent} is not a folder to write in")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the given name once the block ends without an error."""
+    check_output(folder)
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    except OSError as error:
+        raise InputError(f"output {folder} cannot be made: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_file(argument: str, path: Path, suffix: str) -> None:
+    """Raise InputError unless a new file with a suffix can be made in a folder that exists.
+
+    Args:
+        argument: What to call the path.
+        path: Where the file is to be.
+        suffix: How its name must end, as ".png".
+    """
+    path = path.absolute()
+    if path.suffix != suffix or path.exists() or not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"{argument} {path} must be a new {suffix} file in a folder that exists and can be "
+            "written to"
+        )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that takes the given name once the block ends."""
+    path = path.absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        partial.replace(path)

@@ -1,0 +1,72 @@
+"""The samplers that a pipeline can be given by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+)
+
+from msfp.errors import InputError
+
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+}
+"""Schedulers and their settings, by the name of the sampler.
+
+All start from noise of unit variance and give it to the denoiser as it is, so that the loops of
+all pipelines can drive them.
+"""
+
+
+def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
+    """Put another scheduler, of the same noise schedule, into a pipeline.
+
+    Args:
+        pipe: The pipeline, which is changed in place.
+        name: One of `SAMPLERS`.
+
+    Raises:
+        InputError: If there is no such sampler, or it cannot follow the pipeline's schedule.
+
+    Example:
+        >>> from msfp.reference import ddim_pipeline
+        >>> pipe = ddim_pipeline()
+        >>> use_sampler(pipe, "dpm++")
+        >>> pipe(batch_size=1, num_inference_steps=2, output_type="np").images.shape
+        (1, 16, 16, 1)
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
+    scheduler_class, settings = SAMPLERS[name]
+    if scheduler_class not in pipe.scheduler.compatibles:
+        raise InputError(
+            f"sampler {name!r} cannot take the place of {type(pipe.scheduler).__name__}"
+        )
+    scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
+    scheduler.step = _without_unknown_arguments(scheduler.step)
+    pipe.scheduler = scheduler
+
+
+def _without_unknown_arguments(step: Any) -> Any:
+    """Return a scheduler's step that ignores arguments which are for other schedulers.
+
+    Pipelines of one scheduler, such as DDIMPipeline, give every other one what theirs takes.
+    """
+    known = inspect.signature(step).parameters
+
+    @functools.wraps(step)
+    def tolerant(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    return tolerant
