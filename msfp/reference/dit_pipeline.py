@@ -29,8 +29,7 @@ class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | None = None,
-        batch_size: int = 1,
+        class_labels: Sequence[int],
         guidance_scale: float = 2.0,
         generator: torch.Generator | None = None,
         num_inference_steps: int = 50,
@@ -39,9 +38,7 @@ class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Sample one image for each label.
 
         Args:
-            class_labels: Classes of the images. None stands for `batch_size` images of all classes
-                in turn.
-            batch_size: Number of images where `class_labels` is None.
+            class_labels: Classes of the images.
             guidance_scale: Weight w of eps(none) + w (eps(class) - eps(none)) (Ho and Salimans,
                 2022); 1 is the plain conditional model, which is called once instead of twice.
             generator: Source of the starting noise.
@@ -52,11 +49,11 @@ class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             InputError: If a label is not a class of the transformer.
         """
         classes = int(self.transformer.config.num_embeds_ada_norm)
-        labels = [i % classes for i in range(batch_size)] if class_labels is None else class_labels
+        labels = list(class_labels)
         if not all(0 <= label < classes for label in labels):
-            raise InputError(f"class_labels must lie in 0 to {classes - 1}, not {list(labels)}")
+            raise InputError(f"class_labels must lie in 0 to {classes - 1}, not {labels}")
         device = self._execution_device
-        condition = torch.tensor(list(labels), device=device)
+        condition = torch.tensor(labels, device=device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         sample = self._noise(len(labels), generator) * self.scheduler.init_noise_sigma
         for timestep in self.progress_bar(self.scheduler.timesteps):

@@ -75,7 +75,7 @@ RECIPES = {
 }
 """The ladder: every recipe by name, each step after those that it builds on."""
 
-BITS = {
+BITS: dict[str, dict[str, Any]] = {
     "W4A4": {"weights": 4, "activations": 4, "first_last": 8},
     "W4A6": {"weights": 4, "activations": 6, "first_last": 8},
     "W6A6": {"weights": 6, "activations": 6, "first_last": 8},
