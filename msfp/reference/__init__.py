@@ -48,24 +48,12 @@ def ddim_pipeline(folder: Path = PIPELINE_FOLDER) -> DDIMPipeline:
 
 
 def colour_pipeline() -> DDIMPipeline:
-    """Return the colour model with the same sampler; its float16 weights are widened to float32.
-
-    Example:
-        >>> pipe = colour_pipeline()
-        >>> pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape
-        (2, 32, 32, 3)
-    """
+    """Return the colour model with the same sampler; its float16 weights are widened to float32."""
     return ddim_pipeline(COLOUR_FOLDER)
 
 
 def digits_dit_pipeline(folder: Path = DIGITS_DIT_FOLDER) -> PixelDiTPipeline:
-    """Return the class-conditional transformer of digits with the same sampler.
-
-    Example:
-        >>> pipe = digits_dit_pipeline()
-        >>> pipe([3, 7], num_inference_steps=2, output_type="np").images.shape
-        (2, 16, 16, 1)
-    """
+    """Return the class-conditional transformer of digits with the same sampler."""
     transformer = DiTTransformer2DModel.from_pretrained(
         folder, subfolder="transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )

@@ -76,12 +76,12 @@ RECIPES = {
 """The ladder: every recipe by name, each step after those that it builds on."""
 
 BITS: dict[str, dict[str, Any]] = {
-    "W4A4": {"weights": 4, "activations": 4, "first_last": 8},
-    "W4A6": {"weights": 4, "activations": 6, "first_last": 8},
-    "W6A6": {"weights": 6, "activations": 6, "first_last": 8},
-    "W4A8": {"weights": 4, "activations": 8, "first_last": 8},
     "W3A4": {"weights": 3, "activations": 4, "first_last": 8},
     "W4A4-all": {"weights": 4, "activations": 4, "first_last": 4},
+    "W4A4": {"weights": 4, "activations": 4, "first_last": 8},
+    "W4A6": {"weights": 4, "activations": 6, "first_last": 8},
+    "W4A8": {"weights": 4, "activations": 8, "first_last": 8},
+    "W6A6": {"weights": 6, "activations": 6, "first_last": 8},
 }
 """Bit widths by name; "all" has the first and the last layer at 4 bits too."""
 

@@ -14,6 +14,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from msfp.plots import GREY, INK, STYLE, UNSIGNED, axes_of, figure
 from msfp.study.statistics import Mean
 
+MANY = 6
+"""Settings of which the names do not fit side by side."""
+
 
 def ladder_points(rows: Sequence[tuple[str, Mean, Sequence[float]]], heading: str) -> Figure:
     """Draw the mean of each recipe with its interval, and every replicate, on a log axis."""
@@ -71,6 +74,7 @@ def lines(
             color=colour,
         )
     axes.set_xticks(range(len(names)), names)
+    axes.tick_params(axis="x", rotation=40 if len(names) > MANY else 0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(heading)
     axes.grid(axis="y", color="#e4e7eb")

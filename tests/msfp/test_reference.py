@@ -11,6 +11,7 @@ from msfp.reference import (
     digit_classifier,
     digit_features,
     digits_dit_pipeline,
+    photograph_classifier,
     quality,
 )
 from msfp.reference.digits import digits
@@ -51,6 +52,13 @@ def test_the_classifier_reads_digits():
     with torch.no_grad():
         accuracy = (digit_classifier()(images).argmax(1) == labels).float().mean()
     assert accuracy > 0.98
+
+
+def test_the_photograph_classifier_knows_crops_of_edges_that_it_has_not_seen():
+    images, labels = held_out_crops()
+    with torch.no_grad():
+        accuracy = (photograph_classifier()(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.8
 
 
 def test_the_frechet_distance_tells_digits_from_noise_and_halves_from_each_other():
