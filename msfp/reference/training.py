@@ -94,24 +94,30 @@ class TrainingState:
             self.average[name].lerp_(parameter.data, 1 - decay)
 
 
-def noise_loss(
+def denoising_loss(
     model: nn.Module,
     reference: ReferenceModel,
     images: torch.Tensor,
     labels: torch.Tensor,
     draw: torch.Generator,
 ) -> torch.Tensor:
-    """Return DDPM's simple loss (Ho et al., 2020, eq. 14) on images at random timesteps."""
+    """Return DDPM's simple loss (Ho et al., 2020, eq. 14) on images at random timesteps.
+
+    A model that predicts velocities has their mean squared error.
+    """
     noise = torch.randn(images.shape, generator=draw)
     timesteps = torch.randint(1000, (len(images),), generator=draw)
     arguments = {}
     if reference.classes:
         dropped = torch.rand(len(labels), generator=draw) < LABEL_DROPOUT
         arguments["class_labels"] = labels.masked_fill(dropped, reference.classes)
-    noisy = noise_schedule().add_noise(images, noise, timesteps)
+    schedule = noise_schedule(reference.prediction)
+    noisy, target = schedule.add_noise(images, noise, timesteps), noise
+    if reference.prediction == "v_prediction":
+        target = schedule.get_velocity(images, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16, enabled=reference.autocast):
         prediction = model(noisy, timesteps, **arguments).sample
-    return F.mse_loss(prediction.float(), noise)
+    return F.mse_loss(prediction.float(), target)
 
 
 def training_steps(state: TrainingState, seed: int) -> Iterator[float]:
@@ -120,7 +126,7 @@ def training_steps(state: TrainingState, seed: int) -> Iterator[float]:
     while state.step < state.reference.steps:
         draw = seeded(seed, state.step)
         batch = torch.randint(len(images), (state.reference.batch,), generator=draw)
-        loss = noise_loss(state.model, state.reference, images[batch], labels[batch], draw)
+        loss = denoising_loss(state.model, state.reference, images[batch], labels[batch], draw)
         state.update(loss)
         if state.step % SAVE_EVERY == 0:
             state.save()
@@ -135,7 +141,7 @@ def held_out_loss(state: TrainingState) -> float:
     averaged = copy.deepcopy(state.model)
     set_weights(averaged, state.average)
     images, labels = state.reference.held_out()
-    return noise_loss(averaged, state.reference, images, labels, seeded(0, 0)).item()
+    return denoising_loss(averaged, state.reference, images, labels, seeded(0, 0)).item()
 
 
 def train_denoiser(reference: ReferenceModel, folder: Path, seed: int = 0) -> None:
@@ -149,5 +155,6 @@ def train_denoiser(reference: ReferenceModel, folder: Path, seed: int = 0) -> No
         if state.step % SAVE_EVERY == 0:
             print(f"step {state.step}: loss {mean:.4f}, held out {held_out_loss(state):.4f}")
     set_weights(state.model, state.average)
-    reference.pipeline(state.model.to(reference.stored), noise_schedule()).save_pretrained(folder)
+    schedule = noise_schedule(reference.prediction)
+    reference.pipeline(state.model.to(reference.stored), schedule).save_pretrained(folder)
     state_file.unlink(missing_ok=True)

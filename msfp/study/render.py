@@ -31,8 +31,9 @@ its logarithm, and that of the paired PSNR. p-values of a table are adjusted for
 (Benjamini and Hochberg, 1995); where p is 0.05 or more, or there are fewer than three pairs, the
 cell says "tie".
 
-- **noise error**: mean squared error of the noise prediction on held-out full-precision
-  trajectories, times 1000, mean over timesteps. The noise has variance 1.
+- **noise error**: mean squared error of the denoiser's prediction on held-out full-precision
+  trajectories, times 1000, mean over timesteps. The colour model predicts velocities (Salimans and
+  Ho, 2022), the others the noise, which has variance 1.
 - **PSNR, SSIM, SQNR**: of final images against those of the full-precision model from equal noise,
   by torchmetrics.
 - **Frechet distance**: from real images, in the features of a small classifier. That of the full
