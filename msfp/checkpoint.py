@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from msfp.attention import make_room_for_products
 from msfp.block_layers import refuse_block_layers
 from msfp.denoiser import COMPONENTS, denoiser_of
 from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_keys
@@ -130,7 +131,8 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     config = MSFPConfig(**description["quantization_config"])
     verify([folder / TENSOR_FILE], config.to_dict())
     tensors: dict[str, torch.Tensor] = load_file(folder / TENSOR_FILE)
-    make_room(network, config.layers, config.entries)
+    make_room(network, config.layers, config.entries, config.router)
+    make_room_for_products(network, config.products)
     check_keys(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
     attach(network, config.request, summaries=config.summaries)

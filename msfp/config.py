@@ -11,7 +11,11 @@ from msfp.errors import InputError
 
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point", "mx", "nvfp4"]
 Granularity = Literal["channel", "tensor"]
+ScaleSearch = Literal["weight", "diagonal", "output"]
+BiasCorrection = Literal["all", "last", "none"]
+Rounding = Literal["nearest", "gptq", "adaround"]
 MIN_BITS, MAX_BITS = 3, 8
+FLOAT_SCHEMES = ("mixup", "signed")
 BLOCK_BITS: dict[str, tuple[int, ...]] = {"mx": (4, 6, 8), "nvfp4": (4, 8)}
 """Widths of the schemes whose blocks of elements share a scale."""
 MAX_HUB, MAX_RANK = 16, 256
@@ -65,6 +69,65 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
+class RefinementConfig:
+    """How the weights of a quantized denoiser are rounded anew and corrected, without training.
+
+    Attributes:
+        rounding: "gptq" rounds each weight to make up for the errors of those before it,
+            "adaround" learns which of its neighbours each takes, "nearest" rounds each by itself.
+        sweeps: Rounds of coordinate descent after GPTQ.
+        scales: "weight" keeps format and scales as searched on the weights alone; "output" searches
+            them anew by the error of the layer's output, "diagonal" by that error where columns
+            are taken to share nothing.
+        match_inputs: Whether the weights that are rounded are those that give the full-precision
+            output best from the quantized input, or the full-precision weights.
+        correct_bias: Whose bias makes up for the mean error of its layer's output: that of every
+            layer, or of the last alone, which takes the mean shift from the prediction.
+        split_inputs: Whether layers that read a concatenation get a scale for each of its parts.
+        branch_rank: Rank of the branch of full precision beside each layer of less than 8 bits; 0
+            for none.
+        damping: Strength of the pull towards the full-precision weights, and of the diagonal that
+            GPTQ adds to the second moments, in units of their mean diagonal.
+        samples: Noisy samples in the one forward, at most; it holds each of them twice.
+        positions: Pixels or tokens, drawn from these samples, that moments are taken over at most.
+        seed: Seed of the draws.
+
+    Raises:
+        InputError: If a value is out of range.
+
+    Example:
+        >>> RefinementConfig(rounding="adaround", branch_rank=16).correct_bias
+        'all'
+    """
+
+    rounding: Rounding = "gptq"
+    sweeps: int = 0
+    scales: ScaleSearch = "weight"
+    match_inputs: bool = True
+    correct_bias: BiasCorrection = "all"
+    split_inputs: bool = False
+    branch_rank: int = 0
+    damping: float = 0.03
+    samples: int = 256
+    positions: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("scales", self.scales, get_args(ScaleSearch))
+        check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
+        check_range("sweeps", self.sweeps, 0, 100)
+        check_range("branch_rank", self.branch_rank, 0, MAX_RANK)
+        check_range("damping", self.damping, 1e-6, 1e3)
+        check_range("samples", self.samples, 1, 10**6)
+        check_range("positions", self.positions, 1, 10**9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class QuantizationConfig:
     """Bit widths and the search of post-training quantization.
 
@@ -87,6 +150,10 @@ class QuantizationConfig:
         last: The layer that writes the prediction, likewise.
         overrides: Other values of `weights`, `activations`, `scheme` or `granularity` by glob, as
             in `include`. They go before `first_last`, and later ones before earlier ones.
+        refine: How weights are corrected once their grids are found. "auto" does so by the
+            defaults of `RefinementConfig` where the scheme is "mixup" or "signed" and there are
+            calls to record; None rounds each weight to the nearest value, as the paper does.
+        attention: Bits of the operands of attention's products, or None to leave them as they are.
 
     Raises:
         InputError: If a value is out of range.
@@ -106,6 +173,8 @@ class QuantizationConfig:
     last: tuple[str, ...] = LAST_LAYERS
     granularity: Granularity = "channel"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refine: RefinementConfig | Literal["auto"] | None = "auto"
+    attention: int | None = None
 
     def __post_init__(self) -> None:
         self.settings("inner").check()
@@ -113,6 +182,9 @@ class QuantizationConfig:
         for name in ("include", "exclude", "first", "last"):
             object.__setattr__(self, name, check_names(name, getattr(self, name)))
         check_overrides(self.overrides)
+        object.__setattr__(self, "refine", _refinement(self.refine))
+        if self.attention is not None:
+            check_range("attention", self.attention, MIN_BITS, MAX_BITS)
 
     def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int | None]:
         """Return the bits of weights and inputs of a layer at a position."""
@@ -129,6 +201,20 @@ class QuantizationConfig:
         return dataclasses.asdict(self)
 
 
+def _refinement(refine: Any) -> RefinementConfig | Literal["auto"] | None:
+    """Return what `refine` may be, from that or from a table of its fields."""
+    if isinstance(refine, Mapping):
+        unknown = refine.keys() - {each.name for each in dataclasses.fields(RefinementConfig)}
+        if unknown:
+            raise InputError(f"refine has no field {min(unknown)!r}")
+        return RefinementConfig(**refine)
+    if refine is None or isinstance(refine, RefinementConfig):
+        return refine
+    if refine == "auto":
+        return "auto"
+    raise InputError(f"refine must be a RefinementConfig, 'auto' or None, not {refine!r}")
+
+
 def check_overrides(overrides: Any) -> None:
     """Raise InputError unless overrides are fields of `LayerSettings` by glob."""
     if not isinstance(overrides, Mapping) or not all(
@@ -142,43 +228,3 @@ def check_overrides(overrides: Any) -> None:
                 f"overrides has {min(unknown)!r} for {glob!r}: it may have "
                 f"{', '.join(LayerSettings._fields)}"
             )
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How a quantized denoiser is brought back.
-
-    Attributes:
-        hub: LoRAs per layer; 1 is a single LoRA without a router, 2 or 4 is the paper's TALoRA.
-        rank: Rank of each LoRA.
-        steps: Optimizer steps.
-        batch: Samples in a step.
-        learning_rate: Initial rate of the adapters, in units of each layer's mean weight scale; it
-            falls to zero linearly.
-        denoising_power: The power of the denoising factor that the loss at a timestep is weighted
-            by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
-        seed: Seed of initialisation and batches.
-
-    Raises:
-        InputError: If a value is out of range.
-    """
-
-    hub: int = 1
-    rank: int = 16
-    steps: int = 240
-    batch: int = 32
-    learning_rate: float = 0.01
-    denoising_power: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_range("hub", self.hub, 1, MAX_HUB)
-        check_range("rank", self.rank, 1, MAX_RANK)
-        check_range("steps", self.steps, 1, 10**9)
-        check_range("batch", self.batch, 1, 10**6)
-        check_range("learning_rate", self.learning_rate, 0, 1)
-        check_range("denoising_power", self.denoising_power, 0, 4)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types."""
-        return dataclasses.asdict(self)

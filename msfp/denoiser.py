@@ -148,3 +148,8 @@ def timestep_or_none(
     bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
     timestep = bound.arguments.get("timestep")
     return None if timestep is None else torch.as_tensor(timestep).reshape(-1)
+
+
+def has_timestep(denoiser: nn.Module) -> bool:
+    """Return whether the forward of a network takes a timestep, as those of denoisers do."""
+    return "timestep" in inspect.signature(denoiser.forward).parameters

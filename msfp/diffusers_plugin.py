@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin
@@ -19,6 +19,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import is_transformers_available
 from torch import nn
 
+from msfp.attention import (
+    OPERANDS,
+    make_room_for_products,
+    product_formats,
+    remove_products,
+)
 from msfp.block_layers import block_layers
 from msfp.config import (
     BLOCK_BITS,
@@ -27,22 +33,27 @@ from msfp.config import (
     Granularity,
     LayerSettings,
     QuantizationConfig,
+    RefinementConfig,
     Scheme,
+    check_choice,
     check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
 from msfp.errors import InputError
+from msfp.float32 import Float32Module
 from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
 from msfp.layers import (
     SEALED_LAYERS,
     LayerFormats,
     dequantized,
     make_room,
+    narrow_format,
     quantized_layers,
     sealed_layers,
 )
 from msfp.post_training import finite_weight, search_weight
 from msfp.summary import LayerSummary
+from msfp.talora import RouterKind, router_of
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
@@ -68,9 +79,13 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         last: As in `QuantizationConfig`.
         granularity: As in `QuantizationConfig`.
         overrides: As in `QuantizationConfig`.
+        refine: As in `QuantizationConfig`; None where a model is quantized as it is loaded.
+        attention: As in `QuantizationConfig`; likewise.
         modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
         layers: The formats of each quantized layer by name, empty before there are any.
+        products: The formats of the operands of each quantized attention module, likewise.
         entries: Weights of each layer, one for each LoRA of its hub.
+        router: The kind of router that chooses among them.
         summaries: What the search decided for layers and what else it could have, as of
             `LayerSummary.to_dict`; empty where that is not known.
         format_version: Version of the layout of the file.
@@ -100,9 +115,13 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         last: tuple[str, ...] = LAST_LAYERS,
         granularity: Granularity = "channel",
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        refine: RefinementConfig | Mapping[str, Any] | None = None,
+        attention: int | None = None,
         modules_to_not_convert: tuple[str, ...] = (),
         layers: dict[str, dict[str, Any]] | None = None,
+        products: dict[str, dict[str, str]] | None = None,
         entries: int = 1,
+        router: RouterKind = "learned",
         summaries: Iterable[Mapping[str, Any]] = (),
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
@@ -117,10 +136,12 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exclude = (*check_names("exclude", exclude), *more)
         self.request = QuantizationConfig(
             weights, activations, first_last, scheme, include, exclude, first, last, granularity,
-            {} if overrides is None else overrides,
+            {} if overrides is None else overrides, refine, attention,  # type: ignore[arg-type]
         )  # fmt: skip
-        self.entries = entries
+        check_choice("router", router, get_args(RouterKind))
+        self.entries, self.router = entries, router
         self.layers = _formats({} if layers is None else layers)
+        self.products = _products({} if products is None else products)
         self.summaries = [LayerSummary.from_dict(each) for each in summaries]
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +152,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "format_version": FORMAT_VERSION,
             **self.request.to_dict(),
             "entries": self.entries,
+            "router": self.router,
             "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
+            "products": self.products,
             **({"summaries": summaries} if summaries else {}),
         }
 
@@ -153,6 +176,18 @@ def _formats(layers: Any) -> dict[str, LayerFormats]:
     return formats
 
 
+def _products(products: Any) -> dict[str, dict[str, str]]:
+    """Return the formats of attention's operands from those of a JSON file."""
+    if not isinstance(products, dict):
+        raise InputError(f"products must be a table of formats by name, not {products!r}")
+    for name, formats in products.items():
+        if not isinstance(formats, dict) or set(formats) != set(OPERANDS):
+            raise InputError(f"products of {name!r} must have {', '.join(OPERANDS)}: {formats!r}")
+        for operand, fmt in formats.items():
+            narrow_format(f"{operand} of {name!r}", fmt)
+    return products
+
+
 class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Loads packed denoisers, and quantizes weights that are loaded in full precision."""
 
@@ -169,11 +204,12 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._loaded: set[str] = set()
         self._settings: dict[str, LayerSettings] = {}
         self._summaries: list[LayerSummary] = []
-        if not self.pre_quantized and quantization_config.request.activations is not None:
-            raise InputError(
-                "activations must be None where a model is quantized as it is loaded: quantizing "
-                "inputs takes calibration, see msfp.quantize"
-            )
+        for name in () if self.pre_quantized else ("activations", "refine", "attention"):
+            if getattr(quantization_config.request, name) is not None:
+                raise InputError(
+                    f"{name} must be None where a model is quantized as it is loaded: it takes "
+                    "calibration, see msfp.quantize"
+                )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Remember the dtype of what is not quantized."""
@@ -194,7 +230,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules = keep_in_fp32_modules
         config = self.quantization_config
         if self.pre_quantized:
-            make_room(model, config.layers, config.entries)
+            make_room(model, config.layers, config.entries, config.router)
+            make_room_for_products(model, config.products)
         else:
             self._settings = settings_by_layer(model, config.request)
 
@@ -215,11 +252,11 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         *_rest: Any,
         **_others: Any,
     ) -> bool:
-        """Return whether a tensor is to be quantized, or is of the router, which stays float32."""
-        del model, param_value
+        """Return whether a tensor is to be quantized, or is of a module that stays float32."""
+        del param_value
         layer, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
-            return self.quantization_config.entries > 1 and param_name.startswith("router.")
+            return any(isinstance(each, Float32Module) for each in _around(model, layer))
         return leaf == "weight" and layer in self._settings
 
     def create_quantized_param(
@@ -288,8 +325,15 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
         layers = sealed_layers(model)
         replace_layers(model, {layer: dequantized(layer) for layer in layers.values()})
+        remove_products(model)
         detach(model)
         return model
+
+
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return a module by its dotted name and the modules around it, but for the model itself."""
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
 
 
 def check_keys(expected: set[str], given: set[str]) -> None:
@@ -318,12 +362,12 @@ def attach(
     layers = quantized_layers(denoiser)
     entries = max((layer.entries for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
+    router = router_of(denoiser).kind if entries > 1 else "learned"
     config = MSFPConfig(
-        **request.to_dict(),
-        layers=formats,
-        entries=entries,
+        **request.to_dict(), layers=formats, entries=entries, router=router,
+        products=product_formats(denoiser),
         summaries=[summary.to_dict() for summary in summaries],
-    )
+    )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     quantizer.is_serializable = not block_layers(denoiser)

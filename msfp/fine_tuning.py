@@ -1,109 +1,30 @@
-"""Distilling the full-precision denoiser into the quantized one along the sampler's trajectory."""
+"""Fine-tuning a quantized denoiser: what is checked before, and what is left after."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from msfp.block_layers import refuse_block_layers
-from msfp.config import FinetuneConfig
-from msfp.dfa import timestep_weights
 from msfp.errors import InputError
-from msfp.layers import add_router
-from msfp.open_layers import OpenLayer, open_layers
+from msfp.open_layers import untrained_layers
 from msfp.quantization import seal
-from msfp.quantizer import Quantizer
-from msfp.talora import LoRAHub, Router
+from msfp.talora import routing_of
+from msfp.training.config import FinetuneConfig
+from msfp.training.objective import Objective, loss_weights
+from msfp.training.parameters import add_hubs
+from msfp.training.processes import accelerator
+from msfp.training.state import History
+from msfp.training.teacher import Teacher
+from msfp.training.trainer import Material, Status, Trainer
 from msfp.trajectories import Trajectories
 
-ROUTER_RATE = 1e-3
-SCALE_RATE = 2e-3
-"""Rate of scales and zero points, in units of each layer's own scale."""
-BIAS_RATE = 2e-4
-"""Rate of biases and norms."""
-MIN_SCALE = 0.1
-"""Learned scales stay above this part of the searched one, so that they stay positive."""
-
-
-def add_hubs(denoiser: nn.Module, config: FinetuneConfig) -> None:
-    """Give every open layer a hub of LoRAs, and the denoiser a router where there is a choice."""
-    layers = open_layers(denoiser)
-    generator = torch.Generator().manual_seed(config.seed)
-    for layer in layers.values():
-        rows, columns = layer.weight.flatten(1).shape
-        step = layer.weight_quantizer.scale.mean()
-        hub = LoRAHub(rows, columns, config.hub, config.rank, step.cpu(), generator)
-        layer.hub = hub.to(layer.weight.device)
-    if config.hub == 1:
-        return
-    device = next(iter(layers.values())).weight.device
-    add_router(denoiser, Router(len(layers), config.hub, generator).to(device))
-
-
-def quantizers(layer: OpenLayer) -> list[Quantizer]:
-    """Return the quantizers that a layer has."""
-    both = (layer.input_quantizer, layer.weight_quantizer)
-    return [quantizer for quantizer in both if quantizer is not None]
-
-
-def parameter_groups(denoiser: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Return what is trained, each group with its own rate; everything else is frozen."""
-    denoiser.requires_grad_(False)
-    layers = open_layers(denoiser)
-    groups: list[dict[str, Any]] = []
-    for layer in layers.values():
-        if layer.hub is not None:
-            groups.append({"params": list(layer.hub.parameters()), "lr": config.learning_rate})
-        for quantizer in quantizers(layer):
-            rate = SCALE_RATE * quantizer.scale.mean().item()
-            groups.append({"params": list(quantizer.parameters()), "lr": rate})
-    inside = tuple(
-        f"{name}.{part}"
-        for name in layers
-        for part in ("weight", "hub.", "weight_quantizer.", "input_quantizer.")
-    )
-    named = dict(denoiser.named_parameters())
-    router = [value for name, value in named.items() if name.startswith("router.")]
-    rest = [value for name, value in named.items() if not name.startswith((*inside, "router."))]
-    groups += [{"params": router, "lr": ROUTER_RATE}, {"params": rest, "lr": BIAS_RATE}]
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    return groups
-
-
-@torch.no_grad()
-def keep_above(scales: list[torch.Tensor], floors: list[torch.Tensor]) -> None:
-    """Raise scales that have fallen below their floors."""
-    for scale, floor in zip(scales, floors, strict=True):
-        scale.clamp_(min=floor)
-
-
-def draw_batch(
-    steps: int, count: int, size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch: evenly spread sampler steps from a random offset, and random trajectories.
-
-    Args:
-        steps: Sampler steps to draw from.
-        count: Trajectories to draw from.
-        size: Samples in the batch.
-        generator: Source of randomness.
-
-    Returns:
-        The index of the step and that of the trajectory of each sample, both of shape (size,).
-
-    Example:
-        >>> step, trajectory = draw_batch(20, 100, 5, torch.Generator().manual_seed(0))
-        >>> step.tolist()
-        [4, 8, 12, 16, 0]
-    """
-    offset = torch.randint(steps, (1,), generator=generator)
-    step = (offset + torch.arange(size) * steps // size) % steps
-    return step, torch.randint(count, (size,), generator=generator)
+MAX_TEACHER_ERROR = 0.02
+"""How far predictions may be from those recorded, relative to them: the rounding of bfloat16."""
 
 
 def finetune(
@@ -112,8 +33,14 @@ def finetune(
     config: FinetuneConfig,
     *,
     factors: dict[float, float] | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> list[float]:
+    held_out: Trajectories | None = None,
+    teacher: nn.Module | None = None,
+    own_path: Callable[[], Trajectories] | None = None,
+    file: str | Path | None = None,
+    resume: bool = False,
+    tensorboard: str | Path | None = None,
+    progress: Callable[[Status], None] | None = None,
+) -> History:
     """Train the open layers of a quantized denoiser towards recorded predictions, then seal them.
 
     Each step lowers `w(t) * ||prediction - quantized prediction||^2` over a batch of recorded
@@ -122,65 +49,127 @@ def finetune(
     biases and norms.
 
     Args:
-        denoiser: Quantized by `quantize`, open; changed in place.
+        denoiser: Quantized by `quantize` or opened by `reopen`, and open; changed in place.
         trajectories: Recorded from the full-precision denoiser.
-        config: Hub, rank, steps, rate, power of the denoising factors, and seed.
+        config: What is trained and how.
         factors: The sampler's `denoising_factors`; needed unless their power is 0.
-        progress: Called after each step with its loss.
+        held_out: Other trajectories of the same sampler, to measure the error on.
+        teacher: The full-precision denoiser, where the open one does not hold its weights any
+            more. None where `quantize` made the open one.
+        own_path: Records the path of the denoiser as it is when called, by the calls that
+            recorded the trajectories; needed where the config has `student_every`.
+        file: A safetensors file to save the state to from time to time.
+        resume: Whether to go on from that file.
+        tensorboard: A folder for the logs of TensorBoard.
+        progress: Told of each step.
 
     Returns:
-        The loss of each step.
+        The losses and held-out errors.
 
     Raises:
-        InputError: If the denoiser has no open quantized layer, the factors are missing or of
-            another sampler, or the loss is not finite.
+        InputError: If the denoiser has no open quantized layer, something that the config needs
+            is missing, the trajectories or factors are of another denoiser or sampler, the file
+            cannot be written or is the state of another run; all before anything is changed. Or
+            if the loss is not finite.
     """
     refuse_block_layers(denoiser)
-    layers = list(open_layers(denoiser).values())
-    if not layers:
-        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
-    loss_weights = _loss_weights(trajectories.timesteps, factors, config.denoising_power)
-    add_hubs(denoiser, config)
-    groups = parameter_groups(denoiser, config)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
-    scales = [quantizer.scale for layer in layers for quantizer in quantizers(layer)]
-    floors = [MIN_SCALE * scale.detach() for scale in scales]
-    generator = torch.Generator().manual_seed(config.seed)
-    steps, count = trajectories.samples.shape[:2]
-    losses: list[float] = []
-    while len(losses) < config.steps:
-        step, trajectory = draw_batch(steps, count, config.batch, generator)
-        prediction = trajectories.predict(denoiser, step, trajectory)
-        error = (prediction - trajectories.predictions[step, trajectory]).square().flatten(1)
-        loss = (error.mean(dim=1) * loss_weights[step].to(error.device)).mean()
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss.item()} at step {len(losses)}: is the input finite?"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        keep_above(scales, floors)
-        losses.append(loss.item())
-        if progress is not None:
-            progress(losses[-1])
+    untrained_layers(denoiser)
+    weights = loss_weights(trajectories.timesteps, factors, config.denoising_power)
+    objective = Objective(weights, config.branches, config.branch_rows)
+    file = None if file is None else Path(file)
+    _check_file(file, resume=resume)
+    _check_needs(denoiser, config, held_out, own_path)
+    _check_trajectories(denoiser, objective, trajectories, held_out)
+    material = Material(
+        trajectories, objective, Teacher(denoiser, teacher), held_out, own_path, file,
+        None if tensorboard is None else Path(tensorboard),
+    )  # fmt: skip
+    if teacher is not None or config.student_every or not config.cache_teacher:
+        _check_teacher(material)
+    # Made before the denoiser is changed, because it can refuse the precision or the logs.
+    accelerator(trajectories.samples.device, config.precision, material.tensorboard)
+    add_hubs(denoiser, config, trajectories.timesteps)
+    trainer = Trainer(denoiser, material, config)
+    if resume:
+        trainer.resume()
+    history = trainer.run(progress)
+    routing = routing_of(denoiser)
+    if routing is not None:
+        routing.clear()
     seal(denoiser)
     denoiser.requires_grad_(False)
-    return losses
+    return history
 
 
-def _loss_weights(
-    timesteps: torch.Tensor, factors: dict[float, float] | None, power: float
-) -> torch.Tensor:
-    """Return the loss weights in the order of the trajectories' timesteps."""
-    if power == 0:
-        return torch.ones(len(timesteps))
-    if factors is None or not set(timesteps.tolist()) <= set(factors):
+def _check_file(file: Path | None, *, resume: bool) -> None:
+    """Raise InputError unless the state can be written, and no other is lost by that."""
+    if file is None:
+        if resume:
+            raise InputError("resume needs the file of the state")
+        return
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise InputError(
-            f"factors must be given for every recorded timestep where denoising_power is {power}: "
-            "measure them with the sampler and step count that recorded the trajectories"
+            f"file {file} cannot be written: {file.parent} is not a folder to write in"
         )
-    weights = timestep_weights(factors, power)
-    return torch.tensor([weights[t] for t in timesteps.tolist()])
+    if resume and not file.is_file():
+        raise InputError(f"there is no state to resume from: {file} does not exist")
+    if file.exists() and not resume:
+        raise InputError(f"{file} holds the state of a run: resume it, or delete the file")
+
+
+def _check_needs(
+    denoiser: nn.Module,
+    config: FinetuneConfig,
+    held_out: Trajectories | None,
+    own_path: Callable[[], Trajectories] | None,
+) -> None:
+    """Raise InputError unless there is what a config needs."""
+    if config.student_every and own_path is None:
+        raise InputError("own_path must be given where student_every is above 0")
+    if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
+    if config.evaluate_every and held_out is None:
+        raise InputError("held_out must be given where evaluate_every is above 0")
+
+
+@torch.no_grad()
+def _check_trajectories(
+    denoiser: nn.Module,
+    objective: Objective,
+    trajectories: Trajectories,
+    held_out: Trajectories | None,
+) -> None:
+    """Raise InputError unless trajectories are such as this denoiser makes."""
+    objective.count(trajectories)
+    step, row = torch.tensor([0]), torch.tensor([0])
+    try:
+        prediction = trajectories.predict(denoiser, step, row)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"trajectories must be of a denoiser like this one: {error}") from error
+    wanted = trajectories.predictions[step, row]
+    if prediction.shape != wanted.shape:
+        raise InputError(
+            f"trajectories must be of a denoiser like this one: their predictions have the shape "
+            f"{tuple(wanted.shape[1:])}, its own {tuple(prediction.shape[1:])}"
+        )
+    if held_out is None:
+        return
+    objective.count(held_out)
+    if not torch.equal(held_out.timesteps.cpu(), trajectories.timesteps.cpu()):
+        raise InputError("held_out must have been recorded with the sampler of the trajectories")
+
+
+def _check_teacher(material: Material) -> None:
+    """Raise InputError unless the teacher is the denoiser that recorded the trajectories."""
+    path = material.path
+    step = torch.arange(len(path.timesteps))
+    row = torch.zeros_like(step)
+    with material.teacher.active() as denoiser:
+        said = path.predict(denoiser, step, row).float()
+    wanted = path.predictions[step, row].float()
+    off = ((said - wanted).norm() / wanted.norm()).item()
+    if not off <= MAX_TEACHER_ERROR:
+        raise InputError(
+            f"teacher must be the denoiser that recorded the trajectories: its predictions are "
+            f"{100 * off:.1f} % off"
+        )

@@ -33,7 +33,9 @@ def checksum(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        # A single number may have a stride of 0, which a view as bytes refuses; a copy has not.
+        whole = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        data = whole.view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 
@@ -75,6 +77,9 @@ def verify(files: Sequence[str | Path], description: dict[str, Any]) -> None:
         raise InputError(f"{names} and config.json do not match their checksum")
     for name in description["layers"]:
         _check_layer(name, tensors)
+    for name in description["products"]:
+        for key in (key for key in tensors if key.startswith(f"{name}.products.")):
+            _check_numbers(key, tensors[key].float(), positive=key.endswith(".scale"))
 
 
 def check_version(subject: str, version: Any) -> None:
@@ -94,6 +99,11 @@ def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         if leaf == "codes":
             continue
         numbers = tensors[key].view(torch.float32)
-        if not numbers.isfinite().all() or (leaf != "input_zero_point" and (numbers <= 0).any()):
-            kind = "finite" if leaf == "input_zero_point" else "positive and finite"
-            raise InputError(f"{key} must be the bits of {kind} float32 numbers")
+        _check_numbers(key, numbers, positive=leaf != "input_zero_point")
+
+
+def _check_numbers(key: str, numbers: torch.Tensor, *, positive: bool) -> None:
+    """Raise InputError unless numbers are finite, and positive if they must be."""
+    if not numbers.isfinite().all() or (positive and (numbers <= 0).any()):
+        kind = "positive and finite" if positive else "finite"
+        raise InputError(f"{key} must be {kind} float32 numbers")

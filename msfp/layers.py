@@ -11,6 +11,7 @@ a loader's cast can round them.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from fpformats import FloatFormat, decode_scaled, encode_scaled, parse, quantize
 from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
 from msfp.errors import InputError
 from msfp.quantizer import Quantizer
-from msfp.talora import Router, Routing, attach_router
+from msfp.talora import ROUTERS, Router, RouterKind, Routing, attach_router
 
-CHANNEL = "channel"
-"""The granularity of one scale for each output channel."""
+TENSOR, CHANNEL = "tensor", "channel"
+"""The granularities of one scale, and of one for each channel."""
 Layer = TypeVar("Layer", bound=nn.Module)
+Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -38,29 +40,53 @@ class LayerFormats:
 
     Attributes:
         weight: Format of the weights, which have a scale for each output channel.
-        input: Format of the inputs, which have one scale, and a zero point if the format is
-            unsigned; None where inputs are left as they are.
+        input: Format of the inputs, with a zero point if it is unsigned; None where inputs are
+            left as they are.
+        input_granularity: "tensor" where the inputs have one scale, "channel" where each of their
+            channels has its own.
+        branch_rank: Rank of the branch of full precision, 0 where there is none.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
-        >>> formats.to_dict()
-        {'weight_format': 'E2M1', 'weight_granularity': 'channel', 'input_format': 'E2M2U'}
+        >>> formats.to_dict()["input_format"], formats.to_dict()["input_granularity"]
+        ('E2M2U', 'tensor')
         >>> LayerFormats.from_dict(formats.to_dict()) == formats
         True
     """
 
     weight: FloatFormat
     input: FloatFormat | None = None
+    input_granularity: str = TENSOR
+    branch_rank: int = 0
 
     def __str__(self) -> str:
-        return f"weight={self.weight}" + ("" if self.input is None else f", input={self.input}")
+        parts = [f"weight={self.weight}"]
+        if self.input is not None:
+            parts.append(f"input={self.input}")
+        if self.branch_rank:
+            parts.append(f"branch_rank={self.branch_rank}")
+        return ", ".join(parts)
 
-    def to_dict(self) -> dict[str, str | None]:
+    @classmethod
+    def of(
+        cls, weights: Quantizer, inputs: Quantizer | None, branch_up: torch.Tensor | None
+    ) -> Self:
+        """Return the formats of a layer with these quantizers, and this factor of its branch."""
+        return cls(
+            weights.format,
+            None if inputs is None else inputs.format,
+            CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR,
+            0 if branch_up is None else branch_up.shape[1],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
         return {
             "weight_format": str(self.weight),
             "weight_granularity": CHANNEL,
             "input_format": None if self.input is None else str(self.input),
+            "input_granularity": self.input_granularity,
+            "branch_rank": self.branch_rank,
         }
 
     @classmethod
@@ -69,29 +95,42 @@ class LayerFormats:
 
         Raises:
             InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
-                the granularity is another.
+                a granularity or a rank is not one that there can be.
         """
-        keys = {"weight_format", "weight_granularity", "input_format"}
+        keys = {
+            "weight_format", "weight_granularity", "input_format", "input_granularity",
+            "branch_rank",
+        }  # fmt: skip
         if not isinstance(names, dict) or set(names) != keys:
             raise InputError(f"it must have the keys {sorted(keys)}, not {names!r}")
-        if names["weight_granularity"] != CHANNEL:
-            granularity = names["weight_granularity"]
-            raise InputError(f"weight_granularity must be {CHANNEL!r}, not {granularity!r}")
+        for key, allowed in (
+            ("weight_granularity", (CHANNEL,)),
+            ("input_granularity", (TENSOR, CHANNEL)),
+        ):
+            if names[key] not in allowed:
+                known = " or ".join(map(repr, allowed))
+                raise InputError(f"{key} must be {known}, not {names[key]!r}")
+        rank = names["branch_rank"]
+        if type(rank) is not int or rank < 0:
+            raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
         given = names["input_format"]
         return cls(
-            cls._format("weight_format", names["weight_format"]),
-            None if given is None else cls._format("input_format", given),
+            narrow_format("weight_format", names["weight_format"]),
+            None if given is None else narrow_format("input_format", given),
+            names["input_granularity"],
+            rank,
         )
 
-    @staticmethod
-    def _format(key: str, name: Any) -> FloatFormat:
-        try:
-            fmt = parse(name)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{key} {name!r} is not a format: {error}") from error
-        if fmt.bits > 8:
-            raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
-        return fmt
+
+def narrow_format(key: str, name: Any) -> FloatFormat:
+    """Return the format of a name; raise InputError unless it is one of at most 8 bits."""
+    try:
+        fmt = parse(name)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{key} {name!r} is not a format: {error}") from error
+    if fmt.bits > 8:
+        raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
+    return fmt
 
 
 class DequantizedWeight(torch.Tensor):
@@ -114,12 +153,17 @@ class QuantizedLayer(nn.Module, ABC):
     Attributes:
         formats: Formats of weight and inputs.
         entries: Weights that are held, one for each LoRA of a hub that there was.
+        branch_down: Factor (rank, columns) of the branch beside the layer, which reads its input
+            before it is rounded; None where there is no branch.
+        branch_up: The other factor, (rows, rank).
         routing: The denoiser's routing, or None where there is one entry.
         index: The layer's number in the routing.
     """
 
     formats: LayerFormats | None
     bias: Any  # a tensor or None; the nn classes do not agree on its annotation
+    branch_down: torch.Tensor | None
+    branch_up: torch.Tensor | None
     entries: int = 1
     routing: Routing | None = None
     index: int = 0
@@ -134,10 +178,19 @@ class QuantizedLayer(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize the input and apply the layer, each sample with the weight it is routed to."""
-        x = self.quantize_input(x)
+        rounded = self.quantize_input(x)
         if self.routing is None:
-            return self.compute(x, self.quantized_weight(0, x.dtype))
-        return self._routed(x, self.routing.winners[:, self.index])
+            y = self.compute(rounded, self.quantized_weight(0, x.dtype))
+        else:
+            y = self._routed(rounded, self.routing.winners[:, self.index])
+        return self.add_branch(x, y)
+
+    def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return an output with what the branch gives for the input, where there is a branch."""
+        # A layer without formats is a plain one, which has no such attributes.
+        if self.formats is None or self.branch_down is None or self.branch_up is None:
+            return y
+        return y + self.low_rank(x, self.branch_down, self.branch_up)
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,)."""
@@ -158,6 +211,22 @@ class QuantizedLayer(nn.Module, ABC):
         y: torch.Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
         return y
 
+    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Apply the plain layer, without bias, with the weight `up @ down`.
+
+        Convolutions go to `rank` channels and then mix them; grouped ones take the product.
+        """
+        if isinstance(self, nn.Linear):
+            return F.linear(F.linear(x, down), up)
+        kernel: tuple[int, ...] = self.kernel_size  # type: ignore[assignment]
+        channels = down.shape[1] // math.prod(kernel)
+        convolve: Convolution = self._conv_forward  # type: ignore[assignment]
+        if self.groups > 1:  # type: ignore[operator]
+            return convolve(x, (up @ down).view(-1, channels, *kernel), None)
+        mix = F.conv1d if isinstance(self, nn.Conv1d) else F.conv2d
+        inner = convolve(x, down.view(-1, channels, *kernel), None)
+        return mix(inner, up.view(*up.shape, *(1,) * len(kernel)))
+
 
 class SealedLayer(QuantizedLayer):
     """A layer that keeps packed codes and dequantizes them at each forward.
@@ -168,8 +237,9 @@ class SealedLayer(QuantizedLayer):
         weight_shape: Shape of an entry's weight.
         codes: The packed codes, uint8, one-dimensional. Each entry begins with a new byte.
         weight_scale: Bits of the scales, int32, shape (out,).
-        input_scale: Bits of the scale of the inputs, int32, shape (); None if they have no format.
-        input_zero_point: Bits of their zero point, likewise; None if their format is signed.
+        input_scale: Bits of the scale of the inputs, int32, shape (), or (channels,) where each
+            has its own; None if they have no format.
+        input_zero_point: Bits of their zero point, shape (); None if their format is signed.
         dtype: What `weight` is in; moves with casts of the module.
         cache: Dequantized weights, entries first, or None.
     """
@@ -196,13 +266,22 @@ class SealedLayer(QuantizedLayer):
         # A parameter, not a buffer, because offloading leaves buffers where they are.
         sealed.codes = nn.Parameter(codes, requires_grad=False)
         inputs = formats.input
+        by_channel = formats.input_granularity == CHANNEL
+        channels = weight.shape[1] * getattr(layer, "groups", 1)
         for name, shape, needed in (
             ("weight_scale", (len(weight),), True),
-            ("input_scale", (), inputs is not None),
+            ("input_scale", (channels,) if by_channel else (), inputs is not None),
             ("input_zero_point", (), inputs is not None and not inputs.signed),
         ):
             bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             sealed.register_buffer(name, bits if needed else None)
+        rank, columns = formats.branch_rank, weight[0].numel()
+        for name, rows, width in (
+            ("branch_down", rank, columns),
+            ("branch_up", len(weight), rank),
+        ):
+            factor = torch.zeros(rows, width, dtype=weight.dtype, device=weight.device)
+            sealed.register_parameter(name, nn.Parameter(factor) if rank else None)
         return sealed
 
     @classmethod
@@ -222,16 +301,17 @@ class SealedLayer(QuantizedLayer):
             weight_quantizer: The grid of the weights.
             input_quantizer: That of the inputs, or None to leave them as they are.
         """
-        inputs = input_quantizer
-        fmt = weight_quantizer.format
-        sealed = cls.empty_like(
-            layer, LayerFormats(fmt, None if inputs is None else inputs.format), len(weights)
-        )
+        inputs, fmt = input_quantizer, weight_quantizer.format
+        down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
+        formats = LayerFormats.of(weight_quantizer, inputs, up)
+        sealed = cls.empty_like(layer, formats, len(weights))
+        sealed.branch_down, sealed.branch_up = down, up
         codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]
         sealed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
         sealed.weight_scale = _to_bits(weight_quantizer.scale).reshape(len(weights[0]))
         if inputs is not None:
-            sealed.input_scale = _to_bits(inputs.scale)
+            channel = formats.input_granularity == CHANNEL
+            sealed.input_scale = _to_bits(inputs.scale.flatten() if channel else inputs.scale)
             sealed.input_zero_point = (
                 None if inputs.zero_point is None else _to_bits(inputs.zero_point)
             )
@@ -252,10 +332,32 @@ class SealedLayer(QuantizedLayer):
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             return x
         zero = None if self.input_zero_point is None else _from_bits(self.input_zero_point)
+        scale = _from_bits(self.input_scale)
+        if scale.dim():
+            scale = scale.view(-1, *(1,) * (len(self.weight_shape) - 2))
         rounded: torch.Tensor = quantize_scaled(
-            x, self.formats.input, _from_bits(self.input_scale), zero, clip_gradient=True
+            x, self.formats.input, scale, zero, clip_gradient=True
         )
         return rounded
+
+    def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
+        """Return the quantizers that gave the codes and the rounded inputs.
+
+        Raises:
+            ValueError: If there are no formats yet.
+        """
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        trailing = (1,) * (len(self.weight_shape) - 1)
+        scale = _from_bits(self.weight_scale).clone().view(-1, *trailing)
+        weights = Quantizer(self.formats.weight, scale)
+        if self.formats.input is None or self.input_scale is None:
+            return weights, None
+        scale = _from_bits(self.input_scale).clone()
+        scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
+        bits = self.input_zero_point
+        zero = None if bits is None else _from_bits(bits).clone()
+        return weights, Quantizer(self.formats.input, scale, zero)
 
     def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype.
@@ -336,13 +438,16 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
 
 
 def dequantized(layer: SealedLayer) -> nn.Module:
-    """Return the plain layer whose weight is the first entry of a sealed one."""
+    """Return the plain layer of the first entry of a sealed one, its branch merged."""
     plain_class = next(plain for plain, sealed in SEALED_LAYERS.items() if type(layer) is sealed)
     plain = adopt(plain_class, layer)
     for name in ("formats", "entries", "weight_shape", "dtype", "cache"):
         del plain.__dict__[name]
+    weight = layer.quantized_weight()
+    if layer.branch_down is not None and layer.branch_up is not None:
+        weight = weight + (layer.branch_up @ layer.branch_down).view_as(weight)
     plain._parameters.clear()
-    plain.weight = nn.Parameter(layer.quantized_weight())
+    plain.weight = nn.Parameter(weight)
     plain.register_parameter("bias", layer.bias)
     return plain
 
@@ -400,13 +505,19 @@ def add_router(denoiser: nn.Module, router: Router) -> None:
         layer.routing, layer.index = routing, index
 
 
-def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: int) -> None:
+def make_room(
+    denoiser: nn.Module,
+    formats: dict[str, LayerFormats],
+    entries: int,
+    router: RouterKind = "learned",
+) -> None:
     """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
 
     Args:
         denoiser: The plain network, on any device.
         formats: Those of the quantized layers, by name.
         entries: Entries of each layer; there is a router if more than one.
+        router: The kind of that router.
 
     Raises:
         InputError: If the denoiser has no such layer.
@@ -427,6 +538,6 @@ def make_room(denoiser: nn.Module, formats: dict[str, LayerFormats], entries: in
     )
     if entries > 1:
         with torch.device("meta"):
-            router = Router(len(formats), entries)
+            empty = ROUTERS[router](len(formats), entries)
         device = next(denoiser.parameters()).device
-        add_router(denoiser, router.to_empty(device=device))
+        add_router(denoiser, empty.to_empty(device=device))

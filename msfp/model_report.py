@@ -105,8 +105,7 @@ class ModelReport:
             "Signal to quantization noise of each layer, from the denoiser's first to its last; "
             "lower is worse. The output is that of the quantized layer for full-precision inputs."
         )
-        names = [each.layer for each in facts]
-        return [report.image(report.png(plots.errors_by_layer(names, rows)), caption)]
+        return [report.image(report.png(plots.errors_by_layer(rows)), caption)]
 
     def _distributions(self, facts: Sequence[LayerFacts]) -> list[str]:
         """Return the pictures of what the worst layers round, with the grids that they have."""

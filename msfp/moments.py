@@ -22,8 +22,8 @@ def as_columns(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return the columns that a layer multiplies.
 
     Args:
-        layer: A Conv2d, with any stride, dilation, groups and padding, or a Linear.
-        x: Its input, shape (batch, channels, height, width) or (batch, ..., features).
+        layer: A Conv1d or Conv2d, with any stride, dilation, groups and padding, or a Linear.
+        x: Its input, shape (batch, channels, ...) or, for a Linear, (batch, ..., features).
 
     Returns:
         Shape (groups, columns, positions), positions in the order of the output's. Columns are in
@@ -33,12 +33,15 @@ def as_columns(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         >>> as_columns(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(5, 4, 6, 6)).shape
         torch.Size([2, 18, 80])
     """
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1]).mT
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded: torch.Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
-    return _by_group(patches, layer.groups)
+    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):  # unfold knows images alone: these are of height 1
+        padded = padded.unsqueeze(2)
+        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+    return _by_group(F.unfold(padded, kernel, dilation, stride=stride), layer.groups)
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -49,7 +52,7 @@ def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 def as_rows(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     """Return a layer's output as matrix times columns, shape (groups, rows, positions)."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return y.reshape(1, -1, y.shape[-1]).mT
     return _by_group(y.flatten(2), layer.groups)
 
@@ -127,7 +130,7 @@ def layer_moments(
     """Return the moments of a batch of a layer's inputs and wanted outputs, unfolded in chunks.
 
     Args:
-        layer: A Conv2d or Linear, for its shapes.
+        layer: A Conv1d, Conv2d or Linear, for its shapes.
         inputs: What it reads.
         outputs: What it should give, bias included.
         most: Positions to use at most, drawn evenly from all samples; None uses all.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layers import (
     LayerFormats,
     QuantConv1d,
@@ -21,8 +20,6 @@ from msfp.layers import (
 from msfp.quantizer import Quantizer
 from msfp.talora import LoRAHub
 
-Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
 
 class OpenLayer(QuantizedLayer):
     """A layer that quantizes its weight at each forward, with gradients.
@@ -30,9 +27,10 @@ class OpenLayer(QuantizedLayer):
     Attributes:
         weight: The full-precision weight.
         weight_quantizer: One scale for each output channel.
-        input_quantizer: One scale, and a zero point where the format is unsigned; None to leave
-            inputs as they are.
-        hub: LoRAs added to the weight before it is quantized, or None.
+        input_quantizer: One scale, or one for each channel, and a zero point where the format is
+            unsigned; None to leave inputs as they are.
+        hub: LoRAs added to the weight before it is quantized, or beside it; or None.
+        quantizing: False makes it the plain layer, in full precision.
     """
 
     sealed_class: type[SealedLayer]
@@ -40,6 +38,7 @@ class OpenLayer(QuantizedLayer):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
     hub: LoRAHub | None
+    quantizing: bool = True
 
     @classmethod
     def wrap(
@@ -50,17 +49,18 @@ class OpenLayer(QuantizedLayer):
         opened.weight_quantizer = weight_quantizer
         opened.input_quantizer = input_quantizer
         opened.register_module("hub", None)
+        opened.register_parameter("branch_down", None)
+        opened.register_parameter("branch_up", None)
         return opened
 
     @property
     def formats(self) -> LayerFormats:  # type: ignore[override]
         """Formats of weight and inputs."""
-        inputs = None if self.input_quantizer is None else self.input_quantizer.format
-        return LayerFormats(self.weight_quantizer.format, inputs)
+        return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
 
     def merged_weight(self, entry: int = 0) -> torch.Tensor:
         """Return the weight with the correction of an entry of the hub, before it is rounded."""
-        if self.hub is None:
+        if self.hub is None or self.hub.beside:
             return self.weight
         return self.weight + self.hub.correction(entry).view_as(self.weight)
 
@@ -76,11 +76,34 @@ class OpenLayer(QuantizedLayer):
         rounded: torch.Tensor = self.input_quantizer(x)
         return rounded
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the quantized layer, or the plain one."""
+        if self.quantizing:
+            return super().forward(x)
+        return super().add_branch(x, self.compute(x, self.weight))
+
+    def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return an output with what the branch and a hub beside the weight give for the input."""
+        down, up = self._beside()
+        return y if down is None or up is None else y + self.low_rank(x, down, up)
+
+    def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the factors of all that stands beside the weight, in its dtype."""
+        if self.hub is None or not self.hub.beside:
+            return self.branch_down, self.branch_up
+        down, up = (factor.to(self.weight.dtype) for factor in self.hub.factors(0))
+        if self.branch_down is None or self.branch_up is None:
+            return down, up
+        return torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
+
     @torch.no_grad()
     def seal(self) -> SealedLayer:
         """Return the sealed layer of the same outputs, with an entry for each of the hub."""
         count = 1 if self.hub is None else len(self.hub.up)
         weights = [self.merged_weight(entry) for entry in range(count)]
+        for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
+            kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
+            self.register_parameter(name, kept)
         return self.sealed_class.pack(self, weights, self.weight_quantizer, self.input_quantizer)
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
@@ -98,25 +121,11 @@ class OpenLayer(QuantizedLayer):
         entry adds to it: the layer applied with the entry's correction alone.
         """
         with torch.no_grad():
-            added = [self.low_rank(x, *hub.factors(entry)) for entry in range(len(hub.up))]
+            factors = [hub.factors(entry) for entry in range(len(hub.up))]
+            added = [self.low_rank(x, down.to(x.dtype), up.to(x.dtype)) for down, up in factors]
         change = (choices - choices.detach()).T
         shape = (-1,) + (1,) * (added[0].dim() - 1)
         return torch.stack([c.view(shape) * y for c, y in zip(change, added, strict=True)]).sum(0)
-
-    def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Apply the plain layer, without bias, with the weight `up @ down`.
-
-        Convolutions go to `rank` channels and then mix them; grouped ones take the product.
-        """
-        if isinstance(self, nn.Linear):
-            return F.linear(F.linear(x, down), up)
-        kernel = self.weight.shape[1:]
-        convolve: Convolution = self._conv_forward  # type: ignore[assignment]
-        if self.groups > 1:  # type: ignore[operator]
-            return convolve(x, (up @ down).view(-1, *kernel), None)
-        mix = F.conv1d if isinstance(self, nn.Conv1d) else F.conv2d
-        ones = (1,) * (len(kernel) - 1)
-        return mix(convolve(x, down.view(-1, *kernel), None), up.view(*up.shape, *ones))
 
     def extra_repr(self) -> str:
         """Return what repr shows."""
@@ -154,3 +163,11 @@ def open_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
     return {
         name: module for name, module in denoiser.named_modules() if isinstance(module, OpenLayer)
     }
+
+
+def untrained_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
+    """Return what `open_layers` does; raise InputError if there are none, or they have LoRAs."""
+    layers = open_layers(denoiser)
+    if not layers or any(layer.hub is not None for layer in layers.values()):
+        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
+    return layers

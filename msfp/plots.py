@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8) -> None:
 
 def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
     """Draw one labelled row of images for each method; columns start from equal noise."""
-    columns, side = len(rows[0][1]), 0.52 if rows[0][1].shape[2] <= SMALL else 1.5
+    columns, side = len(rows[0][1]), 0.52 if rows[0][1].shape[2] <= SMALL else 1.2
     picture = figure(2.6 + side * columns, (side + 0.06) * len(rows) + 0.1)
     with mpl.rc_context(STYLE):
         grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -90,13 +91,18 @@ def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(errors) / 1.5, max(errors) * 1.8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_decades(axes.xaxis)
     axes.grid(axis="both", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.set_xlabel(heading)
     return picture
+
+
+def _plain_decades(axis: Axis) -> None:
+    """Mark 1, 2 and 5 of each power of ten of a logarithmic axis, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def errors_by_timestep(
@@ -109,22 +115,24 @@ def errors_by_timestep(
     for (label, errors), colour in zip(rows, colours, strict=True):
         axes.plot(timesteps, errors, marker="o", markersize=3, label=label, color=colour)
     axes.set_yscale("log")
+    _plain_decades(axes.yaxis)
+    axes.grid(axis="y", color="#e4e7eb")
     axes.set_xlabel("timestep t (noise on the left, picture on the right)")
     axes.set_ylabel("noise-prediction error")
     axes.invert_xaxis()
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if len(rows) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture
 
 
-def errors_by_layer(names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
-    """Draw ratios of signal to noise of each layer in dB, and name the worst of the last row."""
+def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
+    """Draw up to three kinds of ratios of signal to noise in dB, one point for each layer."""
     picture = figure(9.2, 3.8)
     axes = axes_of(picture)
     for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
-        axes.plot(range(len(names)), ratios, "o", markersize=4, label=label, color=colour)
+        axes.plot(range(len(ratios)), ratios, "o", markersize=4, label=label, color=colour)
     axes.set_xlabel("layer, from input to output")
     axes.set_ylabel("signal to noise, dB")
-    axes.set_xlim(-1, len(names))
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -145,7 +153,7 @@ def distribution_with_grids(
     """
     picture = figure(7.2, 2.4 + 0.35 * len(grids))
     axes = axes_of(picture)
-    low, high = inputs.min, inputs.quantile(0.998)
+    low, high = inputs.quantile(0.002), inputs.quantile(0.998)
     margin = 0.05 * (high - low)
     counts, sums, _ = inputs.bins()
     heights, _, _ = axes.hist(

@@ -14,7 +14,7 @@ from fpformats.search import RATIOS, ZERO_POINTS, Choice, search
 from fpformats.sketch import Sketch
 from msfp.block_layers import BLOCK_LAYERS, BlockLayer
 from msfp.calibration import Calibration
-from msfp.config import BLOCK_BITS, LayerSettings, Scheme
+from msfp.config import BLOCK_BITS, FLOAT_SCHEMES, LayerSettings, Scheme
 from msfp.denoiser import PlainLayer
 from msfp.errors import InputError
 from msfp.open_layers import OPEN_LAYERS, OpenLayer
@@ -59,7 +59,7 @@ def integer_format(bits: int, *, signed: bool = True) -> FloatFormat:
 
 def candidates(bits: int, scheme: Scheme, *, signed: bool) -> list[FloatFormat]:
     """Return the formats that a scheme chooses from."""
-    if scheme in ("signed", "mixup"):
+    if scheme in FLOAT_SCHEMES:
         return float_formats(bits, signed=signed)
     return [integer_format(bits, signed=signed)]
 

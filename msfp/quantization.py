@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.block_layers import block_layers, refuse_block_layers
+from msfp.attention import quantize_attention
+from msfp.block_layers import BlockLayer, block_layers, refuse_block_layers
 from msfp.calibration import Calibration
-from msfp.config import BLOCK_BITS, LayerSettings, QuantizationConfig
-from msfp.denoiser import denoiser_of, quantizable_layers, replace_layers, settings_by_layer
+from msfp.config import (
+    BLOCK_BITS,
+    FLOAT_SCHEMES,
+    LayerSettings,
+    QuantizationConfig,
+    RefinementConfig,
+)
+from msfp.denoiser import (
+    denoiser_of,
+    has_timestep,
+    quantizable_layers,
+    replace_layers,
+    settings_by_layer,
+)
 from msfp.diffusers_plugin import attach
 from msfp.errors import InputError
 from msfp.layers import quantized_layers
 from msfp.observation import calibrate
-from msfp.open_layers import open_layers
+from msfp.open_layers import OpenLayer, open_layers
 from msfp.post_training import quantize_layer
+from msfp.refinement import refine
 from msfp.sampling import PipelineCall
 from msfp.summary import LayerSummary
+from msfp.trajectories import Trajectories, record_trajectories
 
 
 def quantize(
@@ -27,6 +43,7 @@ def quantize(
     config: QuantizationConfig,
     *,
     calibration: Calibration | PipelineCall | Sequence[PipelineCall] | None = None,
+    trajectories: Trajectories | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[LayerSummary]:
     """Quantize a denoiser in place.
@@ -35,10 +52,12 @@ def quantize(
         pipe: A pipeline or its denoiser. The Linear, Conv1d and Conv2d layers that the config
             chooses are swapped for open quantized layers that share their parameters; those of
             block schemes for `msfp.block_layers`.
-        config: Bit widths, scheme and choice of layers.
+        config: Bit widths, scheme, choice of layers, and how weights are refined.
         calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
             it is to make. Not needed where inputs are not quantized, or to block formats.
-        progress: Called with each layer's name once it is searched.
+        trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
+            by. Not needed where `calibration` is calls, which are then made once more for it.
+        progress: Called with each layer's name once it is searched, and once it is refined.
 
     Returns:
         What was chosen, one summary for each layer.
@@ -46,11 +65,13 @@ def quantize(
     Raises:
         InputError: If the pipeline has no denoiser or one that is quantized already, no layer is
             the first or last though they are to have other bits, a glob matches nothing, the
-            calibration is missing or of another denoiser, or a weight or an input is not finite,
-            or a weight offloaded. The denoiser is then as it was.
+            calibration is missing or of another denoiser, there is nothing to refine by though the
+            config asks for it, or a weight or an input is not finite, or a weight offloaded. The
+            denoiser is then as it was.
 
     Warns:
-        UserWarning: If layers never ran during calibration. They are left in full precision.
+        UserWarning: If layers never ran during calibration, which are left in full precision, or
+            the calls cannot be recorded, so that weights are rounded to the nearest value.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
@@ -62,19 +83,96 @@ def quantize(
     if quantized_layers(denoiser) or block_layers(denoiser):
         raise InputError("the denoiser is quantized already: quantize a full-precision one")
     plain = quantizable_layers(denoiser)
-    settings_by_layer(denoiser, config, plain)  # what is wrong is said before calibration runs
-    if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = calibrate(pipe, calibration)
-    settings = _settings(denoiser, config, calibration)
+    settings = settings_by_layer(denoiser, config, plain)
+    seen = calibration if isinstance(calibration, Calibration) else None
+    calls = None if isinstance(calibration, Calibration) else calibration
+    # What is wrong is said before anything runs.
+    refinement = _refinement(denoiser, config, settings, calls or trajectories)
+    if calls is not None:
+        seen = calibrate(pipe, calls)
+    settings = _settings(denoiser, config, seen)
+    if calls is not None and trajectories is None and (refinement or config.attention):
+        trajectories = _recorded(pipe, calls, config)
+    if trajectories is None:
+        refinement = None
     searched = {}
     for name, each in settings.items():
-        searched[name] = quantize_layer(name, plain[name], each, calibration)
+        searched[name] = quantize_layer(name, plain[name], each, seen)
         if progress is not None:
             progress(name)
-    replace_layers(denoiser, {plain[name]: layer for name, (layer, _) in searched.items()})
-    summaries = [summary for _, summary in searched.values()]
-    attach(denoiser, config, summaries=summaries)
+    swapped: dict[nn.Module, nn.Module]
+    swapped = {plain[name]: layer for name, (layer, _) in searched.items()}
+    replace_layers(denoiser, swapped)
+    try:
+        if trajectories is not None and refinement is not None:
+            refine(denoiser, trajectories, refinement, progress=progress)
+        if trajectories is not None and config.attention is not None:
+            quantize_attention(denoiser, trajectories, config.attention)
+    except BaseException:
+        replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
+        raise
+    summaries = [_as_refined(summary, layer) for layer, summary in searched.values()]
+    attach(denoiser, replace(config, refine=refinement), summaries=summaries)
     return summaries
+
+
+def _refinement(
+    denoiser: nn.Module,
+    config: QuantizationConfig,
+    settings: dict[str, LayerSettings],
+    recordable: object,
+) -> RefinementConfig | None:
+    """Return how to refine weights; raise InputError if what is asked for cannot be done.
+
+    Args:
+        denoiser: The full-precision network.
+        config: What is asked for.
+        settings: What is to be searched for each layer.
+        recordable: Something true if there are calls or trajectories.
+    """
+    in_blocks = any(each.scheme in BLOCK_BITS for each in settings.values())
+    for name in ("refine", "attention"):
+        if getattr(config, name) in ("auto", None):
+            continue
+        if in_blocks:
+            raise InputError(f"{name} must be None where layers are in block formats")
+        if not recordable:
+            raise InputError(
+                f"{name} needs calls of the pipeline as calibration, or trajectories that "
+                "msfp.record_trajectories recorded"
+            )
+    if config.refine != "auto":
+        return config.refine
+    suited = config.scheme in FLOAT_SCHEMES and not in_blocks and has_timestep(denoiser)
+    return RefinementConfig() if suited and recordable else None
+
+
+def _recorded(
+    pipe: DiffusionPipeline | nn.Module,
+    calls: PipelineCall | Sequence[PipelineCall],
+    config: QuantizationConfig,
+) -> Trajectories | None:
+    """Return the trajectories of calls, or None where they cannot be and need not be recorded."""
+    try:
+        return record_trajectories(pipe, calls)
+    except InputError as error:
+        if config.refine != "auto" or config.attention is not None:
+            raise
+        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
+        return None
+
+
+def _as_refined(summary: LayerSummary, layer: OpenLayer | BlockLayer) -> LayerSummary:
+    """Return a summary with the formats that a layer has, which refinement may have changed."""
+    if isinstance(layer, BlockLayer):
+        return summary
+    weight, inputs = str(layer.formats.weight), layer.formats.input
+    return replace(
+        summary,
+        weight_format=weight,
+        weight_sqnr=summary.weight_choices[weight],
+        input_format=None if inputs is None else str(inputs),
+    )
 
 
 def _settings(

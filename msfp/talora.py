@@ -1,13 +1,15 @@
 """Timestep-aware LoRA: a hub of low-rank adapters for each layer, and the router that chooses.
 
-The router is shared by all layers. Its choices for the current forward stand in a `Routing` that
-every layer reads, so that nothing depends on how often or in what order the denoiser is called.
+The router is shared by all layers; it is learned, or fixed by segments of time. Its choices for the
+current forward stand in a `Routing` that every layer reads, so that nothing depends on how often or
+in what order the denoiser is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -17,6 +19,8 @@ from msfp.denoiser import timestep_of
 from msfp.float32 import Float32Module
 
 EMBEDDING_WIDTH = 128
+TRAINING_TIMESTEPS = 1000
+RouterKind = Literal["learned", "segments"]
 
 
 class LoRAHub(nn.Module):
@@ -32,6 +36,13 @@ class LoRAHub(nn.Module):
         rank: Rank of each.
         step: The mean weight scale.
         generator: Source of the initial `down`.
+        beside: Whether the correction is a branch beside the quantized weight, `Q(W) x + B A x`
+            with x before it is rounded, and not inside the quantizer, `Q(W + B A) x`.
+
+    Example:
+        >>> hub = LoRAHub(4, 8, 2, 3, torch.tensor(0.1), torch.Generator().manual_seed(0))
+        >>> hub.correction(1).shape, hub.correction(1).any().item()
+        (torch.Size([4, 8]), False)
     """
 
     step: torch.Tensor
@@ -44,12 +55,28 @@ class LoRAHub(nn.Module):
         rank: int,
         step: torch.Tensor,
         generator: torch.Generator,
+        *,
+        beside: bool = False,
     ) -> None:
         super().__init__()
         down = torch.randn(entries, rank, in_features, generator=generator) / rank**0.5
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(entries, out_features, rank))
         self.register_buffer("step", step.detach().clone())
+        self.beside = beside
+
+    @torch.no_grad()
+    def fit(self, matrix: torch.Tensor) -> None:
+        """Make every entry's correction the nearest to a matrix that its rank allows, by SVD.
+
+        Args:
+            matrix: Such as the rounding error of the weight, shape (out_features, in_features).
+        """
+        left, values, right = torch.linalg.svd(matrix.float() / self.step, full_matrices=False)
+        rank = min(self.down.shape[1], len(values))
+        root = values[:rank].sqrt()
+        self.up[:, :, :rank] = left[:, :rank] * root
+        self.down[:, :rank] = root[:, None] * right[:rank]
 
     def factors(self, entry: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors (rank, in_features) and (out_features, rank) of an entry."""
@@ -77,8 +104,28 @@ class _HardChoice(torch.autograd.Function):
 _hard_choice: Callable[[torch.Tensor], torch.Tensor] = _HardChoice.apply
 
 
-class Router(Float32Module):
+class Router(Float32Module, ABC):
     """Chooses, for each layer, one LoRA of its hub at a timestep.
+
+    Attributes:
+        kind: The name of the class in checkpoints.
+        layers: Quantized layers in the denoiser.
+        entries: LoRAs in each hub.
+    """
+
+    kind: RouterKind
+
+    def __init__(self, layers: int, entries: int) -> None:
+        super().__init__()
+        self.layers, self.entries = layers, entries
+
+    @abstractmethod
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
+
+
+class LearnedRouter(Router):
+    """A router that is trained with the LoRAs.
 
     Sinusoidal timestep embedding, then a two-layer perceptron to one logit for each layer and
     LoRA; the choice is hard forward and straight-through backward (section 4.2 of the paper).
@@ -87,11 +134,25 @@ class Router(Float32Module):
         layers: Quantized layers in the denoiser.
         entries: LoRAs in each hub.
         generator: Source of the initial weights, or None for torch's global one.
+        time_scale: What timesteps are multiplied by, to reach from 0 to about 1000.
+
+    Attributes:
+        temperature: Divides the logits; it changes the gradient of a choice, not the choice.
     """
 
-    def __init__(self, layers: int, entries: int, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.layers, self.entries = layers, entries
+    kind = "learned"
+    time_scale: torch.Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        entries: int,
+        generator: torch.Generator | None = None,
+        time_scale: float = 1.0,
+    ) -> None:
+        super().__init__(layers, entries)
+        self.temperature = 1.0
+        self.register_buffer("time_scale", torch.tensor(time_scale))
         self.mlp = nn.Sequential(
             nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH),
             nn.SiLU(),
@@ -103,11 +164,55 @@ class Router(Float32Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
-        device = next(self.parameters()).device
-        embedding = get_timestep_embedding(timesteps.to(device), EMBEDDING_WIDTH)
-        with torch.autocast(device.type, enabled=False):
+        timesteps = timesteps.to(self.time_scale.device) * self.time_scale
+        embedding = get_timestep_embedding(timesteps, EMBEDDING_WIDTH)
+        with torch.autocast(timesteps.device.type, enabled=False):
             logits = self.mlp(embedding).unflatten(-1, (self.layers, self.entries))
-        return _hard_choice(logits.softmax(dim=-1))
+        return _hard_choice((logits / self.temperature).softmax(dim=-1))
+
+
+class SegmentRouter(Router):
+    """A fixed allocation: all layers take the LoRA of the segment of time that a timestep is in.
+
+    Args:
+        layers: Quantized layers in the denoiser.
+        entries: LoRAs in each hub.
+        boundaries: The timesteps where a new segment begins, ascending, shape (entries - 1,).
+
+    Example:
+        >>> router = SegmentRouter(1, 2, torch.tensor([500.0]))
+        >>> router(torch.tensor([0, 499, 500])).argmax(-1).flatten().tolist()
+        [0, 0, 1]
+    """
+
+    kind = "segments"
+    boundaries: torch.Tensor
+
+    def __init__(self, layers: int, entries: int, boundaries: torch.Tensor | None = None) -> None:
+        super().__init__(layers, entries)
+        empty = torch.zeros(entries - 1)
+        self.register_buffer("boundaries", empty if boundaries is None else boundaries.float())
+
+    @classmethod
+    def evenly(cls, layers: int, entries: int, timesteps: torch.Tensor) -> SegmentRouter:
+        """Return the router whose segments have equally many of a sampler's timesteps."""
+        ordered = timesteps.unique().sort().values.float()
+        starts = [len(ordered) * entry // entries for entry in range(1, entries)]
+        return cls(layers, entries, ordered[starts])
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
+        timesteps = timesteps.to(self.boundaries.device)
+        entry = (timesteps[:, None] >= self.boundaries).sum(dim=1)
+        choice = nn.functional.one_hot(entry, self.entries).float()
+        return choice[:, None].expand(-1, self.layers, -1)
+
+
+ROUTERS: dict[RouterKind, Callable[[int, int], Router]] = {
+    "learned": LearnedRouter,
+    "segments": SegmentRouter,
+}
+"""What makes a router of a kind for a number of layers and of entries."""
 
 
 class Routing:
@@ -117,18 +222,32 @@ class Routing:
         choices: One-hot, shape (n, layers, entries), n the batch size or 1 where all samples are
             at one timestep.
         winners: The entry chosen, shape (n, layers), on the CPU.
+        table: Winners that were precomputed, by timestep; read where no gradient is wanted.
     """
 
+    choices: torch.Tensor
+    winners: torch.Tensor
+    table: dict[float, torch.Tensor]
+
     def __init__(self) -> None:
-        self.choices = torch.empty(0)
-        self.winners = torch.empty(0, dtype=torch.int64)
+        self.clear()
 
     def update(self, router: Router, timesteps: torch.Tensor) -> None:
         """Route a batch whose timesteps are given, shape (1,) or (batch,)."""
         if (timesteps == timesteps[0]).all():
             timesteps = timesteps[:1]
+            known = None if torch.is_grad_enabled() else self.table.get(timesteps.item())
+            if known is not None:
+                self.winners = known
+                return
         self.choices = router(timesteps)
-        self.winners = self.choices.argmax(dim=-1).cpu()
+        self.winners = self.choices.detach().argmax(dim=-1).cpu()
+
+    def clear(self) -> None:
+        """Forget the last forward and the table."""
+        self.choices = torch.empty(0)
+        self.winners = torch.empty(0, dtype=torch.int64)
+        self.table = {}
 
 
 class RouterHook:
@@ -139,8 +258,7 @@ class RouterHook:
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Update the routing from the call's timestep."""
-        router: Router = denoiser.get_submodule("router")  # type: ignore[assignment]
-        self.routing.update(router, timestep_of(denoiser, args, kwargs))
+        self.routing.update(router_of(denoiser), timestep_of(denoiser, args, kwargs))
 
 
 def attach_router(denoiser: nn.Module, router: Router) -> Routing:
@@ -149,3 +267,33 @@ def attach_router(denoiser: nn.Module, router: Router) -> Routing:
     denoiser.add_module("router", router)
     denoiser.register_forward_pre_hook(RouterHook(routing), with_kwargs=True)
     return routing
+
+
+def router_of(denoiser: nn.Module) -> Router:
+    """Return the router of a denoiser that has one."""
+    router: Router = denoiser.get_submodule("router")  # type: ignore[assignment]
+    return router
+
+
+def routing_of(denoiser: nn.Module) -> Routing | None:
+    """Return the routing of a denoiser, or None where there is no router."""
+    hooks = denoiser._forward_pre_hooks.values()
+    return next((hook.routing for hook in hooks if isinstance(hook, RouterHook)), None)
+
+
+@torch.no_grad()
+def precompute_routing(denoiser: nn.Module, timesteps: Sequence[float] | torch.Tensor) -> None:
+    """Ask the router once for each timestep of a sampler, so that sampling need not.
+
+    Outputs are the same bits; other timesteps are routed as before.
+
+    Args:
+        denoiser: With a router, or without one, which has nothing to precompute.
+        timesteps: What the denoiser will be given, such as `scheduler.timesteps`.
+    """
+    routing = routing_of(denoiser)
+    if routing is None:
+        return
+    router = router_of(denoiser)
+    for timestep in torch.as_tensor(timesteps):
+        routing.table[timestep.item()] = router(timestep[None]).argmax(dim=-1).cpu()

@@ -229,3 +229,27 @@ def _at(value: Any, step: torch.Tensor, row: torch.Tensor) -> Any:
     if isinstance(value, list):
         return [_at(each, step, row) for each in value]
     return value
+
+
+def draw_batch(
+    steps: int, count: int, size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a batch: evenly spread sampler steps from a random offset, and random rows.
+
+    Args:
+        steps: Sampler steps to draw from.
+        count: Rows of the trajectories to draw from.
+        size: Samples in the batch.
+        generator: Source of randomness.
+
+    Returns:
+        The number of the step and that of the row of each sample, both of shape (size,).
+
+    Example:
+        >>> step, row = draw_batch(20, 100, 5, torch.Generator().manual_seed(0))
+        >>> step.tolist()
+        [4, 8, 12, 16, 0]
+    """
+    offset = torch.randint(steps, (1,), generator=generator)
+    step = (offset + torch.arange(size) * steps // size) % steps
+    return step, torch.randint(count, (size,), generator=generator)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMPipeline
 
 from msfp.checkpoint import packed_size
-from msfp.config import FinetuneConfig, QuantizationConfig, Scheme
+from msfp.config import QuantizationConfig, Scheme
 from msfp.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
 from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
@@ -27,6 +27,7 @@ from msfp.quantization import quantize, seal
 from msfp.reference import ddim_pipeline, digit_features, quality
 from msfp.reference.digits import digits
 from msfp.summary import LayerSummary
+from msfp.training.config import FinetuneConfig
 from msfp.trajectories import Trajectories, record_trajectories
 
 KEPT_IMAGES = 64
@@ -87,7 +88,7 @@ class Bench:
             self.training,
             config,
             factors=self.factors,
-            progress=lambda _loss: progress(1),
+            progress=lambda _status: progress(1),
         )
 
     def measure(

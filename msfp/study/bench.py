@@ -99,7 +99,7 @@ class Bench:
         pipe = self._open()
         quantizing, tuning = self._prepare(pipe, row)
         images = self.reference if row.recipe == FULL_PRECISION else self.images(pipe)
-        quantization, tune = row.quantization(), row.finetune()
+        quantization, tune = row.quantization(), self.subject.finetune(row)
         record = {
             "name": row.name,
             "row": asdict(row),
@@ -117,15 +117,15 @@ class Bench:
 
     def _prepare(self, pipe: DiffusionPipeline, row: Row) -> tuple[float, float]:
         """Quantize and fine-tune a pipeline in place; return the seconds that each took."""
-        config, tuning = row.quantization(), row.finetune()
+        config, tuning = row.quantization(), self.subject.finetune(row)
         if config is None:
             return 0.0, 0.0
-        calibration, denoiser = self.calibration, denoiser_of(pipe)
-        trajectories = None if tuning is None else self.training
+        # Made before the clock starts.
+        calibration, trajectories, denoiser = self.calibration, self.training, denoiser_of(pipe)
         started = time.perf_counter()
-        quantize(pipe, config, calibration=calibration)
+        quantize(pipe, config, calibration=calibration, trajectories=trajectories)
         quantized = time.perf_counter()
-        if tuning is not None and trajectories is not None:
+        if tuning is not None:
             factors = denoising_factors(pipe.scheduler, self.steps)
             finetune(denoiser, trajectories, tuning, factors=factors)
         elif open_layers(denoiser):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
-from msfp.config import FinetuneConfig, QuantizationConfig
+from msfp.config import QuantizationConfig, RefinementConfig
+from msfp.training.config import FinetuneConfig
 
 SEEDS = range(5)
 """Replicates of rows that carry a claim: of calibration, trajectories, fine-tuning and noise."""
@@ -30,49 +31,98 @@ class Recipe:
 
     name: str
     label: str
-    quantization: Mapping[str, Any] | None = field(default_factory=dict)
+    quantization: Mapping[str, Any] | None
     finetune: Mapping[str, Any] | None = None
     against: str | None = None
 
 
-TUNING = {"steps": 160}
+PLAIN: dict[str, Any] = {"refine": None}
+"""Weights rounded to the nearest value, as in the paper."""
+TUNED: dict[str, Any] = {"steps": 160}
+FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
+TWO_HUBS = TUNED | {"hub": 2}
 FULL_PRECISION = "full-precision"
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(FULL_PRECISION, "full precision", quantization=None),
-        Recipe("int-minmax", "INT min-max", {"scheme": "int_minmax"}),
-        Recipe("int-mse", "INT, searched clip", {"scheme": "int_mse"}, against="int-minmax"),
-        Recipe(
-            "int-zero-point",
-            "INT, clip and zero point",
-            {"scheme": "int_zero_point"},
-            against="int-mse",
-        ),
-        Recipe("mx", "MX blocks", {"scheme": "mx"}, against="int-mse"),
-        Recipe("nvfp4", "NVFP4 blocks", {"scheme": "nvfp4"}, against="mx"),
-        Recipe("signed", "signed FP", {"scheme": "signed"}, against="int-mse"),
-        Recipe("mixup", "mixup-sign FP", {"scheme": "mixup"}, against="signed"),
-        Recipe("signed-lora", "signed FP + LoRA", {"scheme": "signed"}, TUNING, against="signed"),
-        Recipe("lora", "mixup-sign FP + LoRA", {}, TUNING, against="signed-lora"),
-        Recipe("talora-2", "+ TALoRA, h = 2", {}, TUNING | {"hub": 2}, against="lora"),
-        Recipe("talora-4", "+ TALoRA, h = 4", {}, TUNING | {"hub": 4}, against="talora-2"),
-        Recipe(
-            "talora-2-dfa-1",
-            "+ TALoRA, h = 2, DFA, power 1",
-            {},
-            TUNING | {"hub": 2, "denoising_power": 1.0},
-            against="talora-2",
-        ),
-        Recipe(
-            "talora-2-dfa-2",
-            "+ TALoRA, h = 2, DFA, power 2",
-            {},
-            TUNING | {"hub": 2, "denoising_power": 2.0},
-            against="talora-2-dfa-1",
-        ),
-    )
-}
+
+
+def _refined(**options: Any) -> dict[str, Any]:
+    return {"refine": options}
+
+
+_LADDER = (
+    Recipe(FULL_PRECISION, "full precision", None),
+    Recipe("int-minmax", "INT min-max", PLAIN | {"scheme": "int_minmax"}),
+    Recipe("int-mse", "INT, clip", PLAIN | {"scheme": "int_mse"}, against="int-minmax"),
+    Recipe(
+        "int-zero-point",
+        "INT, clip, zero point",
+        PLAIN | {"scheme": "int_zero_point"},
+        against="int-mse",
+    ),
+    Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against="int-mse"),
+    Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against="mx"),
+    Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against="int-mse"),
+    Recipe("mixup", "mixup-sign FP", PLAIN, against="signed"),
+    Recipe(
+        "gptq",
+        "mixup + GPTQ",
+        _refined(match_inputs=False, correct_bias="none"),
+        against="mixup",
+    ),
+    Recipe("matched", "mixup + GPTQ + matched inputs, biases", _refined(), against="gptq"),
+    Recipe("split", "matched + split inputs", _refined(split_inputs=True), against="matched"),
+    Recipe(
+        "branch-4",
+        "split + branch of rank 4",
+        _refined(split_inputs=True, branch_rank=4),
+        against="split",
+    ),
+    Recipe(
+        "branch-16",
+        "split + branch of rank 16",
+        _refined(split_inputs=True, branch_rank=16),
+        against="branch-4",
+    ),
+    Recipe("signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against="signed"),
+    Recipe(
+        "fixed-lora", "mixup + LoRA, scales fixed", PLAIN, TUNED | FIXED_SCALES, against="mixup"
+    ),
+    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against="fixed-lora"),
+    Recipe(
+        "segments-2",
+        "mixup + LoRA by segment, h = 2",
+        PLAIN,
+        TWO_HUBS | {"routing": "segments"},
+        against="lora",
+    ),
+    Recipe("talora-2", "mixup + TALoRA, h = 2", PLAIN, TWO_HUBS, against="segments-2"),
+    Recipe("talora-4", "mixup + TALoRA, h = 4", PLAIN, TUNED | {"hub": 4}, against="talora-2"),
+    Recipe(
+        "dfa-1",
+        "mixup + TALoRA, h = 2 + DFA, power 1",
+        PLAIN,
+        TWO_HUBS | {"denoising_power": 1.0},
+        against="talora-2",
+    ),
+    Recipe(
+        "dfa-2",
+        "mixup + TALoRA, h = 2 + DFA, power 2",
+        PLAIN,
+        TWO_HUBS | {"denoising_power": 2.0},
+        against="dfa-1",
+    ),
+    Recipe("matched-lora", "matched + LoRA", _refined(), TUNED, against="lora"),
+    Recipe(
+        "split-lora", "split + LoRA", _refined(split_inputs=True), TUNED, against="matched-lora"
+    ),
+    Recipe(
+        "branch-16-lora",
+        "split + branch of rank 16 + LoRA",
+        _refined(split_inputs=True, branch_rank=16),
+        TUNED,
+        against="branch-16",
+    ),
+)
+RECIPES = {recipe.name: recipe for recipe in _LADDER}
 """The ladder: every recipe by name, each step after those that it builds on."""
 
 BITS: dict[str, dict[str, Any]] = {
@@ -85,7 +135,7 @@ BITS: dict[str, dict[str, Any]] = {
 }
 """Bit widths by name; "all" has the first and the last layer at 4 bits too."""
 
-FOLLOWED = (FULL_PRECISION, "signed", "mixup", "lora")
+FOLLOWED = (FULL_PRECISION, "signed", "mixup", "matched", "lora", "branch-16")
 """Recipes that are followed to other bits, samplers and full-precision models."""
 SAMPLERS = tuple((name, steps) for name in ("ddim", "plms", "dpm++") for steps in (10, 20, 50, 100))
 MODELS = ("digits-ddpm", "digits-dit", "colour-ddpm")
@@ -127,12 +177,21 @@ class Row:
     def quantization(self) -> QuantizationConfig | None:
         """Return the config of the quantization, None for full precision."""
         options = RECIPES[self.recipe].quantization
-        return None if options is None else QuantizationConfig(**BITS[self.bits], **options)
+        if options is None:
+            return None
+        config = QuantizationConfig(**BITS[self.bits], **options)
+        if isinstance(config.refine, RefinementConfig):
+            return replace(config, refine=replace(config.refine, seed=self.seed))
+        return config
 
-    def finetune(self) -> FinetuneConfig | None:
-        """Return the config of the fine-tuning, None for none."""
+    def finetune(self, **guidance: Any) -> FinetuneConfig | None:
+        """Return the config of the fine-tuning, None for none.
+
+        Args:
+            **guidance: `branches` and `branch_rows` of a model that is sampled with guidance.
+        """
         options = RECIPES[self.recipe].finetune
-        return None if options is None else FinetuneConfig(**options, seed=self.seed)
+        return None if options is None else FinetuneConfig(**options, **guidance, seed=self.seed)
 
 
 def ladder() -> list[Row]:

@@ -47,9 +47,10 @@ def _is_of(record: Record | None, row: Row) -> bool:
     """Return whether a record says what a row would find now."""
     if record is None:
         return False
-    quantization, tuning = row.quantization(), row.finetune()
+    subject = SUBJECTS[row.model]
+    quantization, tuning = row.quantization(), subject.finetune(row)
     asked = {
-        "settings": asdict(SUBJECTS[row.model].settings),
+        "settings": asdict(subject.settings),
         "quantization": None if quantization is None else quantization.to_dict(),
         "finetune": None if tuning is None else tuning.to_dict(),
     }

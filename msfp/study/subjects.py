@@ -20,8 +20,12 @@ from msfp.reference import (
     photograph_features,
 )
 from msfp.reference.digits import digits
+from msfp.reference.models import DIGIT_CLASSES
 from msfp.reference.photographs import training_crops
 from msfp.sampling import Sampler
+from msfp.schedulers import use_sampler
+from msfp.study.ladder import Row
+from msfp.training.config import FinetuneConfig
 
 REAL_CROPS = 4096
 """Crops of photographs that the colour model's images are compared with."""
@@ -57,6 +61,8 @@ class Subject:
         features: In which they are measured.
         settings: How much of everything its rows take.
         conditions: Class labels in turn, where it takes them.
+        guidance_scale: Of classifier-free guidance, likewise; the branch with the class comes
+            first.
     """
 
     label: str
@@ -65,10 +71,18 @@ class Subject:
     features: Features
     settings: Settings
     conditions: tuple[int, ...] = ()
+    guidance_scale: float | None = None
 
     def sampler(self, steps: int) -> Sampler:
         """Return the call of the pipeline with a number of steps."""
-        return Sampler(steps, self.settings.batch, self.conditions)
+        return Sampler(steps, self.settings.batch, self.conditions, self.guidance_scale)
+
+    def finetune(self, row: Row) -> FinetuneConfig | None:
+        """Return the config of a row's fine-tuning, towards the guided prediction."""
+        if self.guidance_scale is None:
+            return row.finetune()
+        branches = (self.guidance_scale, 1 - self.guidance_scale)
+        return row.finetune(branches=branches, branch_rows=self.settings.batch)
 
 
 def _real_digits() -> torch.Tensor:
@@ -93,7 +107,8 @@ SUBJECTS = {
         _real_digits,
         digit_features,
         Settings(images=256, calibration=64, trajectories=128, held_out=32, batch=32),
-        conditions=tuple(range(10)),
+        conditions=tuple(range(DIGIT_CLASSES)),
+        guidance_scale=2.0,
     ),
     "colour-ddpm": Subject(
         "UNet with attention, crops of photographs",
@@ -134,8 +149,6 @@ def full_precision(
     model: str, training: int, trained: Path | None, sampler: str
 ) -> DiffusionPipeline:
     """Return a full-precision pipeline with a sampler of a name."""
-    from msfp.schedulers import use_sampler
-
     pipe = SUBJECTS[model].load(model_folder(model, training, trained))
     use_sampler(pipe, sampler)
     return pipe

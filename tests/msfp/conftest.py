@@ -31,14 +31,20 @@ def trajectories(reference, sampler):
     return record_trajectories(reference, sampler.calls(16, seed=5))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quantized(reference, calibration):
-    """A function that gives a fresh open quantized copy of the reference and its summaries."""
+    """A function that gives a fresh open quantized copy of the reference and its summaries.
+
+    Weights are rounded to the nearest values, where the config does not say otherwise.
+    """
+    made = {}
 
     def make(**config):
-        pipe = copy.deepcopy(reference)
-        layers = quantize(pipe, QuantizationConfig(**config), calibration=calibration)
-        return pipe, layers
+        if repr(config) not in made:
+            pipe = copy.deepcopy(reference)
+            request = QuantizationConfig(**{"refine": None} | config)
+            made[repr(config)] = pipe, quantize(pipe, request, calibration=calibration)
+        return copy.deepcopy(made[repr(config)])
 
     return make
 

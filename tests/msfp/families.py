@@ -201,8 +201,8 @@ def call(denoiser, timestep=500):
 
 
 def quantized(denoiser, **config):
-    """The denoiser, quantized in place and sealed."""
-    quantize(denoiser, QuantizationConfig(**config), calibration=call)
+    """The denoiser, quantized in place and sealed; to nearest, where nothing else is said."""
+    quantize(denoiser, QuantizationConfig(**{"refine": None} | config), calibration=call)
     seal(denoiser)
     return denoiser
 

@@ -19,10 +19,10 @@ from msfp import (
     save,
     seal,
 )
+from msfp.attention import OPERANDS
 from msfp.checkpoint import packed_size
 from msfp.integrity import metadata
 from msfp.layers import sealed_layers
-from msfp.outputs import atomic_folder, check_output
 from msfp.talora import Router
 
 SAMPLE = """
@@ -162,25 +162,6 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(saved):
     assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
-        (folder / "half").write_text("written")
-        raise error
-    assert not list(tmp_path.iterdir())
-
-
-def test_outputs_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    for path in ("file", "file/x", "file/x/y", "link", "empty"):
-        with pytest.raises(InputError, match="output"):
-            check_output(tmp_path / path)
-    check_output(tmp_path / "new" / "folder")
-
-
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="no unet or transformer that is quantized by msfp"):
         load(tmp_path)
@@ -278,6 +259,17 @@ DAMAGE = {
     "format": (formats_of("conv_in", weight_format="E9"), "layer 'conv_in'.*'E9' is not a format"),
     "wide format": (formats_of("conv_in", weight_format="E5M10"), "has 16 bits, more than 8"),
     "granularity": (formats_of("conv_in", weight_granularity="row"), "must be 'channel', not 'row"),
+    "input granularity": (formats_of("conv_in", input_granularity="row"), "'tensor' or 'channel'"),
+    "channel scales": (
+        formats_of(UNSIGNED, input_granularity="channel"),
+        "input_scale expected shape",
+    ),
+    "rank": (formats_of("conv_in", branch_rank=-1), "branch_rank must be a whole number from 0"),
+    "no branch": (formats_of("conv_in", branch_rank=1), r"missing: \['conv_in\.branch_down"),
+    "no attention": (
+        damage_json(lambda d: d.update(products={"conv_in": dict.fromkeys(OPERANDS, "E2M1")})),
+        "UNet2DModel has no attention module 'conv_in'",
+    ),
     "format key": (formats_of("conv_in", more=1), "layer 'conv_in'.*must have the keys"),
     "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), r"missing: \['conv_in\.weight"),
     "other layer": (
@@ -308,12 +300,12 @@ DAMAGE = {
     ),
     "nan": (
         replace_tensor("conv_in.input_scale", bits_of(torch.nan)[0]),
-        r"conv_in\.input_scale must be the bits of positive and finite float32 numbers",
+        r"conv_in\.input_scale must be positive and finite float32 numbers",
     ),
     "negative": (replace_tensor("conv_in.weight_scale", bits_of(*[-1.0] * 32)), "positive"),
     "infinite": (
         replace_tensor(f"{UNSIGNED}.input_zero_point", bits_of(torch.inf)[0]),
-        "input_zero_point must be the bits of finite",
+        "input_zero_point must be finite float32",
     ),
     "vector": (replace_tensor("conv_in.input_scale", bits_of(*[1.0] * 16)), "expected shape"),
 }

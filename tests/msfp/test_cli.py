@@ -75,13 +75,6 @@ def test_the_demo_leaves_a_checkpoint_that_samples(demo, tmp_path):
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quantize_writes_a_checkpoint(tmp_path):
-    process = run("quantize", "digits", "--steps", 2, "--output", tmp_path / "model")
-    assert process.returncode == 0, process.stderr
-    assert "65 layers quantized, 35 with unsigned inputs" in process.stdout
-    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-
-
 def test_an_interrupted_demo_writes_nothing(tmp_path):
     command = [sys.executable, "-m", "msfp.cli", "demo", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603

@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fpformats import parse
-from msfp import InputError, MSFPConfig, QuantizationConfig, QuantLinear, quantize, seal
+from msfp import (
+    InputError,
+    MSFPConfig,
+    QuantizationConfig,
+    QuantLinear,
+    RefinementConfig,
+    quantize,
+    seal,
+)
+from msfp.attention import OPERANDS, attention_products
 from msfp.denoiser import denoiser_name, denoiser_of
-from msfp.layers import sealed_layers
+from msfp.layers import LayerFormats, sealed_layers
 
+SPLIT = {"unet", "conditional_unet", "xl_unet"}
+"""Families with layers that read a concatenation as it is, and find a signed format for it."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 LOAD_ALL = """
 import sys, torch
@@ -49,12 +61,13 @@ def load_pipeline(folder, **arguments):
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """A folder, and a quantized pipeline of each family that was saved to it."""
+    """A folder, and a pipeline of each family that was saved to it, quantized in every way."""
+    every = RefinementConfig(split_inputs=True, branch_rank=1)
     folder = tmp_path_factory.mktemp("families")
     pipes = {}
     for family in FAMILIES:
         pipes[family] = pipeline(family, folder / f"{family} vocabulary")
-        quantized(denoiser_of(pipes[family]))
+        quantized(denoiser_of(pipes[family]), refine=every, attention=4)
         pipes[family].save_pretrained(folder / family)
     return folder, pipes
 
@@ -101,7 +114,9 @@ def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
     layers = sealed_layers(denoiser)
     for layer in layers.values():
         expected += layer.weight_shape.numel() * layer.formats.weight.bits / 8
-        expected += 4 * (len(layer.weight_scale) + 2)
+        expected += 4 * (len(layer.weight_scale) + layer.input_scale.numel() + 1)
+        if layer.branch_up is not None:
+            expected += layer.branch_down.nbytes + layer.branch_up.nbytes
     others = {k: v for k, v in make(family).state_dict().items()
               if not (k.endswith(".weight") and k.removesuffix(".weight") in layers)}  # fmt: skip
     expected += sum(tensor.nbytes for tensor in others.values())
@@ -110,6 +125,22 @@ def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
     with safe_open(file, "pt") as opened:
         held = sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
     assert held == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_split_inputs_and_attention_products_are_among_what_is_saved(pipelines, family):
+    folder, pipes = pipelines
+    denoiser = denoiser_of(pipes[family])
+    layers = sealed_layers(denoiser).values()
+    assert sum(layer.formats.branch_rank for layer in layers) > len(layers) / 2
+    assert any(layer.input_scale.numel() > 1 for layer in layers) == (family in SPLIT)
+    products = attention_products(denoiser)
+    assert products
+    again = denoiser_of(load_pipeline(folder / family))
+    assert attention_products(again).keys() == products.keys()
+    saved, loaded = (model.state_dict() for model in (denoiser, again))
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,6 +215,20 @@ def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path,
     assert torch.equal(call(type(plain).from_pretrained(tmp_path)), before)
 
 
+def test_dequantize_merges_branches_and_leaves_attention_as_it_was():
+    plain, branches = make("unet"), RefinementConfig("nearest", branch_rank=4)
+    branches = replace(branches, match_inputs=False, correct_bias="none")
+    config = {"activations": None, "weights": 7, "first_last": 7}
+    quantized(plain, **config, refine=branches, attention=8)
+    rounded, merged = quantized(make("unet"), **config), copy.deepcopy(plain).dequantize()
+    expected = call(make("unet"))
+    errors = [(call(model) - expected).square().mean() for model in (merged, rounded)]
+    assert 0 < errors[0] < errors[1]
+    assert not attention_products(merged)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in make("unet").modules()]
+    assert not any(module._forward_hooks for module in merged.modules())
+
+
 @pytest.mark.parametrize("arguments", [
     {"device_map": "cpu"},
     {"device_map": {"": "cpu"}},
@@ -253,9 +298,10 @@ def test_an_open_denoiser_is_not_saved(tmp_path):
 
 def test_inputs_are_not_quantized_without_calibration(tmp_path):
     make("unet").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"activations must be None.*see msfp\.quantize"):
-        load_unet = type(make("unet")).from_pretrained
-        load_unet(tmp_path, quantization_config=MSFPConfig(weights=4, activations=4))
+    load_unet = type(make("unet")).from_pretrained
+    for argument in ({"activations": 4}, {"refine": RefinementConfig()}, {"attention": 4}):
+        with pytest.raises(InputError, match=f"{next(iter(argument))} must be None.*msfp.quantize"):
+            load_unet(tmp_path, quantization_config=MSFPConfig(weights=4, **argument))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -265,6 +311,12 @@ def test_inputs_are_not_quantized_without_calibration(tmp_path):
     ({"exclude": "conv_in"}, "exclude must be a list of names or globs, not 'conv_in'"),
     ({"format_version": 2}, "format version 2, this msfp reads 1"),
     ({"layers": []}, "layers must be a table"),
+    ({"products": []}, "products must be a table"),
+    ({"products": {"attn": {"query": "E2M1"}}}, "products of 'attn' must have query, key"),
+    ({"products": {"attn": dict.fromkeys(OPERANDS, "E9")}}, "query of 'attn' 'E9' is not a form"),
+    ({"refine": {"sweps": 1}}, "refine has no field 'sweps'"),
+    ({"refine": "best"}, "refine must be a RefinementConfig, 'auto' or None, not 'best'"),
+    ({"attention": 9}, "attention must be between 3 and 8, not 9"),
     ({"entries": 0}, "entries must be a positive integer"),
 ])  # fmt: skip
 def test_a_config_refuses_what_it_cannot_use(arguments, message):
@@ -273,9 +325,14 @@ def test_a_config_refuses_what_it_cannot_use(arguments, message):
 
 
 def test_a_config_survives_json_and_shows_itself():
-    config = MSFPConfig(weights=5, first_last=5, exclude=["a.*"], layers={
-        "b": {"weight_format": "E2M2", "weight_granularity": "channel", "input_format": None}
-    })  # fmt: skip
+    config = MSFPConfig(
+        weights=5,
+        first_last=5,
+        exclude=["a.*"],
+        refine=RefinementConfig(sweeps=2),
+        layers={"b": LayerFormats(parse("E2M2"), branch_rank=3).to_dict()},
+        products={"attn": dict.fromkeys(OPERANDS, "E2M1")},
+    )
     again = MSFPConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert again.layers["b"].weight == parse("E2M2")

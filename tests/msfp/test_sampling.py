@@ -1,5 +1,6 @@
 import pytest
 import torch
+from families import pipeline
 
 from msfp import InputError, Sampler
 
@@ -13,10 +14,58 @@ def test_an_image_depends_on_the_seed_and_not_on_how_many_are_sampled(reference)
     assert not torch.equal(sampler(reference, 3, seed=4), many[:3])
 
 
-def test_a_conditional_pipeline_is_refused():
-    class Conditional:
-        def __call__(self, prompt):
-            return prompt
+@pytest.mark.parametrize(
+    ("family", "conditions", "argument"),
+    [("dit", (3, 1, 2), "class_labels"), ("conditional_unet", ("a", "a a", "aa"), "prompt")],
+)
+def test_images_take_the_conditions_in_turn(family, conditions, argument, tmp_path):
+    pipe = pipeline(family, tmp_path)
+    sampler = Sampler(2, 2, conditions, guidance_scale=2.0)
+    assert sampler.arguments(pipe, 2) == {
+        argument: [conditions[2], conditions[0]], "guidance_scale": 2.0
+    }  # fmt: skip
+    images = sampler(pipe, 4, seed=0)
+    assert images.shape[0] == 4
+    assert images.shape[1] == 3
+    assert 0 <= images.min() <= images.max() <= 1
+    again = Sampler(2, 2, conditions[2:] + conditions[:1], 2.0)
+    call = again.one_batch(pipe, seed=0, start=2)
+    other = Sampler(2, 2, conditions[:2], 2.0).one_batch(pipe, seed=0, start=2)
+    assert not torch.equal(call, other)
 
-    with pytest.raises(InputError, match="Conditional is not an unconditional pipeline"):
-        Sampler(2, 4)(Conditional(), 4, seed=0)
+
+class Conditional:
+    def __call__(self, prompt):
+        return prompt
+
+
+class Labelled:
+    def __call__(self, class_labels):
+        return class_labels
+
+
+class Unconditional:
+    def __call__(self, batch_size=1):
+        return batch_size
+
+
+class Upscaler:
+    def __call__(self, image):
+        return image
+
+
+@pytest.mark.parametrize(
+    ("pipe", "sampler", "message"),
+    [
+        (Conditional(), Sampler(), "Conditional is conditional: prompts must be given"),
+        (Conditional(), Sampler(conditions=(1,)), "Conditional takes prompts, not 1"),
+        (Labelled(), Sampler(), "labels must be given"),
+        (Labelled(), Sampler(conditions=("fox",)), "Labelled takes labels, not 'fox'"),
+        (Unconditional(), Sampler(conditions=("fox",)), "Unconditional is unconditional"),
+        (Unconditional(), Sampler(guidance_scale=2.0), "Unconditional takes none"),
+        (Upscaler(), Sampler(), "its call must take prompt or batch_size"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_pipeline_is_refused(pipe, sampler, message):
+    with pytest.raises(InputError, match=message):
+        sampler(pipe, 4, seed=0)

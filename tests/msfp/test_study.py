@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from msfp.cli import main
-from msfp.config import FinetuneConfig
 from msfp.errors import InputError
 from msfp.study import run as study_run
 from msfp.study.bench import Bench
@@ -17,6 +16,7 @@ from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
 from msfp.study.statistics import compare, mean
 from msfp.study.store import Store
 from msfp.study.subjects import SUBJECTS, Settings, model_folder
+from msfp.training.config import FinetuneConfig
 
 SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
 
@@ -30,8 +30,11 @@ def small(monkeypatch):
     """The digits model with little of everything."""
     subject = dataclasses.replace(SUBJECTS["digits-ddpm"], settings=SMALL)
     monkeypatch.setitem(SUBJECTS, "digits-ddpm", subject)
-    tuned = dataclasses.replace(RECIPES["talora-2-dfa-1"], finetune={"steps": 2, "hub": 2})
-    monkeypatch.setitem(RECIPES, "talora-2-dfa-1", tuned)
+    tuned = dataclasses.replace(RECIPES["dfa-1"], finetune={"steps": 2, "hub": 2})
+    monkeypatch.setitem(RECIPES, "dfa-1", tuned)
+    refine = {"samples": 4, "positions": 256}
+    quick = dataclasses.replace(RECIPES["matched"], quantization={"refine": refine})
+    monkeypatch.setitem(RECIPES, "matched", quick)
 
 
 def record(recipe, seed, error, psnr=20.0):
@@ -72,6 +75,14 @@ def test_recipes_build_on_recipes_that_come_before_them():
 
 def test_a_row_is_fine_tuned_with_its_own_seed():
     assert row("lora", 3).finetune() == FinetuneConfig(steps=160, seed=3)
+
+
+def test_a_guided_model_is_fine_tuned_towards_the_guided_prediction():
+    subject = SUBJECTS["digits-dit"]
+    asked = dataclasses.replace(row("lora"), model="digits-dit")
+    assert subject.finetune(asked).branches == (2.0, -1.0)
+    assert subject.settings.trajectories % subject.finetune(asked).branch_rows == 0
+    assert SUBJECTS["digits-ddpm"].finetune(row("lora")).branches == (1.0,)
 
 
 def test_a_glob_that_matches_no_row_is_refused():
@@ -123,15 +134,16 @@ def test_a_line_that_was_cut_short_is_dropped_and_the_last_of_a_name_counts(tmp_
 
 @pytest.mark.usefixtures("small")
 def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatch):
-    rows = [row(FULL_PRECISION), row("mixup"), row("talora-2-dfa-1"), row("nvfp4")]
+    rows = [row(FULL_PRECISION), row("matched"), row("dfa-1"), row("nvfp4")]
     run_rows(rows, tmp_path, trained=None)
     store = Store(tmp_path)
-    full, mixup, tuned, blocks = (store.records()[each.name] for each in rows)
+    full, matched, tuned, blocks = (store.records()[each.name] for each in rows)
     assert "psnr" not in full
     assert 0 < tuned["noise_error"] < 1
-    assert len(mixup["noise_errors"]) == len(mixup["timesteps"]) == 2
-    assert mixup["bytes"] < tuned["bytes"] < full["bytes"]
+    assert len(matched["noise_errors"]) == len(matched["timesteps"]) == 2
+    assert matched["bytes"] < tuned["bytes"] < full["bytes"]
     assert blocks["bytes"] is None
+    assert matched["quantization"]["refine"]["samples"] == 4
     assert picture_file(tmp_path, rows[1].name).is_file()
     assert missing_rows(rows, store) == []
     more = dataclasses.replace(

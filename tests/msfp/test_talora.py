@@ -8,7 +8,7 @@ from fpformats import E2M1, E2M2U
 from msfp import seal
 from msfp.open_layers import OPEN_LAYERS
 from msfp.quantizer import Quantizer
-from msfp.talora import LoRAHub, Router, Routing, attach_router
+from msfp.talora import LearnedRouter, LoRAHub, Routing, attach_router
 
 
 def wrapped(layer, entries, seed=0):
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
         torch.manual_seed(0)
         self.conv = wrapped(nn.Conv2d(1, 4, 3, padding=1), entries)
         self.linear = wrapped(nn.Linear(16, 16), entries, seed=1)
-        routing = attach_router(self, Router(2, entries))
+        routing = attach_router(self, LearnedRouter(2, entries))
         self.conv.routing = self.linear.routing = routing
         self.conv.index, self.linear.index = 0, 1
 
@@ -58,7 +58,7 @@ def test_a_new_hub_changes_nothing():
 
 def test_choices_are_exactly_one_hot_and_differ_between_layers_and_timesteps():
     torch.manual_seed(0)
-    choices = Router(8, 4)(torch.arange(0, 1000, 50))
+    choices = LearnedRouter(8, 4)(torch.arange(0, 1000, 50))
     assert set(choices.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(choices.sum(-1), torch.ones(20, 8))
     assert len(choices.argmax(-1).unique(dim=0)) > 1
@@ -149,5 +149,5 @@ def test_a_copy_routes_by_itself(sample):
 
 def test_a_batch_at_one_timestep_is_routed_once():
     routing = Routing()
-    routing.update(Router(2, 2), torch.tensor([7, 7, 7]))
+    routing.update(LearnedRouter(2, 2), torch.tensor([7, 7, 7]))
     assert routing.choices.shape == (1, 2, 2)

@@ -1,0 +1,1 @@
+"""Distilling the full-precision denoiser into the quantized one along the sampler's trajectory."""

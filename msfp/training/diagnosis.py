@@ -1,0 +1,47 @@
+"""Finding where numbers stopped being finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from msfp.open_layers import OpenLayer
+
+
+def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Return the first layer whose output has NaN or infinity in a forward, or None.
+
+    Args:
+        denoiser: Whose layers are watched: the open ones, and those without parts.
+        forward: Runs it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> _ = network[1].bias.data.fill_(torch.nan)
+        >>> first_nonfinite(network, lambda: network(torch.ones(1, 1)))
+        '1'
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return look
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in denoiser.named_modules()
+        if isinstance(module, OpenLayer) or not list(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,129 @@
+"""The loss: squared errors of the prediction, weighted by what the sampler makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from msfp.dfa import timestep_weights
+from msfp.errors import InputError
+from msfp.talora import TRAINING_TIMESTEPS
+from msfp.trajectories import Trajectories
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Gives the targets of sampler steps and rows."""
+
+
+def loss_weights(
+    timesteps: torch.Tensor, factors: dict[float, float] | None, power: float
+) -> torch.Tensor:
+    """Return the loss weight of each of the trajectories' timesteps, shape (steps,).
+
+    Args:
+        timesteps: What the denoiser was given; some pipelines divide the scheduler's by 1000.
+        factors: The sampler's `denoising_factors`, needed unless the power is 0.
+        power: Of the factors in the weights.
+
+    Raises:
+        InputError: If a timestep has no factor.
+
+    Example:
+        >>> loss_weights(torch.tensor([10, 0]), {10: -3.0, 0: -1.0}, power=1)
+        tensor([1.5000, 0.5000])
+    """
+    if power == 0:
+        return torch.ones(len(timesteps))
+    for scale in (1.0, 1.0 / TRAINING_TIMESTEPS):
+        keys = [_nearest(t, scale, factors or {}) for t in timesteps.tolist()]
+        found = [key for key in keys if key is not None]
+        if len(found) == len(keys) and factors is not None:
+            weights = timestep_weights(factors, power)
+            return torch.tensor([weights[key] for key in found])
+    raise InputError(
+        f"factors must be given for every recorded timestep where denoising_power is {power}: "
+        "measure them with the sampler and step count that recorded the trajectories"
+    )
+
+
+def _nearest(timestep: float, scale: float, factors: dict[float, float]) -> float | None:
+    """Return the key of the factors that a timestep is, up to a narrow dtype's rounding."""
+    if scale == 1.0:
+        return timestep if timestep in factors else None
+    key = min(factors, key=lambda key: abs(key * scale - timestep), default=None)
+    if key is None or abs(key * scale - timestep) > 4e-3 * abs(timestep):
+        return None
+    return key
+
+
+class Objective:
+    """The weighted squared errors of a denoiser's predictions.
+
+    Args:
+        weights: Of each sampler step, shape (steps,).
+        branches: Coefficients of the rows that are branches of one sample.
+        branch_rows: Rows of one branch that are followed by those of the next.
+    """
+
+    def __init__(
+        self, weights: torch.Tensor, branches: tuple[float, ...] = (1.0,), branch_rows: int = 1
+    ) -> None:
+        self.weights, self.branches = weights, torch.tensor(branches)
+        self.branch_rows = branch_rows
+
+    def count(self, path: Trajectories) -> int:
+        """Return how many samples a path has, each with a row for each branch."""
+        rows, branches = path.samples.shape[1], len(self.branches)
+        if branches > 1 and rows % (branches * self.branch_rows):
+            raise InputError(
+                f"trajectories have {rows} rows, which {branches} branches of {self.branch_rows} "
+                "do not fit"
+            )
+        return rows // branches
+
+    def rows(self, step: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the steps and rows of samples."""
+        branches, block = len(self.branches), self.branch_rows
+        if branches == 1:
+            return step, sample
+        first = sample // block * block * branches + sample % block
+        row = first[:, None] + torch.arange(branches) * block
+        return step.repeat_interleave(branches), row.flatten()
+
+    def errors(
+        self,
+        denoiser: nn.Module,
+        path: Trajectories,
+        targets: Predict,
+        step: torch.Tensor,
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted mean squared error of each sample, shape (samples,), float32."""
+        rows = self.rows(step, sample)
+        wanted = targets(*rows)
+        off = (path.predict(denoiser, *rows) - wanted).float()
+        if len(self.branches) > 1:
+            off = off.unflatten(0, (-1, len(self.branches)))
+            off = torch.einsum("b,sb...->s...", self.branches.to(off.device), off)
+        return off.square().flatten(1).mean(dim=1) * self.weights[step].to(off.device)
+
+    @torch.no_grad()
+    def held_out_error(
+        self, denoiser: nn.Module, path: Trajectories, batch: int, steps: range
+    ) -> float:
+        """Return the sum over some sampler steps of the mean error over all samples of a path."""
+        total = 0.0
+        samples = torch.arange(self.count(path))
+        for step in steps:
+            errors = [
+                self.errors(denoiser, path, recorded(path), torch.full_like(part, step), part)
+                for part in samples.split(batch)
+            ]
+            total += torch.cat(errors).mean().item()
+        return total
+
+
+def recorded(path: Trajectories) -> Predict:
+    """Return the targets that a path holds."""
+    return lambda step, row: path.predictions[step, row]

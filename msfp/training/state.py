@@ -1,0 +1,175 @@
+"""All that a run of training needs to go on where it was, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from msfp.errors import InputError
+
+KEY = "msfp_training"
+Named = dict[str, torch.Tensor]
+
+
+@dataclass
+class History:
+    """What was measured while training.
+
+    Attributes:
+        losses: The loss of each step.
+        errors: The error on held-out trajectories by the number of steps before it.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    errors: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> int | None:
+        """The number of steps with the lowest error, or None where none was measured."""
+        return min(self.errors, key=lambda step: self.errors[step], default=None)
+
+    def evaluations_since_best(self) -> int:
+        """Return how many errors were measured since the lowest."""
+        return sum(step > (self.best or 0) for step in self.errors)
+
+
+class TrainingState:
+    """The numbers that training changes.
+
+    Args:
+        parameters: What is trained, by name.
+        optimizer: That trains them.
+        generator: Source of batches.
+        run: What must be equal for a saved state to be of the same run, as plain JSON types.
+
+    Attributes:
+        history: What was measured so far.
+        average: Moving averages of the parameters, empty for none.
+        best: The parameters of the lowest held-out error, empty before there is one.
+        path: Samples and predictions of the student's own path, empty for none.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        run: dict[str, Any],
+    ) -> None:
+        self.parameters, self.optimizer, self.generator = parameters, optimizer, generator
+        self.run = run
+        self.history = History()
+        self.average: Named = {}
+        self.best: Named = {}
+        self.path: Named = {}
+
+    @property
+    def step(self) -> int:
+        """The number of steps that were taken."""
+        return len(self.history.losses)
+
+    def current(self) -> Named:
+        """Return copies of the parameters, or of their averages where there are any."""
+        source = self.average or self.parameters
+        return {name: value.detach().clone() for name, value in source.items()}
+
+    @torch.no_grad()
+    def put(self, values: Named) -> None:
+        """Give the parameters values."""
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+    def _parts(self) -> dict[str, Named]:
+        """Return all tensors by what they are."""
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {
+            "parameters": {name: value.detach() for name, value in self.parameters.items()},
+            "optimizer": moments,
+            "average": self.average,
+            "best": self.best,
+            "path": self.path,
+            "generator": {"state": self.generator.get_state()},
+        }
+
+    def save(self, file: Path, **facts: Any) -> None:
+        """Write the state so that a process killed at any moment leaves the old file or the new.
+
+        Args:
+            file: A safetensors file, which may exist.
+            **facts: More to write down, as plain JSON types.
+        """
+        tensors = {
+            f"{part}/{name}": value.contiguous()
+            for part, named in self._parts().items()
+            for name, value in named.items()
+        }
+        description = {
+            "run": self.run,
+            "losses": self.history.losses,
+            "errors": {str(step): error for step, error in self.history.errors.items()},
+            **facts,
+        }
+        partial = file.with_suffix(".partial")
+        save_file(tensors, partial, metadata={KEY: json.dumps(description)})
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+
+    def load(self, file: Path) -> dict[str, Any]:
+        """Take the state from a file; return what was written down.
+
+        Raises:
+            InputError: If the file is not a state, or that of another run.
+        """
+        description, tensors = _read(file)
+        saved = description["run"]
+        for key in sorted(self.run.keys() | saved.keys()):
+            if saved.get(key) != self.run.get(key):
+                raise InputError(
+                    f"{file} is the state of another run: its {key} is {saved.get(key)}, "
+                    f"not {self.run.get(key)}"
+                )
+        errors = {int(step): error for step, error in description["errors"].items()}
+        self.history = History(description["losses"], errors)
+        parts: dict[str, Named] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+        self.put(parts["parameters"])
+        for key, moment in parts["optimizer"].items():
+            name, _, leaf = key.rpartition("/")
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][leaf] = moment.to(parameter.device)
+        self.generator.set_state(parts["generator"]["state"])
+        place = _on(next(iter(self.parameters.values())).device)
+        self.average = place(parts.get("average", {}))
+        self.best, self.path = place(parts.get("best", {})), place(parts.get("path", {}))
+        return description
+
+
+def _on(device: torch.device) -> Callable[[Named], Named]:
+    """Return what moves tensors to a device."""
+    return lambda named: {name: value.to(device) for name, value in named.items()}
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Named]:
+    """Return what a file says of itself, and its tensors."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            description: dict[str, Any] = json.loads((opened.metadata() or {})[KEY])
+            return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, LookupError, ValueError) as error:
+        raise InputError(f"{file} is not a state of fine-tuning: {error}") from error

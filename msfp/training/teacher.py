@@ -1,0 +1,113 @@
+"""The full-precision denoiser inside the open quantized one: they share what is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from msfp.attention import AttentionProducts
+from msfp.errors import InputError
+from msfp.open_layers import OpenLayer
+from msfp.talora import RouterHook
+from msfp.trajectories import Trajectories
+
+
+class Teacher:
+    """Makes an open denoiser compute as its full-precision original did, for a while.
+
+    Open layers hold the full-precision weight; only of what training changes is a copy kept.
+
+    Args:
+        denoiser: Quantized and open.
+        original: The full-precision denoiser, where the open one does not hold all its
+            parameters any more; None to take those that it has now.
+
+    Raises:
+        InputError: If the original is of another architecture.
+    """
+
+    def __init__(self, denoiser: nn.Module, original: nn.Module | None = None) -> None:
+        self.denoiser = denoiser
+        self._kept: dict[str, torch.Tensor] = {}
+        if original is None:
+            return
+        parameters = dict(denoiser.named_parameters())
+        check_same_parameters(original, parameters)
+        for name, value in original.named_parameters():
+            if not torch.equal(value.to(parameters[name].device), parameters[name]):
+                self._kept[name] = value.detach().to(parameters[name].device)
+        for name, value in parameters.items():
+            if name.rpartition(".")[2] == "branch_up":  # what the original's weights still hold
+                self._kept[name] = torch.zeros_like(value)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Keep copies of parameters that are about to be trained."""
+        parameters = dict(self.denoiser.named_parameters())
+        new_parts = ("hub", "weight_quantizer", "input_quantizer", "router")
+        for name in names:
+            if name not in self._kept and not set(name.split(".")) & set(new_parts):
+                self._kept[name] = parameters[name].detach().clone()
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """Yield the denoiser, in full precision inside the block."""
+        parameters = dict(self.denoiser.named_parameters())
+        trained = {name: parameters[name].data for name in self._kept}
+        hooks = self.denoiser._forward_pre_hooks
+        routed = {key: hook for key, hook in hooks.items() if isinstance(hook, RouterHook)}
+        try:
+            for key in routed:
+                del hooks[key]
+            self._switch(self._kept, parameters, quantizing=False)
+            with torch.no_grad():
+                yield self.denoiser
+        finally:
+            self._switch(trained, parameters, quantizing=True)
+            hooks.update(routed)
+
+    def _switch(
+        self,
+        values: dict[str, torch.Tensor],
+        parameters: dict[str, nn.Parameter],
+        *,
+        quantizing: bool,
+    ) -> None:
+        """Quantize or not, and put values in the place of parameters."""
+        for module in self.denoiser.modules():
+            if isinstance(module, OpenLayer | AttentionProducts):
+                module.quantizing = quantizing
+        for name, value in values.items():
+            parameters[name].data = value
+
+    def labelled(self, path: Trajectories, batch: int) -> Trajectories:
+        """Return a path with the full-precision predictions, asked for in batches."""
+        with self.active() as denoiser:
+            predictions = [
+                torch.cat(
+                    [
+                        path.predict(denoiser, torch.full_like(rows, step), rows)
+                        for rows in torch.arange(path.samples.shape[1]).split(batch)
+                    ]
+                )
+                for step in range(len(path.timesteps))
+            ]
+        return replace(path, predictions=torch.stack(predictions))
+
+
+def check_same_parameters(
+    original: nn.Module, parameters: dict[str, nn.Parameter] | dict[str, torch.Tensor]
+) -> None:
+    """Raise InputError unless a denoiser has the parameters of its full-precision original."""
+    kind = type(original).__name__
+    for name, value in original.named_parameters():
+        if name not in parameters:
+            raise InputError(f"the teacher must be what was quantized: its {kind} alone has {name}")
+        if parameters[name].shape != value.shape:
+            raise InputError(
+                f"the teacher must be what was quantized: {name} of its {kind} has the shape "
+                f"{tuple(value.shape)}, not {tuple(parameters[name].shape)}"
+            )

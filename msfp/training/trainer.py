@@ -1,0 +1,305 @@
+"""The loop of fine-tuning: steps, evaluations, the student's own path, saved states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from msfp.errors import InputError
+from msfp.talora import LearnedRouter
+from msfp.training.batches import shares
+from msfp.training.config import FinetuneConfig
+from msfp.training.diagnosis import first_nonfinite
+from msfp.training.objective import Objective, Predict, recorded
+from msfp.training.parameters import ScaleFloors, optimizer_groups, trained_parameters
+from msfp.training.processes import accelerator, sum_gradients, summed
+from msfp.training.state import History, TrainingState
+from msfp.training.teacher import Teacher
+from msfp.trajectories import Trajectories, draw_batch
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far training is.
+
+    Attributes:
+        step: Steps taken.
+        steps: Steps there are to take.
+        loss: Of the last step.
+        error: The last error on held-out trajectories, or None.
+        seconds_left: Until the last step, at the mean pace so far.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    error: float | None
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run of training reads.
+
+    Attributes:
+        path: Trajectories of the full-precision denoiser.
+        objective: The loss.
+        teacher: The full-precision denoiser inside the trained one.
+        held_out: Trajectories that are not trained on, or None.
+        own_path: Records the path of the denoiser as it is now by the calls that recorded `path`,
+            or None.
+        file: Where the state is kept, or None.
+        tensorboard: A folder for TensorBoard, or None.
+    """
+
+    path: Trajectories
+    objective: Objective
+    teacher: Teacher
+    held_out: Trajectories | None = None
+    own_path: Callable[[], Trajectories] | None = None
+    file: Path | None = None
+    tensorboard: Path | None = None
+
+
+class Trainer:
+    """Trains a denoiser with LoRAs.
+
+    Args:
+        denoiser: Quantized, open, with hubs; changed in place.
+        material: What training reads.
+        config: How to train.
+    """
+
+    def __init__(self, denoiser: nn.Module, material: Material, config: FinetuneConfig) -> None:
+        self.denoiser, self.material, self.config = denoiser, material, config
+        self.objective = material.objective
+        denoiser.requires_grad_(False)
+        if config.checkpointing:
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        rates = trained_parameters(denoiser, config.rates)
+        if not rates:
+            raise InputError("rates must leave something to be trained")
+        material.teacher.keep(rates)
+        named = dict(denoiser.named_parameters())
+        self.parameters = {name: named[name] for name in rates}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        device = next(iter(self.parameters.values())).device
+        self.accelerator = accelerator(device, config.precision, material.tensorboard)
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(self.parameters, rates), betas=(0.9, 0.99), weight_decay=0.0,
+            fused=True,
+        )  # fmt: skip
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self.floors = ScaleFloors(denoiser)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.state = TrainingState(self.parameters, optimizer, generator, self._run_facts())
+        if config.ema:
+            self.state.average = self.state.current()
+        self.saved: int | None = None
+
+    def _run_facts(self) -> dict[str, Any]:
+        """Return what makes a run another run, as JSON gives it back."""
+        path = self.material.path
+        return {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in self.config.to_dict().items()},
+            "timesteps": path.timesteps.tolist(),
+            "shape": list(path.samples.shape),
+        }
+
+    def resume(self) -> None:
+        """Go on from the saved state.
+
+        Raises:
+            InputError: If there is none, or it is of another run.
+        """
+        file = self.material.file
+        if file is None or not file.is_file():
+            raise InputError(f"there is no state to resume from: {file} does not exist")
+        scaler = self.state.load(file)["scaler"]
+        if scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self.saved = self.state.step
+
+    def run(self, progress: Callable[[Status], None] | None = None) -> History:
+        """Train to the last step or until the held-out error stops falling.
+
+        Returns:
+            What was measured. The denoiser has the best parameters.
+
+        Raises:
+            InputError: If the loss or its gradient is not finite.
+        """
+        self._start_logs()
+        started, first = time.monotonic(), self.state.step
+        history = self.state.history
+        self._evaluate()
+        while self.state.step < self.config.steps and not self._finished():
+            self._refresh_own_path()
+            loss = self._step()
+            self._evaluate()
+            if self.state.step % self.config.save_every == 0:
+                self._save()
+            self.accelerator.log({"loss": loss, **self._last_error()}, step=self.state.step)
+            if progress is not None:
+                done = self.state.step - first
+                pace = (time.monotonic() - started) / done
+                left = pace * (self.config.steps - self.state.step)
+                error = self._last_error().get("held_out_error")
+                progress(Status(self.state.step, self.config.steps, loss, error, left))
+        self._save()
+        if self.config.checkpointing:
+            self.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+        if self.state.best or self.state.average:
+            self.state.put(self.state.best or self.state.average)
+        if self.material.tensorboard is not None:
+            self.accelerator.end_training()
+        return history
+
+    def _start_logs(self) -> None:
+        if self.material.tensorboard is not None:
+            facts = {key: str(value) for key, value in self.config.to_dict().items()}
+            self.accelerator.init_trackers("msfp", config=facts)
+
+    def _last_error(self) -> dict[str, float]:
+        errors = list(self.state.history.errors.values())
+        return {"held_out_error": errors[-1]} if errors else {}
+
+    def _finished(self) -> bool:
+        patience = self.config.patience
+        return patience > 0 and self.state.history.evaluations_since_best() >= patience
+
+    def _step(self) -> float:
+        """Take one step of the optimizer; return its loss."""
+        share = self.state.step / self.config.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - share)
+        self._set_temperature(share)
+        path, targets = self._path_and_targets()
+        count = self.objective.count(path)
+        batch = draw_batch(len(path.timesteps), count, self.config.batch, self.state.generator)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = 0.0
+        for part in shares(batch, process, processes, self.config.accumulation):
+            with self.accelerator.autocast():
+                errors = self.objective.errors(self.denoiser, path, targets, *part)
+            part_loss = errors.sum() / self.config.batch
+            loss += part_loss.item()
+            self.accelerator.backward(part_loss)
+        loss = summed(loss, self.accelerator)
+        self._check_finite(loss, path, batch)
+        sum_gradients(self.parameters.values(), self.accelerator)
+        if self.config.clip is not None:
+            self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        self.optimizer.step()
+        self.floors.apply()
+        self._update_average()
+        self.state.history.losses.append(loss)
+        return loss
+
+    def _set_temperature(self, share: float) -> None:
+        router = dict(self.denoiser.named_children()).get("router")
+        if isinstance(router, LearnedRouter):
+            first, last = self.config.temperature
+            router.temperature = first * (last / first) ** share
+
+    def _path_and_targets(self) -> tuple[Trajectories, Predict]:
+        """Return the path that the next step trains on, and what it trains towards."""
+        path = self.material.path
+        if self.state.path and self.state.step % 2:
+            own = self.state.path
+            path = replace(path, samples=own["samples"], predictions=own["predictions"])
+        if self.config.cache_teacher:
+            return path, recorded(path)
+
+        def ask(step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+            with self.material.teacher.active() as teacher:
+                return path.predict(teacher, step, row)
+
+        return path, ask
+
+    def _refresh_own_path(self) -> None:
+        """Record the student's own path anew when it is time to."""
+        every, own_path = self.config.student_every, self.material.own_path
+        if not every or own_path is None or self.state.step % every:
+            return
+        path = own_path()
+        recorded_path = self.material.path
+        if path.samples.shape != recorded_path.samples.shape:
+            raise InputError(
+                f"own_path must make the calls that recorded the trajectories: its samples have "
+                f"the shape {tuple(path.samples.shape)}, not {tuple(recorded_path.samples.shape)}"
+            )
+        path = replace(recorded_path, samples=path.samples)
+        path = self.material.teacher.labelled(path, self.config.batch)
+        self.state.path = {"samples": path.samples, "predictions": path.predictions}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        for name, average in self.state.average.items():
+            average.lerp_(self.parameters[name].to(average.dtype), 1 - self.config.ema)
+
+    def _evaluate(self) -> None:
+        """Measure the error on held-out trajectories when it is time to."""
+        held_out, step = self.material.held_out, self.state.step
+        every = self.config.evaluate_every
+        if held_out is None or not every or step in self.state.history.errors:
+            return
+        if step % every and step != self.config.steps:
+            return
+        before = {name: value.detach().clone() for name, value in self.parameters.items()}
+        current = self.state.current()
+        self.state.put(current)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        steps = range(process, len(held_out.timesteps), processes)
+        with self.accelerator.autocast():
+            error = self.objective.held_out_error(self.denoiser, held_out, self.config.batch, steps)
+        error = summed(error, self.accelerator) / len(held_out.timesteps)
+        self.state.put(before)
+        self.state.history.errors[step] = error
+        if self.state.history.best == step:
+            self.state.best = current
+
+    def _save(self) -> None:
+        """Save the state, where there is a file to."""
+        if self.material.file is None or self.saved == self.state.step:
+            return
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            facts = None if scaler is None else scaler.state_dict()
+            self.state.save(self.material.file, scaler=facts)
+        self.accelerator.wait_for_everyone()
+        self.saved = self.state.step
+
+    def _check_finite(
+        self, loss: float, path: Trajectories, batch: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Raise InputError unless the loss, and without a scaler its gradient, is finite."""
+        nonfinite = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        finite = torch.isfinite(torch.tensor(loss))
+        if finite and (not nonfinite or self.accelerator.scaler is not None):
+            return
+        rows = self.objective.rows(*batch)
+        with self.accelerator.autocast():
+            layer = first_nonfinite(self.denoiser, lambda: path.predict(self.denoiser, *rows))
+        if layer is not None:
+            where = f"the first output that is not finite is that of layer {layer}"
+        elif nonfinite:
+            where = f"the gradient of {nonfinite[0]} is not finite"
+        else:
+            where = "the outputs of all layers are finite: what they are trained towards is not"
+        good = "no state was saved"
+        if self.saved is not None:
+            good = f"the last good state is {self.material.file}, of step {self.saved}"
+        raise InputError(f"the loss is {loss} at step {self.state.step}; {where}; {good}")

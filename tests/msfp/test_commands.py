@@ -1,0 +1,261 @@
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from families import pipeline
+
+from msfp import Calibration, inspect_layers, load
+from msfp.cli import main
+
+QUICK = ("--steps", 2, "--count", 4, "--batch", 4)
+
+
+def msfp(*arguments):
+    return main([str(word) for word in arguments])
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A checkpoint of the reference model, the report on it and its calibration."""
+    folder = tmp_path_factory.mktemp("digits")
+    code = msfp(
+        "quantize", "digits", *QUICK, "--output", folder / "model", "--report", folder / "q.html",
+        "--calibration", folder / "c.safetensors",
+    )  # fmt: skip
+    assert code == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("conditional_unet", ("--prompts", "prompts.txt", "--guidance-scale", 3)),
+        ("dit", ("--labels", 1, 2, 3)),
+        ("unet", ()),
+    ],
+)
+def test_a_pipeline_goes_all_the_way(family, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipeline(family, tmp_path / "vocabulary").save_pretrained("plain")
+    (tmp_path / "prompts.txt").write_text("a\n\na a a\n")
+    assert msfp("quantize", "plain", *QUICK, *words, "--output", "packed") == 0
+    assert msfp("sample", "packed", *QUICK, *words, "--output", "grid.png") == 0
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    code = msfp("evaluate", "packed", "--against", "plain", *QUICK, *words, "--json", "e.json",
+                "--report", "e.html")  # fmt: skip
+    assert code == 0
+    assert "Frechet distance (pixels)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["count"] == 4
+    assert found["noise_error"] > 0
+    assert found["conditions"] == {"dit": [1, 2, 3], "unet": []}.get(family, ["a", "a a a"])
+    assert len(found["layers"]) == len(inspect_layers("packed"))
+    assert "data:image/png;base64," in (tmp_path / "e.html").read_text()
+
+
+def test_quantize_says_what_it_did_and_reports(digits):
+    assert len(inspect_layers(digits / "model")) == 65
+    assert (digits / "model" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    page = (digits / "q.html").read_text()
+    assert "digits at W4A4" in page
+    assert page.count("data:image/png;base64,") == 1 + 2 * 4
+
+
+def test_a_kept_calibration_is_not_made_again(digits, tmp_path, capsys):
+    before = (digits / "c.safetensors").read_bytes()
+    code = msfp(
+        "quantize", "digits", *QUICK, "--output", tmp_path / "again", "--calibration",
+        digits / "c.safetensors", "--weights", 5, "--first-last", 5, "--exclude", "time_embedding",
+        "--exclude", "*.to_q", "--scheme", "signed", "--granularity", "tensor",
+    )  # fmt: skip
+    assert code == 0
+    assert (digits / "c.safetensors").read_bytes() == before
+    facts = inspect_layers(tmp_path / "again")
+    names = {each.layer for each in facts}
+    assert "0 with unsigned inputs" in capsys.readouterr().out
+    assert not any(name.startswith("time_embedding") or name.endswith("to_q") for name in names)
+    assert {each.weight.bits for each in facts} == {5}
+    assert load(tmp_path / "again")
+
+
+def test_weights_alone_take_no_calibration(tmp_path):
+    code = msfp("quantize", "digits", "--activations", "none", "--include", "mid_block",
+                "--first-last", 4, "--output", tmp_path / "w4")  # fmt: skip
+    assert code == 0
+    facts = inspect_layers(tmp_path / "w4")
+    assert all(each.layer.startswith("mid_block.") and each.input is None for each in facts)
+
+
+def test_inspect_prints_whole_lines(digits, capsys):
+    assert msfp("inspect", digits / "model", "--sort", "input_sqnr", "--filter", "*.conv2") == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if ".conv2" in line]
+    assert len(rows) == 11
+    assert "…" not in out
+    assert re.search(r"11 layers, [\d,]+ bytes; weights: 11 at 4 bits; inputs: 11 unsigned", out)
+    facts = {each.layer: each for each in inspect_layers(digits / "model")}
+    quality = [facts[row[0]].input_sqnr for row in rows]
+    assert quality == sorted(quality)
+
+
+def test_inspect_writes_json_and_csv(digits, tmp_path, capsys):
+    assert msfp("inspect", digits / "model", "--json", "-") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["layer"] == "conv_in"
+    assert rows[0]["weight_choices"]
+    assert msfp("inspect", digits / "model", "--csv", "-", "--sort", "layer") == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    by_name = {row["layer"]: row for row in rows}
+    assert [line["layer"] for line in lines] == sorted(by_name)
+    for line in lines:
+        for key, text in line.items():
+            value = by_name[line["layer"]][key]
+            assert text == ("" if value is None else str(value))
+    files = ("--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv")
+    assert msfp("inspect", digits / "model", *files) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == rows
+
+
+def test_evaluate_writes_json_alone_to_standard_output(digits, capsys):
+    code = msfp("evaluate", digits / "model", "--against", "digits", *QUICK, "--sampler", "dpm++",
+                "--json", "-")  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert found["features"] == "digits"
+    assert found["timesteps"] == [999, 499]
+
+
+def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
+    state = tmp_path / "c.safetensors"
+    words = ("quantize", "digits", "--steps", "3", "--count", "400", "--batch", "2",
+             "--output", tmp_path / "model", "--calibration", state)  # fmt: skip
+    command = [sys.executable, "-m", "msfp.cli", *map(str, words)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    until = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "c.safetensors is there, whole" in stderr
+    assert "Traceback" not in stderr
+    kept = Calibration.load(state)
+    assert kept.total == 200
+    assert 0 < len(kept.calls) < 200
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def text_to_image(tmp_path):
+    pipeline("conditional_unet", tmp_path / "vocabulary").save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def classes(tmp_path):
+    pipeline("dit", tmp_path).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def written(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    return tmp_path / "file"
+
+
+BAD = {
+    "no prompts": (
+        lambda t, _: ["quantize", text_to_image(t), "--output", t / "x"],
+        "StableDiffusionPipeline is conditional: prompts must be given",
+    ),
+    "labels for text": (
+        lambda t, _: ["quantize", text_to_image(t), "--labels", 1, "--output", t / "x"],
+        "takes prompts, not 1",
+    ),
+    "prompts for classes": (
+        lambda t, _: ["quantize", classes(t), "--prompts", written(t, "a"), "--output", t / "x"],
+        "DiTPipeline takes labels, not 'a'",
+    ),
+    "prompts for digits": (
+        lambda t, _: ["quantize", "digits", "--prompts", written(t, "a"), "--output", t / "x"],
+        "DDIMPipeline is unconditional",
+    ),
+    "empty prompts": (
+        lambda t, _: ["quantize", "digits", "--prompts", written(t, "\n \n"), "--output", t / "x"],
+        "must hold a prompt in at least one line",
+    ),
+    "absent prompts": (
+        lambda t, _: ["quantize", "digits", "--prompts", t / "no", "--output", t / "x"],
+        "prompts .* cannot be read",
+    ),
+    "guidance": (
+        lambda t, _: ["quantize", "digits", "--guidance-scale", "nan", "--output", t / "x"],
+        "must be a number from 0 to 100",
+    ),
+    "no guidance": (
+        lambda t, _: ["quantize", "digits", "--guidance-scale", 2, "--output", t / "x"],
+        "guidance_scale must not be given: DDIMPipeline takes none",
+    ),
+    "device": (
+        lambda t, _: ["quantize", "digits", "--device", "abacus", "--output", t / "x"],
+        "device 'abacus' cannot be used",
+    ),
+    "glob": (
+        lambda t, _: ["quantize", "digits", "--exclude", "transformer", "--output", t / "x"],
+        "exclude has 'transformer', which matches no layer",
+    ),
+    "report": (
+        lambda t, _: ["quantize", "digits", "--report", t / "r.pdf", "--output", t / "x"],
+        r"report .* must be a new \.html file",
+    ),
+    "calibration": (
+        lambda t, _: ["quantize", "digits", "--calibration", written(t, "a"), "--output", t / "x"],
+        "calibration .* cannot be read",
+    ),
+    "block scheme": (
+        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--output", t / "x"],
+        "invalid choice: 'mx'",
+    ),
+    "filter": (
+        lambda _, model: ["inspect", model, "--filter", "transformer"],
+        "filter 'transformer' matches none of the 65 layers",
+    ),
+    "inspect": (lambda t, _: ["inspect", t / "no"], "is not a folder"),
+    "json": (
+        lambda t, model: ["inspect", model, "--json", written(t, "kept")],
+        r"must be a new \.json file",
+    ),
+    "features": (
+        lambda _, model: ["evaluate", model, "--against", "digits", "--features", "vgg"],
+        "features must be pixels, digits",
+    ),
+    "one image": (
+        lambda _, model: ["evaluate", model, "--against", "digits", "--count", 1],
+        "count must be at least 2",
+    ),
+    "against itself": (
+        lambda _, model: ["evaluate", model, "--against", model],
+        "is quantized already",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_two(case, digits, tmp_path, capsys):
+    words, message = BAD[case]
+    arguments = words(tmp_path, digits / "model")
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = msfp(*arguments)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, error.strip().splitlines()[-1])
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before

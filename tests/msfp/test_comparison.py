@@ -1,0 +1,124 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from families import make, pipeline
+
+import msfp
+from msfp import FinetuneConfig, InputError, QuantizationConfig, Sampler
+from msfp.comparison import compare
+from msfp.evaluate import noise_errors, paired_psnr
+from msfp.features import pixels
+from msfp.layers import quantized_layers
+
+COUNT, SEED = 8, 3
+
+
+@pytest.fixture(scope="module")
+def sealed(reference, calibration):
+    pipe = copy.deepcopy(reference)
+    msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
+    msfp.seal(pipe.unet)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def found(reference, sealed, sampler):
+    return compare(reference, sealed, sampler, count=COUNT, seed=SEED, features=pixels)
+
+
+def test_images_are_paired_by_their_noise(found, reference, sealed, sampler):
+    full, images = (sampler(pipe, COUNT, SEED) for pipe in (reference, sealed))
+    assert torch.equal(found.images[0], full)
+    assert torch.equal(found.images[1], images)
+    assert found.psnr == paired_psnr(images, full)
+    assert found.sqnr == pytest.approx(
+        10 * math.log10((full**2).sum() / ((images - full) ** 2).sum()), rel=1e-5
+    )
+    assert 0 < found.ssim < 1
+
+
+def test_errors_by_timestep_are_those_of_predictions(found, reference, sealed, sampler):
+    paths = msfp.record_trajectories(reference, sampler.calls(1, SEED + 2))
+    assert found.timesteps == paths.timesteps.tolist()
+    assert found.noise_errors == pytest.approx(noise_errors(sealed.unet, paths), rel=1e-5)
+    energy = paths.predictions[0].double().square().mean().item()
+    assert found.noise_sqnr[0] == pytest.approx(10 * math.log10(energy / found.noise_errors[0]))
+
+
+def test_the_error_of_a_layer_is_that_of_its_output_for_full_precision_inputs(
+    found, reference, sealed, sampler
+):
+    name = "mid_block.attentions.0.to_q"
+    plain, layer = (pipe.unet.get_submodule(name) for pipe in (reference, sealed))
+    inputs = []
+    handle = plain.register_forward_hook(lambda _module, args, _output: inputs.append(args[0]))
+    paths = msfp.record_trajectories(reference, sampler.calls(1, SEED + 2))
+    inputs.clear()
+    rows = torch.arange(sampler.batch)
+    with torch.no_grad():
+        for step in range(sampler.steps):
+            paths.predict(reference.unet, torch.full_like(rows, step), rows)
+        handle.remove()
+        x = torch.cat(inputs)
+        expected = plain(x)
+        noise = layer(x) - expected
+    ratio = 10 * math.log10(expected.double().square().sum() / noise.double().square().sum())
+    assert found.layers[name] == pytest.approx(ratio, abs=1e-4)
+    assert found.layers.keys() == quantized_layers(sealed.unet).keys()
+
+
+def test_more_bits_are_closer_by_every_measure(reference, calibration, sampler, found):
+    fine = copy.deepcopy(reference)
+    msfp.quantize(fine, QuantizationConfig(6, 6), calibration=calibration)
+    msfp.seal(fine.unet)
+    better = compare(reference, fine, sampler, count=COUNT, seed=SEED, features=pixels)
+    assert better.psnr > found.psnr + 6
+    assert better.sqnr > found.sqnr + 6
+    assert better.ssim > found.ssim
+    assert better.noise_error < found.noise_error / 8
+    assert abs(better.frechet - better.frechet_floor) < abs(found.frechet - found.frechet_floor)
+    inner = found.layers.keys() - {"conv_in", "conv_out"}
+    assert all(better.layers[name] > found.layers[name] + 3 for name in inner)
+    assert found.bytes[0] == better.bytes[0] > better.bytes[1] > found.bytes[1]
+
+
+def test_a_model_with_a_router_can_be_compared(quantized, reference, trajectories, sampler):
+    pipe, _ = quantized()
+    msfp.finetune(pipe.unet, trajectories, FinetuneConfig(hub=2, rank=2, steps=2, batch=4))
+    found = compare(reference, pipe, sampler, count=2, seed=SEED, features=pixels)
+    assert min(found.layers.values()) > 10
+
+
+def test_both_branches_of_guidance_count(tmp_path):
+    full = pipeline("conditional_unet", tmp_path)
+    sampler = Sampler(2, 2, ("a", "a a"), guidance_scale=3.0)
+    quantized = copy.deepcopy(full)
+    msfp.quantize(quantized, QuantizationConfig(), calibration=sampler.calls(2, 0))
+    msfp.seal(quantized.unet)
+    found = compare(full, quantized, sampler, count=4, seed=0, features=pixels)
+    assert found.noise_error > 0
+    assert found.images[1].shape == (4, 3, 16, 16)
+    assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_numbers_that_json_does_not_have_are_null(found):
+    values = found.to_dict() | {"images": None}
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values["conditions"] == []
+    assert values["steps"] == 4
+
+
+def test_what_cannot_be_compared_is_refused(reference, sealed, sampler):
+    def refused(full, quantized, message, count=4):
+        with pytest.raises(InputError, match=message):
+            compare(full, quantized, sampler, count=count, seed=0, features=pixels)
+
+    refused(reference, reference, "must be compared with one in full precision")
+    refused(sealed, sealed, "must be compared with one in full precision")
+    refused(reference, sealed, "count must be at least 2", count=1)
+    other = copy.deepcopy(reference)
+    other.unet = make("unet")
+    refused(other, sealed, "different models: layer")

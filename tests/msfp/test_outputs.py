@@ -1,0 +1,42 @@
+import pytest
+
+from msfp import InputError
+from msfp.outputs import atomic_file, atomic_folder, check_new_file, check_output
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
+        (folder / "half").write_text("written")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for path in ("file", "file/x", "file/x/y", "link", "empty"):
+        with pytest.raises(InputError, match="output"):
+            check_output(tmp_path / path)
+    check_output(tmp_path / "new" / "folder")
+
+
+def test_a_file_is_there_once_it_is_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a.json") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with atomic_file(tmp_path / "a.json") as partial:
+        partial.write_text("whole")
+        assert not (tmp_path / "a.json").exists()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "whole")]
+
+
+def test_a_file_must_be_new_and_of_its_kind_and_its_folder_there(tmp_path):
+    (tmp_path / "old.json").write_text("kept")
+    check_new_file("json", tmp_path / "new.json", ".json")
+    for path in ("old.json", "new.txt", "no/new.json"):
+        with pytest.raises(InputError, match=r"json .* must be a new \.json file"):
+            check_new_file("json", tmp_path / path, ".json")

@@ -1,0 +1,64 @@
+"""Fine-tunes a tiny denoiser in a process of its own, which can be killed or be one of several."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from test_trainer import EVERYTHING, SHORT
+from tiny import SAMPLER, tiny_pipeline, tiny_quantized
+
+from msfp import FinetuneConfig, denoising_factors, finetune, record_trajectories
+from msfp.training.objective import Objective
+from msfp.training.parameters import add_hubs
+from msfp.training.teacher import Teacher
+from msfp.training.trainer import Material, Trainer
+
+
+def everything(folder, student, path, held_out, factors):
+    file = folder / "state.safetensors"
+
+    def wait(_status):
+        time.sleep(1.0 if "--slowly" in sys.argv else 0.0)
+
+    finetune(
+        student.unet,
+        path,
+        FinetuneConfig(**EVERYTHING),
+        factors=factors,
+        held_out=held_out,
+        own_path=lambda: record_trajectories(student, SAMPLER.calls(8, seed=5)),
+        file=file,
+        resume="--resume" in sys.argv,
+        progress=wait,
+    )
+    save_file(student.unet.state_dict(), folder / "final.safetensors")
+
+
+def plain(folder, student, path):
+    config = FinetuneConfig(**SHORT | {"steps": 3}, hub=2)
+    material = Material(path, Objective(torch.ones(4), (1.0,)), Teacher(student.unet))
+    add_hubs(student.unet, config, path.timesteps)
+    trainer = Trainer(student.unet, material, config)
+    trainer.run()
+    tensors = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    save_file(tensors, folder / "trained.safetensors")
+
+
+def main():
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    folder.mkdir(exist_ok=True)
+    full = tiny_pipeline()
+    student = tiny_quantized(full)
+    path = record_trajectories(full, SAMPLER.calls(8, seed=5))
+    if "--plain" in sys.argv:
+        plain(folder, student, path)
+        return
+    held_out = record_trajectories(full, SAMPLER.calls(4, seed=77))
+    everything(folder, student, path, held_out, denoising_factors(full.scheduler, 4))
+
+
+if __name__ == "__main__":
+    main()

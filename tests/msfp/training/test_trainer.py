@@ -1,0 +1,353 @@
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import SAMPLER
+
+from msfp import FinetuneConfig, InputError, denoising_factors, finetune, record_trajectories
+from msfp.open_layers import open_layers
+from msfp.training.objective import Objective
+from msfp.training.parameters import add_hubs
+from msfp.training.state import History
+from msfp.training.teacher import Teacher
+from msfp.training.trainer import Material, Trainer
+
+HERE = Path(__file__).parent
+SHORT = {"rank": 2, "steps": 6, "batch": 8}
+EVERYTHING = {
+    **SHORT, "hub": 2, "temperature": (2.0, 0.5), "ema": 0.5, "student_every": 2,
+    "evaluate_every": 2, "save_every": 1, "clip": 0.1, "denoising_power": 1.0,
+}  # fmt: skip
+
+
+def tuned(pipe, path, config, **more):
+    """The state of a copy of a pipeline's denoiser after fine-tuning, and the history."""
+    pipe = copy.deepcopy(pipe)
+    history = finetune(pipe.unet, path, config, **more)
+    return pipe.unet.state_dict(), history
+
+
+def trained(pipe, path, config, **more):
+    """The trained parameters of a copy of a pipeline's denoiser, not rounded."""
+    unet = copy.deepcopy(pipe).unet
+    objective = Objective(torch.ones(len(path.timesteps)), config.branches)
+    material = Material(path, objective, Teacher(unet), **more)
+    add_hubs(unet, config, path.timesteps)
+    trainer = Trainer(unet, material, config)
+    history = trainer.run()
+    return {name: value.detach() for name, value in trainer.parameters.items()}, history
+
+
+def difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def script(folder, *arguments, **environment):
+    command = [sys.executable, str(HERE / "run_training.py"), str(folder), *arguments]
+    paths = [str(HERE.parents[2]), str(HERE)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(  # noqa: S603
+        command, env=env | environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
+    """Killed without warning as soon as there is a state, with everything on that has a state."""
+    whole = script(tmp_path / "whole")
+    killed = script(tmp_path / "killed", "--slowly")
+    state = tmp_path / "killed" / "state.safetensors"
+    deadline = time.monotonic() + 300
+    while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final.safetensors").exists()
+    finished(script(tmp_path / "killed", "--resume"))
+    finished(whole)
+    one, other = (load_file(tmp_path / each / "final.safetensors") for each in ("whole", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    two = [
+        script(tmp_path / f"two{rank}", "--plain", RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+    one = script(tmp_path / "one", "--plain")
+    for process in (*two, one):
+        finished(process)
+    alone = load_file(tmp_path / "one" / "trained.safetensors")
+    first, second = (load_file(tmp_path / f"two{rank}" / "trained.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # After a few steps; Adam makes large what is nearly nothing in a gradient of zero.
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_in_parts_is_that_batch(student, path):
+    config = FinetuneConfig(**SHORT | {"steps": 2})
+    whole, _ = trained(student, path, config)
+    parts, _ = trained(student, path, replace(config, accumulation=4))
+    assert difference(whole, parts) < 1e-4
+
+
+def test_activations_computed_again_give_the_same_gradients(student, path):
+    config = FinetuneConfig(**SHORT | {"steps": 2}, hub=2)
+    kept, _ = trained(student, path, config)
+    runs = []
+    block = student.unet.mid_block.resnets[0]
+    block.register_forward_hook(lambda *_: runs.append(1))
+    tuned(student, path, replace(config, checkpointing=True))
+    assert len(runs) == 1 + 2 * 2  # the check, and each step forward and again
+    again, _ = trained(student, path, replace(config, checkpointing=True))
+    assert difference(kept, again) < 1e-4
+
+
+def test_asking_the_teacher_again_is_training_towards_what_was_recorded(student, path):
+    config = FinetuneConfig(**SHORT | {"steps": 2})
+    recorded, _ = trained(student, path, config)
+    asked, _ = trained(student, path, replace(config, cache_teacher=False))
+    assert difference(recorded, asked) < 1e-4
+
+
+def test_a_hub_that_always_takes_its_first_lora_trains_like_a_single_one(student, path):
+    single, _ = trained(student, path, FinetuneConfig(**SHORT))
+    config = FinetuneConfig(**SHORT, hub=2, routing="segments")
+    unet = copy.deepcopy(student).unet
+    material = Material(path, Objective(torch.ones(4), (1.0,)), Teacher(unet))
+    add_hubs(unet, config, path.timesteps)
+    unet.router.boundaries.fill_(torch.inf)
+    for name, layer in open_layers(unet).items():
+        layer.hub.down.data[0] = first_down(student, path)[name]
+    trainer = Trainer(unet, material, config)
+    trainer.run()
+    for name, value in single.items():
+        other = trainer.parameters[name].detach()
+        other = other[:1] if ".hub." in name else other
+        assert torch.equal(other, value), name
+
+
+def first_down(student, path):
+    unet = copy.deepcopy(student).unet
+    add_hubs(unet, FinetuneConfig(**SHORT), path.timesteps)
+    return {name: layer.hub.down.data[0] for name, layer in open_layers(unet).items()}
+
+
+def test_the_parameters_of_the_lowest_held_out_error_are_the_result(student, path, held_out):
+    config = FinetuneConfig(**SHORT, evaluate_every=1, rates={"adapters": 0.9, "norms": 0.5})
+    _, history = tuned(student, path, config, held_out=held_out)
+    assert set(history.errors) == set(range(7))
+    unet = copy.deepcopy(student).unet
+    config = replace(config, rates=FinetuneConfig().rates)
+    finetune(unet, path, config, held_out=held_out)
+    objective = Objective(torch.ones(4), (1.0,))
+    _, history = tuned(student, path, config, held_out=held_out)
+    error = objective.held_out_error(unet, held_out, 8, range(4)) / 4
+    assert error == pytest.approx(min(history.errors.values()), rel=1e-4)
+
+
+def test_training_stops_when_the_held_out_error_does_not_fall(student, path, held_out):
+    rates = {"adapters": 1.0, "biases": 1.0, "norms": 1.0}
+    config = FinetuneConfig(rank=2, steps=50, batch=8, evaluate_every=1, patience=3, rates=rates)
+    _, history = tuned(student, path, config, held_out=held_out)
+    assert len(history.losses) < 50
+    assert history.evaluations_since_best() == 3
+
+
+def test_the_average_lags_behind_what_is_trained(student, path):
+    config = FinetuneConfig(**SHORT)
+    start, _ = trained(student, path, replace(config, steps=1, rates={"norms": 1e-12}))
+    last, _ = trained(student, path, config)
+    average, _ = trained(student, path, replace(config, ema=0.9))
+    name = "conv_in.hub.up"
+    moved, lagged = last[name].abs().sum(), average[name].abs().sum()
+    assert 0 < lagged < moved
+    assert name in start
+
+
+def test_every_group_can_be_frozen_and_trained_by_itself(student, path):
+    groups = {
+        "adapters": ".hub.", "router": "router.", "weight_scales": ".weight_quantizer.",
+        "input_scales": ".input_quantizer.", "biases": "conv_in.bias", "norms": "norm1.weight",
+    }  # fmt: skip
+    for group, part in groups.items():
+        rates = dict.fromkeys(groups, 0.0) | {group: 1e-3}
+        config = FinetuneConfig(rank=2, steps=1, batch=4, hub=2, rates=rates)
+        names = trained(student, path, config)[0]
+        assert any(part in name for name in names)
+        assert not any(other in name for o, other in groups.items() if o != group for name in names)
+
+
+def test_the_student_trains_on_its_own_path(student, path):
+    seen = []
+
+    def own_path():
+        seen.append(record_trajectories(student, SAMPLER.calls(8, seed=5)))
+        return seen[-1]
+
+    config = FinetuneConfig(**SHORT, student_every=4)
+    finetune(student.unet, path, config, own_path=own_path)
+    assert len(seen) == 2
+    assert not torch.equal(seen[0].samples[-1], path.samples[-1])
+    assert not torch.equal(seen[0].samples[-1], seen[1].samples[-1])
+
+
+def test_branches_of_guidance_are_trained_by_their_sum(student, path):
+    """Errors that cancel in the sum cost nothing."""
+    rows = torch.arange(8)
+    objective = Objective(torch.ones(4), (-1.0, 2.0))
+    off = torch.ones_like(path.predictions)
+    off[:, 1::2] = 0.5
+    step = torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        own = path.predict(student.unet, torch.zeros_like(rows), rows)
+    wanted = replace(path, predictions=path.predictions.clone())
+    wanted.predictions[0] = own + off[0]
+    errors = objective.errors(
+        student.unet, wanted, lambda s, r: wanted.predictions[s, r], step, torch.arange(4)
+    )
+    torch.testing.assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)
+    assert objective.count(path) == 4
+    with pytest.raises(InputError, match="8 rows, which 3 branches of 1 do not fit"):
+        Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
+    calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), branch_rows=2)
+    _, rows = calls_of_two.rows(step, torch.arange(4))
+    assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_trains(student, path, precision):
+    AcceleratorState._reset_state()
+    try:
+        config = FinetuneConfig(**SHORT, precision=precision, hub=2)
+        _, history = tuned(student, path, config)
+        assert history.losses[-1] < history.losses[0]
+        with pytest.raises(InputError, match="precision must be 'bf16'"):
+            finetune(student.unet, path, FinetuneConfig(**SHORT))
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_a_layer_that_gives_nan_stops_training_with_its_name_and_the_last_good_state(
+    student, path, tmp_path
+):
+    file = tmp_path / "state.safetensors"
+    config = FinetuneConfig(**SHORT, save_every=1)
+
+    def break_at(status):
+        if status.step == 3:
+            student.unet.mid_block.resnets[0].conv1.weight.data[0] = torch.nan
+
+    with pytest.raises(InputError) as caught:
+        finetune(student.unet, path, config, file=file, progress=break_at)
+    message = str(caught.value)
+    assert "loss is nan at step 3" in message
+    assert "that of layer mid_block.resnets.0.conv1;" in message
+    assert f"last good state is {file}, of step 3" in message
+
+
+def test_targets_that_are_not_finite_are_not_blamed_on_a_layer(student, path):
+    broken = replace(path, predictions=torch.full_like(path.predictions, torch.nan))
+    with pytest.raises(InputError, match="what they are trained towards is not; no state was sav"):
+        finetune(student.unet, broken, FinetuneConfig(**SHORT))
+
+
+def refused(student, path, message, config=None, **more):
+    before = copy.deepcopy(student.unet.state_dict())
+    with pytest.raises(InputError, match=message):
+        finetune(student.unet, path, config or FinetuneConfig(**SHORT), **more)
+    after = student.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, path, tmp_path):
+    power = FinetuneConfig(**SHORT, denoising_power=1.0)
+    factors = denoising_factors(full.scheduler, 5)
+    refused(student, path, "factors must be given for every recorded timestep", power)
+    refused(student, path, "with the sampler and step count", power, factors=factors)
+    own = FinetuneConfig(**SHORT, student_every=2)
+    refused(student, path, "own_path must be given", own)
+    evaluated = FinetuneConfig(**SHORT, evaluate_every=2)
+    refused(student, path, "held_out must be given", evaluated)
+    other = record_trajectories(full, replace(SAMPLER, steps=2).calls(4, seed=0))
+    refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
+    network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
+    with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
+        finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
+    wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
+    refused(student, wide, "must be of a denoiser like this one")
+    small = replace(path, predictions=path.predictions[..., :4])
+    refused(student, small, r"their predictions have the shape \(1, 8, 4\), its own \(1, 8, 8\)")
+    nowhere = tmp_path / "absent" / "state.safetensors"
+    refused(student, path, "absent is not a folder to write in", file=nowhere)
+    refused(student, path, "there is no state to resume from", file=tmp_path / "s", resume=True)
+    refused(student, path, "resume needs the file", resume=True)
+    (tmp_path / "old").write_text("")
+    refused(student, path, "holds the state of a run: resume it", file=tmp_path / "old")
+
+
+def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_path):
+    file = tmp_path / "state.safetensors"
+    tuned(student, path, FinetuneConfig(**SHORT), file=file)
+    with pytest.raises(InputError, match="state of another run: its rank is 2, not 3"):
+        tuned(student, path, FinetuneConfig(**SHORT | {"rank": 3}), file=file, resume=True)
+    file.write_bytes(b"something else")
+    with pytest.raises(InputError, match="is not a state of fine-tuning"):
+        tuned(student, path, FinetuneConfig(**SHORT), file=file, resume=True)
+
+
+def test_progress_tells_step_loss_error_and_time_left(student, path, held_out):
+    seen = []
+    config = FinetuneConfig(**SHORT, evaluate_every=3)
+    _, history = tuned(student, path, config, held_out=held_out, progress=seen.append)
+    assert [status.step for status in seen] == [1, 2, 3, 4, 5, 6]
+    assert [status.loss for status in seen] == history.losses
+    assert seen[-1].seconds_left == 0
+    assert seen[0].seconds_left > 0
+    assert seen[2].error == history.errors[3]
+
+
+def test_the_best_of_a_history_is_its_lowest_error():
+    history = History([], {0: 3.0, 5: 1.0, 10: 2.0, 15: 2.5})
+    assert history.best == 5
+    assert history.evaluations_since_best() == 2
+
+
+def test_logs_without_tensorboard_are_refused(student, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.training.processes.is_tensorboard_available", lambda: False)
+    refused(student, path, "tensorboard must be installed", tensorboard=tmp_path)
+
+
+def test_losses_and_errors_are_logged(student, path, held_out, monkeypatch):
+    logged = []
+
+    def log(_self, values, step):
+        logged.append((step, values))
+
+    monkeypatch.setattr("accelerate.Accelerator.log", log)
+    _, history = tuned(student, path, FinetuneConfig(**SHORT, evaluate_every=6), held_out=held_out)
+    assert [values["loss"] for _, values in logged] == history.losses
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1][1]["held_out_error"] == history.errors[6]
