@@ -131,7 +131,7 @@ def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     axes = axes_of(picture)
     for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
         axes.plot(range(len(ratios)), ratios, "o", markersize=4, label=label, color=colour)
-    axes.set_xlabel("layer, from input to output")
+    axes.set_xlabel("layer, in the order of the denoiser's modules")
     axes.set_ylabel("signal to noise, dB")
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_axisbelow(True)
