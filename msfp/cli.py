@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from msfp.commands import demo, evaluate, inspect, quantize, sample
+from msfp.commands import demo, evaluate, inspect, quantize, sample, study
 from msfp.errors import InputError
 from msfp.version import __version__
 
-COMMANDS = (demo, quantize, sample, inspect, evaluate)
+COMMANDS = (demo, quantize, sample, inspect, evaluate, study)
 WRITTEN = ("output", "report", "json", "csv", "calibration")
 """Arguments that name what a command writes."""
 

@@ -112,7 +112,9 @@ class OpenLayer(QuantizedLayer):
         if self.routing is None or self.hub is None:
             return y
         choices = self.routing.choices[:, self.index]
-        return y + self._router_path(x, choices, self.hub) if choices.requires_grad else y
+        if choices.requires_grad:
+            y = y + self._router_path(x, choices, self.hub).to(y.dtype)
+        return y
 
     def _router_path(self, x: torch.Tensor, choices: torch.Tensor, hub: LoRAHub) -> torch.Tensor:
         """Return zeros that carry the gradient of each sample's choice.

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from msfp.open_layers import OpenLayer
+from msfp.open_layers import OpenLayer, open_layers
 
 
 def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str | None:
     """Return the first layer whose output has NaN or infinity in a forward, or None.
 
     Args:
-        denoiser: Whose layers are watched: the open ones, and those without parts.
+        denoiser: Whose layers are watched: the open ones as wholes, and others without parts.
         forward: Runs it.
 
     Example:
@@ -33,10 +33,11 @@ def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str |
 
         return look
 
+    parts = {part for layer in open_layers(denoiser).values() for part in layer.children()}
     handles = [
         module.register_forward_hook(watch(name))
         for name, module in denoiser.named_modules()
-        if isinstance(module, OpenLayer) or not list(module.children())
+        if isinstance(module, OpenLayer) or not (list(module.children()) or module in parts)
     ]
     try:
         with torch.no_grad():

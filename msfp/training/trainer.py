@@ -295,7 +295,7 @@ class Trainer:
             layer = first_nonfinite(self.denoiser, lambda: path.predict(self.denoiser, *rows))
         if layer is not None:
             where = f"the first output that is not finite is that of layer {layer}"
-        elif nonfinite:
+        elif finite:
             where = f"the gradient of {nonfinite[0]} is not finite"
         else:
             where = "the outputs of all layers are finite: what they are trained towards is not"
