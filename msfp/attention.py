@@ -23,7 +23,7 @@ from msfp.errors import InputError
 from msfp.open_layers import untrained_layers
 from msfp.post_training import float_formats, search_input
 from msfp.quantizer import Quantizer
-from msfp.trajectories import Trajectories, draw_batch
+from msfp.trajectories import Trajectories, spread_batch
 
 OPERANDS = ("query", "key", "probabilities", "value")
 
@@ -256,7 +256,7 @@ def quantize_attention(
     recorders = {name: _Recorder() for name in modules}
     generator = torch.Generator().manual_seed(seed)
     steps, rows = trajectories.samples.shape[:2]
-    step, row = draw_batch(steps, rows, min(samples, steps * rows), generator)
+    step, row = spread_batch(steps, rows, samples, generator)
     switches = [_Switch(modules[name], recorders[name].round_operand) for name in modules]
     try:
         trajectories.predict(denoiser, step, row)

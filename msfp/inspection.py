@@ -43,11 +43,13 @@ class LayerFacts:
         weight: Format of the weights.
         weight_clip: The largest weight that can be represented in any output channel.
         input: Format of the inputs, or None where they are not quantized.
-        input_scale: Scale of the inputs; NaN where they are not quantized.
+        input_scale: Scale of the inputs, the largest where each channel has its own; NaN where they
+            are not quantized.
+        clip: The least and the largest input that can be represented, likewise.
         zero_point: Zero point of the inputs, or None where their format is signed.
         bytes: Size of the layer's tensors.
-        summary: What the search found, or None where that was not saved. Fine-tuning changes
-            weights and scales, and leaves it as it was.
+        summary: What the search found, or None where that was not saved. Refinement and
+            fine-tuning change weights and scales afterwards, and leave it as it was.
     """
 
     layer: str
@@ -55,6 +57,7 @@ class LayerFacts:
     weight_clip: float
     input: FloatFormat | None
     input_scale: float
+    clip: tuple[float, float]
     zero_point: float | None
     bytes: int
     summary: LayerSummary | None
@@ -65,15 +68,6 @@ class LayerFacts:
         if self.input is None:
             return None
         return "signed" if self.input.signed else "unsigned"
-
-    @property
-    def clip(self) -> tuple[float, float]:
-        """The least and the largest input that can be represented."""
-        if self.input is None:
-            return math.nan, math.nan
-        low, high = float(self.input.min), float(self.input.max)
-        zero = self.zero_point or 0.0
-        return self.input_scale * low + zero, self.input_scale * high + zero
 
     @property
     def weight_sqnr(self) -> float:
@@ -218,16 +212,27 @@ def _facts(
         return read(name).view(torch.float32)
 
     def facts(layer: str, formats: LayerFormats) -> LayerFacts:
-        scale, zero = math.nan, None
+        scale, zero, low, high = math.nan, None, math.nan, math.nan
         if formats.input is not None:
-            scale = numbers(f"{layer}.input_scale").item()
+            # The scales of channels differ where an input is split.
+            scale = numbers(f"{layer}.input_scale").max().item()
             if not formats.input.signed:
                 zero = numbers(f"{layer}.input_zero_point").item()
+            ends = (float(formats.input.min), float(formats.input.max))
+            low, high = (scale * end + (zero or 0.0) for end in ends)
         largest = numbers(f"{layer}.weight_scale").max().item()
         clip = largest * float(formats.weight.max)
         summary = summaries.get(layer)
         return LayerFacts(
-            layer, formats.weight, clip, formats.input, scale, zero, owned[layer], summary
+            layer,
+            formats.weight,
+            clip,
+            formats.input,
+            scale,
+            (low, high),
+            zero,
+            owned[layer],
+            summary,
         )
 
     # JSON files have layers in alphabetical order, but summaries in that of the denoiser.

@@ -180,7 +180,7 @@ class QuantizedLayer(nn.Module, ABC):
         """Quantize the input and apply the layer, each sample with the weight it is routed to."""
         rounded = self.quantize_input(x)
         if self.routing is None:
-            y = self.compute(rounded, self.quantized_weight(0, x.dtype))
+            y = self.compute(rounded, self.quantized_weight(0, x.dtype), self.bias)
         else:
             y = self._routed(rounded, self.routing.winners[:, self.index])
         return self.add_branch(x, y)
@@ -196,19 +196,21 @@ class QuantizedLayer(nn.Module, ABC):
         """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,)."""
         used = sorted(set(winners.tolist()))
         if len(used) == 1:
-            return self.compute(x, self.quantized_weight(used[0], x.dtype))
+            return self.compute(x, self.quantized_weight(used[0], x.dtype), self.bias)
         rows = [(winners == entry).nonzero()[:, 0] for entry in used]
         parts = [
-            self.compute(x[index], self.quantized_weight(entry, x.dtype))
+            self.compute(x[index], self.quantized_weight(entry, x.dtype), self.bias)
             for index, entry in zip(rows, used, strict=True)
         ]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Apply the plain layer with another weight; padding is zero in real terms."""
+    def compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply the plain layer with other parameters; padding is zero in real terms."""
         if isinstance(self, nn.Linear):
-            return F.linear(x, weight, self.bias)
-        y: torch.Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+            return F.linear(x, weight, bias)
+        y: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
         return y
 
     def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from fpformats.sketch import Sketch
 from msfp import plots, report
 from msfp.comparison import Comparison
 from msfp.inspection import COLUMNS, LayerFacts, cells, inspect_layers, overview
-from msfp.layers import sealed_layers
+from msfp.layers import TENSOR, sealed_layers
 from msfp.post_training import search_input
 from msfp.versions import versions
 
@@ -112,16 +112,16 @@ class ModelReport:
         layers = sealed_layers(self.denoiser)
         parts = []
         for each in sorted(facts, key=self._quality)[:WORST]:
-            if each.input is not None and each.layer in self.inputs:
+            layer = layers[each.layer]
+            split = layer.formats is not None and layer.formats.input_granularity != TENSOR
+            if each.input is not None and each.layer in self.inputs and not split:
                 picture = input_distribution(each, self.inputs[each.layer])
                 caption = (
                     f"The inputs of {each.layer} (symmetric logarithmic height), and below them "
                     "the values that the chosen format offers, against the best signed one."
                 )
                 parts.append(report.image(report.png(picture), caption))
-            picture = weight_distribution(
-                each, self.weights[each.layer], layers[each.layer].weight_scale
-            )
+            picture = weight_distribution(each, self.weights[each.layer], layer.weight_scale)
             caption = f"The weights of {each.layer}, each output channel in units of its scale."
             parts.append(report.image(report.png(picture), caption))
         return parts

@@ -80,7 +80,7 @@ class OpenLayer(QuantizedLayer):
         """Apply the quantized layer, or the plain one."""
         if self.quantizing:
             return super().forward(x)
-        return super().add_branch(x, self.compute(x, self.weight))
+        return super().add_branch(x, self.compute(x, self.weight, self.bias))
 
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return an output with what the branch and a hub beside the weight give for the input."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -41,22 +40,28 @@ class Meeting:
 Visit = Callable[[Meeting], None]
 
 
-class _Pairing:
-    """Applies layers to both halves of a batch, and lets them be changed in between."""
+class _Pair:
+    """A layer that is applied to both halves of a batch, and may be changed in between.
 
-    def __init__(self, visit: Visit, batch: int) -> None:
-        self.visit, self.batch = visit, batch
-        self.met: set[str] = set()
+    Layers may run again, as the first time embedding of DiT does: they are visited once, and stay
+    what they were for the full-precision half.
+    """
 
-    def forward(self, name: str, layer: OpenLayer, x: torch.Tensor) -> torch.Tensor:
-        """Stand in for the forward of a layer."""
+    def __init__(self, name: str, layer: OpenLayer, visit: Visit, batch: int) -> None:
+        self.name, self.layer, self.visit, self.batch = name, layer, visit, batch
+        self.weight, self.bias = layer.weight, layer.bias
+        self.met = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Stand in for the forward of the layer."""
+        layer = self.layer
         if len(x) % (2 * self.batch):  # not of the samples: learned queries, or one for all
             return type(layer).forward(layer, x)
         full, quantized = x.chunk(2)
-        outputs = layer.add_branch(full, layer.compute(full, layer.weight))
-        if name not in self.met:
-            self.met.add(name)
-            self.visit(Meeting(name, layer, quantized, outputs))
+        outputs = layer.add_branch(full, layer.compute(full, self.weight, self.bias))
+        if not self.met:
+            self.met = True
+            self.visit(Meeting(self.name, layer, quantized, outputs))
         return torch.cat([outputs, type(layer).forward(layer, quantized)])
 
 
@@ -76,7 +81,7 @@ def meet_layers(
         step: Numbers of sampler steps, shape (batch,).
         row: Numbers of rows, shape (batch,).
         visit: Called at each layer, the first time that it runs. What it puts into the layer holds
-            for the full-precision half, too, should the layer run again.
+            for the quantized half alone.
 
     Returns:
         The predictions, those of full precision before those of the quantized denoiser.
@@ -85,10 +90,9 @@ def meet_layers(
         InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
-    pairing = _Pairing(visit, len(step))
     for name, layer in layers.items():
         # On the instance, where nn.Module looks first; the class keeps its own.
-        layer.forward = partial(pairing.forward, name, layer)  # type: ignore[method-assign]
+        layer.forward = _Pair(name, layer, visit, len(step)).forward  # type: ignore[method-assign]
     try:
         return trajectories.predict(denoiser, step.repeat(2), row.repeat(2))
     finally:

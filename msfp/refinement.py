@@ -20,7 +20,7 @@ from msfp.paired import Meeting, meet_layers
 from msfp.post_training import float_formats
 from msfp.quantizer import Quantizer
 from msfp.split import split_inputs
-from msfp.trajectories import Trajectories, draw_batch
+from msfp.trajectories import Trajectories, spread_batch
 from msfp.weight_search import search_scales
 
 
@@ -137,7 +137,7 @@ def refine(
         split_inputs(denoiser, trajectories, samples=config.samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     steps, rows = trajectories.samples.shape[:2]
-    step, row = draw_batch(steps, rows, min(config.samples, steps * rows), generator)
+    step, row = spread_batch(steps, rows, config.samples, generator)
     biased = _biased(denoiser, trajectories, config)
     meet_layers(denoiser, trajectories, step, row, _Refiner(config, biased, progress))
 

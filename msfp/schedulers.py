@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from typing import Any
 
 from diffusers import (
@@ -54,19 +55,21 @@ def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
             f"sampler {name!r} cannot take the place of {type(pipe.scheduler).__name__}"
         )
     scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
-    scheduler.step = _without_unknown_arguments(scheduler.step)
+    scheduler.step = _tolerant_step(scheduler)
     pipe.scheduler = scheduler
 
 
-def _without_unknown_arguments(step: Any) -> Any:
+def _tolerant_step(scheduler: Any) -> Any:
     """Return a scheduler's step that ignores arguments which are for other schedulers.
 
-    Pipelines of one scheduler, such as DDIMPipeline, give every other one what theirs takes.
+    Pipelines of one scheduler, such as DDIMPipeline, give every other one what theirs takes. It is
+    a bound method, so that a copy of the scheduler steps itself.
     """
-    known = inspect.signature(step).parameters
+    plain = type(scheduler).step
+    known = inspect.signature(plain).parameters
 
-    @functools.wraps(step)
-    def tolerant(*args: Any, **kwargs: Any) -> Any:
-        return step(*args, **{key: value for key, value in kwargs.items() if key in known})
+    @functools.wraps(plain)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, *args, **{key: value for key, value in kwargs.items() if key in known})
 
-    return tolerant
+    return types.MethodType(step, scheduler)

@@ -21,7 +21,7 @@ from fpformats.sketch import Sketch
 from msfp.open_layers import untrained_layers
 from msfp.post_training import candidates
 from msfp.quantizer import Quantizer
-from msfp.trajectories import Trajectories, draw_batch
+from msfp.trajectories import Trajectories, spread_batch
 
 CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 
@@ -140,7 +140,7 @@ def split_inputs(
     """
     steps, rows = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
-    step, row = draw_batch(steps, rows, min(samples, steps * rows), generator)
+    step, row = spread_batch(steps, rows, samples, generator)
     layers = untrained_layers(denoiser)
     split = []
     for name, (x, sizes) in concatenated_inputs(denoiser, trajectories, step, row).items():

@@ -253,3 +253,29 @@ def draw_batch(
     offset = torch.randint(steps, (1,), generator=generator)
     step = (offset + torch.arange(size) * steps // size) % steps
     return step, torch.randint(count, (size,), generator=generator)
+
+
+def spread_batch(
+    steps: int, rows: int, size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a batch without repetition: steps as evenly as can be, and random rows at each.
+
+    Args:
+        steps: Sampler steps to draw from.
+        rows: Rows to draw from.
+        size: Samples in the batch, or all that there are if these are fewer.
+        generator: Source of randomness.
+
+    Returns:
+        The number of the step and that of the row of each sample, both one-dimensional.
+
+    Example:
+        >>> step, row = spread_batch(2, 3, 100, torch.Generator().manual_seed(0))
+        >>> step.tolist(), sorted(row[:3].tolist())
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2])
+    """
+    size = min(size, steps * rows)
+    each = -(-size // steps)
+    drawn = torch.stack([torch.randperm(rows, generator=generator)[:each] for _ in range(steps)])
+    chosen = torch.arange(size) * (steps * each) // size
+    return chosen // each, drawn.flatten()[chosen]

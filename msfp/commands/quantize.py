@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
-from msfp.config import BLOCK_BITS, Granularity, QuantizationConfig, Scheme
+from msfp.config import BLOCK_BITS, FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from msfp.calibration import Calibration
-    from msfp.progress import Advance
     from msfp.sampling import Sampler
     from msfp.summary import LayerSummary
 
@@ -41,6 +40,10 @@ def add(commands: Any) -> None:
         "--calibration", type=Path, metavar="FILE",
         help="a .safetensors file that keeps the calibration, and goes on from where it was",
     )  # fmt: skip
+    quantize.add_argument(
+        "--refine", action=argparse.BooleanOptionalAction, default=True,
+        help="round the weights anew, by what they do to outputs (default; of floating point)",
+    )  # fmt: skip
     options.add_report(quantize)
     options.add_sampling(quantize, count=64)
     quantize.set_defaults(run=run)
@@ -51,7 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.checkpoint import save
     from msfp.denoiser import denoiser_of, quantizable_layers
     from msfp.outputs import check_output
-    from msfp.progress import stages
     from msfp.quantization import seal
 
     check_output(arguments.output)
@@ -63,9 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     denoiser = denoiser_of(pipe)
     plain = {} if arguments.report is None else quantizable_layers(denoiser)
     weights = {name: layer.weight.detach().clone() for name, layer in plain.items()}
-    with stages() as advance:
-        calibration = _calibrated(pipe, config, sampler, arguments, advance)
-        layers = _quantized(pipe, config, calibration, advance)
+    layers, calibration = _quantized(pipe, config, sampler, arguments)
     seal(denoiser)
     save(pipe, arguments.output)
     unsigned = sum(layer.unsigned for layer in layers)
@@ -93,6 +93,7 @@ def _config(arguments: argparse.Namespace) -> QuantizationConfig:
         include=tuple(arguments.include or ("*",)),
         exclude=tuple(arguments.exclude),
         granularity=arguments.granularity,
+        refine="auto" if arguments.refine and arguments.scheme in FLOAT_SCHEMES else None,
     )
 
 
@@ -107,40 +108,44 @@ def _check_calibration(file: Path | None) -> None:
         check_new_file("calibration", file, ".safetensors")
 
 
-def _calibrated(
+def _quantized(
     pipe: DiffusionPipeline,
     config: QuantizationConfig,
     sampler: Sampler,
     arguments: argparse.Namespace,
-    advance: Advance,
-) -> Calibration | None:
-    """Return what was seen while the pipeline sampled; None where inputs are left alone."""
+) -> tuple[list[LayerSummary], Calibration | None]:
+    """Calibrate, record, search and refine, with a bar for each.
+
+    Weights that are not refined take nothing but a search.
+    """
     from msfp.denoiser import denoiser_of, quantizable_layers, settings_by_layer
     from msfp.observation import calibrate
-    from msfp.progress import counted
+    from msfp.progress import counted, stages
+    from msfp.quantization import quantize
+    from msfp.trajectories import record_trajectories
 
     denoiser = denoiser_of(pipe)
-    settings_by_layer(denoiser, config, quantizable_layers(denoiser))
-    if config.activations is None:
-        return None
-    sampler.arguments(pipe)
-    calls = sampler.calls(arguments.count, arguments.seed)
-    progress = counted(advance, "calibrating", len(calls))
-    return calibrate(pipe, calls, file=arguments.calibration, progress=progress)
+    settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
+    calibration = trajectories = None
+    with stages() as advance:
+        if config.activations is not None or config.refine is not None:
+            sampler.arguments(pipe)
+        calls = sampler.calls(arguments.count, arguments.seed)
+        if config.activations is not None:
+            progress = counted(advance, "calibrating", len(calls))
+            calibration = calibrate(pipe, calls, file=arguments.calibration, progress=progress)
+        if config.refine is not None:
+            progress = counted(advance, "recording", len(calls))
+            trajectories = record_trajectories(pipe, calls, progress)
+        searched: set[str] = set()
+        searching = counted(advance, "searching", len(settings))
+        refining = counted(advance, "refining", len(settings))
 
+        def found(name: str) -> None:
+            (refining if name in searched else searching)(1)
+            searched.add(name)
 
-def _quantized(
-    pipe: DiffusionPipeline,
-    config: QuantizationConfig,
-    calibration: Calibration | None,
-    advance: Advance,
-) -> list[LayerSummary]:
-    """Search and swap the layers."""
-    from msfp.denoiser import denoiser_of, settings_by_layer
-    from msfp.progress import counted
-    from msfp.quantization import quantize
-
-    executed = None if calibration is None else calibration.ran
-    total = len(settings_by_layer(denoiser_of(pipe), config, executed))
-    progress = counted(advance, "searching", total)
-    return quantize(pipe, config, calibration=calibration, progress=lambda _: progress(1))
+        layers = quantize(
+            pipe, config, calibration=calibration, trajectories=trajectories, progress=found
+        )
+    return layers, calibration

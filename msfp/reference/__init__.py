@@ -1,4 +1,8 @@
-"""The small real diffusion model that ships with the package: handwritten digits, 16x16 pixels."""
+"""The small real diffusion models that ship with the package.
+
+Handwritten digits as a UNet and as a class-conditional transformer, and crops of photographs in
+colour as a UNet with attention.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
-from msfp.reference.classifier import DigitClassifier
+from msfp.reference.classifier import ImageClassifier
+from msfp.reference.dit_pipeline import PixelDiTPipeline
 
 FOLDER = Path(str(files(__name__))) / "model"
 PIPELINE_FOLDER = FOLDER / "digits-ddpm"
+COLOUR_FOLDER = FOLDER / "colour-ddpm"
+DIGITS_DIT_FOLDER = FOLDER / "digits-dit"
 CLASSIFIER_FILE = FOLDER / "classifier.safetensors"
+PHOTOGRAPH_CLASSIFIER_FILE = FOLDER / "photograph-classifier.safetensors"
 QUALITY_FILE = FOLDER / "quality.json"
 
 
 def ddim_pipeline(folder: Path = PIPELINE_FOLDER) -> DDIMPipeline:
-    """Return the reference model with the deterministic DDIM sampler, without progress bars.
+    """Return the digits model with the deterministic DDIM sampler, without progress bars.
 
     Timesteps are spaced from the noisy end ("trailing"; Lin et al., WACV 2024, table 2): the grid
     starts at pure noise and does not visit t = 0, where there is no noise left to predict.
@@ -31,34 +39,71 @@ def ddim_pipeline(folder: Path = PIPELINE_FOLDER) -> DDIMPipeline:
         >>> pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape
         (2, 16, 16, 1)
     """
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
-    scheduler = DDIMScheduler.from_pretrained(
-        folder, subfolder="scheduler", timestep_spacing="trailing"
+    unet = UNet2DModel.from_pretrained(
+        folder, subfolder="unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
-    pipe = DDIMPipeline(unet.eval(), scheduler)
+    pipe = DDIMPipeline(unet.eval(), _ddim_scheduler(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def digit_classifier(file: Path = CLASSIFIER_FILE) -> DigitClassifier:
-    """Return the trained classifier in whose features Frechet distances are measured."""
-    classifier = DigitClassifier().eval()
+def colour_pipeline() -> DDIMPipeline:
+    """Return the colour model with the same sampler; its float16 weights are widened to float32."""
+    return ddim_pipeline(COLOUR_FOLDER)
+
+
+def digits_dit_pipeline(folder: Path = DIGITS_DIT_FOLDER) -> PixelDiTPipeline:
+    """Return the class-conditional transformer of digits with the same sampler."""
+    transformer = DiTTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    pipe = PixelDiTPipeline(transformer.eval(), _ddim_scheduler(folder))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _ddim_scheduler(folder: Path) -> DDIMScheduler:
+    return DDIMScheduler.from_pretrained(folder, subfolder="scheduler", timestep_spacing="trailing")
+
+
+def digit_classifier() -> ImageClassifier:
+    """Return the classifier in whose features Frechet distances of digits are measured."""
+    return _trained(ImageClassifier(channels=1, image_size=16, classes=10), CLASSIFIER_FILE)
+
+
+def photograph_classifier() -> ImageClassifier:
+    """Return the classifier of crops by photograph, for Frechet distances of the colour model."""
+    classifier = ImageClassifier(channels=3, image_size=32, classes=6)
+    return _trained(classifier, PHOTOGRAPH_CLASSIFIER_FILE)
+
+
+def _trained(classifier: ImageClassifier, file: Path) -> ImageClassifier:
     classifier.load_state_dict(load_file(file))
-    return classifier
+    return classifier.eval()
 
 
 @functools.cache
-def _classifier() -> DigitClassifier:
+def _digit_classifier() -> ImageClassifier:
     return digit_classifier()
+
+
+@functools.cache
+def _photograph_classifier() -> ImageClassifier:
+    return photograph_classifier()
 
 
 def digit_features(images: torch.Tensor) -> torch.Tensor:
     """Return the classifier's features of images in [0, 1], in which Frechet distances are."""
-    return _classifier().features(images * 2 - 1)
+    return _digit_classifier().features(images * 2 - 1)
+
+
+def photograph_features(images: torch.Tensor) -> torch.Tensor:
+    """Return the classifier's features of colour images in [0, 1], likewise."""
+    return _photograph_classifier().features(images * 2 - 1)
 
 
 def quality() -> dict[str, Any]:
-    """Return the reference model's own quality and the noise floors of comparisons on it.
+    """Return the digits model's own quality and the noise floors of comparisons on it.
 
     Written by `python -m msfp.reference.measure`: `frechet_real_halves` and `frechet_model` are
     Frechet distances over seeds, `finetune_noise_errors` are errors of the demo's single LoRA over

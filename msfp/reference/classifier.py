@@ -1,4 +1,4 @@
-"""A small digit classifier whose penultimate features measure distances between sets of digits."""
+"""A small image classifier whose penultimate features measure distances between sets of images."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import torch
 from torch import nn
 
 
-class DigitClassifier(nn.Module):
-    """Three convolutions and two linear layers on 16x16 digits.
+class ImageClassifier(nn.Module):
+    """Three convolutions and two linear layers on small square images.
 
     `features` gives the 64 penultimate activations that the Frechet distance is computed on, as
     the Inception features are for natural images (Heusel et al., NeurIPS 2017). They are bounded,
     so that no single odd image rules the distance.
+
+    Args:
+        channels: Colour channels of an image.
+        image_size: Height and width, a multiple of 4.
+        classes: Classes to tell apart.
     """
 
     num_features = 64
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, image_size: int, classes: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
+            nn.Conv2d(channels, 32, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1),
@@ -29,17 +34,17 @@ class DigitClassifier(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(64 * 4 * 4, self.num_features),
+            nn.Linear(64 * (image_size // 4) ** 2, self.num_features),
             nn.Tanh(),
         )
-        self.head = nn.Linear(self.num_features, 10)
+        self.head = nn.Linear(self.num_features, classes)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return penultimate features of shape (n, 64) of images (n, 1, 16, 16) in [-1, 1]."""
+        """Return penultimate features of shape (n, 64) of images (n, channels, h, w) in [-1, 1]."""
         features: torch.Tensor = self.body(images)
         return features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return class logits of shape (n, 10)."""
+        """Return class logits of shape (n, classes)."""
         logits: torch.Tensor = self.head(self.features(images))
         return logits

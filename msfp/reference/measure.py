@@ -1,19 +1,21 @@
-"""Measure the reference model that ships and write its quality: `python -m msfp.reference.measure`.
+"""Measure reference models that ship: `python -m msfp.reference.measure MODEL`.
 
 The Frechet distance depends on the seed of the noise and on the number of images. Here the
-full-precision model is sampled with several seeds, and the real digits are split at random, to
+full-precision model is sampled with several seeds, and the real images are split at random, to
 state how far a distance moves with nothing changed: the noise floor of every comparison. The
 noise-prediction error of a fine-tuned model depends on the seed of the fine-tuning in the same way.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import statistics
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from rich.progress import track
 
 from msfp.config import QuantizationConfig
@@ -22,15 +24,19 @@ from msfp.demo.results import FULL, METHODS, QUICK, Settings
 from msfp.evaluate import FrechetDistance, noise_errors
 from msfp.features import Features
 from msfp.plots import save_image_grid
-from msfp.reference import PIPELINE_FOLDER, QUALITY_FILE, ddim_pipeline, digit_features
+from msfp.reference import FOLDER, QUALITY_FILE, ddim_pipeline, digit_features
 from msfp.reference.digits import digits
+from msfp.reference.models import DIGITS
+from msfp.sampling import Sampler
+from msfp.study.subjects import SUBJECTS, Subject
 
 SEEDS = range(100, 108)
 FINETUNE_SEEDS = range(4)
+STEPS = 20
 
 
 def real_halves(features: Features, real: torch.Tensor) -> list[float]:
-    """Return the distance of a random half of the real digits from the other, for each seed."""
+    """Return the distance of a random half of the real images from the other, for each seed."""
     halves = []
     for seed in SEEDS:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
@@ -39,16 +45,17 @@ def real_halves(features: Features, real: torch.Tensor) -> list[float]:
     return halves
 
 
-def model_distances(settings: Settings, distance: FrechetDistance) -> list[float]:
+def model_distances(
+    pipe: DiffusionPipeline, sampler: Sampler, count: int, distance: FrechetDistance
+) -> list[float]:
     """Return the distance of the full-precision model's images for each seed of the noise."""
-    pipe = ddim_pipeline()
 
     def images(seed: int) -> torch.Tensor:
-        return settings.sampler(copy.deepcopy(pipe), settings.images, seed)
+        return sampler(copy.deepcopy(pipe), count, seed)
 
     with one_thread_each() as pool:
         sampled = pool.map(images, SEEDS)
-        return [distance(each) for each in track(sampled, settings.label, total=len(SEEDS))]
+        return [distance(each) for each in track(sampled, f"{count} images", total=len(SEEDS))]
 
 
 def finetune_errors(settings: Settings) -> list[float]:
@@ -67,19 +74,48 @@ def finetune_errors(settings: Settings) -> list[float]:
         return list(track(errors, "fine-tuning seeds", total=len(FINETUNE_SEEDS)))
 
 
-def main() -> None:
-    """Write quality.json and a grid of samples beside the model."""
-    features, real = digit_features, (digits()[0] + 1) / 2
-    distance = FrechetDistance(features, real)
-    quality: dict[str, Any] = {
+def digits_quality() -> dict[str, Any]:
+    """Return the floors of the digits model, for the demo's settings and its fine-tuning."""
+    real = (digits()[0] + 1) / 2
+    pipe, distance, runs = ddim_pipeline(), FrechetDistance(digit_features, real), (QUICK, FULL)
+    return {
         "sampler": "DDIM, trailing timesteps",
         "seeds": list(SEEDS),
-        "frechet_real_halves": real_halves(features, real),
-        "frechet_model": {run.label: model_distances(run, distance) for run in (QUICK, FULL)},
-        "finetune_noise_errors": {run.label: finetune_errors(run) for run in (QUICK, FULL)},
+        "frechet_real_halves": real_halves(digit_features, real),
+        "frechet_model": {
+            run.label: model_distances(pipe, run.sampler, run.images, distance) for run in runs
+        },
+        "finetune_noise_errors": {run.label: finetune_errors(run) for run in runs},
     }
-    QUALITY_FILE.write_text(json.dumps(quality, indent=1) + "\n")
-    save_image_grid(FULL.sampler(ddim_pipeline(), 64, 0), PIPELINE_FOLDER / "samples.png")
+
+
+def study_quality(subject: Subject, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the floors of a model at the study's settings."""
+    real, count, sampler = subject.real(), subject.settings.images, subject.sampler(STEPS)
+    distance = FrechetDistance(subject.features, real)
+    return {
+        "sampler": "DDIM, trailing timesteps",
+        "seeds": list(SEEDS),
+        "frechet_real_halves": real_halves(subject.features, real),
+        "frechet_model": {
+            f"{STEPS} steps, {count} images": model_distances(pipe, sampler, count, distance)
+        },
+    }
+
+
+def main() -> None:
+    """Write the quality of a model, and a grid of its samples."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=sorted(SUBJECTS))
+    name: str = parser.parse_args().model
+    subject, folder = SUBJECTS[name], FOLDER / name
+    pipe = subject.load(folder)
+    file = QUALITY_FILE if name == DIGITS.name else folder / "quality.json"
+    measured = digits_quality() if name == DIGITS.name else study_quality(subject, pipe)
+    file.write_text(json.dumps(measured, indent=1) + "\n")
+    columns = len(subject.conditions) or 8
+    images = subject.sampler(STEPS)(pipe, 8 * columns, 0)
+    save_image_grid(images, folder / "samples.png", columns)
 
 
 if __name__ == "__main__":

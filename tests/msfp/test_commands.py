@@ -27,7 +27,7 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     code = msfp(
         "quantize", "digits", *QUICK, "--output", folder / "model", "--report", folder / "q.html",
-        "--calibration", folder / "c.safetensors",
+        "--calibration", folder / "c.safetensors", "--no-refine",
     )  # fmt: skip
     assert code == 0
     return folder
@@ -73,7 +73,7 @@ def test_a_kept_calibration_is_not_made_again(digits, tmp_path, capsys):
     code = msfp(
         "quantize", "digits", *QUICK, "--output", tmp_path / "again", "--calibration",
         digits / "c.safetensors", "--weights", 5, "--first-last", 5, "--exclude", "time_embedding",
-        "--exclude", "*.to_q", "--scheme", "signed", "--granularity", "tensor",
+        "--exclude", "*.to_q", "--scheme", "signed", "--no-refine", "--granularity", "tensor",
     )  # fmt: skip
     assert code == 0
     assert (digits / "c.safetensors").read_bytes() == before
@@ -85,9 +85,21 @@ def test_a_kept_calibration_is_not_made_again(digits, tmp_path, capsys):
     assert load(tmp_path / "again")
 
 
+def test_refined_weights_predict_better(digits, tmp_path):
+    code = msfp("quantize", "digits", *QUICK, "--output", tmp_path / "refined",
+                "--calibration", digits / "c.safetensors")  # fmt: skip
+    assert code == 0
+    errors = {}
+    for name, folder in (("nearest", digits / "model"), ("refined", tmp_path / "refined")):
+        file = tmp_path / f"{name}.json"
+        assert msfp("evaluate", folder, "--against", "digits", *QUICK, "--json", file) == 0
+        errors[name] = json.loads(file.read_text())["noise_error"]
+    assert errors["refined"] < 0.8 * errors["nearest"]
+
+
 def test_weights_alone_take_no_calibration(tmp_path):
     code = msfp("quantize", "digits", "--activations", "none", "--include", "mid_block",
-                "--first-last", 4, "--output", tmp_path / "w4")  # fmt: skip
+                "--first-last", 4, "--no-refine", "--output", tmp_path / "w4")  # fmt: skip
     assert code == 0
     facts = inspect_layers(tmp_path / "w4")
     assert all(each.layer.startswith("mid_block.") and each.input is None for each in facts)

@@ -15,17 +15,21 @@ from msfp import (
     FinetuneConfig,
     InputError,
     QuantizationConfig,
+    RefinementConfig,
     Sampler,
     calibrate,
     finetune,
     prompt_calls,
     quantize,
+    record_trajectories,
     save,
     seal,
 )
+from msfp.attention import OPERANDS, attention_products
 from msfp.block_layers import BlockLayer, block_layers
 from msfp.denoiser import denoiser_name, denoiser_of, quantizable_layers
 from msfp.layers import quantized_layers
+from msfp.open_layers import open_layers
 
 GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"), 2) | {"dit": 4}
 """Samples in a forward of each family's fixed call: both branches of classifier-free guidance.
@@ -46,8 +50,9 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
     )
     summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     handle.remove()
-    assert len(batches) == 2
-    assert set(batches) == {GUIDED.get(family, 1)}
+    # Two steps to calibrate, two to record, and all that was recorded, twice, to refine by.
+    rows = GUIDED.get(family, 1)
+    assert batches == [rows] * 4 + [2 * 2 * rows]
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
     seal(denoiser)
@@ -72,7 +77,7 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
 )
 def test_the_report_names_the_activation_before_asymmetric_inputs(family, names, tmp_path):
     pipe = families.pipeline(family, tmp_path / "text")
-    summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
+    summaries = quantize(pipe, QuantizationConfig(refine=None), calibration=families.images)
     reasons = {summary.reason for summary in summaries if summary.asymmetric}
     assert names <= reasons <= names | {"data"}
     assert all(summary.reason is None for summary in summaries if not summary.asymmetric)
@@ -99,6 +104,107 @@ def test_class_labels_are_sampled_like_prompts(tmp_path):
     pipe = families.pipeline("dit", tmp_path)
     calibration = calibrate(pipe, prompt_calls([1, 7], steps=2))
     assert set(calibration.timesteps.values()) == {2}
+
+
+def refinement_of(denoiser):
+    return denoiser.hf_quantizer.quantization_config.request.refine
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, RefinementConfig()),
+        ({"scheme": "signed"}, RefinementConfig()),
+        ({"activations": None}, RefinementConfig()),
+        ({"refine": None}, None),
+        ({"scheme": "int_mse"}, None),
+        ({"scheme": "mx"}, None),
+        ({"overrides": {"mid_block": {"scheme": "mx"}}}, None),
+        ({"scheme": "int_mse", "refine": {"rounding": "nearest"}}, RefinementConfig("nearest")),
+    ],
+)
+def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_floats(
+    config, expected
+):
+    denoiser, plain = families.make("unet"), families.make("unet")
+    quantize(denoiser, QuantizationConfig(**config), calibration=families.call)
+    assert refinement_of(denoiser) == expected
+    changed = [
+        name
+        for name, layer in open_layers(denoiser).items()
+        if not torch.equal(layer.weight, plain.get_submodule(name).weight)
+    ]
+    # Layers that round to nearest keep the full-precision weight while they are open.
+    assert bool(changed) == (expected is not None)
+
+
+def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
+    plain = families.make("unet")
+    calibration = calibrate(plain, families.call)
+    paths = record_trajectories(plain, families.call)
+    with pytest.raises(InputError, match="refine needs calls of the pipeline as calibration, or"):
+        config = QuantizationConfig(refine=RefinementConfig())
+        quantize(plain, config, calibration=calibration)
+    with pytest.raises(InputError, match="attention needs calls"):
+        quantize(plain, QuantizationConfig(attention=4), calibration=calibration)
+    with pytest.raises(InputError, match="refine must be None where layers are in block formats"):
+        config = QuantizationConfig(scheme="mx", refine=RefinementConfig())
+        quantize(plain, config, calibration=families.call)
+    assert not quantized_layers(plain)
+    rounded, refined, at_once = (copy.deepcopy(plain) for _ in range(3))
+    quantize(rounded, QuantizationConfig(), calibration=calibration)
+    assert refinement_of(rounded) is None
+    quantize(refined, QuantizationConfig(), calibration=calibration, trajectories=paths)
+    quantize(at_once, QuantizationConfig(), calibration=families.call)
+    assert torch.equal(families.call(refined), families.call(at_once))
+    assert not torch.equal(families.call(refined), families.call(rounded))
+
+
+def test_everything_beyond_the_paper_is_done_in_one_call():
+    denoiser = families.make("unet")
+    refinement = RefinementConfig(split_inputs=True, branch_rank=2, scales="diagonal")
+    config = QuantizationConfig(scheme="signed", refine=refinement, attention=5)
+    summaries = quantize(denoiser, config, calibration=families.call)
+    layers = open_layers(denoiser)
+    assert {layer.formats.branch_rank for layer in layers.values()} == {0, 2}
+    assert {layer.formats.input_granularity for layer in layers.values()} == {"tensor", "channel"}
+    assert all(
+        products[name].format.bits == 5
+        for products in attention_products(denoiser).values()
+        for name in OPERANDS
+    )
+    for summary in summaries:
+        assert summary.weight_format == str(layers[summary.name].weight_quantizer.format)
+        assert summary.weight_sqnr == summary.weight_choices[summary.weight_format]
+        assert summary.input_format == str(layers[summary.name].input_quantizer.format)
+
+
+def test_calls_that_cannot_be_recorded_together_are_calibrated_with_and_no_more():
+    def other(denoiser):
+        families.call(denoiser, timestep=3)
+
+    denoiser = families.make("unet")
+    with pytest.warns(UserWarning, match="rounded to nearest and not refined: all calls must take"):
+        quantize(denoiser, QuantizationConfig(), calibration=[families.call, other])
+    assert refinement_of(denoiser) is None
+    config = QuantizationConfig(refine=RefinementConfig())
+    with pytest.raises(InputError, match="all calls must take the sampler through the same"):
+        quantize(families.make("unet"), config, calibration=[families.call, other])
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_a_refinement_that_fails_leaves_the_denoiser_as_it_was(error):
+    def fail(name):
+        seen.append(name)
+        if seen.count(name) == 2:
+            raise error
+
+    seen = []
+    denoiser, plain = families.make("unet"), families.make("unet")
+    with pytest.raises(error):
+        quantize(denoiser, QuantizationConfig(), calibration=families.call, progress=fail)
+    assert not quantized_layers(denoiser)
+    assert torch.equal(families.call(denoiser), families.call(plain))
 
 
 class Network(nn.Module):

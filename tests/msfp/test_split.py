@@ -75,8 +75,8 @@ def test_splitting_lowers_the_error_of_every_input_that_is_split(quantized, traj
 def test_a_split_denoiser_can_be_fine_tuned(quantized, trajectories):
     denoiser = quantized()[0].unet
     names = split_inputs(denoiser, trajectories, samples=8)
-    losses = finetune(denoiser, trajectories, FinetuneConfig(rank=2, steps=2, batch=4))
-    assert len(losses) == 2
+    history = finetune(denoiser, trajectories, FinetuneConfig(rank=2, steps=2, batch=4))
+    assert len(history.losses) == 2
     for name in names:
         layer = denoiser.get_submodule(name)
         assert layer.formats.input_granularity == "channel"

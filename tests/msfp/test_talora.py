@@ -97,7 +97,8 @@ def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
         choice = choices[i, 0].detach().clone().requires_grad_(True)
         mixed = sum(choice[k] * hub.correction(k).detach() for k in range(2)).view_as(conv.weight)
         weight = conv.weight_quantizer(conv.weight.detach() + mixed)
-        (conv.compute(conv.input_quantizer(sample[i : i + 1]), weight) * target[i]).sum().backward()
+        x = conv.input_quantizer(sample[i : i + 1])
+        (conv.compute(x, weight, conv.bias) * target[i]).sum().backward()
         torch.testing.assert_close(choices.grad[i, 0], choice.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -123,8 +124,7 @@ def test_low_rank_application_is_that_of_the_product(groups, dimensions):
     layer = wrapped(conv, entries=1)
     down, up = layer.hub.factors(0)
     x = torch.randn(2, 4, *(8,) * dimensions)
-    bias = conv.bias.view(-1, *(1,) * dimensions)
-    expected = layer.compute(x, (up @ down).view_as(conv.weight)) - bias
+    expected = layer.compute(x, (up @ down).view_as(conv.weight), None)
     torch.testing.assert_close(layer.low_rank(x, down, up), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,1 @@
+"""A study of quantization recipes on the reference models, which anyone can run again."""

@@ -1,0 +1,224 @@
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from msfp.cli import main
+from msfp.errors import InputError
+from msfp.study import run as study_run
+from msfp.study.bench import Bench
+from msfp.study.ladder import BITS, FULL_PRECISION, RECIPES, Row, ladder
+from msfp.study.render import Group, render, verdict
+from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
+from msfp.study.statistics import compare, mean
+from msfp.study.store import Store
+from msfp.study.subjects import SUBJECTS, Settings, model_folder
+from msfp.training.config import FinetuneConfig
+
+SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
+
+
+def row(recipe="mixup", seed=0, steps=2, **changes):
+    return Row("digits-ddpm", 0, "ddim", steps, seed, "W4A4", recipe, **changes)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The digits model with little of everything."""
+    subject = dataclasses.replace(SUBJECTS["digits-ddpm"], settings=SMALL)
+    monkeypatch.setitem(SUBJECTS, "digits-ddpm", subject)
+    tuned = dataclasses.replace(RECIPES["dfa-1"], finetune={"steps": 2, "hub": 2})
+    monkeypatch.setitem(RECIPES, "dfa-1", tuned)
+    refine = {"samples": 4, "positions": 256}
+    quick = dataclasses.replace(RECIPES["matched"], quantization={"refine": refine})
+    monkeypatch.setitem(RECIPES, "matched", quick)
+
+
+def record(recipe, seed, error, psnr=20.0):
+    """A record as the bench writes it, of made-up numbers."""
+    made = row(recipe, seed, steps=20)
+    return {
+        "name": made.name,
+        "row": dataclasses.asdict(made),
+        "settings": dataclasses.asdict(SMALL),
+        "versions": {"msfp": "0"},
+        "seconds": {"quantize": 1.0, "finetune": 0.5, "forward": 2.0},
+        "bytes": 1000,
+        "frechet": 1.0,
+        "noise_error": error,
+        "noise_errors": [error, error],
+        "timesteps": [999, 499],
+        "psnr": psnr,
+        "ssim": 0.9,
+        "sqnr": 10.0,
+    }
+
+
+def test_every_row_can_be_asked_for():
+    rows = ladder()
+    assert {each.recipe for each in rows} == set(RECIPES)
+    assert {each.bits for each in rows} == set(BITS)
+    for each in rows:
+        assert (each.quantization() is None) == (each.recipe == FULL_PRECISION)
+        each.finetune()
+    assert len({each.name for each in rows}) == len(rows)
+
+
+def test_recipes_build_on_recipes_that_come_before_them():
+    names = list(RECIPES)
+    for recipe in RECIPES.values():
+        assert recipe.against is None or names.index(recipe.against) < names.index(recipe.name)
+
+
+def test_a_row_is_fine_tuned_with_its_own_seed():
+    assert row("lora", 3).finetune() == FinetuneConfig(steps=160, seed=3)
+
+
+def test_a_guided_model_is_fine_tuned_towards_the_guided_prediction():
+    subject = SUBJECTS["digits-dit"]
+    asked = dataclasses.replace(row("lora"), model="digits-dit")
+    assert subject.finetune(asked).branches == (2.0, -1.0)
+    assert subject.settings.trajectories % subject.finetune(asked).branch_rows == 0
+    assert SUBJECTS["digits-ddpm"].finetune(row("lora")).branches == (1.0,)
+
+
+def test_a_glob_that_matches_no_row_is_refused():
+    with pytest.raises(InputError, match="rows 'digits-gan/\\*' matches none"):
+        chosen_rows(["digits-gan/*"])
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    draw = random.Random(0)
+    means = [mean([draw.gauss(1, 1) for _ in range(5)]) for _ in range(2000)]
+    covered = sum(abs(each.value - 1) <= each.margin for each in means) / len(means)
+    assert 0.935 <= covered <= 0.965
+    assert math.isnan(mean([1.0]).margin)
+
+
+def test_the_test_in_pairs_finds_differences_and_calls_noise_a_tie():
+    draw = random.Random(0)
+    noise = [draw.gauss(0, 1) for _ in range(5)]
+    pairs = {
+        "shifted": [(each, each + 0.5 + 0.01 * draw.gauss(0, 1)) for each in noise],
+        "noise": [(each, each + draw.gauss(0, 1)) for each in noise],
+        "few": [(1.0, 2.0), (1.1, 2.1)],
+    }
+    found = compare(pairs)
+    assert not found["shifted"].tie
+    assert found["shifted"].change == pytest.approx(0.5, abs=0.02)
+    assert found["noise"].tie
+    assert found["few"].p is None
+    assert found["few"].tie
+
+
+def test_adjusting_for_many_comparisons_keeps_false_findings_rare():
+    draw = random.Random(0)
+    pairs = {str(i): [(0.0, draw.gauss(0, 1)) for _ in range(5)] for i in range(200)}
+    assert sum(not each.tie for each in compare(pairs).values()) <= 3
+
+
+def test_a_line_that_was_cut_short_is_dropped_and_the_last_of_a_name_counts(tmp_path):
+    store = Store(tmp_path)
+    store.append({"name": "a", "value": 1})
+    store.append({"name": "b", "value": 2})
+    with store.file.open("a") as stream:
+        stream.write('{"name": "c", "val')
+    assert set(store.records()) == {"a", "b"}
+    store.append({"name": "a", "value": 3})
+    assert [json.loads(line)["value"] for line in store.file.read_text().splitlines()] == [1, 2, 3]
+    assert store.records()["a"]["value"] == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatch):
+    rows = [row(FULL_PRECISION), row("matched"), row("dfa-1"), row("nvfp4")]
+    run_rows(rows, tmp_path, trained=None)
+    store = Store(tmp_path)
+    full, matched, tuned, blocks = (store.records()[each.name] for each in rows)
+    assert "psnr" not in full
+    assert 0 < tuned["noise_error"] < 1
+    assert len(matched["noise_errors"]) == len(matched["timesteps"]) == 2
+    assert matched["bytes"] < tuned["bytes"] < full["bytes"]
+    assert blocks["bytes"] is None
+    assert matched["quantization"]["refine"]["samples"] == 4
+    assert picture_file(tmp_path, rows[1].name).is_file()
+    assert missing_rows(rows, store) == []
+    more = dataclasses.replace(
+        SUBJECTS["digits-ddpm"], settings=dataclasses.replace(SMALL, images=8)
+    )
+    monkeypatch.setitem(SUBJECTS, "digits-ddpm", more)
+    assert missing_rows(rows, store) == rows
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("sampler", ["plms", "dpm++"])
+def test_every_sampler_is_followed(sampler):
+    asked = dataclasses.replace(row("int-minmax", steps=4), sampler=sampler)
+    bench = Bench(asked, None)
+    measured, images = bench.run(asked)
+    assert math.isfinite(measured["psnr"])
+    assert images.shape == (4, 1, 16, 16)
+    ddim = Bench(row(FULL_PRECISION, steps=4), None)
+    assert not torch.equal(bench.reference, ddim.reference)
+
+
+@pytest.mark.usefixtures("small")
+def test_equal_seeds_give_equal_numbers():
+    asked, other = row("int-minmax"), row("int-minmax", seed=1)
+    first, second = (Bench(asked, None).run(asked)[0] for _ in range(2))
+    for measure in ("noise_errors", "psnr", "ssim", "sqnr", "frechet"):
+        assert first[measure] == second[measure]
+    assert first["noise_errors"] != Bench(other, None).run(other)[0]["noise_errors"]
+
+
+def test_a_model_that_was_not_trained_is_refused_before_any_row_runs(tmp_path):
+    with pytest.raises(InputError, match="models must name a folder"):
+        model_folder("digits-ddpm", 1, None)
+    with pytest.raises(InputError, match=r"train it with .*digits-ddpm .*--seed 1"):
+        run_rows([row(), dataclasses.replace(row(), training=1)], tmp_path, tmp_path)
+    assert not Store(tmp_path).file.exists()
+
+
+def test_a_better_recipe_is_named_and_an_equal_one_is_a_tie(tmp_path):
+    store, draw = Store(tmp_path), random.Random(0)
+    for seed in range(5):
+        store.append(record("signed", seed, 0.005 * math.exp(0.02 * draw.gauss(0, 1))))
+        store.append(record("mixup", seed, 0.004 * math.exp(0.02 * draw.gauss(0, 1)), 22.0 + seed))
+    group = Group(list(store.records().values()))
+    found = group.tested("noise_error")["mixup"]
+    assert verdict(found, "noise_error").startswith("-")
+    assert not found.tie
+    page = render(tmp_path).read_text()
+    assert "| mixup-sign FP |" in page
+    assert "tie" not in verdict(found, "noise_error")
+    same = Group(
+        [record("signed", s, 0.005 + 1e-4 * draw.random()) for s in range(5)]
+        + [record("mixup", s, 0.005 + 1e-4 * draw.random()) for s in range(5)]
+    )
+    assert verdict(same.tested("noise_error")["mixup"], "noise_error").startswith("tie (p =")
+
+
+def test_the_page_shows_every_plot_that_it_names(tmp_path):
+    store = Store(tmp_path)
+    for seed in range(3):
+        store.append(record("mixup", seed, 0.004 + 0.0001 * seed))
+    page = render(tmp_path).read_text()
+    plots = [part.split(")")[0] for part in page.split("](")[1:]]
+    assert plots
+    assert all((tmp_path / plot).is_file() for plot in plots)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study_run, "ladder", lambda: [row("int-mse"), row("int-minmax")])
+    output = ["study", "--output", str(tmp_path / "study")]
+    assert main([*output, "--rows", "*/int-mse/*"]) == 0
+    capsys.readouterr()
+    assert main([*output, "--list"]) == 0
+    assert capsys.readouterr().out == f"{row('int-minmax').name}\n"
+    assert main(output) == 0
+    assert "2 rows" in capsys.readouterr().out
+    assert main([*output, "--rows", "*/lora/*"]) == 2
