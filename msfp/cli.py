@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from msfp.commands import demo, evaluate, inspect, quantize, sample, study
+from msfp.commands import demo, evaluate, finetune, inspect, quantize, sample, study
 from msfp.errors import InputError
 from msfp.version import __version__
 
-COMMANDS = (demo, quantize, sample, inspect, evaluate, study)
-WRITTEN = ("output", "report", "json", "csv", "calibration")
+COMMANDS = (demo, quantize, finetune, sample, inspect, evaluate, study)
+WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
 """Arguments that name what a command writes."""
 
 

@@ -193,7 +193,7 @@ def distribution_with_grids(
     return picture
 
 
-def routing_picture(timesteps: Sequence[int], choices: NDArray[np.int64]) -> Figure:
+def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> Figure:
     """Draw which LoRA the router gives each layer (rows) at each timestep (columns)."""
     picture = figure(7.2, 4.6)
     axes = axes_of(picture)
@@ -207,8 +207,25 @@ def routing_picture(timesteps: Sequence[int], choices: NDArray[np.int64]) -> Fig
         vmax=max(entries, 2) - 0.5,
         interpolation="nearest",
     )
-    axes.set_xticks(range(0, len(timesteps), 2), [str(t) for t in timesteps[::2]])
+    axes.set_xticks(range(0, len(timesteps), 2), [f"{t:g}" for t in timesteps[::2]])
     axes.set_xlabel("timestep t")
     axes.set_ylabel("layer, from input to output")
     picture.colorbar(image, ax=axes, ticks=range(entries), label="LoRA chosen")
+    return picture
+
+
+def training_picture(losses: Sequence[float], errors: dict[int, float]) -> Figure:
+    """Draw the loss of each step of training, and the held-out error where it was measured."""
+    picture = figure(7.2, 3.4)
+    axes = axes_of(picture)
+    axes.plot(range(1, len(losses) + 1), losses, color=GREY, linewidth=0.8, label="loss of a batch")
+    if errors:
+        steps, heights = zip(*errors.items(), strict=True)
+        axes.plot(steps, heights, "o-", color=UNSIGNED, markersize=4, label="held-out error")
+    axes.set_yscale("log")
+    _plain_decades(axes.yaxis)
+    axes.grid(axis="y", color="#e4e7eb")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("weighted squared error")
+    axes.legend(fontsize=8, frameon=False)
     return picture

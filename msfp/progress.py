@@ -50,3 +50,22 @@ def stages() -> Iterator[Advance]:
             progress.update(tasks[stage], completed=done)
 
         yield advance
+
+
+@contextmanager
+def noted_bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a function of units done, their total and a note; the bar goes to stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, note="")
+
+        def advance(done: int, total: int, note: str) -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield advance

@@ -281,6 +281,15 @@ def routing_of(denoiser: nn.Module) -> Routing | None:
     return next((hook.routing for hook in hooks if isinstance(hook, RouterHook)), None)
 
 
+def remove_router(denoiser: nn.Module) -> None:
+    """Take the router of a denoiser away; its layers must have been told that there is none."""
+    hooks = denoiser._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, RouterHook)]:
+        del hooks[key]
+        denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
+    del denoiser.router
+
+
 @torch.no_grad()
 def precompute_routing(denoiser: nn.Module, timesteps: Sequence[float] | torch.Tensor) -> None:
     """Ask the router once for each timestep of a sampler, so that sampling need not.

@@ -68,8 +68,11 @@ def add_bits(command: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def add_sampling(command: argparse.ArgumentParser, *, count: int, first_seed: int = 0) -> None:
-    """Add how a pipeline is called."""
+def add_sampling(
+    command: argparse.ArgumentParser, *, count: int, first_seed: int = 0, training: bool = False
+) -> None:
+    """Add how a pipeline is called; in training, `--steps` and `--batch` are something else."""
+    prefix = "sampler-" if training else ""
     group = command.add_argument_group("how the pipeline is called")
     conditions = group.add_mutually_exclusive_group()
     conditions.add_argument(
@@ -83,11 +86,13 @@ def add_sampling(command: argparse.ArgumentParser, *, count: int, first_seed: in
         help=f"images; prompts and labels are taken in turn (default {count})",
     )  # fmt: skip
     group.add_argument(
-        "--steps", type=whole(1, 1000), default=20, help="sampler steps (default 20)"
-    )
+        f"--{prefix}steps", dest="sampler_steps", type=whole(1, 1000), default=20,
+        help="sampler steps (default 20)",
+    )  # fmt: skip
     group.add_argument(
-        "--batch", type=whole(1, 4096), default=16, help="images in one call (default 16)"
-    )
+        f"--{prefix}batch", dest="sampler_batch", type=whole(1, 4096), default=16,
+        help="images in one call (default 16)",
+    )  # fmt: skip
     group.add_argument("--guidance-scale", type=guidance, help="default: that of the pipeline")
     group.add_argument("--sampler", choices=SAMPLERS, help="default: that of the pipeline")
     group.add_argument(
@@ -113,8 +118,8 @@ def check_sampling(arguments: argparse.Namespace) -> Sampler:
         line = str(error).splitlines()[0]
         raise InputError(f"device {arguments.device!r} cannot be used: {line}") from error
     conditions = arguments.labels or _prompts(arguments.prompts)
-    batch = min(arguments.batch, arguments.count)
-    return Sampler(arguments.steps, batch, tuple(conditions), arguments.guidance_scale)
+    batch = min(arguments.sampler_batch, arguments.count)
+    return Sampler(arguments.sampler_steps, batch, tuple(conditions), arguments.guidance_scale)
 
 
 def _prompts(file: Path | None) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from msfp.dfa import timestep_weights
+from msfp.dfa import Normalisation, timestep_weights
 from msfp.errors import InputError
 from msfp.talora import TRAINING_TIMESTEPS
 from msfp.trajectories import Trajectories
@@ -17,7 +17,10 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def loss_weights(
-    timesteps: torch.Tensor, factors: dict[float, float] | None, power: float
+    timesteps: torch.Tensor,
+    factors: dict[float, float] | None,
+    power: float,
+    normalisation: Normalisation = "mean",
 ) -> torch.Tensor:
     """Return the loss weight of each of the trajectories' timesteps, shape (steps,).
 
@@ -25,6 +28,7 @@ def loss_weights(
         timesteps: What the denoiser was given; some pipelines divide the scheduler's by 1000.
         factors: The sampler's `denoising_factors`, needed unless the power is 0.
         power: Of the factors in the weights.
+        normalisation: As for `timestep_weights`.
 
     Raises:
         InputError: If a timestep has no factor.
@@ -39,7 +43,7 @@ def loss_weights(
         keys = [_nearest(t, scale, factors or {}) for t in timesteps.tolist()]
         found = [key for key in keys if key is not None]
         if len(found) == len(keys) and factors is not None:
-            weights = timestep_weights(factors, power)
+            weights = timestep_weights(factors, power, normalisation)
             return torch.tensor([weights[key] for key in found])
     raise InputError(
         f"factors must be given for every recorded timestep where denoising_power is {power}: "

@@ -1,0 +1,221 @@
+"""`msfp finetune`: bring a packed checkpoint back to its full-precision pipeline, by training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from msfp.commands import options
+from msfp.errors import InputError
+from msfp.talora import RouterKind
+from msfp.training.config import FinetuneConfig, Initial, Place, Precision
+
+if TYPE_CHECKING:
+    from msfp.tuning import Tuning
+    from msfp.tuning_report import TuningReport
+
+REPORT, NUMBERS = "report.html", "finetuning.json"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    finetune = commands.add_parser(
+        "finetune", help="train a quantized checkpoint towards its full-precision pipeline"
+    )
+    finetune.add_argument("checkpoint", type=Path, help="a folder of msfp quantize")
+    finetune.add_argument(
+        "--teacher", required=True, metavar="MODEL",
+        help=f"the full-precision pipeline folder, or {options.REFERENCE!r}",
+    )  # fmt: skip
+    finetune.add_argument("--output", type=Path, required=True, help="a new folder")
+    finetune.add_argument(
+        "--resume", action="store_true", help="go on with a run that was interrupted"
+    )
+    finetune.add_argument(
+        "--compare", action="store_true",
+        help="train without each ingredient too, for the table of what it brought",
+    )  # fmt: skip
+    finetune.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="log there")
+    _add_training(finetune)
+    options.add_sampling(finetune, count=128, first_seed=100, training=True)
+    finetune.add_argument(
+        "--held-out", type=options.whole(2, 10**6), default=32,
+        help="images whose trajectories are not trained on (default 32)",
+    )  # fmt: skip
+    finetune.set_defaults(run=run)
+
+
+def _add_training(finetune: argparse.ArgumentParser) -> None:
+    """Add what is trained and how."""
+    count = options.whole(1, 10**9)
+    group = finetune.add_argument_group("what is trained and how")
+    for name, parse, default, text in (
+        ("hub", options.whole(1, 16), 1, "LoRAs for each layer"),
+        ("rank", options.whole(1, 256), 16, "rank of each"),
+        ("steps", count, 240, "steps of training"),
+        ("batch", count, 32, "samples in a step, over all processes"),
+        ("accumulate", count, 1, "parts that a process takes its batch in"),
+        ("student-every", options.whole(0, 10**9), 0, "steps between recordings of its own path"),
+        ("evaluate-every", options.whole(0, 10**9), 40, "steps between held-out errors"),
+        ("patience", options.whole(0, 10**9), 0, "held-out errors without a new best to stop at"),
+        ("save-every", count, 50, "steps between saved states"),
+    ):
+        group.add_argument(
+            f"--{name}", type=parse, default=default, metavar="N",
+            help=f"{text} (default {default})",
+        )  # fmt: skip
+    numbers: tuple[tuple[str, float | None, str], ...] = (
+        ("power", 0.0, "of the denoising factor in the loss: 1 is the paper's DFA"),
+        ("ema", 0.0, "decay of the moving average that is the result"),
+        ("clip", None, "largest norm of the gradient"),
+    )
+    for name, number, text in numbers:
+        group.add_argument(f"--{name}", type=float, default=number, help=f"{text} ({number})")
+    for name, choices, text in (
+        ("routing", get_args(RouterKind), "what chooses among the LoRAs of a hub"),
+        ("place", get_args(Place), "where LoRAs are: inside the quantizer or beside the weight"),
+        ("initial", get_args(Initial), "what LoRAs begin as"),
+        ("precision", get_args(Precision), "of mixed precision"),
+    ):
+        group.add_argument(
+            f"--{name}", choices=choices, default=choices[0], help=f"{text} ({choices[0]})"
+        )
+    group.add_argument("--checkpointing", action="store_true", help="save memory, cost time")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Record, train, measure, and write a packed checkpoint with a report."""
+    from msfp.denoiser import denoiser_of
+    from msfp.outputs import check_output
+    from msfp.progress import stages
+    from msfp.tuning import Extent, Tuning, ladder
+
+    check_output(arguments.output)
+    state = _state_file(arguments)
+    config = _config(arguments)
+    sampler = options.check_sampling(arguments)
+    _place_process(arguments)
+    full = options.load_pipeline(arguments.teacher, arguments)
+    quantized = options.load_checkpoint(arguments.checkpoint, arguments)
+    extent = Extent(arguments.count, arguments.held_out, arguments.seed)
+    with stages() as advance:
+        tuning = Tuning(full, quantized, sampler, extent, advance)
+        rows = [tuning.measured("quantized", quantized)]
+    rungs = ladder(config) if arguments.compare else []
+    for name, rung in rungs:
+        pipe, _, minutes = _trained(tuning, name, rung, None, arguments)
+        rows.append(tuning.measured(name, pipe, minutes))
+    pipe, history, minutes = _trained(tuning, "fine-tuned", config, state, arguments)
+    if not _main_process():
+        return
+    rows.append(tuning.measured("fine-tuned", pipe, minutes))
+    kind = type(denoiser_of(pipe)).__name__
+    title = f"{arguments.checkpoint.absolute().name} fine-tuned ({kind})"
+    report = tuning.report(title, config, rows, history, pipe)
+    _write(report, pipe, arguments.output)
+    state.unlink()
+    _print(report, arguments.output)
+
+
+def _state_file(arguments: argparse.Namespace) -> Path:
+    """Return where the state of training is kept, beside the output."""
+    output: Path = arguments.output.absolute()
+    state = output.with_name(f"{output.name}.state.safetensors")
+    if state.exists() and not arguments.resume:
+        raise InputError(
+            f"{state} is of a run that was interrupted: give --resume, or delete the file"
+        )
+    if arguments.resume and not state.exists():
+        raise InputError(f"there is nothing to resume: {state} does not exist")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.state = state
+    return state
+
+
+def _config(arguments: argparse.Namespace) -> FinetuneConfig:
+    return FinetuneConfig(
+        hub=arguments.hub,
+        rank=arguments.rank,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        denoising_power=arguments.power,
+        seed=arguments.seed,
+        routing=arguments.routing,
+        place=arguments.place,
+        initial=arguments.initial,
+        accumulation=arguments.accumulate,
+        clip=arguments.clip,
+        ema=arguments.ema,
+        precision=arguments.precision,
+        checkpointing=arguments.checkpointing,
+        student_every=arguments.student_every,
+        evaluate_every=arguments.evaluate_every,
+        patience=arguments.patience,
+        save_every=arguments.save_every,
+    )
+
+
+def _place_process(arguments: argparse.Namespace) -> None:
+    """Give each process of `accelerate launch` a GPU of its own."""
+    import torch
+
+    if arguments.device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def _main_process() -> bool:
+    """Return whether this process is the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _trained(
+    tuning: Tuning,
+    name: str,
+    config: FinetuneConfig,
+    state: Path | None,
+    arguments: argparse.Namespace,
+) -> tuple[Any, Any, float]:
+    """Train with a progress bar."""
+    from msfp.progress import noted_bar
+    from msfp.training.trainer import Status
+
+    with noted_bar(f"training: {name}") as advance:
+
+        def progress(status: Status) -> None:
+            error = "" if status.error is None else f", held-out error {status.error:.3g}"
+            advance(status.step, status.steps, f"loss {status.loss:.3g}{error}")
+
+        resume = arguments.resume and state is not None
+        logs = arguments.tensorboard if state is not None else None
+        return tuning.tuned(config, file=state, resume=resume, tensorboard=logs, progress=progress)
+
+
+def _write(report: TuningReport, pipe: Any, output: Path) -> None:
+    """Write the checkpoint and the report into one folder."""
+    from msfp.checkpoint import save
+    from msfp.outputs import atomic_folder
+
+    with atomic_folder(output) as folder:
+        save(pipe, folder)
+        (folder / REPORT).write_text(report.html(), encoding="utf-8")
+        (folder / NUMBERS).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+
+
+def _print(report: TuningReport, output: Path) -> None:
+    """Print the table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from msfp.tuning_report import COLUMNS
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if not column else "right")
+    for row in report.rows:
+        table.add_row(*row.cells())
+    Console().print(table)
+    print(f"Fine-tuned: {output}; report: {output / REPORT}")

@@ -1,0 +1,35 @@
+"""Which rows of trajectories are branches of one sample, and how the sampler adds them up."""
+
+from __future__ import annotations
+
+import inspect
+
+from diffusers import DiffusionPipeline
+
+from msfp.sampling import Sampler
+
+CONDITIONAL_FIRST = ("DiTPipeline",)
+"""Pipelines that put the conditional branch before the unconditional one."""
+
+
+def guidance_branches(
+    pipe: DiffusionPipeline, sampler: Sampler, rows: int
+) -> tuple[tuple[float, ...], int]:
+    """Return `branches` and `branch_rows` of a `FinetuneConfig`.
+
+    Args:
+        pipe: A pipeline that may use classifier-free guidance.
+        sampler: How it is called.
+        rows: Rows of the trajectories that each call gave.
+
+    Returns:
+        The coefficients (1 - g, g), or (g, 1 - g), and the samples of a call where its rows are
+        twice its samples; else one branch.
+    """
+    if rows != 2 * sampler.batch:
+        return (1.0,), 1
+    scale = sampler.guidance_scale
+    if scale is None:
+        scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    first = type(pipe).__name__ in CONDITIONAL_FIRST
+    return ((scale, 1 - scale) if first else (1 - scale, scale)), sampler.batch

@@ -1,0 +1,213 @@
+"""From a packed pipeline and its full-precision one to a fine-tuned one, and what that brought."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from msfp.comparison import check_pair
+from msfp.denoiser import denoiser_of
+from msfp.dfa import denoising_factors
+from msfp.errors import InputError
+from msfp.evaluate import noise_errors, paired_psnr
+from msfp.fine_tuning import finetune
+from msfp.progress import Advance, counted
+from msfp.reopening import reopen
+from msfp.sampling import Sampler
+from msfp.talora import precompute_routing, routing_of
+from msfp.training.config import FinetuneConfig
+from msfp.training.guidance import guidance_branches
+from msfp.training.objective import loss_weights
+from msfp.training.state import History
+from msfp.training.trainer import Status
+from msfp.trajectories import Trajectories, record_trajectories
+from msfp.tuning_report import SHOWN, Row, TuningReport
+
+MEASURED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is recorded.
+
+    Attributes:
+        trajectories: Images whose trajectories are trained on.
+        held_out: Images of those that errors are measured on.
+        seed: Of their noise.
+    """
+
+    trajectories: int
+    held_out: int
+    seed: int
+
+
+class Tuning:
+    """Fine-tunes one packed pipeline, perhaps in several ways.
+
+    Args:
+        full: The full-precision pipeline.
+        quantized: The packed one, as loaded; it is not changed.
+        sampler: How both are called.
+        extent: How much is recorded.
+        advance: Told of the progress of each stage of recording.
+
+    Raises:
+        InputError: If the pipelines are of different models or samplers.
+    """
+
+    def __init__(
+        self,
+        full: DiffusionPipeline,
+        quantized: DiffusionPipeline,
+        sampler: Sampler,
+        extent: Extent,
+        advance: Advance,
+    ) -> None:
+        check_pair(denoiser_of(full), denoiser_of(quantized))
+        check_same_sampler(full, quantized)
+        self.full, self.quantized, self.sampler, self.extent = full, quantized, sampler, extent
+        self.advance = advance
+        self.path = self._recorded("recording trajectories", extent.trajectories, extent.seed)
+        self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
+        calls = len(sampler.calls(extent.trajectories, extent.seed))
+        rows = self.path.samples.shape[1] // calls
+        self.branches, self.branch_rows = guidance_branches(full, sampler, rows)
+        self.images = self._sampled("full precision", full)
+        self.factors = self._factors()
+
+    def _recorded(self, stage: str, count: int, seed: int) -> Trajectories:
+        calls = self.sampler.calls(count, seed)
+        return record_trajectories(self.full, calls, counted(self.advance, stage, len(calls)))
+
+    def _sampled(self, name: str, pipe: DiffusionPipeline) -> torch.Tensor:
+        count = min(MEASURED_IMAGES, self.extent.held_out)
+        progress = counted(self.advance, f"sampling {name}", count)
+        return self.sampler(pipe, count, self.extent.seed + 2, progress)
+
+    def _factors(self) -> dict[float, float] | None:
+        """Return the sampler's factors where nothing is clipped, or None if it has none."""
+        try:
+            return denoising_factors(self.full.scheduler, self.sampler.steps, clipping="ignore")
+        except InputError:
+            return None
+
+    def measured(self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0) -> Row:
+        """Return what can be measured of a pipeline."""
+        images = self._sampled(name, pipe)
+        errors = noise_errors(denoiser_of(pipe), self.held_out)
+        moved = None
+        if self.factors is not None:
+            timesteps = self.held_out.timesteps
+            weights = loss_weights(timesteps, self.factors, 2.0, "none").tolist()
+            moved = [error * weight for error, weight in zip(errors, weights, strict=True)]
+        return Row(name, errors, moved, paired_psnr(images, self.images), images[:SHOWN], minutes)
+
+    def tuned(
+        self,
+        config: FinetuneConfig,
+        *,
+        file: Path | None = None,
+        resume: bool = False,
+        tensorboard: Path | None = None,
+        progress: Callable[[Status], None] | None = None,
+    ) -> tuple[DiffusionPipeline, History, float]:
+        """Fine-tune a copy of the packed pipeline; return it, what was measured, and the minutes.
+
+        Args:
+            config: What is trained and how; its branches are those of the pipeline's guidance.
+            file: As for `finetune`.
+            resume: As for `finetune`.
+            tensorboard: As for `finetune`.
+            progress: As for `finetune`.
+        """
+        pipe = _with_own_denoiser(self.quantized)
+        denoiser, original = denoiser_of(pipe), denoiser_of(self.full)
+        reopen(denoiser, original)
+        calls = self.sampler.calls(self.extent.trajectories, self.extent.seed)
+        started = time.monotonic()
+        history = finetune(
+            denoiser,
+            self.path,
+            replace(config, branches=self.branches, branch_rows=self.branch_rows),
+            factors=self.factors,
+            held_out=self.held_out,
+            teacher=original,
+            own_path=lambda: record_trajectories(pipe, calls),
+            file=file,
+            resume=resume,
+            tensorboard=tensorboard,
+            progress=progress,
+        )
+        return pipe, history, (time.monotonic() - started) / 60
+
+    def report(
+        self, title: str, config: FinetuneConfig, rows: list[Row], history: History,
+        pipe: DiffusionPipeline,
+    ) -> TuningReport:  # fmt: skip
+        """Return the report of a run that ended with a pipeline."""
+        timesteps = self.held_out.timesteps
+        return TuningReport(
+            title, config, timesteps.tolist(), self.images, rows, history,
+            routing_table(pipe, timesteps),
+        )  # fmt: skip
+
+
+def routing_table(pipe: DiffusionPipeline, timesteps: torch.Tensor) -> torch.Tensor | None:
+    """Return the LoRA of each layer (rows) at each timestep, or None where there is no choice."""
+    denoiser = denoiser_of(pipe)
+    routing = routing_of(denoiser)
+    if routing is None:
+        return None
+    precompute_routing(denoiser, timesteps)
+    winners = [routing.table[timestep.item()] for timestep in timesteps]
+    return torch.cat(winners).T
+
+
+def ladder(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
+    """Return what a config is made of, one ingredient after the other, without the config itself.
+
+    Example:
+        >>> [name for name, _ in ladder(FinetuneConfig(hub=2, denoising_power=1.0))]
+        ['scales, biases and norms alone', 'single LoRA', 'hub of 2']
+    """
+    plain = replace(config, hub=1, denoising_power=0.0, student_every=0)
+    rungs = [
+        ("scales, biases and norms alone", replace(plain, rates=replace(plain.rates, adapters=0))),
+        ("single LoRA", plain),
+        (f"hub of {config.hub}", replace(plain, hub=config.hub)),
+        ("denoising factors", replace(config, student_every=0)),
+    ]
+    kept: list[tuple[str, FinetuneConfig]] = []
+    for name, rung in rungs:
+        if rung != config and rung not in [other for _, other in kept]:
+            kept.append((name, rung))
+    return kept
+
+
+def check_same_sampler(full: DiffusionPipeline, quantized: DiffusionPipeline) -> None:
+    """Raise InputError unless two pipelines have one scheduler."""
+    one, other = full.scheduler, quantized.scheduler
+    if type(one) is not type(other):
+        raise InputError(
+            f"the teacher's sampler must be that of the quantized pipeline, "
+            f"{type(other).__name__}, not {type(one).__name__}: choose one for both"
+        )
+    for key, value in one.config.items():
+        if not key.startswith("_") and other.config.get(key) != value:
+            raise InputError(
+                f"the teacher's sampler must be that of the quantized pipeline: {key} is "
+                f"{value!r}, not {other.config.get(key)!r}"
+            )
+
+
+def _with_own_denoiser(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a pipeline of the same components but for the denoiser, which is copied."""
+    denoiser = denoiser_of(pipe)
+    shared = {id(part): part for part in vars(pipe).values() if part is not denoiser}
+    return copy.deepcopy(pipe, shared)

@@ -1,0 +1,125 @@
+"""What fine-tuning did, as a table, JSON, pictures and one HTML page."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from msfp import plots, report
+from msfp.training.config import FinetuneConfig
+from msfp.training.state import History
+from msfp.versions import versions
+
+SHOWN = 12
+"""Images of each row of the picture."""
+COLUMNS = ("", "prediction error", "error of the next sample", "paired PSNR, dB", "minutes")
+
+
+@dataclass
+class Row:
+    """What was measured of a denoiser.
+
+    Attributes:
+        name: What it is.
+        errors: Mean squared error of its prediction on held-out trajectories, at each timestep.
+        step_errors: The same of the sampler's next sample, or None where there are no factors.
+        psnr: Of its images against the full-precision ones of equal noise, in dB.
+        images: Some of them.
+        minutes: That its training took.
+    """
+
+    name: str
+    errors: list[float]
+    step_errors: list[float] | None
+    psnr: float
+    images: torch.Tensor
+    minutes: float = 0.0
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the table."""
+        moved = "" if self.step_errors is None else f"{statistics.mean(self.step_errors):.3g}"
+        minutes = f"{self.minutes:.1f}" if self.minutes else ""
+        return self.name, f"{statistics.mean(self.errors):.3g}", moved, f"{self.psnr:.2f}", minutes
+
+
+@dataclass
+class TuningReport:
+    """What a run of fine-tuning did.
+
+    Attributes:
+        title: The heading.
+        config: How it was run.
+        timesteps: The sampler's.
+        full: Some images in full precision.
+        rows: The quantized denoiser, what was tried beside, and the fine-tuned one.
+        history: Losses and held-out errors of the last.
+        routing: Its LoRA of each layer (rows) at each timestep, or None for a single one.
+    """
+
+    title: str
+    config: FinetuneConfig
+    timesteps: list[float]
+    full: torch.Tensor
+    rows: list[Row]
+    history: History = field(default_factory=History)
+    routing: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but images as plain JSON types."""
+        return {
+            "config": self.config.to_dict(),
+            "timesteps": self.timesteps,
+            "rows": [
+                {key: value for key, value in vars(row).items() if key != "images"}
+                for row in self.rows
+            ],
+            "losses": self.history.losses,
+            "held_out_errors": {str(k): v for k, v in self.history.errors.items()},
+            "routing": None if self.routing is None else self.routing.tolist(),
+            "versions": versions(),
+        }
+
+    def html(self) -> str:
+        """Return the page."""
+        images = [("full precision", self.full[:SHOWN])]
+        images += [(row.name, row.images[:SHOWN]) for row in self.rows]
+        errors = plots.errors_by_timestep(
+            self.timesteps, [(row.name, row.errors) for row in self.rows]
+        )
+        training = plots.training_picture(self.history.losses, self.history.errors)
+        sections = [
+            ("", [report.table(COLUMNS, [row.cells() for row in self.rows])]),
+            ("Images from equal noise", [
+                report.image(
+                    report.png(plots.image_rows(images)), "Every column starts from the same noise."
+                ),
+            ]),
+            ("Error by timestep", [
+                report.image(
+                    report.png(errors),
+                    "Mean squared error of the prediction on trajectories of the full-precision "
+                    "model that were not trained on.",
+                ),
+            ]),
+            ("Training", [report.image(report.png(training), "The loss of each step.")]),
+            *self._routed(),
+            ("How this was run", [
+                report.table(("", ""), [(k, str(v)) for k, v in self.config.to_dict().items()]),
+                report.table(("", ""), list(versions().items())),
+            ]),
+        ]  # fmt: skip
+        return report.page(self.title, sections)
+
+    def _routed(self) -> list[tuple[str, list[str]]]:
+        """Return the section of the routing, where there is one."""
+        if self.routing is None:
+            return []
+        picture = plots.routing_picture(self.timesteps, self.routing.numpy())
+        return [
+            ("Routing", [
+                report.image(report.png(picture), "The LoRA of each layer at each timestep."),
+            ]),
+        ]  # fmt: skip
