@@ -1,0 +1,144 @@
+import json
+
+import pytest
+import torch
+from families import pipeline
+from safetensors.torch import load_file
+
+from msfp import (
+    FinetuneConfig,
+    InputError,
+    QuantizationConfig,
+    finetune,
+    load,
+    quantize,
+    record_trajectories,
+    save,
+)
+from msfp.exports import export_entries, export_lora
+from msfp.layers import sealed_layers
+from msfp.talora import precompute_routing
+
+SHORT = {"rank": 2, "steps": 3, "batch": 4}
+
+
+def call(pipe):
+    """One fixed call of the tiny text-to-image pipeline."""
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
+    output = pipe("a", generator=torch.Generator().manual_seed(0), **options)
+    return torch.from_numpy(output.images)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A function of a fine-tuning's options that gives a sealed conditional pipeline."""
+
+    def make(**options):
+        pipe = pipeline("conditional_unet", tmp_path_factory.mktemp("vocabulary"))
+        path = record_trajectories(pipe, call)
+        quantize(pipe, QuantizationConfig(refine=None), calibration=call)
+        config = FinetuneConfig(**SHORT, branches=(-6.5, 7.5), **options)
+        finetune(pipe.unet, path, config)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def with_hub(tuned):
+    return tuned(hub=2)
+
+
+@pytest.fixture(scope="module")
+def with_branch(tuned):
+    return tuned(place="beside")
+
+
+def test_hub_and_router_travel_with_the_pipeline(with_hub, tmp_path):
+    save(with_hub, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert {layer.entries for layer in sealed_layers(loaded.unet).values()} == {2}
+    assert torch.equal(call(loaded), call(with_hub))
+
+
+def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):
+    pipe = tuned(hub=2, routing="segments")
+    save(pipe, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.unet.router.kind == "segments"
+    assert torch.equal(loaded.unet.router.boundaries, pipe.unet.router.boundaries)
+    assert torch.equal(call(loaded), call(pipe))
+
+
+def test_a_precomputed_routing_gives_the_same_images_without_asking_the_router(with_hub, tmp_path):
+    save(with_hub, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    expected = call(loaded)
+    asked = []
+    loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
+    precompute_routing(loaded.unet, loaded.scheduler.timesteps)
+    assert asked
+    asked.clear()
+    assert torch.equal(call(loaded), expected)
+    assert not asked
+
+
+def test_each_entry_is_exported_as_a_plain_packed_checkpoint(with_hub, tmp_path):
+    before = call(with_hub)
+    folders = export_entries(with_hub, tmp_path / "entries")
+    assert [folder.name for folder in folders] == ["entry-0", "entry-1"]
+    router = with_hub.unet.router
+    for entry, folder in enumerate(folders):
+        config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+        assert config["entries"] == 1
+        loaded = load(folder)
+        loaded.set_progress_bar_config(disable=True)
+        assert not hasattr(loaded.unet, "router")
+        with_hub.unet.router = Always(entry, router.layers)
+        assert torch.equal(call(loaded), call(with_hub))
+        with_hub.unet.router = router
+    assert torch.equal(call(with_hub), before)
+
+
+class Always(torch.nn.Module):
+    """A router that always takes one entry."""
+
+    def __init__(self, entry, layers):
+        super().__init__()
+        self.entry, self.layers = entry, layers
+
+    def forward(self, timesteps):
+        entries = torch.full((len(timesteps), self.layers), self.entry)
+        return torch.nn.functional.one_hot(entries, 2).float()
+
+
+def test_a_branch_travels_with_the_pipeline(with_branch, tmp_path):
+    save(with_branch, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert all(layer.branch_up is not None for layer in sealed_layers(loaded.unet).values())
+    assert torch.equal(call(loaded), call(with_branch))
+
+
+def test_a_branch_is_exported_as_a_lora_that_diffusers_loads(with_branch, tmp_path):
+    file = export_lora(with_branch, tmp_path / "lora")
+    keys = set(load_file(file))
+    assert "unet.conv_in.lora_A.weight" in keys
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight" in keys
+    loaded = load(tmp_path / "lora")
+    loaded.set_progress_bar_config(disable=True)
+    bare = call(loaded)
+    loaded.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(call(loaded), call(with_branch), atol=1e-4, rtol=1e-4)
+    assert (call(loaded) - bare).abs().max() > 1e-3
+
+
+def test_what_has_nothing_to_export_is_refused(with_hub, with_branch, tmp_path):
+    with pytest.raises(InputError, match="LoRAs beside weights"):
+        export_lora(with_hub, tmp_path / "lora")
+    with pytest.raises(InputError, match="a hub of several LoRAs"):
+        export_entries(with_branch, tmp_path / "entries")
+    assert not list(tmp_path.iterdir())
