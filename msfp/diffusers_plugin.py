@@ -295,6 +295,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, layer in layers.items():
             kept = any(part in self._float32_modules for part in name.split("."))
             layer.dtype = torch.float32 if kept else self._dtype
+            for factor in (layer.branch_down, layer.branch_up):
+                if factor is not None:  # a mapped file is not aligned, which products may show
+                    factor.data = factor.data.clone()
         config = self.quantization_config
         attach(model, config.request, self, summaries=self._summaries or config.summaries)
         # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.

@@ -102,7 +102,7 @@ class ModelReport:
         if not rows:
             return []
         caption = (
-            "Signal to quantization noise of each layer, from the denoiser's first to its last; "
+            "Signal to quantization noise of each layer, in the order of the denoiser's modules; "
             "lower is worse. The output is that of the quantized layer for full-precision inputs."
         )
         return [report.image(report.png(plots.errors_by_layer(rows)), caption)]

@@ -131,7 +131,7 @@ def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     axes = axes_of(picture)
     for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
         axes.plot(range(len(ratios)), ratios, "o", markersize=4, label=label, color=colour)
-    axes.set_xlabel("layer, from input to output")
+    axes.set_xlabel("layer, in the order of the denoiser's modules")
     axes.set_ylabel("signal to noise, dB")
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_axisbelow(True)
@@ -148,12 +148,15 @@ def distribution_with_grids(
 
     Args:
         inputs: What calibration saw of the layer's input.
-        grids: Label, format, scale and zero point of each grid.
+        grids: Label, format, scale and zero point of each grid; the last, which is the one that was
+            chosen, is in view from end to end.
         heading: What the picture is of.
     """
     picture = figure(7.2, 2.4 + 0.35 * len(grids))
     axes = axes_of(picture)
-    low, high = inputs.quantile(0.002), inputs.quantile(0.998)
+    _, fmt, scale, zero_point = grids[-1]
+    low = min(inputs.quantile(0.002), scale * float(fmt.min) + zero_point)
+    high = max(inputs.quantile(0.998), scale * float(fmt.max) + zero_point)
     margin = 0.05 * (high - low)
     counts, sums, _ = inputs.bins()
     heights, _, _ = axes.hist(

@@ -68,7 +68,7 @@ class Bench:
         progress = self._progress(f"searching {scheme}", len(self.calibration.inputs))
         layers = quantize(
             pipe,
-            replace(self.config, scheme=scheme),
+            replace(self.config, scheme=scheme, refine=None),
             calibration=self.calibration,
             progress=lambda _name: progress(1),
         )

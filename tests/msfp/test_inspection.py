@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from families import pipeline
 from torch import nn
 
 import msfp
-from msfp import InputError, MSFPConfig, QuantizationConfig, inspect_layers
+from msfp import InputError, MSFPConfig, QuantizationConfig, Sampler, inspect_layers
+from msfp.config import RefinementConfig
 from msfp.inspection import cells, in_order, matching
+from msfp.model_report import ModelReport
 from msfp.reference import PIPELINE_FOLDER
 from msfp.summary import LayerSummary
 
@@ -163,3 +166,23 @@ def test_what_is_not_sealed_or_not_quantized_is_refused(reference, quantized, tm
         inspect_layers(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         inspect_layers(tmp_path / "absent")
+
+
+def test_a_split_input_shows_the_largest_of_its_clips(tmp_path):
+    pipe = pipeline("unet", tmp_path)
+    config = QuantizationConfig(refine=RefinementConfig(split_inputs=True, branch_rank=2))
+    msfp.quantize(pipe, config, calibration=Sampler(2, 2).calls(2, seed=0))
+    msfp.seal(pipe.unet)
+    msfp.save(pipe, tmp_path / "split")
+    facts = inspect_layers(tmp_path / "split")
+    layers = {each.layer: pipe.unet.get_submodule(each.layer) for each in facts}
+    split = [each for each in facts if layers[each.layer].formats.input_granularity == "channel"]
+    assert split
+    for each in split:
+        scales = layers[each.layer].input_scale.view(torch.float32)
+        assert scales.min() < scales.max() == each.input_scale
+        assert each.clip[1] == pytest.approx(
+            each.input_scale * float(each.input.max) + (each.zero_point or 0.0)
+        )
+    weights = {each.layer: torch.ones_like(layers[each.layer].weight) for each in facts}
+    assert "Layer by layer" in ModelReport("split", pipe.unet, {}, weights).html()
