@@ -2,6 +2,10 @@
 
 import os
 
+# Workers that share the cores use one each; read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
