@@ -79,15 +79,18 @@ class Calibration:
             raise InputError(f"call {min(both)} is in both calibrations, and would count twice")
         # The order of layers is that of the first call of all.
         first, second = sorted((self, other), key=lambda each: each.calls[:1] or [each.total])
-        for name, sketch in self.inputs.items():
-            sketch.merge(other.inputs[name])
-        self.inputs = {name: self.inputs[name] for name in first.inputs}
-        self.activations = second.activations | first.activations
-        self.timesteps = {
+        added = {name: self.inputs[name] + other.inputs[name] for name in first.inputs}
+        timesteps = {
             timestep: self.timesteps.get(timestep, 0) + other.timesteps.get(timestep, 0)
             for timestep in sorted(self.timesteps | other.timesteps, reverse=True)
         }
-        self.calls = sorted(self.calls + other.calls)
+        # All at once, so that an interrupt leaves the call in every layer or in none.
+        vars(self).update(
+            inputs=added,
+            activations=second.activations | first.activations,
+            timesteps=timesteps,
+            calls=sorted(self.calls + other.calls),
+        )
 
     def all_reduce(self) -> None:
         """Merge, in every process of torch.distributed, the calibrations of all of them."""

@@ -62,6 +62,22 @@ def test_a_call_is_never_counted_twice():
         whole.merge(part(1))
 
 
+def test_an_interrupt_leaves_a_call_in_every_layer_or_in_none(monkeypatch):
+    whole, add, added = merged(part(0)), Sketch._add_moments, []
+
+    def interrupted(sketch, *moments):
+        added.append(sketch)
+        if len(added) > 3:  # the first layer is done
+            raise KeyboardInterrupt
+        add(sketch, *moments)
+
+    monkeypatch.setattr(Sketch, "_add_moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        whole.merge(part(1))
+    monkeypatch.undo()
+    assert same(whole, merged(part(0)))
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
