@@ -11,6 +11,7 @@ from msfp.config import QuantizationConfig, RefinementConfig
 from msfp.dfa import denoising_factors, timestep_weights
 from msfp.diffusers_plugin import MSFPConfig, register
 from msfp.errors import InputError
+from msfp.exports import export_entries, export_lora
 from msfp.fine_tuning import finetune
 from msfp.inspection import LayerFacts, inspect_layers
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
@@ -18,6 +19,7 @@ from msfp.low_rank import add_branches
 from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
 from msfp.refinement import refine
+from msfp.reopening import reopen
 from msfp.sampling import Sampler, prompt_calls
 from msfp.split import split_inputs
 from msfp.stored_calls import store_calls, stored_calls
@@ -48,6 +50,8 @@ __all__ = [
     "cache_weights",
     "calibrate",
     "denoising_factors",
+    "export_entries",
+    "export_lora",
     "finetune",
     "inspect_layers",
     "load",
@@ -57,6 +61,7 @@ __all__ = [
     "quantize_attention",
     "record_trajectories",
     "refine",
+    "reopen",
     "save",
     "seal",
     "split_inputs",

@@ -112,8 +112,9 @@ class OpenLayer(QuantizedLayer):
         if self.routing is None or self.hub is None:
             return y
         choices = self.routing.choices[:, self.index]
-        if choices.requires_grad:
-            y = y + self._router_path(x, choices, self.hub).to(y.dtype)
+        scale = self.routing.gradient_scale(self.index)
+        if scale and choices.requires_grad:
+            y = y + self._router_path(x, scale * choices, self.hub).to(y.dtype)
         return y
 
     def _router_path(self, x: torch.Tensor, choices: torch.Tensor, hub: LoRAHub) -> torch.Tensor:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from msfp.tuning import Tuning
     from msfp.tuning_report import TuningReport
 
+TABLE_WIDTH = 110
+"""Columns that the table needs; a narrower terminal wraps its lines."""
 REPORT, NUMBERS = "report.html", "finetuning.json"
 
 
@@ -217,5 +219,6 @@ def _print(report: TuningReport, output: Path) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for row in report.rows:
         table.add_row(*row.cells())
-    Console().print(table)
+    console = Console()
+    Console(width=max(console.width, TABLE_WIDTH)).print(table)
     print(f"Fine-tuned: {output}; report: {output / REPORT}")
