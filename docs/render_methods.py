@@ -12,16 +12,17 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import msfp
-from msfp import RefinementConfig as Refine
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.reference import ddim_pipeline, digit_classifier
 from msfp.reference.digits import digits
 
+Refine = partial(msfp.RefinementConfig, samples=256)
 PAGE = Path(__file__).parent / "methods.md"
 HEADER = (
     "| method | noise-prediction error | paired PSNR, dB | Frechet distance | CPU seconds |\n"
@@ -29,7 +30,7 @@ HEADER = (
 )
 ROUNDING = {"match_inputs": False, "correct_bias": "none"}
 """Rounding alone."""
-METHODS: dict[str, tuple[Refine | None, int]] = {
+METHODS: dict[str, tuple[msfp.RefinementConfig | None, int]] = {
     "nearest, the paper's": (None, 0),
     "bias of the last layer": (Refine("nearest", match_inputs=False, correct_bias="last"), 0),
     "all biases": (Refine("nearest", match_inputs=False), 0),
@@ -37,8 +38,7 @@ METHODS: dict[str, tuple[Refine | None, int]] = {
     "GPTQ, two sweeps": (Refine("gptq", sweeps=2, **ROUNDING), 0),
     "AdaRound": (Refine("adaround", **ROUNDING), 0),
     "matched weights, all biases": (Refine("nearest"), 0),
-    "**GPTQ, matched weights, all biases: the default**": (Refine(), 0),
-    "default, 64 samples": (Refine(samples=64), 0),
+    "**GPTQ, matched weights, all biases: the default steps**": (Refine(), 0),
     "default, split inputs": (Refine(split_inputs=True), 0),
     "default, split inputs, branch of rank 4": (Refine(split_inputs=True, branch_rank=4), 0),
     "default, split inputs, branch of rank 16": (Refine(split_inputs=True, branch_rank=16), 0),

@@ -108,7 +108,7 @@ class RefinementConfig:
     split_inputs: bool = False
     branch_rank: int = 0
     damping: float = 0.03
-    samples: int = 256
+    samples: int = 64
     positions: int = 16384
     seed: int = 0
 

@@ -47,7 +47,7 @@ FULL = Settings(
     images=512, calibration=64, trajectories=256, held_out=64, finetune=160, sampler=Sampler(20)
 )
 QUICK = Settings(
-    images=48, calibration=32, trajectories=48, held_out=16, finetune=16, sampler=Sampler(8, 16)
+    images=96, calibration=32, trajectories=64, held_out=32, finetune=20, sampler=Sampler(10, 32)
 )
 
 

@@ -53,7 +53,13 @@ def colour_pipeline() -> DDIMPipeline:
 
 
 def digits_dit_pipeline(folder: Path = DIGITS_DIT_FOLDER) -> PixelDiTPipeline:
-    """Return the class-conditional transformer of digits with the same sampler."""
+    """Return the class-conditional transformer of digits with the same sampler.
+
+    Example:
+        >>> pipe = digits_dit_pipeline()
+        >>> pipe([3, 7], num_inference_steps=2, output_type="np").images.shape
+        (2, 16, 16, 1)
+    """
     transformer = DiTTransformer2DModel.from_pretrained(
         folder, subfolder="transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )

@@ -139,3 +139,16 @@ def test_guidance_of_one_is_the_conditional_model_and_more_moves_away_from_it():
     assert not np.array_equal(plain, guided)
     with pytest.raises(InputError, match="class_labels must lie in 0 to 9"):
         pipe([10])
+
+
+def test_the_transformer_draws_the_digits_that_are_asked_for():
+    labels = list(range(10)) * 2
+    images = digits_dit_pipeline()(
+        labels,
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=10,
+        output_type="np",
+    ).images
+    with torch.no_grad():
+        logits = digit_classifier()(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1)
+    assert (logits.argmax(1) == torch.tensor(labels)).float().mean() >= 0.9
