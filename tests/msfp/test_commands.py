@@ -85,6 +85,7 @@ def test_a_kept_calibration_is_not_made_again(digits, tmp_path, capsys):
     assert load(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_refined_weights_predict_better(digits, tmp_path):
     code = msfp("quantize", "digits", *QUICK, "--output", tmp_path / "refined",
                 "--calibration", digits / "c.safetensors")  # fmt: skip

@@ -23,7 +23,7 @@ def held_out(reference, sampler):
     return record_trajectories(reference, sampler.calls(8, seed=77))
 
 
-@pytest.mark.parametrize("hub", [1, 2])
+@pytest.mark.parametrize("hub", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_it_lowers_the_error_on_trajectories_it_has_not_seen(
     quantized, trajectories, held_out, hub
 ):
