@@ -42,12 +42,11 @@ from msfp.denoiser import replace_layers, settings_by_layer
 from msfp.errors import InputError
 from msfp.float32 import Float32Module
 from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
+from msfp.layer_formats import LayerFormats, narrow_format
 from msfp.layers import (
     SEALED_LAYERS,
-    LayerFormats,
     dequantized,
     make_room,
-    narrow_format,
     quantized_layers,
     sealed_layers,
 )

@@ -24,7 +24,7 @@ from msfp.checkpoint import CONFIG_FILE, quantized_component
 from msfp.denoiser import denoiser_of
 from msfp.diffusers_plugin import MSFPConfig
 from msfp.errors import InputError
-from msfp.layers import LayerFormats
+from msfp.layer_formats import LayerFormats
 from msfp.open_layers import open_layers
 from msfp.summary import LayerSummary
 

@@ -15,7 +15,8 @@ from fpformats.sketch import Sketch
 from msfp import plots, report
 from msfp.comparison import Comparison
 from msfp.inspection import COLUMNS, LayerFacts, cells, inspect_layers, overview
-from msfp.layers import TENSOR, sealed_layers
+from msfp.layer_formats import TENSOR
+from msfp.layers import sealed_layers
 from msfp.post_training import search_input
 from msfp.versions import versions
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
+from msfp.layer_formats import LayerFormats
 from msfp.layers import (
-    LayerFormats,
     QuantConv1d,
     QuantConv2d,
     QuantizedLayer,

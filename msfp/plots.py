@@ -72,12 +72,17 @@ def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
     for axes, (label, images) in zip(grid, rows, strict=True):
         canvas = tiled(images, columns)
         axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        name_row(axes, label)
     return picture
+
+
+def name_row(axes: Axes, label: str) -> None:
+    """Write a label left of a row of images, and take everything else away."""
+    axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -> Figure:

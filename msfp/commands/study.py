@@ -18,7 +18,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     study.add_argument(
         "--rows", action="append", metavar="GLOB",
-        help="names MODEL/TRAINING/RECIPE/BITS/SAMPLER-STEPS/SEED; can be repeated",
+        help="names MODEL/TRAINING/RECIPE/BITS/SAMPLER-STEPS/SEED; can be repeated (default: "
+        "all of the models that are there)",
     )  # fmt: skip
     study.add_argument(
         "--models", type=Path, metavar="DIR",
@@ -36,12 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.study.render import render
     from msfp.study.run import chosen_rows, missing_rows, run_rows
     from msfp.study.store import Store
+    from msfp.study.subjects import has_model
 
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"output {arguments.output} must be a folder")
     store = Store(arguments.output)
-    globs = arguments.rows or (["*/0/*"] if arguments.models is None else ["*"])
-    rows = missing_rows(chosen_rows(globs), store)
+    rows = missing_rows(chosen_rows(arguments.rows or ["*"]), store)
+    if arguments.rows is None:
+        rows = [row for row in rows if has_model(row.model, row.training, arguments.models)]
     if arguments.list:
         print("\n".join(row.name for row in rows))
         return

@@ -1,7 +1,7 @@
 """The small real diffusion models that ship with the package.
 
-Handwritten digits as a UNet and as a class-conditional transformer, and crops of photographs in
-colour as a UNet with attention.
+Handwritten digits as a UNet and as a class-conditional transformer. `msfp.reference.train` trains
+them, and one of photographs in colour that does not ship.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from msfp.reference.dit_pipeline import PixelDiTPipeline
 
 FOLDER = Path(str(files(__name__))) / "model"
 PIPELINE_FOLDER = FOLDER / "digits-ddpm"
-COLOUR_FOLDER = FOLDER / "colour-ddpm"
 DIGITS_DIT_FOLDER = FOLDER / "digits-dit"
 CLASSIFIER_FILE = FOLDER / "classifier.safetensors"
 PHOTOGRAPH_CLASSIFIER_FILE = FOLDER / "photograph-classifier.safetensors"
@@ -45,11 +44,6 @@ def ddim_pipeline(folder: Path = PIPELINE_FOLDER) -> DDIMPipeline:
     pipe = DDIMPipeline(unet.eval(), _ddim_scheduler(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def colour_pipeline() -> DDIMPipeline:
-    """Return the colour model with the same sampler; its float16 weights are widened to float32."""
-    return ddim_pipeline(COLOUR_FOLDER)
 
 
 def digits_dit_pipeline(folder: Path = DIGITS_DIT_FOLDER) -> PixelDiTPipeline:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from msfp.plots import GREY, INK, STYLE, UNSIGNED, axes_of, figure
+from msfp.plots import GREY, INK, STYLE, UNSIGNED, axes_of, figure, name_row
 from msfp.study.statistics import Mean
 
 MANY = 6
@@ -111,9 +111,5 @@ def strips(rows: Sequence[tuple[str, Path]]) -> Figure:
         grid = picture.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (label, _), image in zip(grid, rows, images, strict=True):
         axes.imshow(image, interpolation="nearest")
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        name_row(axes, label)
     return picture

@@ -132,7 +132,7 @@ def model_folder(model: str, training: int, trained: Path | None) -> Path:
     Raises:
         InputError: If it is not there.
     """
-    folder = FOLDER / model if training == 0 else (trained or Path()) / str(training) / model
+    folder = _folder(model, training, trained)
     if training and trained is None:
         raise InputError(
             f"models must name a folder of independently trained models for {model}/{training}"
@@ -143,6 +143,16 @@ def model_folder(model: str, training: int, trained: Path | None) -> Path:
             f"`python -m msfp.reference.train {model} {folder.parent} --seed {training}`"
         )
     return folder
+
+
+def has_model(model: str, training: int, trained: Path | None) -> bool:
+    """Return whether `model_folder` would find a model."""
+    there = training == 0 or trained is not None
+    return there and (_folder(model, training, trained) / "model_index.json").is_file()
+
+
+def _folder(model: str, training: int, trained: Path | None) -> Path:
+    return FOLDER / model if training == 0 else (trained or Path()) / str(training) / model
 
 
 def full_precision(

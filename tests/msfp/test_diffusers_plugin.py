@@ -25,7 +25,8 @@ from msfp import (
 )
 from msfp.attention import OPERANDS, attention_products
 from msfp.denoiser import denoiser_name, denoiser_of
-from msfp.layers import LayerFormats, sealed_layers
+from msfp.layer_formats import LayerFormats
+from msfp.layers import sealed_layers
 
 SPLIT = {"unet", "conditional_unet", "xl_unet"}
 """Families with layers that read a concatenation as it is, and find a signed format for it."""

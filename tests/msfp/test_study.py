@@ -222,3 +222,12 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch)
     assert main(output) == 0
     assert "2 rows" in capsys.readouterr().out
     assert main([*output, "--rows", "*/lora/*"]) == 2
+
+
+def test_models_that_are_not_there_are_left_out_unless_they_are_named(tmp_path, capsys):
+    listing = ["study", "--output", str(tmp_path / "study"), "--list"]
+    assert main(listing) == 0
+    models = {name.split("/")[0] for name in capsys.readouterr().out.split()}
+    assert models == {"digits-ddpm", "digits-dit"}
+    assert main([*listing[:-1], "--rows", "colour-ddpm/0/int-mse/*"]) == 2
+    assert "train it with" in capsys.readouterr().err
