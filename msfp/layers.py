@@ -92,16 +92,22 @@ class QuantizedLayer(nn.Module, ABC):
         return y + self.low_rank(x, self.branch_down, self.branch_up)
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
-        """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,)."""
-        used = sorted(set(winners.tolist()))
-        if len(used) == 1:
-            return self.compute(x, self.quantized_weight(used[0], x.dtype), self.bias)
-        rows = [(winners == entry).nonzero()[:, 0] for entry in used]
-        parts = [
-            self.compute(x[index], self.quantized_weight(entry, x.dtype), self.bias)
-            for index, entry in zip(rows, used, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,).
+
+        Samples that follow each other and have one entry are taken together.
+        """
+        chosen, lengths = winners.unique_consecutive(return_counts=True)
+        entries = chosen.tolist()
+        weights = {entry: self.quantized_weight(entry, x.dtype) for entry in set(entries)}
+        if len(entries) == 1:
+            return self.compute(x, weights[entries[0]], self.bias)
+        parts = x.split(lengths.tolist())
+        return torch.cat(
+            [
+                self.compute(part, weights[entry], self.bias)
+                for part, entry in zip(parts, entries, strict=True)
+            ]
+        )
 
     def compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -101,10 +101,11 @@ class OpenLayer(QuantizedLayer):
         """Return the sealed layer of the same outputs, with an entry for each of the hub."""
         count = 1 if self.hub is None else len(self.hub.up)
         weights = [self.merged_weight(entry) for entry in range(count)]
+        layer = adopt(type(self), self)
         for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
             kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
-            self.register_parameter(name, kept)
-        return self.sealed_class.pack(self, weights, self.weight_quantizer, self.input_quantizer)
+            layer.register_parameter(name, kept)
+        return self.sealed_class.pack(layer, weights, self.weight_quantizer, self.input_quantizer)
 
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry, with the gradient of the choice."""
@@ -112,8 +113,9 @@ class OpenLayer(QuantizedLayer):
         if self.routing is None or self.hub is None:
             return y
         choices = self.routing.choices[:, self.index]
-        if choices.requires_grad:
-            y = y + self._router_path(x, choices, self.hub).to(y.dtype)
+        scale = self.routing.gradient_scale(self.index)
+        if scale and choices.requires_grad:
+            y = y + self._router_path(x, scale * choices, self.hub).to(y.dtype)
         return y
 
     def _router_path(self, x: torch.Tensor, choices: torch.Tensor, hub: LoRAHub) -> torch.Tensor:

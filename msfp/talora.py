@@ -20,6 +20,8 @@ from msfp.float32 import Float32Module
 
 EMBEDDING_WIDTH = 128
 TRAINING_TIMESTEPS = 1000
+TURNS = 4
+"""Steps in which each layer gives a learned router its gradient once."""
 RouterKind = Literal["learned", "segments"]
 
 
@@ -223,11 +225,14 @@ class Routing:
             at one timestep.
         winners: The entry chosen, shape (n, layers), on the CPU.
         table: Winners that were precomputed, by timestep; read where no gradient is wanted.
+        turn: Which layers give the router a gradient: every `TURNS`th from this one on, or all
+            where it is None. The gradient of a choice costs as much as its LoRAs do.
     """
 
     choices: torch.Tensor
     winners: torch.Tensor
     table: dict[float, torch.Tensor]
+    turn: int | None
 
     def __init__(self) -> None:
         self.clear()
@@ -248,6 +253,16 @@ class Routing:
         self.choices = torch.empty(0)
         self.winners = torch.empty(0, dtype=torch.int64)
         self.table = {}
+        self.turn = None
+
+    def gradient_scale(self, index: int) -> int:
+        """Return what the gradient of a layer's choice is multiplied by, 0 if it is not its turn.
+
+        Over all turns the mean is 1.
+        """
+        if self.turn is None:
+            return 1
+        return TURNS if (index + self.turn) % TURNS == 0 else 0
 
 
 class RouterHook:

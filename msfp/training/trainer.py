@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.talora import LearnedRouter
+from msfp.talora import LearnedRouter, routing_of
 from msfp.training.batches import shares
 from msfp.training.config import FinetuneConfig
 from msfp.training.diagnosis import first_nonfinite
@@ -180,10 +180,15 @@ class Trainer:
         share = self.state.step / self.config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - share)
-        self._set_temperature(share)
+        self._set_router(share)
         path, targets = self._path_and_targets()
         count = self.objective.count(path)
-        batch = draw_batch(len(path.timesteps), count, self.config.batch, self.state.generator)
+        step, sample = draw_batch(
+            len(path.timesteps), count, self.config.batch, self.state.generator
+        )
+        # Layers take samples of one entry together where they follow each other.
+        order = step.argsort(stable=True)
+        batch = step[order], sample[order]
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.optimizer.zero_grad(set_to_none=False)
         loss = 0.0
@@ -204,11 +209,14 @@ class Trainer:
         self.state.history.losses.append(loss)
         return loss
 
-    def _set_temperature(self, share: float) -> None:
+    def _set_router(self, share: float) -> None:
+        """Set what depends on the step in how a learned router is trained."""
         router = dict(self.denoiser.named_children()).get("router")
-        if isinstance(router, LearnedRouter):
+        routing = routing_of(self.denoiser)
+        if isinstance(router, LearnedRouter) and routing is not None:
             first, last = self.config.temperature
             router.temperature = first * (last / first) ** share
+            routing.turn = self.state.step
 
     def _path_and_targets(self) -> tuple[Trajectories, Predict]:
         """Return the path that the next step trains on, and what it trains towards."""

@@ -8,7 +8,7 @@ from fpformats import E2M1, E2M2U
 from msfp import seal
 from msfp.open_layers import OPEN_LAYERS
 from msfp.quantizer import Quantizer
-from msfp.talora import LearnedRouter, LoRAHub, Routing, attach_router
+from msfp.talora import TURNS, LearnedRouter, LoRAHub, Routing, SegmentRouter, attach_router
 
 
 def wrapped(layer, entries, seed=0):
@@ -102,6 +102,22 @@ def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
         torch.testing.assert_close(choices.grad[i, 0], choice.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_in_turns_each_layer_gives_the_router_its_gradient_once_and_as_much(sample):
+    denoiser = Denoiser(entries=2)
+    denoiser.conv.weight_quantizer.scale.data.fill_(10.0)  # nothing is clipped
+
+    def gradient(turn):
+        denoiser.conv.routing.turn = turn
+        denoiser.zero_grad(set_to_none=False)
+        denoiser(sample, 100).sum().backward()
+        return denoiser.router.mlp[2].weight.grad.clone()
+
+    denoiser(sample, 100).sum().backward()
+    turns = [gradient(turn) for turn in range(TURNS)]
+    assert [bool(each.any()) for each in turns] == [True, False, False, True]
+    torch.testing.assert_close(sum(turns) / TURNS, gradient(None))
+
+
 def test_the_router_and_the_chosen_adapters_learn(sample):
     denoiser = Denoiser(entries=2)
     denoiser(sample, 100).square().sum().backward()
@@ -151,3 +167,54 @@ def test_a_batch_at_one_timestep_is_routed_once():
     routing = Routing()
     routing.update(LearnedRouter(2, 2), torch.tensor([7, 7, 7]))
     assert routing.choices.shape == (1, 2, 2)
+
+
+def test_segments_have_equally_many_of_the_sampler_s_timesteps():
+    router = SegmentRouter.evenly(3, 4, torch.arange(0, 1000, 50))
+    counts = router(torch.arange(0, 1000, 50)).sum(0)
+    assert torch.equal(counts, torch.full((3, 4), 5.0))
+    assert router(torch.tensor([999, 0])).argmax(-1).tolist() == [[3] * 3, [0] * 3]
+
+
+def test_times_from_zero_to_one_are_told_apart_as_others_are():
+    flow = LearnedRouter(8, 4, torch.Generator().manual_seed(0), time_scale=1000)
+    other = LearnedRouter(8, 4, torch.Generator().manual_seed(0))
+    times = torch.arange(0, 1, 0.125)
+    assert torch.equal(flow(times), other(times * 1000))
+
+
+def test_temperature_changes_the_gradient_of_a_choice_and_not_the_choice():
+    router = LearnedRouter(2, 2, torch.Generator().manual_seed(0))
+    choices, gradients = [], []
+    for temperature in (0.1, 10.0):
+        router.temperature = temperature
+        router.zero_grad()
+        choices.append(router(torch.tensor([7, 900])))
+        choices[-1][..., 0].sum().backward()
+        gradients.append(router.mlp[2].weight.grad.abs().sum())
+    assert torch.equal(*choices)
+    assert gradients[0] > gradients[1]
+
+
+def test_a_hub_begins_as_the_nearest_of_its_rank_to_a_rounding_error():
+    error = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 0.1
+    hub = LoRAHub(6, 8, 2, 3, torch.tensor(0.1), torch.Generator().manual_seed(0))
+    hub.fit(error)
+    tail = torch.linalg.svdvals(error)[3:].square().sum().sqrt()
+    for entry in range(2):
+        torch.testing.assert_close((error - hub.correction(entry)).norm(), tail)
+    wide = LoRAHub(6, 8, 1, 7, torch.tensor(0.1), torch.Generator().manual_seed(0))
+    wide.fit(error)
+    torch.testing.assert_close(wide.correction(0), error)
+
+
+def test_a_lora_beside_the_weight_is_added_to_the_output_of_the_unrounded_input():
+    layer = wrapped(nn.Linear(8, 4), entries=1)
+    layer.hub.beside = True
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    down, up = layer.hub.factors(0)
+    quantized = layer.weight_quantizer(layer.weight)
+    plain = nn.functional.linear(layer.input_quantizer(x), quantized, layer.bias)
+    assert torch.equal(layer(x), plain + nn.functional.linear(nn.functional.linear(x, down), up))
+    with torch.no_grad():
+        assert torch.equal(layer.seal()(x), layer(x))
