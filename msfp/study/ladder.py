@@ -135,7 +135,10 @@ BITS: dict[str, dict[str, Any]] = {
 }
 """Bit widths by name; "all" has the first and the last layer at 4 bits too."""
 
-FOLLOWED = (FULL_PRECISION, "signed", "mixup", "matched", "lora", "branch-16")
+FOLLOWED = (
+    FULL_PRECISION, "signed", "mixup", "matched", "branch-16",
+    "lora", "segments-2", "talora-2", "dfa-1",
+)  # fmt: skip
 """Recipes that are followed to other bits, samplers and full-precision models."""
 SAMPLERS = tuple((name, steps) for name in ("ddim", "plms", "dpm++") for steps in (10, 20, 50, 100))
 MODELS = ("digits-ddpm", "digits-dit", "colour-ddpm")

@@ -83,10 +83,10 @@ def lines(
 
 
 def against_time(points: Sequence[tuple[str, float, Mean]], heading: str) -> Figure:
-    """Draw the mean of each recipe against the seconds that it took.
+    """Draw the mean of each recipe against the CPU seconds that it took.
 
     Args:
-        points: Label, seconds to quantize and fine-tune, and mean of each recipe.
+        points: Label, CPU seconds to quantize and fine-tune, and mean of each recipe.
         heading: What the height is.
     """
     picture = figure(7.2, 3.8)
@@ -97,7 +97,7 @@ def against_time(points: Sequence[tuple[str, float, Mean]], heading: str) -> Fig
             label, (seconds, mean.value), (6, 2), textcoords="offset points", fontsize=7, color=INK
         )
     _log_axis(axes)
-    axes.set_xlabel("seconds to quantize and fine-tune")
+    axes.set_xlabel("CPU seconds to quantize and fine-tune")
     axes.set_ylabel(heading)
     return picture
 

@@ -38,8 +38,8 @@ cell says "tie".
   by torchmetrics.
 - **Frechet distance**: from real images, in the features of a small classifier. That of the full
   precision model moves with the seed of the noise; only what lies beyond it says something.
-- **seconds**: to quantize (search) and to fine-tune, and of one forward in emulation relative to
-  full precision, on the machine named below each heading.
+- **seconds**: of a CPU core, to quantize (search) and to fine-tune, and of one forward in emulation
+  relative to full precision, on the machine named below each heading.
 """
 SCALE = 1000
 """Noise errors are shown in thousandths."""
@@ -76,7 +76,7 @@ class Group:
         return mean(list(values.values())) if values else None
 
     def seconds(self, recipe: str, stage: str) -> float:
-        """Return the mean seconds of a stage."""
+        """Return the mean CPU seconds of a stage."""
         records = self.by_recipe[recipe].values()
         total: float = sum(record["seconds"][stage] for record in records)
         return total / len(records)
