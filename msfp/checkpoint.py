@@ -26,13 +26,14 @@ from msfp.integrity import verify
 from msfp.layers import make_room, quantized_layers
 from msfp.open_layers import open_layers
 from msfp.outputs import atomic_folder
+from msfp.stored_tensors import as_stored
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def packed_size(denoiser: nn.Module) -> int:
     """Return the size of a denoiser's tensors as saved, in bytes."""
-    return sum(tensor.nbytes for tensor in denoiser.state_dict().values())
+    return sum(tensor.nbytes for tensor in as_stored(denoiser.state_dict()).values())
 
 
 def save(target: DiffusionPipeline | nn.Module, folder: str | Path) -> None:

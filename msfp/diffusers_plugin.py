@@ -51,6 +51,7 @@ from msfp.layers import (
     sealed_layers,
 )
 from msfp.post_training import finite_weight, search_weight
+from msfp.stored_tensors import as_stored
 from msfp.summary import LayerSummary
 from msfp.talora import RouterKind, router_of
 
@@ -296,7 +297,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             layer.dtype = torch.float32 if kept else self._dtype
             for factor in (layer.branch_down, layer.branch_up):
                 if factor is not None:  # a mapped file is not aligned, which products may show
-                    factor.data = factor.data.clone()
+                    factor.data = factor.data.to(layer.dtype, copy=True)
         config = self.quantization_config
         attach(model, config.request, self, summaries=self._summaries or config.summaries)
         # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
@@ -315,7 +316,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"layer {open_layer!r} has no packed codes: seal the denoiser before it is saved, "
                 "and save LoRA adapters by themselves"
             )
-        return state_dict, metadata(state_dict, config.to_dict())
+        tensors = as_stored(state_dict)
+        return tensors, metadata(tensors, config.to_dict())
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Put plain layers with dequantized weights in the place of quantized ones."""

@@ -188,7 +188,9 @@ class SealedLayer(QuantizedLayer):
             ("branch_up", len(weight), rank),
         ):
             factor = torch.zeros(rows, width, dtype=weight.dtype, device=weight.device)
-            sealed.register_parameter(name, nn.Parameter(factor) if rank else None)
+            # Products may differ in the last bit where a gradient is asked for.
+            fixed = nn.Parameter(factor, requires_grad=False)
+            sealed.register_parameter(name, fixed if rank else None)
         return sealed
 
     @classmethod

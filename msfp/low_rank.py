@@ -85,8 +85,10 @@ def _add_branch(layer: OpenLayer, rank: int) -> None:
     dtype = layer.weight.dtype
     matrix = layer.weight.float().flatten(1)
     factors = low_rank(matrix, torch.eye(matrix.shape[1], device=matrix.device), rank)
-    # In memory as a loader lays them out, since products may depend on strides in the last bit.
-    down, up = (torch.empty(f.shape, dtype=dtype, device=f.device).copy_(f) for f in factors)
+    # Of 16 bits, as they are stored; in memory as a loader lays them out, since products may depend
+    # on strides in the last bit.
+    halves = (factor.half() for factor in factors)
+    down, up = (torch.empty(f.shape, dtype=dtype, device=f.device).copy_(f) for f in halves)
     layer.branch_down, layer.branch_up = (nn.Parameter(f, requires_grad=False) for f in (down, up))
     rest = (matrix - up.float() @ down.float()).view_as(layer.weight)
     layer.weight = nn.Parameter(rest.to(dtype), requires_grad=False)

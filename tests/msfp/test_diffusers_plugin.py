@@ -117,7 +117,7 @@ def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
         expected += layer.weight_shape.numel() * layer.formats.weight.bits / 8
         expected += 4 * (len(layer.weight_scale) + layer.input_scale.numel() + 1)
         if layer.branch_up is not None:
-            expected += layer.branch_down.nbytes + layer.branch_up.nbytes
+            expected += 2 * (layer.branch_down.numel() + layer.branch_up.numel())
     others = {k: v for k, v in make(family).state_dict().items()
               if not (k.endswith(".weight") and k.removesuffix(".weight") in layers)}  # fmt: skip
     expected += sum(tensor.nbytes for tensor in others.values())
@@ -126,6 +126,19 @@ def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
     with safe_open(file, "pt") as opened:
         held = sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
     assert held == pytest.approx(expected, rel=0.05)
+
+
+def test_branches_are_stored_in_sixteen_bits_and_ask_for_no_gradient(pipelines):
+    folder, pipes = pipelines
+    with safe_open(folder / "unet" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys() if ".branch_" in key}  # noqa: SIM118
+    assert {factor.dtype for factor in stored.values()} == {torch.float16}
+    saved = denoiser_of(pipes["unet"]).state_dict()
+    loaded = dict(denoiser_of(load_pipeline(folder / "unet")).named_parameters())
+    for key, factor in stored.items():
+        assert torch.equal(loaded[key], saved[key])
+        assert torch.equal(factor.float(), saved[key])
+        assert not loaded[key].requires_grad
 
 
 @pytest.mark.parametrize("family", FAMILIES)
