@@ -5,6 +5,7 @@ Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505
 """
 
 from msfp.attention import quantize_attention
+from msfp.branches import add_branches
 from msfp.calibration import Calibration
 from msfp.checkpoint import load, save
 from msfp.config import QuantizationConfig, RefinementConfig
@@ -15,7 +16,6 @@ from msfp.exports import export_entries, export_lora
 from msfp.fine_tuning import finetune
 from msfp.inspection import LayerFacts, inspect_layers
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
-from msfp.low_rank import add_branches
 from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
 from msfp.refinement import refine

@@ -96,8 +96,10 @@ class RefinementConfig:
         InputError: If a value is out of range.
 
     Example:
-        >>> RefinementConfig(rounding="adaround", branch_rank=16).correct_bias
-        'all'
+        >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
+        RefinementConfig(rounding='gptq', sweeps=0, scales='weight', match_inputs=True,
+            correct_bias='all', split_inputs=True, branch_rank=0, damping=0.03, samples=64,
+            positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -105,8 +107,8 @@ class RefinementConfig:
     scales: ScaleSearch = "weight"
     match_inputs: bool = True
     correct_bias: BiasCorrection = "all"
-    split_inputs: bool = False
-    branch_rank: int = 0
+    split_inputs: bool = True
+    branch_rank: int = 16
     damping: float = 0.03
     samples: int = 64
     positions: int = 16384

@@ -9,11 +9,11 @@ from torch import nn
 
 from fpformats import quantize_scaled
 from msfp.adaround import adaround
+from msfp.branches import add_branches
 from msfp.config import RefinementConfig
 from msfp.correction import matched_bias, matched_matrix
 from msfp.errors import InputError
 from msfp.gptq import damped, gptq, upper_factor
-from msfp.low_rank import add_branches
 from msfp.moments import as_matrix, layer_moments
 from msfp.open_layers import OpenLayer, untrained_layers
 from msfp.paired import Meeting, meet_layers

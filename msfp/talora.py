@@ -17,6 +17,7 @@ from torch import nn
 
 from msfp.denoiser import timestep_of
 from msfp.float32 import Float32Module
+from msfp.low_rank import low_rank
 
 EMBEDDING_WIDTH = 128
 TRAINING_TIMESTEPS = 1000
@@ -74,11 +75,9 @@ class LoRAHub(nn.Module):
         Args:
             matrix: Such as the rounding error of the weight, shape (out_features, in_features).
         """
-        left, values, right = torch.linalg.svd(matrix.float() / self.step, full_matrices=False)
-        rank = min(self.down.shape[1], len(values))
-        root = values[:rank].sqrt()
-        self.up[:, :, :rank] = left[:, :rank] * root
-        self.down[:, :rank] = root[:, None] * right[:rank]
+        down, up = low_rank(matrix.float() / self.step, self.down.shape[1])
+        self.up[:, :, : len(down)] = up
+        self.down[:, : len(down)] = down
 
     def factors(self, entry: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors (rank, in_features) and (out_features, rank) of an entry."""

@@ -45,7 +45,7 @@ FULL_PRECISION = "full-precision"
 
 
 def _refined(**options: Any) -> dict[str, Any]:
-    return {"refine": options}
+    return {"refine": {"split_inputs": False, "branch_rank": 0} | options}
 
 
 _LADDER = (
@@ -128,15 +128,22 @@ RECIPES = {recipe.name: recipe for recipe in _LADDER}
 BITS: dict[str, dict[str, Any]] = {
     "W3A4": {"weights": 3, "activations": 4, "first_last": 8},
     "W4A4-all": {"weights": 4, "activations": 4, "first_last": 4},
+    "W4A4-x8": {"weights": 4, "activations": 4, "first_last": 4},
     "W4A4": {"weights": 4, "activations": 4, "first_last": 8},
     "W4A6": {"weights": 4, "activations": 6, "first_last": 8},
     "W4A8": {"weights": 4, "activations": 8, "first_last": 8},
     "W6A6": {"weights": 6, "activations": 6, "first_last": 8},
 }
-"""Bit widths by name; "all" has the first and the last layer at 4 bits too."""
+"""Bit widths by name; "all" has the first and the last layer at 4 bits too, "x8" their weights."""
+ENDS = {
+    "digits-ddpm": ("conv_in", "conv_out"),
+    "digits-dit": ("pos_embed.proj", "proj_out_2"),
+    "colour-ddpm": ("conv_in", "conv_out"),
+}
+"""First and last layer of each model, whose inputs have 8 bits in "x8"."""
 
 FOLLOWED = (
-    FULL_PRECISION, "signed", "mixup", "matched", "branch-16",
+    FULL_PRECISION, "signed", "mixup", "matched", "branch-16", "branch-16-lora",
     "lora", "segments-2", "talora-2", "dfa-1",
 )  # fmt: skip
 """Recipes that are followed to other bits, samplers and full-precision models."""
@@ -182,7 +189,9 @@ class Row:
         options = RECIPES[self.recipe].quantization
         if options is None:
             return None
-        config = QuantizationConfig(**BITS[self.bits], **options)
+        ends = ENDS[self.model] if self.bits.endswith("x8") else ()
+        overrides = {name: {"activations": 8} for name in ends}
+        config = QuantizationConfig(**BITS[self.bits], **options, overrides=overrides)
         if isinstance(config.refine, RefinementConfig):
             return replace(config, refine=replace(config.refine, seed=self.seed))
         return config

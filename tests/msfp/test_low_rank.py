@@ -1,138 +1,49 @@
-import copy
-
 import pytest
 import torch
 
-from msfp import InputError
-from msfp.config import RefinementConfig
-from msfp.gptq import damped, output_error
-from msfp.layers import quantized_layers
-from msfp.low_rank import add_branches, low_rank
-from msfp.paired import meet_layers
-from msfp.refinement import refine
+from msfp.low_rank import low_rank
 
 
 def problem(rows=12, columns=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    error = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    x = torch.randn(columns, 6, generator=generator, dtype=torch.float64)
-    return error, damped((x @ x.T)[None], 0.01)[0]
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
-def left(error, factors, second):
-    down, up = factors
-    return output_error((error - up @ down)[None], second[None]).sum().item()
-
-
+@pytest.mark.parametrize(("rows", "columns"), [(12, 20), (20, 12)])
 @pytest.mark.parametrize("rank", [1, 4, 12, 50])
-def test_the_factors_have_the_rank_asked_for_and_no_more_than_there_is(rank):
-    down, up = low_rank(*problem(), rank=rank)
-    assert down.shape == (min(rank, 12), 20)
-    assert up.shape == (12, min(rank, 12))
+def test_the_factors_have_the_rank_asked_for_and_no_more_than_there_is(rows, columns, rank):
+    down, up = low_rank(problem(rows, columns), rank)
+    assert down.shape == (min(rank, 12), columns)
+    assert up.shape == (rows, min(rank, 12))
 
 
-def test_full_rank_takes_all_of_the_error_away():
-    error, second = problem()
-    down, up = low_rank(error, second, rank=12)
-    torch.testing.assert_close(up @ down, error)
+@pytest.mark.parametrize(("rows", "columns"), [(12, 20), (20, 12), (9, 9)])
+def test_it_is_the_truncated_singular_value_decomposition(rows, columns):
+    matrix = problem(rows, columns)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    for rank in (1, 5, 9):
+        down, up = low_rank(matrix, rank)
+        torch.testing.assert_close(up @ down, left[:, :rank] * values[:rank] @ right[:rank])
+        torch.testing.assert_close(down.norm(dim=1), values[:rank].sqrt())
+        torch.testing.assert_close(up.norm(dim=0), values[:rank].sqrt())
 
 
-def test_what_is_left_is_the_sum_of_the_squares_of_the_smaller_singular_values():
-    error, second = problem()
-    values = torch.linalg.svdvals(error @ torch.linalg.cholesky(second))
-    for rank in (1, 5, 11):
-        found = left(error, low_rank(error, second, rank=rank), second)
-        assert found == pytest.approx(values[rank:].square().sum().item(), rel=1e-8)
-
-
-def test_no_other_matrix_of_that_rank_leaves_less():
-    error, second = problem()
-    down, up = low_rank(error, second, rank=3)
-    best = left(error, (down, up), second)
-    identity = torch.eye(20, dtype=torch.float64)
-    assert best < left(error, low_rank(error, identity, rank=3), second)
+def test_no_other_matrix_of_that_rank_is_nearer():
+    matrix = problem()
+    down, up = low_rank(matrix, 3)
+    nearest = (matrix - up @ down).norm()
     generator = torch.Generator().manual_seed(7)
     for _ in range(20):
         moved = [
             part + 1e-3 * torch.randn(part.shape, generator=generator, dtype=torch.float64)
             for part in (down, up)
         ]
-        assert left(error, moved, second) > best
+        assert (matrix - moved[1] @ moved[0]).norm() > nearest
 
 
-def test_with_the_identity_it_is_the_svd_of_the_error():
-    error, _ = problem()
-    down, up = low_rank(error, torch.eye(20, dtype=torch.float64), rank=2)
-    u, s, v = torch.linalg.svd(error, full_matrices=False)
-    torch.testing.assert_close(up @ down, u[:, :2] * s[:2] @ v[:2])
-
-
-def prediction(denoiser, trajectories):
-    with torch.no_grad():
-        return denoiser(trajectories.samples[1, :4], trajectories.timesteps[1]).sample
-
-
-def test_branches_leave_the_model_as_it_is_in_full_precision(quantized, reference, trajectories):
-    denoiser = quantized()[0].unet
-    names = add_branches(denoiser, 4)
-    assert "conv_in" not in names
-    assert "conv_out" not in names
-    assert len(names) == 63
-    for name in names:
-        layer = denoiser.get_submodule(name)
-        whole = layer.weight.flatten(1) + layer.branch_up @ layer.branch_down
-        torch.testing.assert_close(
-            whole.view_as(layer.weight), reference.unet.get_submodule(name).weight
-        )
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < torch.linalg.matrix_norm(
-            whole, 2
-        )
-    row = torch.arange(4)
-    predictions = meet_layers(denoiser, trajectories, row * 0 + 1, row, lambda _meeting: None)
-    torch.testing.assert_close(
-        predictions[:4], prediction(reference.unet, trajectories), rtol=1e-3, atol=1e-3
-    )
-
-
-def test_branches_lower_the_error_before_and_after_refinement(quantized, trajectories):
-    errors = []
-    for rank, refined in ((0, False), (4, False), (0, True), (4, True)):
-        denoiser = quantized()[0].unet
-        if rank:
-            add_branches(denoiser, rank)
-        if refined:
-            refine(denoiser, trajectories, RefinementConfig(samples=12, positions=1024))
-        moved = prediction(denoiser, trajectories) - trajectories.predictions[1, :4]
-        errors.append(moved.square().mean().item())
-    assert errors[1] < 0.8 * errors[0]
-    assert errors[3] < 0.8 * errors[2]
-
-
-def test_branches_are_in_the_state_of_the_denoiser_and_survive_a_copy(quantized, trajectories):
-    denoiser = quantized()[0].unet
-    add_branches(denoiser, 2)
-    assert sum(".branch_" in key for key in denoiser.state_dict()) == 2 * 63
-    twin = copy.deepcopy(denoiser)
-    with torch.no_grad():
-        for layer in quantized_layers(twin).values():
-            if layer.branch_up is not None:
-                layer.branch_up.zero_()
-    assert not torch.equal(prediction(twin, trajectories), prediction(denoiser, trajectories))
-
-
-def test_layers_too_small_for_the_rank_get_no_branch(quantized):
-    denoiser = quantized()[0].unet
-    names = add_branches(denoiser, 60)
-    assert "down_blocks.0.resnets.0.conv1" not in names
-    assert "up_blocks.0.resnets.0.conv1" in names
-
-
-def test_a_second_set_of_branches_a_bad_rank_and_a_plain_denoiser_are_refused(quantized, reference):
-    denoiser = quantized()[0].unet
-    with pytest.raises(InputError, match="rank must be between 1 and 256, not 0"):
-        add_branches(denoiser, 0)
-    add_branches(denoiser, 1)
-    with pytest.raises(InputError, match="has branches already"):
-        add_branches(denoiser, 1)
-    with pytest.raises(InputError, match="must have been quantized"):
-        add_branches(reference.unet, 1)
+def test_a_matrix_of_less_than_the_rank_is_given_back():
+    matrix = torch.zeros(4, 6)
+    matrix[1, 2] = 3.0
+    down, up = low_rank(matrix, 3)
+    assert down.isfinite().all()
+    torch.testing.assert_close(up @ down, matrix)

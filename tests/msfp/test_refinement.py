@@ -27,7 +27,7 @@ from msfp.paired import meet_layers
 from msfp.refinement import refine
 from msfp.trajectories import spread_batch
 
-SMALL = {"samples": 16, "positions": 2048}
+SMALL = {"samples": 16, "positions": 2048, "split_inputs": False, "branch_rank": 0}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,12 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
             quantized()[0].unet,
             refined(match_inputs=False, correct_bias="none"),
             refined(),
+            refined(split_inputs=True, branch_rank=16),
         )
     ]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.85 * errors[1]
+    assert errors[3] < 0.4 * errors[2]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from msfp import InputError, QuantizationConfig, quantize, seal
-from msfp.low_rank import add_branches
+from msfp.branches import add_branches
 from msfp.open_layers import open_layers
 from msfp.quantizer import Quantizer
 from msfp.reopening import reopen
