@@ -8,11 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from msfp.commands import demo, evaluate, finetune, inspect, quantize, sample, study
+from msfp.commands import (
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    quantize,
+    sample,
+    statistics,
+    study,
+)
 from msfp.errors import InputError
 from msfp.version import __version__
 
-COMMANDS = (demo, quantize, finetune, sample, inspect, evaluate, study)
+COMMANDS = (demo, quantize, finetune, sample, inspect, statistics, evaluate, study)
 WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
 """Arguments that name what a command writes."""
 
