@@ -90,7 +90,7 @@ def checked_features(features: Features, images: torch.Tensor) -> torch.Tensor:
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """Return the Frechet distance of two normal distributions (Heusel et al., NeurIPS 2017).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), where the trace of the root is that of the
+    (m1 - m2)^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), where the trace of the root is that of the
     symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), which stays real where covariances are singular.
 
     Raises:
