@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     where = sample.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, help="a new .png file: all images as one picture")
     where.add_argument(
-        "--images", type=Path, metavar="FOLDER",
+        "--images", dest="folder", type=Path, metavar="FOLDER",
         help="a folder with a .png file for each image, new or of a run to go on with",
     )  # fmt: skip
     options.add_sampling(sample, count=16)
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = options.check_sampling(arguments)
     pipe = options.load_any(arguments.checkpoint, arguments)
     sampler.arguments(pipe)
-    if arguments.images is None:
+    if arguments.folder is None:
         _write_grid(pipe, sampler, arguments)
     else:
         _write_files(pipe, sampler, arguments)
@@ -71,7 +71,7 @@ def _write_files(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.
         "dtype": arguments.dtype,
         **asdict(sampler),
     }
-    folder = PngFolder(arguments.images, settings)
+    folder = PngFolder(arguments.folder, settings)
     with stages() as advance:
         progress = counted(advance, "sampling", arguments.count)
         for start in range(0, arguments.count, sampler.batch):
@@ -80,4 +80,4 @@ def _write_files(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.
                 images = sampler.one_batch(pipe, arguments.seed, start)
                 folder.write(images[: len(numbers)], start)
             progress(len(numbers))
-    print(f"{arguments.count} images: {arguments.images}")
+    print(f"{arguments.count} images: {arguments.folder}")

@@ -12,6 +12,7 @@ from refusals import assert_refused
 from msfp import inspect_layers, load
 from msfp.cli import main
 from msfp.feature_statistics import frechet_distance
+from msfp.image_folder import PngFolder
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.talora import routing_of
 
@@ -130,6 +131,36 @@ def test_sampling_goes_on_where_it_stopped(walked):
     all_of_them = {file.name: file.read_bytes() for file in (folder / "again").iterdir()}
     assert sorted(all_of_them) == [f"{number:06}.png" for number in range(5)]
     assert first.items() <= all_of_them.items()
+
+
+def test_an_interruption_says_where_the_images_are(tmp_path, monkeypatch, capsys):
+    write = PngFolder.write
+
+    def interrupted(folder, images, first):
+        if first > 0:
+            raise KeyboardInterrupt
+        write(folder, images, first)
+
+    monkeypatch.setattr(PngFolder, "write", interrupted)
+    words = ("--count", 4, "--batch", 2, "--steps", 1, "--images", tmp_path / "out")
+    assert msfp("sample", "digits", *words) == 130
+    assert "out has what was done, and the same command goes on" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["000000.png", "000001.png"]
+
+
+def test_the_default_refines_from_the_same_calibration(tmp_path):
+    stand_in("ldm-class", tmp_path).save_pretrained(tmp_path / "plain")
+    sampling, _ = calls("ldm-class", tmp_path)
+    words = ["quantize", tmp_path / "plain", *sampling, "--count", 3,
+             "--calibration", tmp_path / "c.safetensors"]  # fmt: skip
+    for glob in ("encoder_hid_proj", "*.conv_shortcut", "*.downsamplers"):
+        words += ["--exclude", glob]
+    for name, more in (("nearest", ("--no-refine",)), ("refined", ())):
+        assert msfp(*words, *more, "--output", tmp_path / name) == 0
+    one, other = (load(tmp_path / name).unet for name in ("nearest", "refined"))
+    weights = [unet.mid_block.resnets[0].conv1.weight for unet in (one, other)]
+    assert not torch.equal(*weights)
+    assert not any("conv_shortcut" in each.layer for each in inspect_layers(tmp_path / "refined"))
 
 
 @pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
