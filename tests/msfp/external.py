@@ -1,7 +1,15 @@
 """Stand-ins of the public pipelines: the same classes and settings, tiny, of random weights."""
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from families import BLOCKS, autoencoder, conditional_unet, make, pipeline
 
 from msfp.class_pipeline import ClassConditionalLDMPipeline
@@ -34,6 +42,10 @@ def ddpm():
     return DDPMPipeline(make("unet"), DDPMScheduler())
 
 
+def ddim():
+    return DDIMPipeline(make("unet"), DDIMScheduler())
+
+
 def ldm_vq():
     return LDMPipeline(vq_autoencoder(), make("unet"), latent_schedule())
 
@@ -60,7 +72,7 @@ def ldm_class():
     return ClassConditionalLDMPipeline(vq_autoencoder(), unet.eval(), latent_schedule())
 
 
-MAKERS = {"ddpm": ddpm, "ldm-vq": ldm_vq, "ldm-kl": ldm_kl, "ldm-class": ldm_class}
+MAKERS = {"ddpm": ddpm, "ddim": ddim, "ldm-vq": ldm_vq, "ldm-kl": ldm_kl, "ldm-class": ldm_class}
 
 
 def stand_in(setting, folder):
