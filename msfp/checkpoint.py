@@ -19,6 +19,7 @@ from torch import nn
 
 from msfp.attention import make_room_for_products
 from msfp.block_layers import refuse_block_layers
+from msfp.class_pipeline import pipeline_class
 from msfp.denoiser import COMPONENTS, denoiser_of
 from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_keys
 from msfp.errors import InputError
@@ -26,6 +27,7 @@ from msfp.integrity import verify
 from msfp.layers import make_room, quantized_layers
 from msfp.open_layers import open_layers
 from msfp.outputs import atomic_folder
+from msfp.schedulers import restore_sampler
 from msfp.stored_tensors import as_stored
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -114,14 +116,16 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _load_pipeline(folder: Path) -> DiffusionPipeline:
-    """Load a pipeline through diffusers, with nothing imported but what is of diffusers."""
+    """Load a pipeline through diffusers; nothing is imported that a folder names."""
     name = quantized_component(folder)
     if name is None:
         raise InputError(f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp")
     library = json.loads((folder / "model_index.json").read_text())[name][0]
     if library != "diffusers":
         raise InputError(f"the denoiser must be a class of diffusers, not of {library}")
-    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = pipeline_class(folder).from_pretrained(folder, local_files_only=True)
+    restore_sampler(pipe, folder)
+    return pipe
 
 
 def _load_network(folder: Path, network: nn.Module) -> nn.Module:

@@ -8,11 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from msfp.commands import demo, evaluate, finetune, inspect, quantize, sample, study
+from msfp.commands import (
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    quantize,
+    sample,
+    statistics,
+    study,
+)
 from msfp.errors import InputError
 from msfp.version import __version__
 
-COMMANDS = (demo, quantize, finetune, sample, inspect, evaluate, study)
+COMMANDS = (demo, quantize, finetune, sample, inspect, statistics, evaluate, study)
 WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
 """Arguments that name what a command writes."""
 
@@ -33,6 +42,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _left_behind(arguments: argparse.Namespace) -> str:
     """Return which files and folders of a command that was interrupted are there, all whole."""
+    folder = getattr(arguments, "folder", None)
+    if folder is not None and folder.exists():
+        return f"{folder} has what was done, and the same command goes on with it"
     paths = [path for name in WRITTEN if isinstance(path := getattr(arguments, name, None), Path)]
     there = [str(path) for path in paths if path.exists()]
     return f"{' and '.join(there)} is there, whole" if there else "nothing was written"

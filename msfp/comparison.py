@@ -16,16 +16,58 @@ from fpformats.sketch import Sketch
 from msfp.checkpoint import packed_size
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
-from msfp.evaluate import FrechetDistance, paired_psnr, paired_sqnr, paired_ssim
+from msfp.evaluate import PairedMeasures
+from msfp.feature_statistics import (
+    FeatureMoments,
+    FeatureStatistics,
+    checked_features,
+    frechet_distance,
+)
 from msfp.features import Features
+from msfp.image_folder import eight_bits
 from msfp.layers import quantized_layers
 from msfp.observation import calibrate
 from msfp.post_training import sqnr
 from msfp.progress import Advance, counted
+from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
 from msfp.trajectories import Trajectories, record_trajectories
 
 KEPT_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ReferenceDistances:
+    """Frechet distances from a data set's images.
+
+    Attributes:
+        quantized: Of the quantized model's images.
+        full: Of the full-precision ones that start from equal noise.
+        other: Of full-precision ones of another seed; what it differs from `full` by is noise.
+        count: Images of the data set.
+        features: Name of the feature network.
+        size: Height and width that the data set's images were brought to.
+    """
+
+    quantized: float
+    full: float
+    other: float
+    count: int
+    features: str
+    size: int
+
+    def table(self, count: int) -> list[tuple[str, str, str]]:
+        """Return rows as `Comparison.table` does; `count` is that of the images of each set."""
+        of = f"{count} images, from {self.count} of the reference"
+        return [
+            ("Frechet distance from the reference", f"{self.quantized:.4g}", of),
+            ("the same in full precision", f"{self.full:.4g}", "from equal noise"),
+            (
+                "and of another seed",
+                f"{self.other:.4g}",
+                "what it differs by from the line above is noise",
+            ),
+        ]
 
 
 @dataclass(frozen=True)
@@ -39,7 +81,8 @@ class Comparison:
         psnr: Paired PSNR of the images in dB, all pixels of all images together.
         ssim: Mean structural similarity of the pairs, NaN where images are too small for it.
         sqnr: Energy of the full-precision images over that of the errors, in dB.
-        frechet: Frechet distance of the quantized images from full-precision ones of other seeds.
+        frechet: Frechet distance of the quantized images from full-precision ones of other seeds,
+            all of them rounded to 8 bits as image files are.
         frechet_floor: That of the full-precision images of equal seeds from the same: what is
             measured with nothing quantized.
         timesteps: The sampler's.
@@ -49,9 +92,10 @@ class Comparison:
         layers: SQNR in dB of the output of each quantized layer given full-precision inputs, over
             the same trajectories.
         trajectories: How many images these were of.
+        reference: Distances from a data set, or None where its statistics were not given.
         bytes: Size of the tensors of the full-precision denoiser and of the quantized one.
         images: Some images of the full-precision pipeline and of the quantized one.
-        inputs: What the layers of the full-precision denoiser read.
+        inputs: What the layers of the full-precision denoiser read on these trajectories.
     """
 
     sampler: Sampler
@@ -67,6 +111,7 @@ class Comparison:
     noise_sqnr: list[float]
     layers: dict[str, float]
     trajectories: int
+    reference: ReferenceDistances | None
     bytes: tuple[int, int]
     images: tuple[torch.Tensor, torch.Tensor]
     inputs: dict[str, Sketch]
@@ -99,13 +144,16 @@ class Comparison:
                 f"{self.frechet_floor:.4g}",
                 "the same, with the full-precision images of equal seeds",
             ),
+            *([] if self.reference is None else self.reference.table(self.count)),
             ("size, MB", packed, f"{size} in full precision"),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as plain JSON types, None where one is not finite."""
-        left_out = ("sampler", "images", "inputs")
+        left_out = ("sampler", "images", "inputs", "reference")
         values = {key: value for key, value in vars(self).items() if key not in left_out}
+        if self.reference is not None:
+            values["reference"] = asdict(self.reference)
         numbers: dict[str, Any] = _finite(
             {**asdict(self.sampler), **values, "noise_error": self.noise_error}
         )
@@ -131,9 +179,12 @@ def compare(
     count: int,
     seed: int,
     features: Features,
+    reference: ReferenceStatistics | None = None,
     advance: Advance = lambda *_: None,
 ) -> Comparison:
     """Sample both pipelines from equal noise, and ask both denoisers the same.
+
+    Images are compared batch by batch, so that their number is not limited by memory.
 
     Args:
         full: The pipeline in full precision.
@@ -142,38 +193,100 @@ def compare(
         count: Images of each set, at least two.
         seed: Seed of their noise; the next one is for the other full-precision images, and that
             after it for the trajectories.
-        features: In which the Frechet distance is measured.
+        features: In which Frechet distances are measured.
+        reference: Of a data set, in the same features; images of one channel count as RGB then.
         advance: Told of the progress of each stage.
 
     Raises:
-        InputError: If the second is not the first one quantized, or a pipeline takes other
-            conditions.
+        InputError: If the second is not the first one quantized, a pipeline takes other
+            conditions, or the reference is of other features or of images of another size.
     """
     check_pair(denoiser_of(full), denoiser_of(quantized))
     sampler.arguments(full)
     if count < 2:
         raise InputError(f"count must be at least 2, not {count}")
-    reference, inputs = _observed(full, sampler, count, seed, advance)
-    other = sampler(full, count, seed + 1, counted(advance, "other full-precision images", count))
-    images = sampler(quantized, count, seed, counted(advance, "quantized images", count))
-    paths = record_trajectories(full, sampler.calls(1, seed + 2))
-    errors = _errors(denoiser_of(full), denoiser_of(quantized), paths, advance)
-    distance = FrechetDistance(features, other)
+    if reference is not None:
+        reference.check_features(features)
+    measures = _ImageMeasures(features, reference)
+    progress = counted(advance, "images of both, and of another seed", count)
+    for images, paired, other in zip(
+        sampler.batches(quantized, count, seed),
+        sampler.batches(full, count, seed),
+        sampler.batches(full, count, seed + 1),
+        strict=True,
+    ):
+        measures.update(images, paired, other)
+        progress(len(images))
+    paths, inputs = _observed(full, sampler, seed + 2)
     return Comparison(
         sampler=sampler,
         count=count,
         seed=seed,
-        psnr=paired_psnr(images, reference),
-        ssim=_ssim(images, reference),
-        sqnr=paired_sqnr(images, reference),
-        frechet=distance(images),
-        frechet_floor=distance(reference),
         timesteps=paths.timesteps.tolist(),
         trajectories=sampler.batch,
         bytes=(packed_size(denoiser_of(full)), packed_size(denoiser_of(quantized))),
-        images=(reference[:KEPT_IMAGES], images[:KEPT_IMAGES]),
         inputs=inputs,
-        **errors,
+        **measures.found(),
+        **_errors(denoiser_of(full), denoiser_of(quantized), paths, advance),
+    )
+
+
+class _ImageMeasures:
+    """What is measured of the images of both pipelines, which come in batches."""
+
+    def __init__(self, features: Features, reference: ReferenceStatistics | None) -> None:
+        self.features, self.reference = features, reference
+        self.pairs = PairedMeasures()
+        self.moments = FeatureMoments(), FeatureMoments(), FeatureMoments()
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, *sets: torch.Tensor) -> None:
+        """Add images of the quantized pipeline, their pairs, and those of another seed."""
+        images, paired, _ = sets
+        self.pairs.update(images, paired)
+        for moments, each in zip(self.moments, sets, strict=True):
+            moments.update(checked_features(self.features, self._as_saved(each)))
+        if sum(len(some) for some, _ in self.kept) < KEPT_IMAGES:
+            self.kept.append((paired, images))
+
+    def _as_saved(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images as they would be read from a file; RGB beside a reference."""
+        if self.reference is None:
+            return eight_bits(images)
+        size = self.reference.size
+        if images.shape[2:] != (size, size):
+            height, width = images.shape[2:]
+            raise InputError(
+                f"reference must be of images as large as the model's, {height}x{width}, not "
+                f"{size}x{size}"
+            )
+        return eight_bits(images).expand(-1, 3, -1, -1)
+
+    def found(self) -> dict[str, Any]:
+        """Return fields of a `Comparison`."""
+        quantized, full, other = (moments.statistics() for moments in self.moments)
+        shown = [torch.cat(sets)[:KEPT_IMAGES] for sets in zip(*self.kept, strict=True)]
+        return {
+            "psnr": self.pairs.psnr,
+            "ssim": self.pairs.ssim,
+            "sqnr": self.pairs.sqnr,
+            "frechet": frechet_distance(quantized, other),
+            "frechet_floor": frechet_distance(full, other),
+            "reference": _from_reference(self.reference, quantized, full, other),
+            "images": tuple(shown),
+        }
+
+
+def _from_reference(
+    reference: ReferenceStatistics | None, *sets: FeatureStatistics
+) -> ReferenceDistances | None:
+    """Return the distances of the three sets from a data set, where there is one."""
+    if reference is None:
+        return None
+    real = reference.statistics
+    quantized, full, other = (frechet_distance(each, real) for each in sets)
+    return ReferenceDistances(
+        quantized, full, other, real.count, reference.features, reference.size
     )
 
 
@@ -191,24 +304,17 @@ def check_pair(full: nn.Module, quantized: nn.Module) -> None:
             )
 
 
-def _ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the structural similarity, NaN where its window does not fit."""
-    return paired_ssim(images, reference) if min(images.shape[2:]) >= 11 else math.nan
-
-
 def _observed(
-    pipe: DiffusionPipeline, sampler: Sampler, count: int, seed: int, advance: Advance
-) -> tuple[torch.Tensor, dict[str, Sketch]]:
-    """Return the images of a full-precision pipeline, and what its layers read meanwhile."""
-    batches: list[Any] = []
-    calls = sampler.calls(count, seed)
+    pipe: DiffusionPipeline, sampler: Sampler, seed: int
+) -> tuple[Trajectories, dict[str, Sketch]]:
+    """Return the trajectories of one batch, and what the layers read on them."""
+    recorded: list[Trajectories] = []
 
-    def kept(call: Callable[[Any], object]) -> Callable[[Any], None]:
-        return lambda pipe: batches.append(call(pipe))
+    def record(pipe: DiffusionPipeline) -> None:
+        recorded.append(record_trajectories(pipe, sampler.calls(1, seed)))
 
-    progress = counted(advance, "full-precision images", len(calls))
-    calibration = calibrate(pipe, [kept(call) for call in calls], progress=progress)
-    return torch.cat(batches)[:count], calibration.inputs
+    calibration = calibrate(pipe, record)
+    return recorded[0], calibration.inputs
 
 
 @torch.no_grad()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from msfp.errors import InputError
+from msfp.feature_statistics import (
+    FeatureMoments,
+    FeatureStatistics,
+    checked_features,
+    frechet_distance,
+)
 from msfp.features import Features
+from msfp.post_training import sqnr
 from msfp.trajectories import Trajectories
 
-FEATURE_BATCH = 64
-"""Images that the features are computed of at a time."""
+SSIM_WINDOW = 11
+"""Pixels that the window of the structural similarity is wide."""
 
 
 @torch.no_grad()
@@ -74,15 +82,42 @@ def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     return float(similarity)  # type: ignore[arg-type]
 
 
-class _Network(nn.Module):
-    """Features as torchmetrics wants them."""
+class PairedMeasures:
+    """PSNR, SQNR and SSIM of images in [0, 1] against their pairs, which come in batches.
 
-    def __init__(self, features: Features, count: int) -> None:
-        super().__init__()
-        self.features, self.num_features = features, count
+    Each is what `paired_psnr`, `paired_sqnr` and `paired_ssim` give for all batches together.
+    """
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.features(images)
+    def __init__(self) -> None:
+        self._psnr = PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
+        self._ssim = StructuralSimilarityIndexMeasure(data_range=1.0).set_dtype(torch.float64)
+        self._energy = self._noise = 0.0
+        self._has_ssim = True
+
+    def update(self, images: torch.Tensor, reference: torch.Tensor) -> None:
+        """Add images and their pairs, both of shape (n, channels, height, width)."""
+        images, reference = images.double(), reference.double()
+        self._psnr.update(images, reference)
+        self._energy += reference.square().sum().item()
+        self._noise += (images - reference).square().sum().item()
+        self._has_ssim = min(images.shape[2:]) >= SSIM_WINDOW
+        if self._has_ssim:
+            self._ssim.update(images, reference)
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB."""
+        return float(self._psnr.compute())
+
+    @property
+    def sqnr(self) -> float:
+        """Energy of the pairs over that of the errors, in dB."""
+        return sqnr(self._energy, self._noise)
+
+    @property
+    def ssim(self) -> float:
+        """Mean structural similarity, NaN where images are smaller than its window."""
+        return float(self._ssim.compute()) if self._has_ssim else math.nan
 
 
 class FrechetDistance:
@@ -103,25 +138,16 @@ class FrechetDistance:
         True
     """
 
-    @torch.no_grad()
     def __init__(self, features: Features, real: torch.Tensor) -> None:
-        given = features(real[:2])
-        if given.dim() != 2 or len(given) != 2:
-            raise InputError(
-                f"features must have shape (images, any), not {tuple(given.shape)} for 2 images"
-            )
-        self._metric = FrechetInceptionDistance(
-            feature=_Network(features, given.shape[1]), reset_real_features=False, normalize=True
-        )
-        self._update(real, real=True)
+        self._features, self._real = features, _statistics(features, real)
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> float:
         """Return the distance of images in [0, 1] from the real ones."""
-        self._metric.reset()
-        self._update(images, real=False)
-        return float(self._metric.compute())
+        return frechet_distance(_statistics(self._features, images), self._real)
 
-    def _update(self, images: torch.Tensor, *, real: bool) -> None:
-        for some in images.split(FEATURE_BATCH):
-            self._metric.update(some, real=real)
+
+def _statistics(features: Features, images: torch.Tensor) -> FeatureStatistics:
+    """Return the statistics of the features of images."""
+    moments = FeatureMoments()
+    moments.update(checked_features(features, images))
+    return moments.statistics()

@@ -30,13 +30,14 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images, PIXELS).flatten(1)
 
 
-def feature_network(name: str) -> Features:
+def feature_network(name: str, device: str = "cpu") -> Features:
     """Return the features of a name.
 
     Args:
         name: "pixels"; "digits", the classifier that ships with the reference model; the file of
             a TorchScript module; or `module:function` of a Python module that can be imported
             from here. The last two are given images in [0, 1] and must return (n, features).
+        device: Where a TorchScript module computes them; all are given and return host memory.
 
     Raises:
         InputError: If there is no such thing.
@@ -51,10 +52,10 @@ def feature_network(name: str) -> Features:
             f"features must be pixels, digits, a TorchScript file or module:function, not {name!r}"
         )
     try:
-        network: Features = torch.jit.load(name, map_location="cpu").eval()
+        network = torch.jit.load(name, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise InputError(f"features {name} is not a TorchScript file") from error
-    return network
+    return lambda images: network(images.to(device)).cpu()
 
 
 def _imported(name: str, module: str, attribute: str) -> Features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,19 @@ PipelineCall = Callable[[Any], object]
 """A function that does something with a pipeline, or with a bare denoiser."""
 CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
 """Arguments of pipeline calls that say what images show, and the type of each image's."""
+
+FLOAT32 = (torch.float32,)
+NO_BFLOAT16 = (torch.float32, torch.float16)
+PIPELINE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    # Their noise is float32, whatever the network is.
+    "LDMPipeline": FLOAT32,
+    "PNDMPipeline": FLOAT32,
+    # Their images become arrays of NumPy, which has no bfloat16.
+    "DDPMPipeline": NO_BFLOAT16,
+    "DDIMPipeline": NO_BFLOAT16,
+    "DiTPipeline": NO_BFLOAT16,
+}
+"""The dtypes that pipelines of diffusers can sample in, where these are not all."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +63,16 @@ class Sampler:
             InputError: If the pipeline takes other conditions, or no guidance scale.
         """
         images = []
-        for start in range(0, count, self.batch):
-            images.append(self.one_batch(pipe, seed, start)[: count - start])
+        for some in self.batches(pipe, count, seed):
+            images.append(some)
             if progress is not None:
-                progress(len(images[-1]))
+                progress(len(some))
         return torch.cat(images)
+
+    def batches(self, pipe: DiffusionPipeline, count: int, seed: int) -> Iterator[torch.Tensor]:
+        """Yield the same images batch by batch, of which one is held at a time."""
+        for start in range(0, count, self.batch):
+            yield self.one_batch(pipe, seed, start)[: count - start]
 
     def calls(self, count: int, seed: int) -> list[PipelineCall]:
         """Return the calls that sample `count` images, one for each batch.
@@ -98,6 +116,16 @@ class Sampler:
                 raise InputError(f"guidance_scale must not be given: {kind} takes none")
             given["guidance_scale"] = self.guidance_scale
         return given
+
+
+def check_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Raise InputError unless a pipeline can sample in a dtype."""
+    kind = type(pipe).__name__
+    allowed = PIPELINE_DTYPES.get(kind, (dtype,))
+    if dtype not in allowed:
+        names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
+        given = str(dtype).removeprefix("torch.")
+        raise InputError(f"dtype must be {names} for {kind} of diffusers, not {given}")
 
 
 def check_conditions(kind: str, conditions: Sequence[str | int], taken: str) -> None:

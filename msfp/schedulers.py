@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import types
+from pathlib import Path
 from typing import Any
 
 from diffusers import (
@@ -57,6 +59,25 @@ def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
     scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
     scheduler.step = _tolerant_step(scheduler)
     pipe.scheduler = scheduler
+
+
+def restore_sampler(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Give a pipeline that was just loaded the scheduler that its folder holds.
+
+    Pipelines of one scheduler, such as DDIMPipeline, make their own of whatever is there.
+
+    Args:
+        pipe: The pipeline, which is changed in place.
+        folder: Where it was loaded from.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return
+    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    for scheduler_class, _ in SAMPLERS.values():
+        if scheduler_class.__name__ == name:
+            pipe.scheduler = scheduler_class.from_pretrained(file.parent)
+            pipe.scheduler.step = _tolerant_step(pipe.scheduler)
 
 
 def _tolerant_step(scheduler: Any) -> Any:

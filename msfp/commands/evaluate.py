@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from msfp.comparison import Comparison
+    from msfp.reference_statistics import ReferenceStatistics
 
 
 def add(commands: Any) -> None:
@@ -25,10 +26,10 @@ def add(commands: Any) -> None:
         "--against", required=True, metavar="MODEL",
         help=f"the full-precision pipeline folder, or {options.REFERENCE!r}",
     )  # fmt: skip
+    options.add_features(evaluate)
     evaluate.add_argument(
-        "--features", metavar="NETWORK",
-        help="of the Frechet distance: pixels, digits, a TorchScript file or module:function "
-        "(default: digits against digits, else pixels)",
+        "--reference", type=Path, metavar="FILE",
+        help="statistics of a data set, from msfp statistics, to measure the distance from as well",
     )  # fmt: skip
     evaluate.add_argument(
         "--json", type=Path, metavar="FILE", help="a new .json file, or - for standard output"
@@ -45,20 +46,25 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.errors import InputError
     from msfp.features import feature_network
     from msfp.progress import stages
+    from msfp.reference_statistics import ReferenceStatistics
 
     options.check_files(arguments, json=".json", report=".html")
     if arguments.count < 2:
         raise InputError("count must be at least 2: a Frechet distance is one between sets")
-    default = "digits" if arguments.against == options.REFERENCE else "pixels"
-    name = arguments.features or default
-    features = feature_network(name)
     sampler = options.check_sampling(arguments)
+    reference = (
+        None if arguments.reference is None else ReferenceStatistics.load(arguments.reference)
+    )
+    name = arguments.features or _default_features(arguments, reference)
+    features = feature_network(name, options.device(arguments))
+    if reference is not None:
+        reference.check_features(features)
     full = options.load_pipeline(arguments.against, arguments)
     quantized = options.load_checkpoint(arguments.checkpoint, arguments)
     with stages() as advance:
         found = compare(
             full, quantized, sampler, count=arguments.count, seed=arguments.seed,
-            features=features, advance=advance,
+            features=features, reference=reference, advance=advance,
         )  # fmt: skip
     if arguments.json is not None:
         description = {"checkpoint": str(arguments.checkpoint), "against": arguments.against}
@@ -68,6 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
         _print(found, name)
     if arguments.report is not None:
         options.write_text(arguments.report, _report(arguments, found, full, quantized, name))
+
+
+def _default_features(arguments: argparse.Namespace, reference: ReferenceStatistics | None) -> str:
+    """Return the features of the reference, or else what suits the model."""
+    if reference is not None:
+        return reference.features
+    return "digits" if arguments.against == options.REFERENCE else "pixels"
 
 
 def _print(found: Comparison, features: str) -> None:

@@ -68,6 +68,16 @@ def add_bits(command: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
+def add_features(command: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the network whose features Frechet distances are measured in."""
+    default = "" if required else " (default: of the reference; else digits for digits, or pixels)"
+    command.add_argument(
+        "--features", required=required, metavar="NETWORK",
+        help="of the Frechet distance: pixels, digits, a TorchScript file or module:function"
+        + default,
+    )  # fmt: skip
+
+
 def add_sampling(
     command: argparse.ArgumentParser, *, count: int, first_seed: int = 0, training: bool = False
 ) -> None:
@@ -108,18 +118,29 @@ def check_sampling(arguments: argparse.Namespace) -> Sampler:
     Raises:
         InputError: If the prompts cannot be read or there is no such device.
     """
-    import torch
-
     from msfp.sampling import Sampler
 
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"device {arguments.device!r} cannot be used: {line}") from error
+    device(arguments)
     conditions = arguments.labels or _prompts(arguments.prompts)
     batch = min(arguments.sampler_batch, arguments.count)
     return Sampler(arguments.sampler_steps, batch, tuple(conditions), arguments.guidance_scale)
+
+
+def device(arguments: argparse.Namespace) -> str:
+    """Return the device that was asked for, or CUDA where there is one.
+
+    Raises:
+        InputError: If there is no such device.
+    """
+    import torch
+
+    name: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used: {line}") from error
+    return name
 
 
 def _prompts(file: Path | None) -> list[str]:
@@ -139,9 +160,9 @@ def _prompts(file: Path | None) -> list[str]:
 def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipeline:
     """Return the full-precision pipeline in a folder, or the reference model."""
     import torch
-    from diffusers import DiffusionPipeline
 
     from msfp.checkpoint import quantized_component
+    from msfp.class_pipeline import pipeline_class
     from msfp.reference import ddim_pipeline
 
     if model == REFERENCE:
@@ -153,7 +174,9 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
         raise InputError(f"{model} is quantized already: name a full-precision pipeline")
     dtype = getattr(torch, arguments.dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, local_files_only=True)
+        pipe = pipeline_class(folder).from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True
+        )
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepared(pipe, arguments)
@@ -166,18 +189,29 @@ def load_checkpoint(folder: Path, arguments: argparse.Namespace) -> DiffusionPip
     return prepared(load(folder), arguments)
 
 
+def load_any(model: Path, arguments: argparse.Namespace) -> DiffusionPipeline:
+    """Return the pipeline in a folder, quantized or not, or the reference model."""
+    from msfp.checkpoint import quantized_component
+
+    plain = (model / "model_index.json").is_file() and quantized_component(model) is None
+    if plain or str(model) == REFERENCE:
+        return load_pipeline(str(model), arguments)
+    return load_checkpoint(model, arguments)
+
+
 def prepared(pipe: Any, arguments: argparse.Namespace) -> Any:
     """Return a pipeline with the dtype, the device and the sampler that were asked for."""
     import torch
 
+    from msfp.sampling import check_dtype
     from msfp.schedulers import use_sampler
 
+    dtype = getattr(torch, arguments.dtype)
+    check_dtype(pipe, dtype)
     if arguments.sampler is not None:
         use_sampler(pipe, arguments.sampler)
     pipe.set_progress_bar_config(disable=True)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = pipe.to(device)
-    dtype = getattr(torch, arguments.dtype)
+    pipe = pipe.to(device(arguments))
     return pipe if pipe.dtype == dtype else pipe.to(dtype)
 
 

@@ -9,7 +9,13 @@ from families import make, pipeline
 import msfp
 from msfp import FinetuneConfig, InputError, QuantizationConfig, Sampler
 from msfp.comparison import compare
-from msfp.evaluate import noise_errors, paired_psnr
+from msfp.evaluate import (
+    PairedMeasures,
+    noise_errors,
+    paired_psnr,
+    paired_sqnr,
+    paired_ssim,
+)
 from msfp.features import pixels
 from msfp.layers import quantized_layers
 
@@ -38,6 +44,19 @@ def test_images_are_paired_by_their_noise(found, reference, sealed, sampler):
         10 * math.log10((full**2).sum() / ((images - full) ** 2).sum()), rel=1e-5
     )
     assert 0 < found.ssim < 1
+
+
+def test_measures_of_batches_are_those_of_all_images_together():
+    images, pairs = torch.rand(7, 3, 12, 14), torch.rand(7, 3, 12, 14)
+    measures = PairedMeasures()
+    for some in (slice(0, 3), slice(3, 7)):
+        measures.update(images[some], pairs[some])
+    assert measures.psnr == pytest.approx(paired_psnr(images, pairs), rel=1e-9)
+    assert measures.sqnr == pytest.approx(paired_sqnr(images, pairs), rel=1e-9)
+    assert measures.ssim == pytest.approx(paired_ssim(images, pairs), rel=1e-9)
+    small = PairedMeasures()
+    small.update(images[..., :8], pairs[..., :8])
+    assert math.isnan(small.ssim)
 
 
 def test_errors_by_timestep_are_those_of_predictions(found, reference, sealed, sampler):

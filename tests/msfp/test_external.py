@@ -1,0 +1,247 @@
+"""The settings of docs/external-models.md, from a pipeline folder to the table, on stand-ins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from external import stand_in
+from PIL import Image
+from refusals import assert_refused
+
+from msfp import inspect_layers, load
+from msfp.cli import main
+from msfp.feature_statistics import frechet_distance
+from msfp.image_folder import PngFolder
+from msfp.reference_statistics import ReferenceStatistics
+from msfp.talora import routing_of
+
+SIZES = {"ddpm": 8, "ldm-vq": 16, "ldm-kl": 16, "ldm-class": 16, "stable-diffusion": 16}
+SAMPLING = ("--count", 5, "--seed", 7)
+
+
+def msfp(*arguments):
+    return main([str(word) for word in arguments])
+
+
+def calls(setting, folder):
+    """What the documented commands say of the pipeline's call, of both kinds of commands."""
+    words = {
+        "ddpm": ("--sampler", "ddim"),
+        "ldm-vq": ("--sampler", "dpm++"),
+        "ldm-kl": (),
+        "ldm-class": ("--labels", 0, 3, "--guidance-scale", 3),
+        "stable-diffusion": (
+            "--prompts", folder / "prompts.txt", "--guidance-scale", 7.5, "--sampler", "plms",
+        ),
+    }[setting]  # fmt: skip
+    sampling = (*words, "--steps", 2, "--batch", 3)
+    training = (*words, "--sampler-steps", 2, "--sampler-batch", 3)
+    return sampling, training
+
+
+SETTINGS = [
+    "ddpm", "ldm-vq", "stable-diffusion",
+    pytest.param("ldm-kl", marks=pytest.mark.slow),
+    pytest.param("ldm-class", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def walked(request, tmp_path_factory):
+    """A setting and the folder in which all commands but the last were run."""
+    setting = request.param
+    folder = tmp_path_factory.mktemp(setting)
+    stand_in(setting, folder / "vocabulary").save_pretrained(folder / "plain")
+    (folder / "prompts.txt").write_text("a\na a\n")
+    (folder / "data").mkdir()
+    for number in range(9):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "data" / f"{number}.png")
+    sampling, training = calls(setting, folder)
+    exclude = ("--exclude", "encoder_hid_proj") if setting == "ldm-class" else ()
+    for words in (
+        ("quantize", folder / "plain", "--no-refine", *exclude, *sampling, "--count", 3,
+         "--output", folder / "w4a4"),
+        ("finetune", folder / "w4a4", "--teacher", folder / "plain", *training, "--count", 3,
+         "--held-out", 2, "--hub", 2, "--rank", 2, "--power", 1, "--steps", 2, "--batch", 2,
+         "--output", folder / "tuned"),
+        ("statistics", folder / "data", "--features", "pixels", "--size", SIZES[setting],
+         "--output", folder / "reference.safetensors"),
+    ):  # fmt: skip
+        assert msfp(*words) == 0
+    return setting, folder
+
+
+def test_a_setting_ends_in_a_table_of_distances_from_the_reference(walked, capsys):
+    setting, folder = walked
+    sampling, _ = calls(setting, folder)
+    words = ("--reference", folder / "reference.safetensors", *sampling, *SAMPLING)
+    code = msfp("evaluate", folder / "tuned", "--against", folder / "plain", *words,
+                "--json", folder / "table.json", "--report", folder / "table.html")  # fmt: skip
+    assert code == 0
+    found = json.loads((folder / "table.json").read_text())
+    distances = found["reference"]
+    assert distances["count"] == 9
+    assert found["features"] == distances["features"] == "pixels"
+    # The distances are those of the PNG files that other tools would be given.
+    for name, model, seed in (("quantized", "tuned", 7), ("other", "plain", 8)):
+        images = folder / f"images-{name}"
+        code = msfp("sample", folder / model, "--images", images, *sampling, "--count", 5,
+                    "--seed", seed)  # fmt: skip
+        assert code == 0
+        file = folder / f"{name}.safetensors"
+        size = ("--size", SIZES[setting])
+        assert msfp("statistics", images, "--features", "pixels", *size, "--output", file) == 0
+        one, other = (
+            ReferenceStatistics.load(folder / each).statistics
+            for each in (f"{name}.safetensors", "reference.safetensors")
+        )
+        assert distances[name] == pytest.approx(frechet_distance(one, other), rel=1e-5)
+    assert "Frechet distance from the reference" in (folder / "table.html").read_text()
+    assert "More images than the 192 features" in capsys.readouterr().out
+
+
+def test_the_first_and_last_layers_have_eight_bits_and_others_four(walked):
+    _, folder = walked
+    facts = {each.layer: each.weight.bits for each in inspect_layers(folder / "w4a4")}
+    assert {name for name, bits in facts.items() if bits == 8} == {"conv_in", "conv_out"}
+    assert set(facts.values()) == {4, 8}
+    assert "encoder_hid_proj" not in facts
+    assert any(name.endswith("to_q") for name in facts)
+
+
+def test_fine_tuning_adds_a_router_among_two_loras(walked):
+    _, folder = walked
+    assert routing_of(load(folder / "w4a4").unet) is None
+    assert routing_of(load(folder / "tuned").unet) is not None
+
+
+def test_sampling_goes_on_where_it_stopped(walked):
+    setting, folder = walked
+    sampling, _ = calls(setting, folder)
+    words = ("sample", folder / "w4a4", "--images", folder / "again", *sampling)
+    assert msfp(*words, "--count", 3) == 0
+    first = {file.name: file.read_bytes() for file in (folder / "again").iterdir()}
+    (folder / "again" / "000002.png").unlink()
+    assert msfp(*words, "--count", 5) == 0
+    all_of_them = {file.name: file.read_bytes() for file in (folder / "again").iterdir()}
+    assert sorted(all_of_them) == [f"{number:06}.png" for number in range(5)]
+    assert first.items() <= all_of_them.items()
+
+
+def test_an_interruption_says_where_the_images_are(tmp_path, monkeypatch, capsys):
+    write = PngFolder.write
+
+    def interrupted(folder, images, first):
+        if first > 0:
+            raise KeyboardInterrupt
+        write(folder, images, first)
+
+    monkeypatch.setattr(PngFolder, "write", interrupted)
+    words = ("--count", 4, "--batch", 2, "--steps", 1, "--images", tmp_path / "out")
+    assert msfp("sample", "digits", *words) == 130
+    assert "out has what was done, and the same command goes on" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["000000.png", "000001.png"]
+
+
+def test_the_default_refines_from_the_same_calibration(tmp_path):
+    stand_in("ldm-class", tmp_path).save_pretrained(tmp_path / "plain")
+    sampling, _ = calls("ldm-class", tmp_path)
+    words = ["quantize", tmp_path / "plain", *sampling, "--count", 3,
+             "--calibration", tmp_path / "c.safetensors"]  # fmt: skip
+    for glob in ("encoder_hid_proj", "*.conv_shortcut", "*.downsamplers"):
+        words += ["--exclude", glob]
+    for name, more in (("nearest", ("--no-refine",)), ("refined", ())):
+        assert msfp(*words, *more, "--output", tmp_path / name) == 0
+    one, other = (load(tmp_path / name).unet for name in ("nearest", "refined"))
+    weights = [unet.mid_block.resnets[0].conv1.weight for unet in (one, other)]
+    assert not torch.equal(*weights)
+    assert not any("conv_shortcut" in each.layer for each in inspect_layers(tmp_path / "refined"))
+
+
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("setting", ["ddpm", "ddim"])
+def test_a_checkpoint_samples_with_the_sampler_it_was_calibrated_on(setting, name, tmp_path):
+    model = tmp_path / "plain"
+    stand_in(setting, tmp_path).save_pretrained(model)
+    weights = ("--activations", "none", "--no-refine", "--include", "mid_block", "--first-last", 4)
+    code = msfp("quantize", model, *weights, "--sampler", name, "--output", tmp_path / "w4")
+    assert code == 0
+    words = ("--steps", 3, "--count", 2)
+    assert msfp("sample", tmp_path / "w4", *words, "--output", tmp_path / "kept.png") == 0
+    named = ("--sampler", name, "--output", tmp_path / "named.png")
+    assert msfp("sample", tmp_path / "w4", *words, *named) == 0
+    assert (tmp_path / "kept.png").read_bytes() == (tmp_path / "named.png").read_bytes()
+
+
+def reference(folder, size=16, network="pixels"):
+    folder.mkdir(exist_ok=True)
+    for number in range(2):
+        Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(folder / f"{number}.png")
+    file = folder / "reference.safetensors"
+    code = msfp("statistics", folder, "--features", network, "--size", size, "--output", file)
+    assert code == 0
+    return file
+
+
+def latent(tmp_path):
+    stand_in("ldm-vq", tmp_path).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def digits_at_four_bits(tmp_path):
+    words = ("--activations", "none", "--no-refine", "--output", tmp_path / "w4")
+    assert msfp("quantize", "digits", *words) == 0
+    return tmp_path / "w4"
+
+
+BAD = {
+    "size": (
+        lambda t: ["evaluate", digits_at_four_bits(t), "--against", "digits", "--reference",
+                   reference(t / "r", 8), "--count", 2, "--steps", 1],
+        "reference must be of images as large as the model's, 16x16, not 8x8",
+    ),
+    "features": (
+        lambda t: ["evaluate", digits_at_four_bits(t), "--against", "digits", "--features",
+                   "torch:square", "--reference", reference(t / "r")],
+        r"features must have shape",
+    ),
+    "channels": (
+        lambda t: ["statistics", reference(t / "r").parent, "--features", "digits", "--size", 16,
+                   "--output", t / "x.safetensors"],
+        "features cannot be computed of images of shape",
+    ),
+    "reference": (
+        lambda t: ["evaluate", t, "--against", "digits", "--reference", t / "none"],
+        "is not a file of msfp statistics",
+    ),
+    "no images": (
+        lambda t: ["statistics", t, "--features", "pixels", "--size", 16,
+                   "--output", t / "x.safetensors"],
+        "must hold at least 2 files",
+    ),
+    "where to": (lambda _: ["sample", "digits"], "one of the arguments --output --images is"),
+    "dtype": (
+        lambda t: ["quantize", latent(t), "--dtype", "float16", "--output", t / "x"],
+        "dtype must be float32 for LDMPipeline of diffusers, not float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_two(case, tmp_path, capsys):
+    words, message = BAD[case]
+    assert_refused(words(tmp_path), message, tmp_path, capsys)
+
+
+def test_a_torchscript_network_is_the_features_of_both_commands(tmp_path):
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())
+    torch.jit.script(network).save(tmp_path / "network.pt")
+    file = reference(tmp_path / "r", network=tmp_path / "network.pt")
+    checkpoint = digits_at_four_bits(tmp_path)
+    words = ("--reference", file, "--count", 4, "--steps", 1, "--json", tmp_path / "a.json")
+    assert msfp("evaluate", checkpoint, "--against", "digits", *words) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["features"].endswith("network.pt")
+    assert found["reference"]["quantized"] > 0
