@@ -22,7 +22,7 @@ from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
 from msfp.reference import ddim_pipeline, digit_classifier
 from msfp.reference.digits import digits
 
-Refine = partial(msfp.RefinementConfig, samples=256)
+Refine = partial(msfp.RefinementConfig, samples=256, split_inputs=False, branch_rank=0)
 PAGE = Path(__file__).parent / "methods.md"
 HEADER = (
     "| method | noise-prediction error | paired PSNR, dB | Frechet distance | CPU seconds |\n"
@@ -38,12 +38,15 @@ METHODS: dict[str, tuple[msfp.RefinementConfig | None, int]] = {
     "GPTQ, two sweeps": (Refine("gptq", sweeps=2, **ROUNDING), 0),
     "AdaRound": (Refine("adaround", **ROUNDING), 0),
     "matched weights, all biases": (Refine("nearest"), 0),
-    "**GPTQ, matched weights, all biases: the default steps**": (Refine(), 0),
-    "default, split inputs": (Refine(split_inputs=True), 0),
-    "default, split inputs, branch of rank 4": (Refine(split_inputs=True, branch_rank=4), 0),
-    "default, split inputs, branch of rank 16": (Refine(split_inputs=True, branch_rank=16), 0),
+    "GPTQ, matched weights, all biases": (Refine(), 0),
+    "the same, split inputs": (Refine(split_inputs=True), 0),
+    "the same, split inputs, branch of rank 4": (Refine(split_inputs=True, branch_rank=4), 0),
+    "**the same, split inputs, branch of rank 16: the default**": (
+        Refine(split_inputs=True, branch_rank=16),
+        0,
+    ),
     "nearest, LoRA of 160 steps": (None, 160),
-    "default, split inputs, LoRA of 160 steps": (Refine(split_inputs=True), 160),
+    "GPTQ, matched, split, LoRA of 160 steps": (Refine(split_inputs=True), 160),
 }
 """How weights are refined, and steps of fine-tuning."""
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMPipeline
 
 from msfp.checkpoint import packed_size
-from msfp.config import QuantizationConfig, Scheme
+from msfp.config import QuantizationConfig, RefinementConfig, Scheme
 from msfp.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
 from msfp.dfa import denoising_factors
 from msfp.evaluate import FrechetDistance, noise_errors, paired_psnr
@@ -61,15 +61,20 @@ class Bench:
         progress = self._progress(f"sampling {name}", count)
         return self.settings.sampler(pipe, count, self.seed + 4, progress)
 
-    def searched(self, scheme: Scheme) -> tuple[DDIMPipeline, list[LayerSummary], float]:
+    def searched(
+        self, scheme: Scheme, refined: bool = False
+    ) -> tuple[DDIMPipeline, list[LayerSummary], float]:
         """Return an open quantized copy of the pipeline, its layers, and the seconds it took."""
         pipe = copy.deepcopy(self.pipe)
         started = time.perf_counter()
-        progress = self._progress(f"searching {scheme}", len(self.calibration.inputs))
+        stage, passes = ("refining", 2) if refined else ("searching", 1)
+        progress = self._progress(f"{stage} {scheme}", passes * len(self.calibration.inputs))
+        refinement = RefinementConfig(seed=self.seed) if refined else None
         layers = quantize(
             pipe,
-            replace(self.config, scheme=scheme, refine=None),
+            replace(self.config, scheme=scheme, refine=refinement),
             calibration=self.calibration,
+            trajectories=self.training if refined else None,
             progress=lambda _name: progress(1),
         )
         return pipe, layers, time.perf_counter() - started
@@ -163,13 +168,13 @@ def run(config: QuantizationConfig, settings: Settings, seed: int, advance: Adva
 
 
 def _run(bench: Bench, pool: ThreadPoolExecutor) -> Results:
-    schemes = list(dict.fromkeys(method.scheme for method in METHODS))
+    wanted = list(dict.fromkeys((method.scheme, method.refined) for method in METHODS))
     full = pool.submit(bench.measure, FULL_PRECISION, bench.pipe, [], 0.0)
-    searches = {scheme: pool.submit(bench.searched, scheme) for scheme in schemes}
-    searched = {scheme: search.result() for scheme, search in searches.items()}
+    searches = {each: pool.submit(bench.searched, *each) for each in wanted}
+    searched = {each: search.result() for each, search in searches.items()}
 
     def work(method: Method) -> tuple[DDIMPipeline, Row, torch.Tensor]:
-        pipe, layers, seconds = searched[method.scheme]
+        pipe, layers, seconds = searched[method.scheme, method.refined]
         pipe, started = copy.deepcopy(pipe), time.perf_counter()
         if method.hub:
             bench.finetune(pipe, method, bench.seed)
@@ -182,7 +187,7 @@ def _run(bench: Bench, pool: ThreadPoolExecutor) -> Results:
     order = sorted(METHODS, key=lambda method: -method.hub)
     futures = {method: pool.submit(work, method) for method in order}
     done = [(bench.pipe, *full.result())] + [futures[method].result() for method in METHODS]
-    return _results(bench, done, searched["mixup"][1])
+    return _results(bench, done, searched["mixup", False][1])
 
 
 def _results(

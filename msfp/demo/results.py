@@ -58,12 +58,14 @@ class Method:
     Attributes:
         name: What the row is called.
         scheme: Which grids are searched.
+        refined: Whether weights are corrected after the search, as msfp does by default.
         hub: LoRAs per layer, 0 for no fine-tuning.
         denoising_power: Power of the denoising factor in the loss.
     """
 
     name: str
     scheme: Scheme
+    refined: bool = False
     hub: int = 0
     denoising_power: float = 0.0
 
@@ -74,6 +76,7 @@ METHODS = (
     Method("INT zero point", "int_zero_point"),
     Method("signed FP", "signed"),
     Method("mixup-sign FP", "mixup"),
+    Method("mixup-sign FP, refined", "mixup", refined=True),
     Method("signed FP + LoRA", "signed", hub=1),
     Method("mixup-sign FP + LoRA", "mixup", hub=1),
     Method("mixup-sign FP + TALoRA", "mixup", hub=2),

@@ -38,6 +38,7 @@ def test_the_demo_orders_the_methods_by_their_errors(demo):
     assert values == sorted(values, reverse=True)
     assert len(set(values)) == len(values)
     assert errors["mixup-sign FP + LoRA"] < errors["signed FP + LoRA"]
+    assert errors["mixup-sign FP, refined"] < 0.3 * errors["mixup-sign FP"]
     for name in ("mixup-sign FP + TALoRA", "mixup-sign FP + TALoRA + DFA"):
         assert errors[name] < errors["mixup-sign FP"]
 
