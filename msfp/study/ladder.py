@@ -68,7 +68,7 @@ _LADDER = (
         _refined(match_inputs=False, correct_bias="none"),
         against="mixup",
     ),
-    Recipe("matched", "mixup + GPTQ + matched inputs, biases", _refined(), against="gptq"),
+    Recipe("matched", "mixup + GPTQ, matched", _refined(), against="gptq"),
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against="matched"),
     Recipe(
         "branch-4",

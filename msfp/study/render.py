@@ -41,6 +41,11 @@ cell says "tie".
 - **seconds**: of a CPU core, to quantize (search) and to fine-tune, and of one forward in emulation
   relative to full precision, on the machine named below each heading.
 """
+CURVES = (
+    "int-minmax", "int-mse", "nvfp4", "signed", "mixup", "matched", "lora", "talora-2",
+    "branch-4", "branch-16", "branch-16-lora",
+)  # fmt: skip
+"""Recipes whose errors are drawn for each timestep."""
 SCALE = 1000
 """Noise errors are shown in thousandths."""
 
@@ -132,35 +137,54 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def ladder_table(group: Group) -> str:
-    """Return the table of all recipes at one setting."""
+def quality_table(group: Group) -> str:
+    """Return the table of what all recipes give at one setting."""
+    rows = [
+        [
+            RECIPES[recipe].label,
+            cell(group.mean(recipe, "noise_error"), 2),
+            cell(group.mean(recipe, "psnr"), 1),
+            cell(group.mean(recipe, "ssim"), 3),
+            cell(group.mean(recipe, "sqnr"), 1),
+            cell(group.mean(recipe, "frechet"), 2),
+            str(len(group.by_recipe[recipe])),
+        ]
+        for recipe in group.recipes()
+    ]
+    header = ("recipe", "noise error", "PSNR, dB", "SSIM", "SQNR, dB", "Frechet", "seeds")
+    return markdown_table(header, rows) + _frechet_note(group)
+
+
+def tests_table(group: Group) -> str:
+    """Return the table of what each recipe changes against the one that it builds on."""
     error, psnr = group.tested("noise_error"), group.tested("psnr")
+    rows = [
+        [
+            RECIPES[recipe].label,
+            RECIPES[RECIPES[recipe].against or ""].label,
+            verdict(error[recipe], "noise_error"),
+            verdict(psnr.get(recipe), "psnr"),
+        ]
+        for recipe in error
+    ]
+    return markdown_table(("recipe", "against", "noise error", "PSNR"), rows)
+
+
+def cost_table(group: Group) -> str:
+    """Return the table of what each recipe takes."""
     full = group.by_recipe.get(FULL_PRECISION)
     forward = group.seconds(FULL_PRECISION, "forward") if full else math.nan
     rows = []
     for recipe in group.recipes():
         size = next(iter(group.by_recipe[recipe].values()))["bytes"]
-        against = RECIPES[recipe].against
         rows.append([
             RECIPES[recipe].label,
-            cell(group.mean(recipe, "noise_error"), 2),
-            cell(group.mean(recipe, "psnr"), 1),
-            cell(group.mean(recipe, "ssim"), 3),
-            cell(group.mean(recipe, "frechet"), 2),
             "" if size is None else f"{size / 1000:.0f}",
-            f"{group.seconds(recipe, 'quantize'):.0f}",
+            f"{group.seconds(recipe, 'quantize'):.1f}",
             f"{group.seconds(recipe, 'finetune'):.0f}",
             f"{group.seconds(recipe, 'forward') / forward:.1f}",
-            str(len(group.by_recipe[recipe])),
-            RECIPES[against].label if against in group.by_recipe else "",
-            verdict(error.get(recipe), "noise_error"),
-            verdict(psnr.get(recipe), "psnr"),
         ])  # fmt: skip
-    header = (
-        "recipe", "noise error", "PSNR, dB", "SSIM", "Frechet", "KB", "search s", "tuning s",
-        "forward x", "seeds", "against", "noise error", "PSNR",
-    )  # fmt: skip
-    return markdown_table(header, rows) + _frechet_note(group)
+    return markdown_table(("recipe", "KB", "search, s", "tuning, s", "forward"), rows)
 
 
 def _frechet_note(group: Group) -> str:
@@ -230,7 +254,11 @@ def _add_model(page: Page, model: str, records: Sequence[Record]) -> None:
     ladder = Group([record for record in shipped if _setting(record) == SETTING])
     if ladder.quantized():
         page.add(f"### The ladder: {bits}, {sampler}, {steps} steps\n")
-        page.add(ladder_table(ladder))
+        page.add(quality_table(ladder))
+        page.add("Each against the recipe that it builds on:\n")
+        page.add(tests_table(ladder))
+        page.add("What it takes:\n")
+        page.add(cost_table(ladder))
         _add_ladder_plots(page, model, ladder)
     by_bits = {
         width: Group([r for r in shipped if _setting(r) == (width, sampler, steps)])
@@ -293,13 +321,21 @@ def _add_ladder_plots(page: Page, model: str, group: Group) -> None:
         for recipe in group.quantized()
         if (psnr := group.mean(recipe, "psnr")) is not None
     ]
-    page.add_plot(f"{model}-time", against_time(timed, "paired PSNR, dB"), "Quality against time.")
+    page.add_plot(
+        f"{model}-time",
+        against_time(timed, "paired PSNR, dB"),
+        "Quality against time. Those with a name are better than all that take less time.",
+    )
     firsts = {recipe: min(group.by_recipe[recipe].items())[1] for recipe in group.quantized()}
-    curves = [(RECIPES[recipe].label, each["noise_errors"]) for recipe, each in firsts.items()]
+    curves = [
+        (RECIPES[recipe].label, each["noise_errors"])
+        for recipe, each in firsts.items()
+        if recipe in CURVES
+    ]
     page.add_plot(
         f"{model}-timesteps",
         errors_by_timestep(next(iter(firsts.values()))["timesteps"], curves),
-        "Noise-prediction error at each timestep, first seed.",
+        "Noise-prediction error of some recipes at each timestep, first seed.",
     )
     files = {
         recipe: picture_file(page.folder, group.by_recipe[recipe][0]["name"])
