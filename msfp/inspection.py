@@ -19,12 +19,12 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fpformats import FloatFormat
+from fpformats import FloatFormat, decode
 from msfp.checkpoint import CONFIG_FILE, quantized_component
 from msfp.denoiser import denoiser_of
 from msfp.diffusers_plugin import MSFPConfig
 from msfp.errors import InputError
-from msfp.layer_formats import LayerFormats
+from msfp.layer_formats import BlockFormats, LayerFormats
 from msfp.open_layers import open_layers
 from msfp.summary import LayerSummary
 
@@ -40,11 +40,10 @@ class LayerFacts:
 
     Attributes:
         layer: Dotted name in the denoiser.
-        weight: Format of the weights.
-        weight_clip: The largest weight that can be represented in any output channel.
-        input: Format of the inputs, or None where they are not quantized.
+        formats: Formats and granularities of the layer.
+        weight_clip: The largest weight that can be represented in any output channel or block.
         input_scale: Scale of the inputs, the largest where each channel has its own; NaN where they
-            are not quantized.
+            are not quantized, or in blocks, which are scaled as they come.
         clip: The least and the largest input that can be represented, likewise.
         zero_point: Zero point of the inputs, or None where their format is signed.
         bytes: Size of the layer's tensors.
@@ -53,14 +52,28 @@ class LayerFacts:
     """
 
     layer: str
-    weight: FloatFormat
+    formats: LayerFormats | BlockFormats
     weight_clip: float
-    input: FloatFormat | None
     input_scale: float
     clip: tuple[float, float]
     zero_point: float | None
     bytes: int
     summary: LayerSummary | None
+
+    @property
+    def weight(self) -> FloatFormat:
+        """Format of the weights; in blocks, that of the elements."""
+        if isinstance(self.formats, BlockFormats):
+            return self.formats.weight_blocks.element
+        return self.formats.weight
+
+    @property
+    def input(self) -> FloatFormat | None:
+        """Format of the inputs, likewise, or None where they are not quantized."""
+        if isinstance(self.formats, BlockFormats):
+            blocks = self.formats.input_blocks
+            return None if blocks is None else blocks.element
+        return self.formats.input
 
     @property
     def sign(self) -> str | None:
@@ -98,10 +111,10 @@ class LayerFacts:
         """Return what is known as plain JSON types, None for NaN."""
         values = {
             "layer": self.layer,
-            "weight_format": str(self.weight),
+            "weight_format": str(self.formats.weight),
             "weight_clip": self.weight_clip,
             "weight_sqnr": self.weight_sqnr,
-            "input_format": None if self.input is None else str(self.input),
+            "input_format": None if self.input is None else str(self.formats.input),
             "sign": self.sign,
             "input_scale": self.input_scale,
             "zero_point": self.zero_point,
@@ -211,33 +224,37 @@ def _facts(
     def numbers(name: str) -> torch.Tensor:
         return read(name).view(torch.float32)
 
-    def facts(layer: str, formats: LayerFormats) -> LayerFacts:
+    def facts(layer: str, formats: LayerFormats | BlockFormats) -> LayerFacts:
         scale, zero, low, high = math.nan, None, math.nan, math.nan
-        if formats.input is not None:
+        if isinstance(formats, LayerFormats) and formats.input is not None:
             # The scales of channels differ where an input is split.
             scale = numbers(f"{layer}.input_scale").max().item()
             if not formats.input.signed:
                 zero = numbers(f"{layer}.input_zero_point").item()
             ends = (float(formats.input.min), float(formats.input.max))
             low, high = (scale * end + (zero or 0.0) for end in ends)
-        largest = numbers(f"{layer}.weight_scale").max().item()
-        clip = largest * float(formats.weight.max)
-        summary = summaries.get(layer)
-        return LayerFacts(
-            layer,
-            formats.weight,
-            clip,
-            formats.input,
-            scale,
-            (low, high),
-            zero,
-            owned[layer],
-            summary,
+        clip = (
+            _largest_in_blocks(layer, formats, read)
+            if isinstance(formats, BlockFormats)
+            else numbers(f"{layer}.weight_scale").max().item() * float(formats.weight.max)
         )
+        summary = summaries.get(layer)
+        return LayerFacts(layer, formats, clip, scale, (low, high), zero, owned[layer], summary)
 
     # JSON files have layers in alphabetical order, but summaries in that of the denoiser.
     known = {name: config.layers[name] for name in summaries if name in config.layers}
     return [facts(layer, formats) for layer, formats in (known | config.layers).items()]
+
+
+def _largest_in_blocks(
+    layer: str, formats: BlockFormats, read: Callable[[str], torch.Tensor]
+) -> float:
+    """Return the largest weight that can be represented in any block of a layer."""
+    fmt = formats.weight_blocks
+    scales: torch.Tensor = decode(read(f"{layer}.weight_scale"), fmt.scale)
+    if fmt.tensor_scale:
+        scales = scales * read(f"{layer}.tensor_scale").view(torch.float32)
+    return (scales.max() * float(fmt.element.max)).item()
 
 
 def matching(facts: Iterable[LayerFacts], glob: str) -> list[LayerFacts]:
@@ -297,9 +314,9 @@ def cells(facts: LayerFacts) -> tuple[str, ...]:
     low, high = facts.clip
     return (
         facts.layer,
-        str(facts.weight),
+        str(facts.formats.weight),
         _decibels(facts.weight_sqnr),
-        "" if facts.input is None else str(facts.input),
+        "" if facts.input is None else str(facts.formats.input),
         facts.sign or "",
         "" if facts.zero_point is None else f"{facts.zero_point:.3f}",
         "" if math.isnan(low) else f"{low:.3g} to {high:.3g}",

@@ -16,7 +16,7 @@ from msfp import plots, report
 from msfp.comparison import Comparison
 from msfp.inspection import COLUMNS, LayerFacts, cells, inspect_layers, overview
 from msfp.layer_formats import TENSOR
-from msfp.layers import sealed_layers
+from msfp.layers import ScaledLayer, sealed_layers
 from msfp.post_training import search_input
 from msfp.versions import versions
 
@@ -109,11 +109,16 @@ class ModelReport:
         return [report.image(report.png(plots.errors_by_layer(rows)), caption)]
 
     def _distributions(self, facts: Sequence[LayerFacts]) -> list[str]:
-        """Return the pictures of what the worst layers round, with the grids that they have."""
+        """Return the pictures of what the worst layers round, with the grids that they have.
+
+        Layers in blocks have no grid of their own.
+        """
         layers = sealed_layers(self.denoiser)
         parts = []
         for each in sorted(facts, key=self._quality)[:WORST]:
             layer = layers[each.layer]
+            if not isinstance(layer, ScaledLayer):
+                continue
             split = layer.formats is not None and layer.formats.input_granularity != TENSOR
             if each.input is not None and each.layer in self.inputs and not split:
                 picture = input_distribution(each, self.inputs[each.layer])

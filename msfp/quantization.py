@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.attention import quantize_attention
-from msfp.block_layers import BlockLayer, block_layers, refuse_block_layers
+from msfp.block_layers import BlockLayer
 from msfp.calibration import Calibration
 from msfp.config import (
-    BLOCK_BITS,
+    BLOCK_SCHEMES,
     FLOAT_SCHEMES,
     LayerSettings,
     QuantizationConfig,
@@ -51,7 +51,7 @@ def quantize(
     Args:
         pipe: A pipeline or its denoiser. The Linear, Conv1d and Conv2d layers that the config
             chooses are swapped for open quantized layers that share their parameters; those of
-            block schemes for `msfp.block_layers`.
+            block schemes for packed ones, as in `msfp.block_layers`.
         config: Bit widths, scheme, choice of layers, and how weights are refined.
         calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
             it is to make. Not needed where inputs are not quantized, or to block formats.
@@ -80,7 +80,7 @@ def quantize(
         ['0', '2']
     """
     denoiser = denoiser_of(pipe)
-    if quantized_layers(denoiser) or block_layers(denoiser):
+    if quantized_layers(denoiser):
         raise InputError("the denoiser is quantized already: quantize a full-precision one")
     plain = quantizable_layers(denoiser)
     settings = settings_by_layer(denoiser, config, plain)
@@ -130,7 +130,7 @@ def _refinement(
         settings: What is to be searched for each layer.
         recordable: Something true if there are calls or trajectories.
     """
-    in_blocks = any(each.scheme in BLOCK_BITS for each in settings.values())
+    in_blocks = any(each.scheme in BLOCK_SCHEMES for each in settings.values())
     for name in ("refine", "attention"):
         if getattr(config, name) in ("auto", None):
             continue
@@ -181,7 +181,7 @@ def _settings(
     """Return what is to be searched for each layer, of which calibration knows what is needed."""
     if calibration is None:
         settings = settings_by_layer(denoiser, config)
-        if any(_needs_input(each) for each in settings.values()):
+        if any(each.needs_calibration for each in settings.values()):
             raise InputError(
                 "calibration must be given, such as a function that calls the pipeline or what "
                 "msfp.calibrate returned, or activations be None"
@@ -189,10 +189,10 @@ def _settings(
         return settings
     settings = settings_by_layer(denoiser, config, calibration.ran)
     for name, each in settings.items():
-        if _needs_input(each):
+        if each.needs_calibration:
             _check_input(name, calibration)
     ran = set(calibration.ran)
-    idle = [name for name, each in settings.items() if _needs_input(each) and name not in ran]
+    idle = [name for name, each in settings.items() if each.needs_calibration and name not in ran]
     if idle:
         warnings.warn(
             f"{len(idle)} layers never ran during calibration and stay in full precision: "
@@ -200,11 +200,6 @@ def _settings(
             stacklevel=3,
         )
     return {name: each for name, each in settings.items() if name not in idle}
-
-
-def _needs_input(settings: LayerSettings) -> bool:
-    """Return whether the search needs to know a layer's input."""
-    return settings.activations is not None and settings.scheme not in BLOCK_BITS
 
 
 def _check_input(name: str, calibration: Calibration) -> None:
@@ -223,12 +218,7 @@ def _check_input(name: str, calibration: Calibration) -> None:
 
 
 def seal(denoiser: nn.Module) -> None:
-    """Pack the weights of every open layer of a denoiser, which then can be saved.
-
-    Raises:
-        InputError: If it has layers in block formats.
-    """
-    refuse_block_layers(denoiser)
+    """Pack the weights of every open layer of a denoiser, which then can be saved."""
     layers = open_layers(denoiser)
     replace_layers(denoiser, {layer: layer.seal() for layer in layers.values()})
     quantizer = getattr(denoiser, "hf_quantizer", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
-from msfp.config import BLOCK_BITS, FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
+from msfp.config import FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,8 +23,9 @@ def add(commands: Any) -> None:
     quantize.add_argument("model", help=f"a diffusers pipeline folder, or {options.REFERENCE!r}")
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     options.add_bits(quantize)
-    savable = [scheme for scheme in get_args(Scheme) if scheme not in BLOCK_BITS]
-    quantize.add_argument("--scheme", choices=savable, default="mixup", help="default: mixup")
+    quantize.add_argument(
+        "--scheme", choices=get_args(Scheme), default="mixup", help="default: mixup"
+    )
     quantize.add_argument(
         "--granularity", choices=get_args(Granularity), default="channel",
         help="what shares a scale of the weights (default: channel)",
@@ -128,10 +129,11 @@ def _quantized(
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
     calibration = trajectories = None
     with stages() as advance:
-        if config.activations is not None or config.refine is not None:
+        needs_calibration = any(each.needs_calibration for each in settings.values())
+        if needs_calibration or config.refine is not None:
             sampler.arguments(pipe)
         calls = sampler.calls(arguments.count, arguments.seed)
-        if config.activations is not None:
+        if needs_calibration:
             progress = counted(advance, "calibrating", len(calls))
             calibration = calibrate(pipe, calls, file=arguments.calibration, progress=progress)
         if config.refine is not None:

@@ -107,6 +107,21 @@ def test_weights_alone_take_no_calibration(tmp_path):
     assert all(each.layer.startswith("mid_block.") and each.input is None for each in facts)
 
 
+def test_block_formats_are_written_sampled_and_inspected(tmp_path, capsys):
+    code = msfp("quantize", "digits", "--scheme", "nvfp4", "--output", tmp_path / "nvfp4",
+                "--report", tmp_path / "r.html")  # fmt: skip
+    assert code == 0
+    assert "NVFP4" in (tmp_path / "r.html").read_text()
+    assert msfp("sample", tmp_path / "nvfp4", *QUICK, "--output", tmp_path / "grid.png") == 0
+    capsys.readouterr()
+    assert msfp("inspect", tmp_path / "nvfp4", "--filter", "conv_*") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "conv_" in line]
+    assert [row[1] for row in rows] == ["MXFP8_E4M3", "MXFP8_E4M3"]
+    assert all(
+        each.formats.input == each.formats.weight for each in inspect_layers(tmp_path / "nvfp4")
+    )
+
+
 def test_inspect_prints_whole_lines(digits, capsys):
     assert msfp("inspect", digits / "model", "--sort", "input_sqnr", "--filter", "*.conv2") == 0
     out = capsys.readouterr().out
@@ -232,8 +247,8 @@ BAD = {
         "calibration .* cannot be read",
     ),
     "block scheme": (
-        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--output", t / "x"],
-        "invalid choice: 'mx'",
+        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--weights", 5, "--output", t / "x"],
+        r"weights must be one of \(4, 6, 8\) with scheme 'mx', not 5",
     ),
     "filter": (
         lambda _, model: ["inspect", model, "--filter", "transformer"],
