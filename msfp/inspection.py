@@ -1,4 +1,4 @@
-"""What is known of each quantized layer of a checkpoint or a denoiser, without its weights.
+"""What is known of what is quantized in a checkpoint or a denoiser, without its weights.
 
 The formats stand in the quantization config, scales and zero points are read from the tensors, and
 what the search found of the alternatives from the summaries that were saved along with them.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fpformats import FloatFormat, decode
+from fpformats import FloatFormat, decode, parse
+from msfp.attention import OPERANDS
 from msfp.checkpoint import CONFIG_FILE, quantized_component
 from msfp.denoiser import denoiser_of
 from msfp.diffusers_plugin import MSFPConfig
@@ -30,6 +32,7 @@ from msfp.summary import LayerSummary
 
 BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number, by the name that safetensors has for its dtype."""
+Facts = TypeVar("Facts", bound="LayerFacts | ProductFacts")
 ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
 """What layers can be sorted by: decibels from the smallest on, bytes from the largest."""
 
@@ -132,6 +135,53 @@ class LayerFacts:
         }
 
 
+@dataclass(frozen=True)
+class ProductFacts:
+    """One operand of an attention module's quantized products, as it is stored.
+
+    Attributes:
+        layer: Its dotted name: that of the attention module, `products`, and the operand's.
+        format: Its format.
+        scale: Its scale.
+        zero_point: Its zero point, or None where there is none.
+        clip: The least and the largest number that can be represented.
+        bytes: Size of its tensors.
+    """
+
+    layer: str
+    format: FloatFormat
+    scale: float
+    zero_point: float | None
+    clip: tuple[float, float]
+    bytes: int
+
+    @property
+    def sign(self) -> str:
+        """Whether the format is "signed" or "unsigned"."""
+        return "signed" if self.format.signed else "unsigned"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as plain JSON types, by the keys that inputs of layers have."""
+        return {
+            "layer": self.layer,
+            "input_format": str(self.format),
+            "sign": self.sign,
+            "input_scale": self.scale,
+            "zero_point": self.zero_point,
+            "clip_low": self.clip[0],
+            "clip_high": self.clip[1],
+            "bytes": self.bytes,
+        }
+
+
+class _Stored(NamedTuple):
+    """A config, the sizes in bytes of the tensors that belong to it, and a way to read one."""
+
+    config: MSFPConfig
+    sizes: Mapping[str, int]
+    read: Callable[[str], torch.Tensor]
+
+
 def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
     """Return what is known of each quantized layer, in definition order.
 
@@ -154,6 +204,35 @@ def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[L
         >>> facts.layer, facts.weight.bits, facts.bytes == 16 * 8 // 2 + 16 * 4 + 16 * 4
         ('0', 4, True)
     """
+    return _facts(*_stored(source))
+
+
+def inspect_products(source: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
+    """Return what is known of each operand of quantized attention products; may be empty.
+
+    Args:
+        source: As for `inspect_layers`.
+
+    Raises:
+        InputError: As `inspect_layers` does.
+    """
+    config, sizes, read = _stored(source)
+    found = []
+    for module, formats in config.products.items():
+        for operand in OPERANDS:
+            name, fmt = f"{module}.products.{operand}", parse(formats[operand])
+            scale = read(f"{name}.scale").item()
+            shifted = f"{name}.zero_point" in sizes
+            zero = read(f"{name}.zero_point").item() if shifted else None
+            ends = (float(fmt.min), float(fmt.max))
+            low, high = (scale * end + (zero or 0.0) for end in ends)
+            size = sum(sizes.get(f"{name}.{leaf}", 0) for leaf in ("scale", "zero_point"))
+            found.append(ProductFacts(name, fmt, scale, zero, (low, high), size))
+    return found
+
+
+def _stored(source: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
+    """Return what stands in a folder or a denoiser."""
     if isinstance(source, str | Path):
         return _of_folder(Path(source))
     denoiser = denoiser_of(source)
@@ -164,7 +243,7 @@ def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[L
         raise InputError(f"layer {next(iter(open_layers(denoiser)))} is open: seal the denoiser")
     tensors = denoiser.state_dict()
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    return _facts(config, sizes, tensors.__getitem__)
+    return _Stored(config, sizes, tensors.__getitem__)
 
 
 def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
@@ -187,25 +266,31 @@ def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
         raise InputError(f"{folder / CONFIG_FILE} is not a config of msfp: {error}") from error
 
 
-def _of_folder(folder: Path) -> list[LayerFacts]:
-    """Return the facts of the layers of a folder, from headers and small tensors."""
+def _of_folder(folder: Path) -> _Stored:
+    """Return what stands in a folder: the headers of its files, and a reader of tensors."""
     folder, config = read_config(folder)
     places: dict[str, Path] = {}
     sizes: dict[str, int] = {}
+
+    def read(name: str) -> torch.Tensor:
+        with _reading(folder), safe_open(places[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(folder), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                stored = opened.get_slice(name)
+                sizes[name] = math.prod(stored.get_shape()) * BYTES[stored.get_dtype()]
+                places[name] = file
+    return _Stored(config, sizes, read)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say in a sentence why a folder cannot be read."""
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    stored = opened.get_slice(name)
-                    sizes[name] = math.prod(stored.get_shape()) * BYTES[stored.get_dtype()]
-                    places[name] = file
-
-        def read(name: str) -> torch.Tensor:
-            with safe_open(places[name], framework="pt") as opened:
-                tensor: torch.Tensor = opened.get_tensor(name)
-                return tensor
-
-        return _facts(config, sizes, read)
+        yield
     except (SafetensorError, OSError, LookupError) as error:
         raise InputError(f"checkpoint {folder} cannot be read: {error}") from error
 
@@ -257,8 +342,8 @@ def _largest_in_blocks(
     return (scales.max() * float(fmt.element.max)).item()
 
 
-def matching(facts: Iterable[LayerFacts], glob: str) -> list[LayerFacts]:
-    """Return the layers whose name, or that of a module around them, matches a glob.
+def matching(facts: Iterable[Facts], glob: str) -> list[Facts]:
+    """Return the layers, or operands, whose name or that of a module around them matches a glob.
 
     Raises:
         InputError: If none does.
@@ -271,7 +356,7 @@ def matching(facts: Iterable[LayerFacts], glob: str) -> list[LayerFacts]:
         if any(fnmatchcase(name, glob) for name in names):
             kept.append(each)
     if not kept:
-        raise InputError(f"filter {glob!r} matches none of the {len(facts)} layers")
+        raise InputError(f"filter {glob!r} matches none of the {len(facts)} names")
     return kept
 
 
@@ -311,21 +396,44 @@ COLUMNS = (
 
 def cells(facts: LayerFacts) -> tuple[str, ...]:
     """Return a layer's row of the per-layer table as text; what is not known is empty."""
-    low, high = facts.clip
     return (
         facts.layer,
         str(facts.formats.weight),
         _decibels(facts.weight_sqnr),
         "" if facts.input is None else str(facts.formats.input),
         facts.sign or "",
-        "" if facts.zero_point is None else f"{facts.zero_point:.3f}",
-        "" if math.isnan(low) else f"{low:.3g} to {high:.3g}",
+        _zero_point(facts.zero_point),
+        _clip(facts.clip),
         _decibels(facts.input_sqnr),
         _decibels(facts.other_sign_sqnr),
         _decibels(facts.cost_of_other_sign),
         facts.reason or "",
         str(facts.bytes),
     )
+
+
+PRODUCT_COLUMNS = ("operand", "format", "sign", "zero point", "clip", "bytes")
+"""The columns of the table of attention's products."""
+
+
+def product_cells(facts: ProductFacts) -> tuple[str, ...]:
+    """Return an operand's row of the table of products as text."""
+    return (
+        facts.layer,
+        str(facts.format),
+        facts.sign,
+        _zero_point(facts.zero_point),
+        _clip(facts.clip),
+        str(facts.bytes),
+    )
+
+
+def _zero_point(number: float | None) -> str:
+    return "" if number is None else f"{number:.3f}"
+
+
+def _clip(clip: tuple[float, float]) -> str:
+    return "" if math.isnan(clip[0]) else f"{clip[0]:.3g} to {clip[1]:.3g}"
 
 
 def _decibels(number: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.attention import quantize_attention
+from msfp.attention import attention_modules, quantize_attention
 from msfp.block_layers import BlockLayer
 from msfp.calibration import Calibration
 from msfp.config import (
@@ -87,7 +87,8 @@ def quantize(
     seen = calibration if isinstance(calibration, Calibration) else None
     calls = None if isinstance(calibration, Calibration) else calibration
     # What is wrong is said before anything runs.
-    refinement = _refinement(denoiser, config, settings, calls or trajectories)
+    recordable = calls is not None or trajectories is not None
+    refinement = refinement_of(denoiser, config, settings, recordable=recordable)
     if calls is not None:
         seen = calibrate(pipe, calls)
     settings = _settings(denoiser, config, seen)
@@ -116,11 +117,12 @@ def quantize(
     return summaries
 
 
-def _refinement(
+def refinement_of(
     denoiser: nn.Module,
     config: QuantizationConfig,
     settings: dict[str, LayerSettings],
-    recordable: object,
+    *,
+    recordable: bool,
 ) -> RefinementConfig | None:
     """Return how to refine weights; raise InputError if what is asked for cannot be done.
 
@@ -128,7 +130,7 @@ def _refinement(
         denoiser: The full-precision network.
         config: What is asked for.
         settings: What is to be searched for each layer.
-        recordable: Something true if there are calls or trajectories.
+        recordable: Whether there are calls or trajectories.
     """
     in_blocks = any(each.scheme in BLOCK_SCHEMES for each in settings.values())
     for name in ("refine", "attention"):
@@ -141,6 +143,8 @@ def _refinement(
                 f"{name} needs calls of the pipeline as calibration, or trajectories that "
                 "msfp.record_trajectories recorded"
             )
+    if config.attention is not None and not attention_modules(denoiser):
+        raise InputError(f"attention must be None: {type(denoiser).__name__} has no such module")
     if config.refine != "auto":
         return config.refine
     suited = config.scheme in FLOAT_SCHEMES and not in_blocks and has_timestep(denoiser)

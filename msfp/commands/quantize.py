@@ -45,6 +45,10 @@ def add(commands: Any) -> None:
         "--refine", action=argparse.BooleanOptionalAction, default=True,
         help="round the weights anew, by what they do to outputs (default; of floating point)",
     )  # fmt: skip
+    quantize.add_argument(
+        "--attention", type=options.bits, metavar="BITS",
+        help="bits of the operands of attention's products (default: left as they are)",
+    )  # fmt: skip
     options.add_report(quantize)
     options.add_sampling(quantize, count=64)
     quantize.set_defaults(run=run)
@@ -95,6 +99,7 @@ def _config(arguments: argparse.Namespace) -> QuantizationConfig:
         exclude=tuple(arguments.exclude),
         granularity=arguments.granularity,
         refine="auto" if arguments.refine and arguments.scheme in FLOAT_SCHEMES else None,
+        attention=arguments.attention,
     )
 
 
@@ -122,21 +127,23 @@ def _quantized(
     from msfp.denoiser import denoiser_of, quantizable_layers, settings_by_layer
     from msfp.observation import calibrate
     from msfp.progress import counted, stages
-    from msfp.quantization import quantize
+    from msfp.quantization import quantize, refinement_of
     from msfp.trajectories import record_trajectories
 
     denoiser = denoiser_of(pipe)
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
+    needs_calibration = any(each.needs_calibration for each in settings.values())
+    refinement = refinement_of(denoiser, config, settings, recordable=True)
+    needs_recording = refinement is not None or config.attention is not None
     calibration = trajectories = None
     with stages() as advance:
-        needs_calibration = any(each.needs_calibration for each in settings.values())
-        if needs_calibration or config.refine is not None:
+        if needs_calibration or needs_recording:
             sampler.arguments(pipe)
         calls = sampler.calls(arguments.count, arguments.seed)
         if needs_calibration:
             progress = counted(advance, "calibrating", len(calls))
             calibration = calibrate(pipe, calls, file=arguments.calibration, progress=progress)
-        if config.refine is not None:
+        if needs_recording:
             progress = counted(advance, "recording", len(calls))
             trajectories = record_trajectories(pipe, calls, progress)
         searched: set[str] = set()

@@ -3,17 +3,22 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from families import pipeline
 from refusals import assert_refused
+from safetensors.torch import load_file, save_file
 
-from msfp import Calibration, inspect_layers, load
+from msfp import Calibration, InputError, inspect_layers, load
+from msfp.attention import OPERANDS
 from msfp.cli import main
+from msfp.inspection import inspect_products
 
 QUICK = ("--steps", 2, "--count", 4, "--batch", 4)
 
@@ -134,6 +139,64 @@ def test_inspect_prints_whole_lines(digits, capsys):
     assert quality == sorted(quality)
 
 
+@pytest.fixture(scope="module")
+def with_products(digits):
+    """A checkpoint whose attention products are quantized to 5 bits."""
+    code = msfp(
+        "quantize", "digits", *QUICK, "--attention", 5, "--no-refine", "--activations", "none",
+        "--output", digits / "products", "--report", digits / "products.html",
+    )  # fmt: skip
+    assert code == 0
+    return digits / "products"
+
+
+def test_products_of_attention_are_quantized_and_inspected(with_products, capsys):
+    products = {each.layer: each for each in inspect_products(with_products)}
+    assert products
+    assert all(each.format.bits == 5 for each in products.values())
+    module = load(with_products).unet.mid_block.attentions[0].products
+    for operand in OPERANDS:
+        each = products[f"mid_block.attentions.0.products.{operand}"]
+        wide = module[operand](torch.tensor([-1e9, 1e9]))
+        assert wide.tolist() == pytest.approx(each.clip, rel=1e-6)
+        assert each.bytes == sum(t.nbytes for t in module[operand].state_dict().values())
+    capsys.readouterr()
+    assert msfp("inspect", with_products, "--filter", "mid_block.attentions.0") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".products." in line]
+    assert [line[:2] for line in lines] == [
+        [name, str(each.format)] for name, each in products.items() if name.startswith("mid_block")
+    ]
+    assert msfp("inspect", with_products, "--filter", "*.probabilities") == 0
+    assert "weights" not in capsys.readouterr().out
+    page = (with_products.parent / "products.html").read_text()
+    assert all(name in page for name in products)
+
+
+def test_products_of_attention_are_rows_of_json_and_csv(with_products, capsys):
+    products = inspect_products(with_products)
+    assert msfp("inspect", with_products, "--json", "-") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 65 + len(products)
+    assert msfp("inspect", with_products, "--csv", "-") == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(lines) == len(rows)
+    for row, line, each in zip(rows[65:], lines[65:], products, strict=True):
+        assert row["input_format"] == line["input_format"] == str(each.format)
+        assert row["input_scale"] == float(line["input_scale"]) == each.scale > 0
+        assert row["zero_point"] == each.zero_point
+        assert line["weight_format"] == ""
+
+
+def test_a_layer_that_was_damaged_is_named_by_inspect(with_products, tmp_path):
+    shutil.copytree(with_products, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["mid_block.attentions.0.products.key.scale"]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"cannot be read.*products\.key\.scale"):
+        inspect_products(tmp_path / "damaged")
+
+
 def test_inspect_writes_json_and_csv(digits, tmp_path, capsys):
     assert msfp("inspect", digits / "model", "--json", "-") == 0
     rows = json.loads(capsys.readouterr().out)
@@ -234,6 +297,19 @@ BAD = {
         lambda t, _: ["quantize", "digits", "--device", "abacus", "--output", t / "x"],
         "device 'abacus' cannot be used",
     ),
+    "attention in blocks": (
+        lambda t, _: [
+            "quantize",
+            "digits",
+            "--scheme",
+            "mx",
+            "--attention",
+            4,
+            "--output",
+            t / "x",
+        ],
+        "attention must be None where layers are in block formats",
+    ),
     "glob": (
         lambda t, _: ["quantize", "digits", "--exclude", "transformer", "--output", t / "x"],
         "exclude has 'transformer', which matches no layer",
@@ -252,7 +328,7 @@ BAD = {
     ),
     "filter": (
         lambda _, model: ["inspect", model, "--filter", "transformer"],
-        "filter 'transformer' matches none of the 65 layers",
+        "filter 'transformer' matches none of the 65 names",
     ),
     "inspect": (lambda t, _: ["inspect", t / "no"], "is not a folder"),
     "json": (
