@@ -114,6 +114,20 @@ def _check_calibration(file: Path | None) -> None:
         check_new_file("calibration", file, ".safetensors")
 
 
+def _description(
+    pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what the calls do; their number goes without saying."""
+    return {
+        "labels" if arguments.labels else "prompts": list(sampler.conditions),
+        "seed": arguments.seed,
+        "steps": sampler.steps,
+        "sampler": type(pipe.scheduler).__name__,
+        "batch": sampler.batch,
+        "guidance scale": sampler.guidance_scale,
+    }
+
+
 def _quantized(
     pipe: DiffusionPipeline,
     config: QuantizationConfig,
@@ -142,7 +156,10 @@ def _quantized(
         calls = sampler.calls(arguments.count, arguments.seed)
         if needs_calibration:
             progress = counted(advance, "calibrating", len(calls))
-            calibration = calibrate(pipe, calls, file=arguments.calibration, progress=progress)
+            calibration = calibrate(
+                pipe, calls, file=arguments.calibration, progress=progress,
+                description=_description(pipe, sampler, arguments),
+            )  # fmt: skip
         if needs_recording:
             progress = counted(advance, "recording", len(calls))
             trajectories = record_trajectories(pipe, calls, progress)

@@ -245,6 +245,19 @@ def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
 
 
+def test_a_calibration_by_other_labels_or_guidance_is_refused(tmp_path, capsys):
+    pipeline("dit", tmp_path).save_pretrained(tmp_path / "plain")
+    words = ["quantize", tmp_path / "plain", *QUICK, "--no-refine", "--calibration",
+             tmp_path / "c.safetensors", "--labels", 1, 2]  # fmt: skip
+    assert msfp(*words, "--output", tmp_path / "packed") == 0
+    words += ["--output", tmp_path / "x"]
+    for more, message in (
+        (["--labels", 2, 1], r"different calls: labels \[2, 1\] and \[1, 2\]"),
+        (["--guidance-scale", 2], "different calls: guidance scale 2.0 and none"),
+    ):
+        assert_refused([*words, *more], message, tmp_path, capsys)
+
+
 def text_to_image(tmp_path):
     pipeline("conditional_unet", tmp_path / "vocabulary").save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
@@ -297,6 +310,29 @@ BAD = {
         lambda t, _: ["quantize", "digits", "--device", "abacus", "--output", t / "x"],
         "device 'abacus' cannot be used",
     ),
+    **{
+        f"calibration with another {name}": (
+            lambda t, model, words=words: [
+                "quantize",
+                "digits",
+                *QUICK,
+                "--no-refine",
+                "--output",
+                t / "x",
+                "--calibration",
+                model.parent / "c.safetensors",
+                *words,
+            ],
+            f"is the state of another calibration: .* different calls: {message}",
+        )
+        for name, words, message in (
+            ("seed", ["--seed", 7], "seed 7 and 0"),
+            ("number of steps", ["--steps", 3], "steps 3 and 2"),
+            ("batch", ["--count", 8, "--batch", 8], "batch 8 and 4"),
+            ("number of calls", ["--count", 8], "2 and 1 of them"),
+            ("sampler", ["--sampler", "plms"], "sampler PNDMScheduler and DDIMScheduler"),
+        )
+    },
     "attention in blocks": (
         lambda t, _: [
             "quantize",
