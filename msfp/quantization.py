@@ -35,7 +35,7 @@ from msfp.post_training import quantize_layer
 from msfp.refinement import refine
 from msfp.sampling import PipelineCall
 from msfp.summary import LayerSummary
-from msfp.trajectories import Trajectories, record_trajectories
+from msfp.trajectories import Recording, Trajectories
 
 
 def quantize(
@@ -56,7 +56,7 @@ def quantize(
         calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
             it is to make. Not needed where inputs are not quantized, or to block formats.
         trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
-            by. Not needed where `calibration` is calls, which are then made once more for it.
+            by. Not needed where `calibration` is calls, which are recorded as they are made.
         progress: Called with each layer's name once it is searched, and once it is refined.
 
     Returns:
@@ -90,10 +90,13 @@ def quantize(
     recordable = calls is not None or trajectories is not None
     refinement = refinement_of(denoiser, config, settings, recordable=recordable)
     if calls is not None:
-        seen = calibrate(pipe, calls)
+        if trajectories is None and (refinement or config.attention):
+            recording = Recording(calls)
+            seen = calibrate(pipe, recording.calls)
+            trajectories = _recorded(pipe, recording, config)
+        else:
+            seen = calibrate(pipe, calls)
     settings = _settings(denoiser, config, seen)
-    if calls is not None and trajectories is None and (refinement or config.attention):
-        trajectories = _recorded(pipe, calls, config)
     if trajectories is None:
         refinement = None
     searched = {}
@@ -152,13 +155,11 @@ def refinement_of(
 
 
 def _recorded(
-    pipe: DiffusionPipeline | nn.Module,
-    calls: PipelineCall | Sequence[PipelineCall],
-    config: QuantizationConfig,
+    pipe: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
 ) -> Trajectories | None:
-    """Return the trajectories of calls, or None where they cannot be and need not be recorded."""
+    """Return the trajectories of calls, or None where there can and need be none."""
     try:
-        return record_trajectories(pipe, calls)
+        return recording.trajectories(pipe)
     except InputError as error:
         if config.refine != "auto" or config.attention is not None:
             raise

@@ -134,7 +134,7 @@ def _quantized(
     sampler: Sampler,
     arguments: argparse.Namespace,
 ) -> tuple[list[LayerSummary], Calibration | None]:
-    """Calibrate, record, search and refine, with a bar for each.
+    """Calibrate and record by the same calls, search and refine, with a bar for each.
 
     Weights that are not refined take nothing but a search.
     """
@@ -142,7 +142,7 @@ def _quantized(
     from msfp.observation import calibrate
     from msfp.progress import counted, stages
     from msfp.quantization import quantize, refinement_of
-    from msfp.trajectories import record_trajectories
+    from msfp.trajectories import Recording
 
     denoiser = denoiser_of(pipe)
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
@@ -154,15 +154,19 @@ def _quantized(
         if needs_calibration or needs_recording:
             sampler.arguments(pipe)
         calls = sampler.calls(arguments.count, arguments.seed)
+        recording = Recording(calls) if needs_recording else None
+        calls = calls if recording is None else recording.calls
         if needs_calibration:
             progress = counted(advance, "calibrating", len(calls))
             calibration = calibrate(
                 pipe, calls, file=arguments.calibration, progress=progress,
                 description=_description(pipe, sampler, arguments),
             )  # fmt: skip
-        if needs_recording:
-            progress = counted(advance, "recording", len(calls))
-            trajectories = record_trajectories(pipe, calls, progress)
+        if recording is not None:
+            # A calibration that was read from its file has made no calls.
+            left = len(recording.missing)
+            bar = counted(advance, "recording", left) if left else None
+            trajectories = recording.trajectories(pipe, bar)
         searched: set[str] = set()
         searching = counted(advance, "searching", len(settings))
         refining = counted(advance, "refining", len(settings))

@@ -245,6 +245,18 @@ def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
 
 
+def test_calls_that_a_file_has_seen_are_recorded_all_the_same(tmp_path):
+    pipeline("unet", tmp_path).save_pretrained(tmp_path / "plain")
+    words = ["quantize", tmp_path / "plain", *QUICK, "--calibration", tmp_path / "c.safetensors"]
+    packed = []
+    for name in ("first", "second"):
+        assert msfp(*words, "--output", tmp_path / name) == 0
+        file = tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"
+        packed.append(load_file(file))
+    assert packed[0].keys() == packed[1].keys()
+    assert all(torch.equal(tensor, packed[1][name]) for name, tensor in packed[0].items())
+
+
 def test_a_calibration_by_other_labels_or_guidance_is_refused(tmp_path, capsys):
     pipeline("dit", tmp_path).save_pretrained(tmp_path / "plain")
     words = ["quantize", tmp_path / "plain", *QUICK, "--no-refine", "--calibration",

@@ -48,9 +48,9 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
     )
     summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     handle.remove()
-    # Two steps to calibrate, two to record, and all that was recorded, twice, to refine by.
+    # Two steps to calibrate and record, and all that was recorded, twice, to refine by.
     rows = GUIDED.get(family, 1)
-    assert batches == [rows] * 4 + [2 * 2 * rows]
+    assert batches == [rows] * 2 + [2 * 2 * rows]
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
     seal(denoiser)
@@ -134,6 +134,23 @@ def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_flo
     ]
     # Layers that round to nearest keep the full-precision weight while they are open.
     assert bool(changed) == (expected is not None)
+
+
+def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
+    calls, made = Sampler(2, 4).calls(8, seed=3), []
+
+    def counted(call):
+        return lambda pipe: (made.append(call), call(pipe))
+
+    config = QuantizationConfig(attention=5, refine=RefinementConfig(samples=8))
+    once, twice = (copy.deepcopy(reference) for _ in range(2))
+    found = quantize(once, config, calibration=[counted(call) for call in calls])
+    assert made == calls
+    seen, paths = calibrate(twice, calls), record_trajectories(twice, calls)
+    assert found == quantize(twice, config, calibration=seen, trajectories=paths)
+    states = [pipe.unet.state_dict() for pipe in (once, twice)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
