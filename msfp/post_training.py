@@ -123,7 +123,8 @@ def search_weight(
 
 def energy(x: torch.Tensor) -> float:
     """Return the sum of squares."""
-    return float(x.double().square().sum())
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # without a float64 copy
+    return float(norm) ** 2
 
 
 def _table(choices: Mapping[FloatFormat, Choice], signal: float) -> dict[str, float]:

@@ -33,6 +33,7 @@ from msfp.observation import calibrate
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.post_training import quantize_layer
 from msfp.refinement import refine
+from msfp.runtime import release_memory
 from msfp.sampling import PipelineCall
 from msfp.summary import LayerSummary
 from msfp.trajectories import Recording, Trajectories
@@ -102,6 +103,7 @@ def quantize(
     searched = {}
     for name, each in settings.items():
         searched[name] = quantize_layer(name, plain[name], each, seen)
+        release_memory()
         if progress is not None:
             progress(name)
     swapped: dict[nn.Module, nn.Module]
@@ -224,8 +226,10 @@ def _check_input(name: str, calibration: Calibration) -> None:
 
 def seal(denoiser: nn.Module) -> None:
     """Pack the weights of every open layer of a denoiser, which then can be saved."""
-    layers = open_layers(denoiser)
-    replace_layers(denoiser, {layer: layer.seal() for layer in layers.values()})
+    layers = list(open_layers(denoiser).values())
+    while layers:  # one by one, so that no full-precision weight stays longer than it must
+        layer = layers.pop()
+        replace_layers(denoiser, {layer: layer.seal()})
     quantizer = getattr(denoiser, "hf_quantizer", None)
     if quantizer is not None:
         config = quantizer.quantization_config
