@@ -1,6 +1,6 @@
-"""Layers whose weight and input are rounded to block formats, MX and NVFP4, to compare with.
+"""Layers whose weight and input are rounded to block formats, MX and NVFP4.
 
-They can be run and no more: they are not trained, sealed or saved.
+There is nothing to search, and nothing is trained: they are sealed from the start.
 """
 
 from __future__ import annotations
@@ -10,80 +10,84 @@ from typing import Self
 import torch
 from torch import nn
 
-from fpformats import quantize_blocks
-from fpformats.blocks import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4, BlockFormat
-from msfp.denoiser import PlainLayer
+from fpformats import Blocks, decode_blocks, encode_blocks, pack, quantize_blocks, unpack
 from msfp.errors import InputError
-from msfp.layers import adopt
+from msfp.layer_formats import BlockFormats
+from msfp.layers import SealedLayer, from_bits, sealed_layers, to_bits
 
-BLOCK_FORMATS: dict[str, dict[int, tuple[str, BlockFormat]]] = {
-    "mx": {
-        4: ("MXFP4", MXFP4),
-        6: ("MXFP6_E2M3", MXFP6_E2M3),
-        8: ("MXFP8_E4M3", MXFP8_E4M3),
-    },
-    "nvfp4": {4: ("NVFP4", NVFP4), 8: ("MXFP8_E4M3", MXFP8_E4M3)},
-}
-"""Name and format by scheme and bits."""
+WEIGHT_AXIS = 1
+"""The axis of a weight that its blocks lie along: the input channels."""
 
 
-class BlockLayer(nn.Module):
-    """What block layers share; mixed in before the nn class.
+class BlockLayer(SealedLayer):
+    """A sealed layer with a scale for each block of input channels.
 
     Attributes:
-        weight: The rounded weight; its blocks lie along the input channels.
-        weight_format: What the format of the weight is called.
-        input_format: That of the input, or None to leave it as it is.
+        weight_scale: Codes of the scales of the weight's blocks, uint8, of the shape of the weight
+            with one for each block along the input channels.
+        tensor_scale: Bits of the float32 scale of the whole weight, int32, shape (); None where
+            the format has none.
     """
 
-    weight: torch.Tensor
-    weight_format: str
-    input_format: str | None
-    _input_blocks: BlockFormat | None
-    _input_axis: int
+    formats: BlockFormats | None = None
+    branch_down = branch_up = None
+    weight_scale: torch.Tensor
+    tensor_scale: torch.Tensor | None
+
+    @classmethod
+    def empty_like(cls, layer: nn.Module, formats: BlockFormats) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
+        sealed = cls._with_codes(layer, formats)
+        fmt, device = formats.weight_blocks, sealed.codes.device
+        shape = list(sealed.weight_shape)
+        shape[WEIGHT_AXIS] = -(-shape[WEIGHT_AXIS] // fmt.size)
+        scale = torch.zeros(shape, dtype=torch.uint8, device=device)
+        sealed.register_buffer("weight_scale", scale)
+        bits = torch.zeros((), dtype=torch.int32, device=device)
+        sealed.register_buffer("tensor_scale", bits if fmt.tensor_scale else None)
+        return sealed
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: PlainLayer, scheme: str, weights: int, activations: int | None) -> Self:
-        """Return a block layer with the attributes and the bias of a plain one.
+    def pack(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
+        """Return a layer with the attributes and the bias of another, and with a weight to pack."""
+        sealed = cls.empty_like(layer, formats)
+        blocks = encode_blocks(weight, formats.weight_blocks, WEIGHT_AXIS)
+        sealed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
+        sealed.weight_scale = blocks.scales
+        if blocks.tensor_scale is not None:
+            sealed.tensor_scale = to_bits(blocks.tensor_scale)
+        return sealed
 
-        Args:
-            layer: A plain layer.
-            scheme: A key of `BLOCK_FORMATS`.
-            weights: Bits of the weight.
-            activations: Bits of the input, or None.
-        """
-        blocks = adopt(cls, layer)
-        blocks._parameters = dict(layer._parameters)
-        blocks.weight_format, fmt = BLOCK_FORMATS[scheme][weights]
-        blocks.weight = nn.Parameter(quantize_blocks(layer.weight, fmt, axis=1), False)
-        blocks.input_format, blocks._input_blocks = None, None
-        if activations is not None:
-            blocks.input_format, blocks._input_blocks = BLOCK_FORMATS[scheme][activations]
-        blocks._input_axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
-        return blocks
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded, each block of channels to its own scale; same shape, dtype."""
+        if self.formats is None or self.formats.input_blocks is None:
+            return x
+        axis = -1 if isinstance(self, nn.Linear) else 1 - len(self.weight_shape)
+        rounded: torch.Tensor = quantize_blocks(x, self.formats.input_blocks, axis)
+        return rounded
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Round the input, each block to its own scale, and apply the layer."""
-        if self._input_blocks is not None:
-            x = quantize_blocks(x, self._input_blocks, self._input_axis)
-        y: torch.Tensor = super().forward(x)
-        return y
-
-    def extra_repr(self) -> str:
-        """Return what repr shows."""
-        return f"{super().extra_repr()}, weight={self.weight_format}, input={self.input_format}"
+    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
+        """Return the values of the codes, of the only entry, by the scales of their blocks."""
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        del entry
+        codes = unpack(self.codes, self.formats.bits, tuple(self.weight_shape))
+        whole = None if self.tensor_scale is None else from_bits(self.tensor_scale)
+        blocks = Blocks(codes, self.weight_scale, whole)
+        weight: torch.Tensor = decode_blocks(blocks, self.formats.weight_blocks, WEIGHT_AXIS, dtype)
+        return weight
 
 
-class BlockLinear(BlockLayer, nn.Linear):
+class BlockLinear(BlockLayer, nn.Linear):  # type: ignore[override]
     """nn.Linear with weight and input in blocks."""
 
 
-class BlockConv1d(BlockLayer, nn.Conv1d):
+class BlockConv1d(BlockLayer, nn.Conv1d):  # type: ignore[override]
     """nn.Conv1d with weight and input in blocks."""
 
 
-class BlockConv2d(BlockLayer, nn.Conv2d):
+class BlockConv2d(BlockLayer, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d with weight and input in blocks."""
 
 
@@ -97,15 +101,11 @@ BLOCK_LAYERS: dict[type[nn.Module], type[BlockLayer]] = {
 
 def block_layers(denoiser: nn.Module) -> dict[str, BlockLayer]:
     """Return the block layers of a denoiser by name, in definition order."""
-    return {
-        name: module for name, module in denoiser.named_modules() if isinstance(module, BlockLayer)
-    }
+    layers = sealed_layers(denoiser)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, BlockLayer)}
 
 
 def refuse_block_layers(denoiser: nn.Module) -> None:
-    """Raise InputError if a denoiser has block layers, which can be run and no more."""
+    """Raise InputError if a denoiser has block layers, which cannot be fine-tuned."""
     for name, layer in block_layers(denoiser).items():
-        raise InputError(
-            f"layer {name!r} is in {layer.weight_format}: block formats can be run and compared "
-            "with, but not yet be fine-tuned, sealed or saved"
-        )
+        raise InputError(f"layer {name!r} cannot be fine-tuned: {layer.formats} are block formats")

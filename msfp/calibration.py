@@ -20,6 +20,8 @@ from msfp.errors import InputError
 FORMAT_VERSION = 1
 KEY = "msfp_calibration"
 """Key of the JSON in the metadata of the file."""
+SHORT = 60
+"""Characters of a value that are shown."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Calibration:
         weights: Of the timesteps, where they are weighted.
         calls: Numbers of the pipeline calls that were made, ascending.
         total: How many there are to make.
+        description: What these calls do, such as their prompts and seed, as plain JSON types by
+            name; empty where that is not known.
     """
 
     inputs: dict[str, Sketch]
@@ -46,6 +50,7 @@ class Calibration:
     weights: dict[float, int] | None = None
     calls: list[int] = field(default_factory=list)
     total: int = 0
+    description: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ran(self) -> list[str]:
@@ -66,6 +71,11 @@ class Calibration:
             raise InputError(
                 f"the calibrations are by different calls: {self.total} and {other.total} of them"
             )
+        for name in self.description | other.description:
+            mine, theirs = (each.description.get(name) for each in (self, other))
+            if mine != theirs:
+                values = f"{_short(mine)} and {_short(theirs)}"
+                raise InputError(f"the calibrations are by different calls: {name} {values}")
 
     def merge(self, other: Calibration) -> None:
         """Add the calls of another calibration.
@@ -110,7 +120,9 @@ class Calibration:
     def _empty(self, names: list[str]) -> Calibration:
         """Return a calibration like this one, of which no call was made."""
         inputs = {name: Sketch() for name in names}
-        return Calibration(inputs, weights=self.weights, total=self.total)
+        return Calibration(
+            inputs, weights=self.weights, total=self.total, description=self.description
+        )
 
     def save(self, file: str | Path) -> None:
         """Write a safetensors file, of which others never see a part.
@@ -132,6 +144,7 @@ class Calibration:
             "weights": None if self.weights is None else list(self.weights.items()),
             "calls": self.calls,
             "total": self.total,
+            "description": self.description,
         }
         partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
         try:
@@ -178,7 +191,14 @@ class Calibration:
             weights=None if weights is None else dict(weights),
             calls=description["calls"],
             total=description["total"],
+            description=description.get("description", {}),
         )
+
+
+def _short(value: Any) -> str:
+    """Return a value as text, the middle of a long one left out."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT // 2]}...{text[-SHORT // 2 :]}"
 
 
 def _sketch(name: str, tensors: Mapping[str, np.ndarray]) -> Sketch:

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from msfp.attention import make_room_for_products
-from msfp.block_layers import refuse_block_layers
 from msfp.class_pipeline import pipeline_class
 from msfp.denoiser import COMPONENTS, denoiser_of
 from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_keys
+from msfp.empty_layers import make_room
 from msfp.errors import InputError
 from msfp.integrity import verify
-from msfp.layers import make_room, quantized_layers
+from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
 from msfp.outputs import atomic_folder
 from msfp.schedulers import restore_sampler
@@ -50,7 +50,6 @@ def save(target: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
             is written then.
     """
     denoiser = denoiser_of(target)
-    refuse_block_layers(denoiser)
     if not quantized_layers(denoiser):
         raise InputError("denoiser has no quantized layers: call msfp.quantize first")
     if open_layers(denoiser):

@@ -16,8 +16,11 @@ BiasCorrection = Literal["all", "last", "none"]
 Rounding = Literal["nearest", "gptq", "adaround"]
 MIN_BITS, MAX_BITS = 3, 8
 FLOAT_SCHEMES = ("mixup", "signed")
-BLOCK_BITS: dict[str, tuple[int, ...]] = {"mx": (4, 6, 8), "nvfp4": (4, 8)}
-"""Widths of the schemes whose blocks of elements share a scale."""
+BLOCK_SCHEMES: dict[str, dict[int, str]] = {
+    "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXFP8_E4M3"},
+    "nvfp4": {4: "NVFP4", 8: "MXFP8_E4M3"},
+}
+"""The formats of the schemes whose blocks of elements share a scale, by their width."""
 MAX_HUB, MAX_RANK = 16, 256
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
@@ -45,6 +48,11 @@ class LayerSettings(NamedTuple):
     scheme: Scheme
     granularity: Granularity
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the search needs to know the layer's input: blocks are scaled as they come."""
+        return self.activations is not None and self.scheme not in BLOCK_SCHEMES
+
     def check(self) -> None:
         """Raise InputError if a value is out of range, or the scheme has no format so wide."""
         for name, bits in (("weights", self.weights), ("activations", self.activations)):
@@ -57,12 +65,14 @@ class LayerSettings(NamedTuple):
 def check_bits(name: str, bits: Any, scheme: str) -> None:
     """Raise InputError unless a scheme has formats of a width."""
     check_range(name, bits, MIN_BITS, MAX_BITS)
-    allowed = BLOCK_BITS.get(scheme)
+    allowed = BLOCK_SCHEMES.get(scheme)
     if allowed is not None and bits not in allowed:
-        raise InputError(f"{name} must be one of {allowed} with scheme {scheme!r}, not {bits}")
+        raise InputError(
+            f"{name} must be one of {tuple(allowed)} with scheme {scheme!r}, not {bits}"
+        )
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     """Raise InputError unless a value is one of those allowed."""
     if value not in allowed:
         raise InputError(f"{name} must be one of {allowed}, not {value!r}")
@@ -141,8 +151,8 @@ class QuantizationConfig:
             (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
             floating point alone; "int_minmax" and "int_mse" are symmetric integers with no clip and
             with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may;
-            "mx" and "nvfp4" are the block formats of OCP and NVIDIA, for comparison: "mx" has 4, 6
-            and 8 bits, "nvfp4" 4, with MXFP8 where 8 are asked for.
+            "mx" and "nvfp4" are the block formats of OCP and NVIDIA, which need no calibration and
+            are not refined: "mx" has 4, 6 and 8 bits, "nvfp4" 4, with MXFP8 where 8 are asked for.
         granularity: What shares a scale of the weights: each output "channel", or the "tensor".
             Blocks have their own.
         include: Layers to quantize: globs of dotted names of layers or of modules around them.

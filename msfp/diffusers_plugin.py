@@ -25,9 +25,7 @@ from msfp.attention import (
     product_formats,
     remove_products,
 )
-from msfp.block_layers import block_layers
 from msfp.config import (
-    BLOCK_BITS,
     FIRST_LAYERS,
     LAST_LAYERS,
     Granularity,
@@ -39,18 +37,13 @@ from msfp.config import (
     check_names,
 )
 from msfp.denoiser import replace_layers, settings_by_layer
+from msfp.empty_layers import make_room
 from msfp.errors import InputError
 from msfp.float32 import Float32Module
 from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
-from msfp.layer_formats import LayerFormats, narrow_format
-from msfp.layers import (
-    SEALED_LAYERS,
-    dequantized,
-    make_room,
-    quantized_layers,
-    sealed_layers,
-)
-from msfp.post_training import finite_weight, search_weight
+from msfp.layer_formats import BlockFormats, LayerFormats, narrow_format, read_formats
+from msfp.layers import dequantized, quantized_layers, sealed_layers
+from msfp.post_training import pack_layer
 from msfp.stored_tensors import as_stored
 from msfp.summary import LayerSummary
 from msfp.talora import RouterKind, router_of
@@ -66,11 +59,12 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What is written to a denoiser's `config.json`: a `QuantizationConfig` and its outcome.
 
     Given to `from_pretrained` with a full-precision model, it quantizes the weights as they are
-    loaded; inputs take calibration, which is what `msfp.quantize` does.
+    loaded; inputs take calibration, which is what `msfp.quantize` does, but for those in blocks.
 
     Args:
         weights: As in `QuantizationConfig`.
-        activations: As in `QuantizationConfig`; None for weights alone.
+        activations: As in `QuantizationConfig`; None for weights alone, which it must be where a
+            model is quantized as it is loaded and the scheme is not one of blocks.
         first_last: As in `QuantizationConfig`.
         scheme: As in `QuantizationConfig`.
         include: As in `QuantizationConfig`.
@@ -163,14 +157,14 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-def _formats(layers: Any) -> dict[str, LayerFormats]:
+def _formats(layers: Any) -> dict[str, LayerFormats | BlockFormats]:
     """Return the formats of layers from those of a JSON file."""
     if not isinstance(layers, dict):
         raise InputError(f"layers must be a table of formats by name, not {layers!r}")
     formats = {}
     for name, names in layers.items():
         try:
-            formats[name] = LayerFormats.from_dict(names)
+            formats[name] = read_formats(names)
         except InputError as error:
             raise InputError(f"layer {name!r} of quantization_config: {error}") from error
     return formats
@@ -203,13 +197,10 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._float32_modules: list[str] = []
         self._loaded: set[str] = set()
         self._settings: dict[str, LayerSettings] = {}
-        self._summaries: list[LayerSummary] = []
-        for name in () if self.pre_quantized else ("activations", "refine", "attention"):
+        self._summaries: dict[str, LayerSummary] = {}
+        for name in () if self.pre_quantized else ("refine", "attention"):
             if getattr(quantization_config.request, name) is not None:
-                raise InputError(
-                    f"{name} must be None where a model is quantized as it is loaded: it takes "
-                    "calibration, see msfp.quantize"
-                )
+                raise _takes_calibration(name)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Remember the dtype of what is not quantized."""
@@ -234,6 +225,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             make_room_for_products(model, config.products)
         else:
             self._settings = settings_by_layer(model, config.request)
+            if any(each.needs_calibration for each in self._settings.values()):
+                raise _takes_calibration("activations")
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
@@ -277,13 +270,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
             return
-        settings = self._settings[name]
-        if settings.scheme in BLOCK_BITS:
-            raise InputError(f"scheme {settings.scheme!r} cannot be saved: use msfp.quantize")
-        quantizer, table = search_weight(finite_weight(name, value), settings)
-        chosen = str(quantizer.format)
-        self._summaries.append(LayerSummary(name, chosen, table[chosen], table))
-        packed = SEALED_LAYERS[type(layer)].pack(layer, [value], quantizer, None)
+        packed, self._summaries[name] = pack_layer(name, layer, value, self._settings[name])
         replace_layers(model, {layer: packed})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
@@ -299,7 +286,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 if factor is not None:  # a mapped file is not aligned, which products may show
                     factor.data = factor.data.to(layer.dtype, copy=True)
         config = self.quantization_config
-        attach(model, config.request, self, summaries=self._summaries or config.summaries)
+        # Files have tensors in an order of their own.
+        found = [self._summaries[name] for name in layers if name in self._summaries]
+        attach(model, config.request, self, summaries=found or config.summaries)
         # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -332,6 +321,14 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         remove_products(model)
         detach(model)
         return model
+
+
+def _takes_calibration(name: str) -> InputError:
+    """Return what to say of a setting that takes more than the weights."""
+    return InputError(
+        f"{name} must be None where a model is quantized as it is loaded: it takes calibration, "
+        "see msfp.quantize"
+    )
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
@@ -374,7 +371,6 @@ def attach(
     )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
-    quantizer.is_serializable = not block_layers(denoiser)
     denoiser.hf_quantizer = quantizer
     if isinstance(denoiser, ConfigMixin):
         denoiser.register_to_config(quantization_config=config)

@@ -21,6 +21,7 @@ from msfp.checkpoint import save
 from msfp.denoiser import denoiser_name, denoiser_of
 from msfp.diffusers_plugin import attach
 from msfp.errors import InputError
+from msfp.layer_formats import LayerFormats
 from msfp.layers import SealedLayer, sealed_layers
 from msfp.outputs import atomic_folder
 from msfp.talora import remove_router
@@ -73,9 +74,9 @@ def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     tensors = lora_tensors(pipe)
     bare = copy.deepcopy(denoiser_of(pipe))
     for layer in sealed_layers(bare).values():
-        if layer.formats is not None:
+        if isinstance(layer.formats, LayerFormats):
             layer.formats = replace(layer.formats, branch_rank=0)
-        layer.branch_down = layer.branch_up = None
+            layer.branch_down = layer.branch_up = None
     _attach_anew(bare)
     folder = Path(folder)
     with atomic_folder(folder) as partial:

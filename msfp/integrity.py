@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fpformats import decode
 from msfp.errors import InputError
+from msfp.layer_formats import BlockFormats, LayerFormats, read_formats
 
 FORMAT_VERSION = 1
 VERSION_KEY, CHECKSUM_KEY = "msfp_format_version", "msfp_checksum"
@@ -21,8 +23,9 @@ DTYPES = {
     "weight_scale": torch.int32,
     "input_scale": torch.int32,
     "input_zero_point": torch.int32,
+    "tensor_scale": torch.int32,
 }
-"""The tensors of a quantized layer; all but the codes are the bits of float32 numbers."""
+"""The tensors of a quantized layer; those of int32 are the bits of float32 numbers."""
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -> str:
@@ -75,8 +78,8 @@ def verify(files: Sequence[str | Path], description: dict[str, Any]) -> None:
     if given != checksum(tensors, description):
         names = " and ".join(Path(file).name for file in files)
         raise InputError(f"{names} and config.json do not match their checksum")
-    for name in description["layers"]:
-        _check_layer(name, tensors)
+    for name, formats in description["layers"].items():
+        _check_layer(name, read_formats(formats), tensors)
     for name in description["products"]:
         for key in (key for key in tensors if key.startswith(f"{name}.products.")):
             _check_numbers(key, tensors[key].float(), positive=key.endswith(".scale"))
@@ -88,18 +91,25 @@ def check_version(subject: str, version: Any) -> None:
         raise InputError(f"{subject} format version {version}, this msfp reads {FORMAT_VERSION}")
 
 
-def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_layer(
+    name: str, formats: LayerFormats | BlockFormats, tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Check the dtypes of a layer's tensors, and the numbers that scales and zero points are."""
-    for leaf, dtype in DTYPES.items():
+    in_blocks = isinstance(formats, BlockFormats)
+    for leaf, dtype in (DTYPES | ({"weight_scale": torch.uint8} if in_blocks else {})).items():
         key = f"{name}.{leaf}"
         if key not in tensors:
             continue
         if tensors[key].dtype != dtype:
             raise InputError(f"{key} must be {dtype}, not {tensors[key].dtype}")
-        if leaf == "codes":
-            continue
-        numbers = tensors[key].view(torch.float32)
-        _check_numbers(key, numbers, positive=leaf != "input_zero_point")
+        if dtype == torch.int32:
+            numbers = tensors[key].view(torch.float32)
+            _check_numbers(key, numbers, positive=leaf != "input_zero_point")
+        elif leaf == "weight_scale" and isinstance(formats, BlockFormats):
+            # A block of numbers that are small beside others may have a scale of zero.
+            scales = decode(tensors[key], formats.weight_blocks.scale)
+            if not (scales.isfinite() & (scales >= 0)).all():
+                raise InputError(f"{key} must be codes of finite numbers from 0 on")
 
 
 def _check_numbers(key: str, numbers: torch.Tensor, *, positive: bool) -> None:

@@ -8,16 +8,28 @@ from typing import Any, Self
 import torch
 
 from fpformats import FloatFormat, parse
+from fpformats.blocks import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4, BlockFormat
+from msfp.config import check_choice
 from msfp.errors import InputError
 from msfp.quantizer import Quantizer
 
-TENSOR, CHANNEL = "tensor", "channel"
-"""The granularities of one scale, and of one for each channel."""
+TENSOR, CHANNEL, BLOCK = "tensor", "channel", "block"
+"""The granularities of one scale, of one for each channel, and of one for each block."""
+BLOCK_FORMATS: dict[str, BlockFormat] = {
+    "MXFP4": MXFP4,
+    "MXFP6_E2M3": MXFP6_E2M3,
+    "MXFP8_E4M3": MXFP8_E4M3,
+    "NVFP4": NVFP4,
+}
+KEYS = {
+    "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
+}  # fmt: skip
+"""The keys of a layer in a checkpoint's config."""
 
 
 @dataclass(frozen=True)
 class LayerFormats:
-    """Formats and granularities of one layer.
+    """Formats and granularities of one layer that has a scale for each output channel.
 
     Attributes:
         weight: Format of the weights, which have a scale for each output channel.
@@ -31,7 +43,7 @@ class LayerFormats:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
         >>> formats.to_dict()["input_format"], formats.to_dict()["input_granularity"]
         ('E2M2U', 'tensor')
-        >>> LayerFormats.from_dict(formats.to_dict()) == formats
+        >>> read_formats(formats.to_dict()) == formats
         True
     """
 
@@ -39,6 +51,11 @@ class LayerFormats:
     input: FloatFormat | None = None
     input_granularity: str = TENSOR
     branch_rank: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight's code."""
+        return self.weight.bits
 
     def __str__(self) -> str:
         parts = [f"weight={self.weight}"]
@@ -70,37 +87,90 @@ class LayerFormats:
             "branch_rank": self.branch_rank,
         }
 
-    @classmethod
-    def from_dict(cls, names: dict[str, Any]) -> Self:
-        """Return the formats that `to_dict` named.
 
-        Raises:
-            InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
-                a granularity or a rank is not one that there can be.
-        """
-        keys = {
-            "weight_format", "weight_granularity", "input_format", "input_granularity",
-            "branch_rank",
-        }  # fmt: skip
-        if not isinstance(names, dict) or set(names) != keys:
-            raise InputError(f"it must have the keys {sorted(keys)}, not {names!r}")
-        for key, allowed in (
-            ("weight_granularity", (CHANNEL,)),
-            ("input_granularity", (TENSOR, CHANNEL)),
-        ):
-            if names[key] not in allowed:
-                known = " or ".join(map(repr, allowed))
-                raise InputError(f"{key} must be {known}, not {names[key]!r}")
-        rank = names["branch_rank"]
-        if type(rank) is not int or rank < 0:
-            raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
-        given = names["input_format"]
-        return cls(
-            narrow_format("weight_format", names["weight_format"]),
-            None if given is None else narrow_format("input_format", given),
-            names["input_granularity"],
-            rank,
-        )
+@dataclass(frozen=True)
+class BlockFormats:
+    """Formats of one layer whose weight and inputs are in blocks, which have scales of their own.
+
+    Attributes:
+        weight: Name of the format of the weight, a key of `BLOCK_FORMATS`.
+        input: That of the inputs, or None where they are left as they are.
+
+    Example:
+        >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
+        >>> formats.weight_blocks.size, formats.bits
+        (16, 4)
+        >>> read_formats(formats.to_dict()) == formats
+        True
+    """
+
+    weight: str
+    input: str | None = None
+
+    @property
+    def weight_blocks(self) -> BlockFormat:
+        """The format of the weight."""
+        return BLOCK_FORMATS[self.weight]
+
+    @property
+    def input_blocks(self) -> BlockFormat | None:
+        """The format of the inputs, or None."""
+        return None if self.input is None else BLOCK_FORMATS[self.input]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight's code."""
+        return self.weight_blocks.element.bits
+
+    def __str__(self) -> str:
+        return f"weight={self.weight}" + ("" if self.input is None else f", input={self.input}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the formats by name, as plain JSON types."""
+        return {
+            "weight_format": self.weight,
+            "weight_granularity": BLOCK,
+            "input_format": self.input,
+            "input_granularity": BLOCK,
+            "branch_rank": 0,
+        }
+
+
+def read_formats(names: Any) -> LayerFormats | BlockFormats:
+    """Return the formats that `to_dict` named.
+
+    Raises:
+        InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
+            a granularity or a rank is not one that there can be.
+    """
+    if not isinstance(names, dict) or set(names) != KEYS:
+        raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
+    check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
+    rank = names["branch_rank"]
+    if type(rank) is not int or rank < 0:
+        raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
+    in_blocks = names["weight_granularity"] == BLOCK
+    allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
+    check_choice("input_granularity", names["input_granularity"], allowed)
+    return _block_formats(names) if in_blocks else _layer_formats(names)
+
+
+def _layer_formats(names: dict[str, Any]) -> LayerFormats:
+    given = names["input_format"]
+    return LayerFormats(
+        narrow_format("weight_format", names["weight_format"]),
+        None if given is None else narrow_format("input_format", given),
+        names["input_granularity"],
+        names["branch_rank"],
+    )
+
+
+def _block_formats(names: dict[str, Any]) -> BlockFormats:
+    if names["branch_rank"]:
+        raise InputError(f"branch_rank must be 0 in block formats, not {names['branch_rank']}")
+    check_choice("weight_format", names["weight_format"], tuple(BLOCK_FORMATS))
+    check_choice("input_format", names["input_format"], (*BLOCK_FORMATS, None))
+    return BlockFormats(names["weight_format"], names["input_format"])
 
 
 def narrow_format(key: str, name: Any) -> FloatFormat:

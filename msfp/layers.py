@@ -2,7 +2,7 @@
 
 A layer is open while it holds the full-precision weight (`msfp.open_layers`), and sealed once it
 holds nothing but packed codes and scales, as the layers here do. Open layers can be trained; only
-sealed ones are saved.
+sealed ones are saved. `msfp.block_layers` has sealed layers with a scale for each block.
 
 Scales are kept as the bits of float32 numbers in int32 tensors, so that neither `model.half()` nor
 a loader's cast can round them.
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fpformats import decode_scaled, encode_scaled, quantize_scaled
-from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
+from msfp.denoiser import PLAIN_LAYERS
 from msfp.errors import InputError
-from msfp.layer_formats import CHANNEL, LayerFormats
+from msfp.layer_formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.quantizer import Quantizer
-from msfp.talora import ROUTERS, Router, RouterKind, Routing, attach_router
+from msfp.talora import Router, Routing, attach_router
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -59,7 +59,7 @@ class QuantizedLayer(nn.Module, ABC):
         index: The layer's number in the routing.
     """
 
-    formats: LayerFormats | None
+    formats: LayerFormats | BlockFormats | None
     bias: Any  # a tensor or None; the nn classes do not agree on its annotation
     branch_down: torch.Tensor | None
     branch_up: torch.Tensor | None
@@ -143,35 +143,104 @@ class SealedLayer(QuantizedLayer):
     Attributes:
         weight_shape: Shape of an entry's weight.
         codes: The packed codes, uint8, one-dimensional. Each entry begins with a new byte.
-        weight_scale: Bits of the scales, int32, shape (out,).
-        input_scale: Bits of the scale of the inputs, int32, shape (), or (channels,) where each
-            has its own; None if they have no format.
-        input_zero_point: Bits of their zero point, shape (); None if their format is signed.
         dtype: What `weight` is in; moves with casts of the module.
         cache: Dequantized weights, entries first, or None.
     """
 
-    formats: LayerFormats | None = None
+    formats: LayerFormats | BlockFormats | None = None
     weight_shape: torch.Size
     codes: torch.Tensor
-    weight_scale: torch.Tensor
-    input_scale: torch.Tensor | None
-    input_zero_point: torch.Tensor | None
     dtype: torch.dtype
     cache: torch.Tensor | None
 
+    @abstractmethod
+    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
+        """Return the weight of an entry, computed in float32 from its codes and cast to a dtype."""
+
     @classmethod
-    def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
-        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
+    def _with_codes(
+        cls, layer: nn.Module, formats: LayerFormats | BlockFormats, entries: int = 1
+    ) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes of 0."""
         sealed = adopt(cls, layer)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         sealed.formats, sealed.entries, sealed.cache = formats, entries, None
         sealed.weight_shape, sealed.dtype = weight.shape, weight.dtype
         del sealed._parameters["weight"]
-        size = entries * -(-weight.numel() * formats.weight.bits // 8)
+        size = entries * -(-weight.numel() * formats.bits // 8)
         codes = torch.zeros(size, dtype=torch.uint8, device=weight.device)
         # A parameter, not a buffer, because offloading leaves buffers where they are.
         sealed.codes = nn.Parameter(codes, requires_grad=False)
+        return sealed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight of the first entry; before there are formats, the parameter."""
+        if self.formats is not None:
+            return self.quantized_weight().as_subclass(DequantizedWeight)
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight is not set yet")
+        return weight
+
+    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values of an entry's codes, computed in float32 and cast to a dtype.
+
+        Args:
+            entry: The entry of the hub.
+            dtype: Any floating-point dtype, or None for that of the module.
+        """
+        if self.formats is None:
+            return self.weight
+        dtype = self.dtype if dtype is None else dtype
+        # What is cached in float32 is exact, and can be rounded to any dtype.
+        if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
+            return self.cache[entry].to(dtype)
+        return self.decoded_weight(entry, NARROW.get(dtype, "float32")).to(dtype)
+
+    def cache_weight(self, enabled: bool) -> None:
+        """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
+        self.cache = None
+        if enabled and self.formats is not None:
+            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.entries)])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast; codes and scales are integers, which casts leave alone."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.formats is not None:
+            empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
+            self.dtype = fn(empty).dtype
+            # Cached weights are made anew: a cast would round them twice.
+            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return what repr shows."""
+        if self.formats is None:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, {self.formats}"
+
+
+class ScaledLayer(SealedLayer):
+    """A sealed layer with a scale for each output channel.
+
+    Attributes:
+        weight_scale: Bits of the scales, int32, shape (out,).
+        input_scale: Bits of the scale of the inputs, int32, shape (), or (channels,) where each
+            has its own; None if they have no format.
+        input_zero_point: Bits of their zero point, shape (); None if their format is signed.
+    """
+
+    formats: LayerFormats | None = None
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+
+    @classmethod
+    def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
+        sealed = cls._with_codes(layer, formats, entries)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         inputs = formats.input
         by_channel = formats.input_granularity == CHANNEL
         channels = weight.shape[1] * getattr(layer, "groups", 1)
@@ -217,37 +286,40 @@ class SealedLayer(QuantizedLayer):
         sealed.branch_down, sealed.branch_up = down, up
         codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]
         sealed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
-        sealed.weight_scale = _to_bits(weight_quantizer.scale).reshape(len(weights[0]))
+        sealed.weight_scale = to_bits(weight_quantizer.scale).reshape(len(weights[0]))
         if inputs is not None:
             channel = formats.input_granularity == CHANNEL
-            sealed.input_scale = _to_bits(inputs.scale.flatten() if channel else inputs.scale)
+            sealed.input_scale = to_bits(inputs.scale.flatten() if channel else inputs.scale)
             sealed.input_zero_point = (
-                None if inputs.zero_point is None else _to_bits(inputs.zero_point)
+                None if inputs.zero_point is None else to_bits(inputs.zero_point)
             )
         return sealed
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The dequantized weight of the first entry; before there are formats, the parameter."""
-        if self.formats is not None:
-            return self.quantized_weight().as_subclass(DequantizedWeight)
-        weight = self._parameters.get("weight")
-        if weight is None:
-            raise AttributeError("weight is not set yet")
-        return weight
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype; computed in float32 if it is narrower."""
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             return x
-        zero = None if self.input_zero_point is None else _from_bits(self.input_zero_point)
-        scale = _from_bits(self.input_scale)
+        zero = None if self.input_zero_point is None else from_bits(self.input_zero_point)
+        scale = from_bits(self.input_scale)
         if scale.dim():
             scale = scale.view(-1, *(1,) * (len(self.weight_shape) - 2))
         rounded: torch.Tensor = quantize_scaled(
             x, self.formats.input, scale, zero, clip_gradient=True
         )
         return rounded
+
+    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
+        """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype."""
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        weight: torch.Tensor = decode_scaled(
+            self.codes.view(self.entries, -1)[entry],
+            self.formats.weight,
+            from_bits(self.weight_scale).view(-1, *(1,) * (len(self.weight_shape) - 1)),
+            dtype=dtype,
+            shape=tuple(self.weight_shape),
+        )
+        return weight
 
     def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
         """Return the quantizers that gave the codes and the rounded inputs.
@@ -258,79 +330,35 @@ class SealedLayer(QuantizedLayer):
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
         trailing = (1,) * (len(self.weight_shape) - 1)
-        scale = _from_bits(self.weight_scale).clone().view(-1, *trailing)
+        scale = from_bits(self.weight_scale).clone().view(-1, *trailing)
         weights = Quantizer(self.formats.weight, scale)
         if self.formats.input is None or self.input_scale is None:
             return weights, None
-        scale = _from_bits(self.input_scale).clone()
+        scale = from_bits(self.input_scale).clone()
         scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
         bits = self.input_zero_point
-        zero = None if bits is None else _from_bits(bits).clone()
+        zero = None if bits is None else from_bits(bits).clone()
         return weights, Quantizer(self.formats.input, scale, zero)
 
-    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype.
 
-        Args:
-            entry: The entry of the hub.
-            dtype: Any floating-point dtype, or None for that of the module.
-        """
-        if self.formats is None:
-            return self.weight
-        dtype = self.dtype if dtype is None else dtype
-        # What is cached in float32 is exact, and can be rounded to any dtype.
-        if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
-            return self.cache[entry].to(dtype)
-        weight: torch.Tensor = decode_scaled(
-            self.codes.view(self.entries, -1)[entry],
-            self.formats.weight,
-            _from_bits(self.weight_scale).view(-1, *(1,) * (len(self.weight_shape) - 1)),
-            dtype=NARROW.get(dtype, "float32"),
-            shape=tuple(self.weight_shape),
-        )
-        return weight.to(dtype)
-
-    def cache_weight(self, enabled: bool) -> None:
-        """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
-        self.cache = None
-        if enabled and self.formats is not None:
-            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.entries)])
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move and cast; codes and scales are integers, which casts leave alone."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.formats is not None:
-            empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
-            self.dtype = fn(empty).dtype
-            # Cached weights are made anew: a cast would round them twice.
-            self.cache_weight(self.cache is not None and not self.codes.is_meta)
-        return self
-
-    def extra_repr(self) -> str:
-        """Return what repr shows."""
-        if self.formats is None:
-            return super().extra_repr()
-        return f"{super().extra_repr()}, {self.formats}"
-
-
-class QuantLinear(SealedLayer, nn.Linear):  # type: ignore[override]
+class QuantLinear(ScaledLayer, nn.Linear):  # type: ignore[override]
     """nn.Linear with packed weight and quantized input."""
 
 
-class QuantConv1d(SealedLayer, nn.Conv1d):  # type: ignore[override]
+class QuantConv1d(ScaledLayer, nn.Conv1d):  # type: ignore[override]
     """nn.Conv1d with packed weight and quantized input."""
 
 
-class QuantConv2d(SealedLayer, nn.Conv2d):  # type: ignore[override]
+class QuantConv2d(ScaledLayer, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d with packed weight and quantized input."""
 
 
-SEALED_LAYERS: dict[type[nn.Module], type[SealedLayer]] = {
+SCALED_LAYERS: dict[type[nn.Module], type[ScaledLayer]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
-"""The sealed counterpart of each plain layer."""
+"""The sealed counterpart of each plain layer, with a scale for each output channel."""
 
 
 def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
@@ -348,7 +376,7 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
 
 def dequantized(layer: SealedLayer) -> nn.Module:
     """Return the plain layer of the first entry of a sealed one, its branch merged."""
-    plain_class = next(plain for plain, sealed in SEALED_LAYERS.items() if type(layer) is sealed)
+    plain_class = next(plain for plain in PLAIN_LAYERS if isinstance(layer, plain))
     plain = adopt(plain_class, layer)
     for name in ("formats", "entries", "weight_shape", "dtype", "cache"):
         del plain.__dict__[name]
@@ -361,11 +389,13 @@ def dequantized(layer: SealedLayer) -> nn.Module:
     return plain
 
 
-def _to_bits(number: torch.Tensor) -> torch.Tensor:
+def to_bits(number: torch.Tensor) -> torch.Tensor:
+    """Return a copy of float32 numbers as int32."""
     return number.detach().float().contiguous().clone().view(torch.int32)
 
 
-def _from_bits(bits: torch.Tensor) -> torch.Tensor:
+def from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Return the float32 numbers that int32 ones are the bits of; they share memory."""
     return bits.view(torch.float32)
 
 
@@ -412,41 +442,3 @@ def add_router(denoiser: nn.Module, router: Router) -> None:
     routing = attach_router(denoiser, router)
     for index, layer in enumerate(quantized_layers(denoiser).values()):
         layer.routing, layer.index = routing, index
-
-
-def make_room(
-    denoiser: nn.Module,
-    formats: dict[str, LayerFormats],
-    entries: int,
-    router: RouterKind = "learned",
-) -> None:
-    """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
-
-    Args:
-        denoiser: The plain network, on any device.
-        formats: Those of the quantized layers, by name.
-        entries: Entries of each layer; there is a router if more than one.
-        router: The kind of that router.
-
-    Raises:
-        InputError: If the denoiser has no such layer.
-    """
-    plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
-    missing = [name for name in formats if name not in plain]
-    if missing:
-        raise InputError(
-            f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
-            "the checkpoint does"
-        )
-    replace_layers(
-        denoiser,
-        {
-            plain[name]: SEALED_LAYERS[type(plain[name])].empty_like(plain[name], each, entries)
-            for name, each in formats.items()
-        },
-    )
-    if entries > 1:
-        with torch.device("meta"):
-            empty = ROUTERS[router](len(formats), entries)
-        device = next(denoiser.parameters()).device
-        add_router(denoiser, empty.to_empty(device=device))

@@ -14,9 +14,18 @@ from torch import nn
 from fpformats.sketch import Sketch
 from msfp import plots, report
 from msfp.comparison import Comparison
-from msfp.inspection import COLUMNS, LayerFacts, cells, inspect_layers, overview
+from msfp.inspection import (
+    COLUMNS,
+    PRODUCT_COLUMNS,
+    LayerFacts,
+    cells,
+    inspect_layers,
+    inspect_products,
+    overview,
+    product_cells,
+)
 from msfp.layer_formats import TENSOR
-from msfp.layers import sealed_layers
+from msfp.layers import ScaledLayer, sealed_layers
 from msfp.post_training import search_input
 from msfp.versions import versions
 
@@ -59,9 +68,15 @@ class ModelReport:
                 report.paragraph("A click on a column's name sorts by it.", note=True),
                 report.table(COLUMNS, rows, sortable=True),
             ]),
+            ("Products of attention", self._products()),
             ("How this was run", [report.table(("", ""), list(versions().items()))]),
         ]  # fmt: skip
         return report.page(self.title, [(name, parts) for name, parts in sections if parts])
+
+    def _products(self) -> list[str]:
+        """Return the table of the operands of attention's products, where these are quantized."""
+        rows = [product_cells(each) for each in inspect_products(self.denoiser)]
+        return [report.table(PRODUCT_COLUMNS, rows)] if rows else []
 
     def _compared(self) -> list[tuple[str, list[str]]]:
         """Return the sections of the comparison."""
@@ -109,11 +124,16 @@ class ModelReport:
         return [report.image(report.png(plots.errors_by_layer(rows)), caption)]
 
     def _distributions(self, facts: Sequence[LayerFacts]) -> list[str]:
-        """Return the pictures of what the worst layers round, with the grids that they have."""
+        """Return the pictures of what the worst layers round, with the grids that they have.
+
+        Layers in blocks have no grid of their own.
+        """
         layers = sealed_layers(self.denoiser)
         parts = []
         for each in sorted(facts, key=self._quality)[:WORST]:
             layer = layers[each.layer]
+            if not isinstance(layer, ScaledLayer):
+                continue
             split = layer.formats is not None and layer.formats.input_granularity != TENSOR
             if each.input is not None and each.layer in self.inputs and not split:
                 picture = input_distribution(each, self.inputs[each.layer])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def calibrate(
     *,
     factors: dict[float, float] | None = None,
     file: str | Path | None = None,
+    description: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Make calls of a pipeline, and sketch what each quantizable layer of its denoiser reads.
@@ -148,6 +150,8 @@ def calibrate(
         file: Where to keep the state: a safetensors file that is written from time to time, at
             the end, and when interrupted. If it exists, calibration goes on from there with the
             calls that are missing. Processes that share the calls write one each.
+        description: What the calls do, such as their prompts and seed, as plain JSON types by
+            name. The file keeps it, and is refused where it has another.
         progress: Told of each call that is done.
 
     Returns:
@@ -171,6 +175,8 @@ def calibrate(
         {name: Sketch() for name in quantizable_layers(denoiser)},
         weights=None if factors is None else integer_weights(factors),
         total=len(calls),
+        # As it comes back from the file.
+        description=json.loads(json.dumps(dict(description or {}))),
     )
     shared = dist.is_available() and dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
@@ -224,5 +230,6 @@ def _seen(
     if not seen.inputs:
         raise InputError(f"call {index} did not run the {type(denoiser).__name__}")
     seen.calls, seen.total = [index], calibration.total
+    seen.description = calibration.description
     seen.inputs |= {name: Sketch() for name in calibration.inputs if name not in seen.inputs}
     return seen

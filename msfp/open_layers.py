@@ -14,6 +14,7 @@ from msfp.layers import (
     QuantConv2d,
     QuantizedLayer,
     QuantLinear,
+    ScaledLayer,
     SealedLayer,
     adopt,
 )
@@ -33,7 +34,7 @@ class OpenLayer(QuantizedLayer):
         quantizing: False makes it the plain layer, in full precision.
     """
 
-    sealed_class: type[SealedLayer]
+    sealed_class: type[ScaledLayer]
     weight: torch.Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None

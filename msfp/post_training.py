@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fpformats import FloatFormat, Specials
 from fpformats.search import RATIOS, ZERO_POINTS, Choice, search
 from fpformats.sketch import Sketch
 from msfp.block_layers import BLOCK_LAYERS, BlockLayer
 from msfp.calibration import Calibration
-from msfp.config import BLOCK_BITS, FLOAT_SCHEMES, LayerSettings, Scheme
+from msfp.config import BLOCK_SCHEMES, FLOAT_SCHEMES, LayerSettings, Scheme
 from msfp.denoiser import PlainLayer
 from msfp.errors import InputError
+from msfp.layer_formats import BlockFormats
+from msfp.layers import SCALED_LAYERS, SealedLayer
 from msfp.open_layers import OPEN_LAYERS, OpenLayer
 from msfp.quantizer import Quantizer
 from msfp.summary import LayerSummary
@@ -120,7 +123,8 @@ def search_weight(
 
 def energy(x: torch.Tensor) -> float:
     """Return the sum of squares."""
-    return float(x.double().square().sum())
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # without a float64 copy
+    return float(norm) ** 2
 
 
 def _table(choices: Mapping[FloatFormat, Choice], signal: float) -> dict[str, float]:
@@ -152,11 +156,9 @@ def quantize_layer(
         The open quantized counterpart, or the block layer, and what was found.
     """
     weight = finite_weight(name, layer.weight)
-    if settings.scheme in BLOCK_BITS:
+    if settings.scheme in BLOCK_SCHEMES:
         return _block_layer(name, layer, weight, settings)
-    weight_quantizer, table = search_weight(weight, settings)
-    chosen = str(weight_quantizer.format)
-    summary = LayerSummary(name, chosen, table[chosen], table)
+    weight_quantizer, summary = _searched(name, weight, settings)
     input_quantizer = None
     if settings.activations is not None and calibration is not None:
         inputs = calibration.inputs[name]
@@ -167,16 +169,47 @@ def quantize_layer(
     return OPEN_LAYERS[type(layer)].wrap(layer, weight_quantizer, input_quantizer), summary
 
 
+def pack_layer(
+    name: str, layer: nn.Module, weight: torch.Tensor, settings: LayerSettings
+) -> tuple[SealedLayer, LayerSummary]:
+    """Search the grid of one layer's weight and pack it, without calibration.
+
+    Args:
+        name: Its name.
+        layer: A plain layer to be like, which may be on the meta device.
+        weight: The weight to pack.
+        settings: What to search; inputs are quantized in block formats alone.
+
+    Returns:
+        The sealed counterpart, and what was found.
+    """
+    values = finite_weight(name, weight)
+    if settings.scheme in BLOCK_SCHEMES:
+        return _block_layer(name, layer, values, settings)
+    quantizer, summary = _searched(name, values, settings)
+    return SCALED_LAYERS[type(layer)].pack(layer, [weight], quantizer, None), summary
+
+
+def _searched(
+    name: str, weight: torch.Tensor, settings: LayerSettings
+) -> tuple[Quantizer, LayerSummary]:
+    """Return the quantizer of a weight, and a summary that says no more than that."""
+    quantizer, table = search_weight(weight, settings)
+    chosen = str(quantizer.format)
+    return quantizer, LayerSummary(name, chosen, table[chosen], table)
+
+
 def _block_layer(
-    name: str, layer: PlainLayer, weight: torch.Tensor, settings: LayerSettings
+    name: str, layer: nn.Module, weight: torch.Tensor, settings: LayerSettings
 ) -> tuple[BlockLayer, LayerSummary]:
-    """Return what `quantize_layer` does, where there is nothing to search."""
-    blocks = BLOCK_LAYERS[type(layer)].of(
-        layer, settings.scheme, settings.weights, settings.activations
-    )
-    quality = sqnr(energy(weight), energy(blocks.weight - weight))
-    table = {blocks.weight_format: quality}
-    return blocks, LayerSummary(name, blocks.weight_format, quality, table, blocks.input_format)
+    """Return the layer in blocks and its summary; there is nothing to search."""
+    names = BLOCK_SCHEMES[settings.scheme]
+    inputs = None if settings.activations is None else names[settings.activations]
+    formats = BlockFormats(names[settings.weights], inputs)
+    blocks = BLOCK_LAYERS[type(layer)].pack(layer, weight, formats)
+    noise = blocks.quantized_weight(dtype=torch.float32) - weight
+    quality = sqnr(energy(weight), energy(noise))
+    return blocks, LayerSummary(name, formats.weight, quality, {formats.weight: quality}, inputs)
 
 
 def _input_quantizer(choice: Choice) -> Quantizer:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.attention import quantize_attention
-from msfp.block_layers import BlockLayer, block_layers, refuse_block_layers
+from msfp.attention import attention_modules, quantize_attention
+from msfp.block_layers import BlockLayer
 from msfp.calibration import Calibration
 from msfp.config import (
-    BLOCK_BITS,
+    BLOCK_SCHEMES,
     FLOAT_SCHEMES,
     LayerSettings,
     QuantizationConfig,
@@ -33,9 +33,10 @@ from msfp.observation import calibrate
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.post_training import quantize_layer
 from msfp.refinement import refine
+from msfp.runtime import release_memory
 from msfp.sampling import PipelineCall
 from msfp.summary import LayerSummary
-from msfp.trajectories import Trajectories, record_trajectories
+from msfp.trajectories import Recording, Trajectories
 
 
 def quantize(
@@ -51,12 +52,12 @@ def quantize(
     Args:
         pipe: A pipeline or its denoiser. The Linear, Conv1d and Conv2d layers that the config
             chooses are swapped for open quantized layers that share their parameters; those of
-            block schemes for `msfp.block_layers`.
+            block schemes for packed ones, as in `msfp.block_layers`.
         config: Bit widths, scheme, choice of layers, and how weights are refined.
         calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
             it is to make. Not needed where inputs are not quantized, or to block formats.
         trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
-            by. Not needed where `calibration` is calls, which are then made once more for it.
+            by. Not needed where `calibration` is calls, which are recorded as they are made.
         progress: Called with each layer's name once it is searched, and once it is refined.
 
     Returns:
@@ -80,24 +81,29 @@ def quantize(
         ['0', '2']
     """
     denoiser = denoiser_of(pipe)
-    if quantized_layers(denoiser) or block_layers(denoiser):
+    if quantized_layers(denoiser):
         raise InputError("the denoiser is quantized already: quantize a full-precision one")
     plain = quantizable_layers(denoiser)
     settings = settings_by_layer(denoiser, config, plain)
     seen = calibration if isinstance(calibration, Calibration) else None
     calls = None if isinstance(calibration, Calibration) else calibration
     # What is wrong is said before anything runs.
-    refinement = _refinement(denoiser, config, settings, calls or trajectories)
+    recordable = calls is not None or trajectories is not None
+    refinement = refinement_of(denoiser, config, settings, recordable=recordable)
     if calls is not None:
-        seen = calibrate(pipe, calls)
+        if trajectories is None and (refinement or config.attention):
+            recording = Recording(calls)
+            seen = calibrate(pipe, recording.calls)
+            trajectories = _recorded(pipe, recording, config)
+        else:
+            seen = calibrate(pipe, calls)
     settings = _settings(denoiser, config, seen)
-    if calls is not None and trajectories is None and (refinement or config.attention):
-        trajectories = _recorded(pipe, calls, config)
     if trajectories is None:
         refinement = None
     searched = {}
     for name, each in settings.items():
         searched[name] = quantize_layer(name, plain[name], each, seen)
+        release_memory()
         if progress is not None:
             progress(name)
     swapped: dict[nn.Module, nn.Module]
@@ -116,11 +122,12 @@ def quantize(
     return summaries
 
 
-def _refinement(
+def refinement_of(
     denoiser: nn.Module,
     config: QuantizationConfig,
     settings: dict[str, LayerSettings],
-    recordable: object,
+    *,
+    recordable: bool,
 ) -> RefinementConfig | None:
     """Return how to refine weights; raise InputError if what is asked for cannot be done.
 
@@ -128,9 +135,9 @@ def _refinement(
         denoiser: The full-precision network.
         config: What is asked for.
         settings: What is to be searched for each layer.
-        recordable: Something true if there are calls or trajectories.
+        recordable: Whether there are calls or trajectories.
     """
-    in_blocks = any(each.scheme in BLOCK_BITS for each in settings.values())
+    in_blocks = any(each.scheme in BLOCK_SCHEMES for each in settings.values())
     for name in ("refine", "attention"):
         if getattr(config, name) in ("auto", None):
             continue
@@ -141,6 +148,8 @@ def _refinement(
                 f"{name} needs calls of the pipeline as calibration, or trajectories that "
                 "msfp.record_trajectories recorded"
             )
+    if config.attention is not None and not attention_modules(denoiser):
+        raise InputError(f"attention must be None: {type(denoiser).__name__} has no such module")
     if config.refine != "auto":
         return config.refine
     suited = config.scheme in FLOAT_SCHEMES and not in_blocks and has_timestep(denoiser)
@@ -148,13 +157,11 @@ def _refinement(
 
 
 def _recorded(
-    pipe: DiffusionPipeline | nn.Module,
-    calls: PipelineCall | Sequence[PipelineCall],
-    config: QuantizationConfig,
+    pipe: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
 ) -> Trajectories | None:
-    """Return the trajectories of calls, or None where they cannot be and need not be recorded."""
+    """Return the trajectories of calls, or None where there can and need be none."""
     try:
-        return record_trajectories(pipe, calls)
+        return recording.trajectories(pipe)
     except InputError as error:
         if config.refine != "auto" or config.attention is not None:
             raise
@@ -181,7 +188,7 @@ def _settings(
     """Return what is to be searched for each layer, of which calibration knows what is needed."""
     if calibration is None:
         settings = settings_by_layer(denoiser, config)
-        if any(_needs_input(each) for each in settings.values()):
+        if any(each.needs_calibration for each in settings.values()):
             raise InputError(
                 "calibration must be given, such as a function that calls the pipeline or what "
                 "msfp.calibrate returned, or activations be None"
@@ -189,10 +196,10 @@ def _settings(
         return settings
     settings = settings_by_layer(denoiser, config, calibration.ran)
     for name, each in settings.items():
-        if _needs_input(each):
+        if each.needs_calibration:
             _check_input(name, calibration)
     ran = set(calibration.ran)
-    idle = [name for name, each in settings.items() if _needs_input(each) and name not in ran]
+    idle = [name for name, each in settings.items() if each.needs_calibration and name not in ran]
     if idle:
         warnings.warn(
             f"{len(idle)} layers never ran during calibration and stay in full precision: "
@@ -200,11 +207,6 @@ def _settings(
             stacklevel=3,
         )
     return {name: each for name, each in settings.items() if name not in idle}
-
-
-def _needs_input(settings: LayerSettings) -> bool:
-    """Return whether the search needs to know a layer's input."""
-    return settings.activations is not None and settings.scheme not in BLOCK_BITS
 
 
 def _check_input(name: str, calibration: Calibration) -> None:
@@ -223,14 +225,11 @@ def _check_input(name: str, calibration: Calibration) -> None:
 
 
 def seal(denoiser: nn.Module) -> None:
-    """Pack the weights of every open layer of a denoiser, which then can be saved.
-
-    Raises:
-        InputError: If it has layers in block formats.
-    """
-    refuse_block_layers(denoiser)
-    layers = open_layers(denoiser)
-    replace_layers(denoiser, {layer: layer.seal() for layer in layers.values()})
+    """Pack the weights of every open layer of a denoiser, which then can be saved."""
+    layers = list(open_layers(denoiser).values())
+    while layers:  # one by one, so that no full-precision weight stays longer than it must
+        layer = layers.pop()
+        replace_layers(denoiser, {layer: layer.seal()})
     quantizer = getattr(denoiser, "hf_quantizer", None)
     if quantizer is not None:
         config = quantizer.quantization_config

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from msfp.block_layers import refuse_block_layers
 from msfp.denoiser import replace_layers
 from msfp.errors import InputError
-from msfp.layers import SealedLayer, sealed_layers
+from msfp.layers import ScaledLayer, sealed_layers
 from msfp.open_layers import OPEN_LAYERS, OpenLayer
 
 
@@ -25,8 +26,8 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
             shared from then on.
 
     Raises:
-        InputError: If the denoiser is not sealed or was fine-tuned with a hub, or the original is
-            of another architecture. The denoiser is then as it was.
+        InputError: If the denoiser is not sealed, has layers in block formats or was fine-tuned
+            with a hub, or the original is of another architecture. The denoiser is then as it was.
 
     Example:
         >>> import copy, msfp
@@ -38,7 +39,9 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
         >>> type(packed[0]).__name__
         'OpenLinear'
     """
-    layers = sealed_layers(denoiser)
+    refuse_block_layers(denoiser)
+    sealed = sealed_layers(denoiser)
+    layers = {name: layer for name, layer in sealed.items() if isinstance(layer, ScaledLayer)}
     if not layers:
         raise InputError("denoiser must be quantized and sealed, as msfp.load gives it")
     plain = dict(original.named_modules())
@@ -51,7 +54,7 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
     _share(denoiser, original)
 
 
-def _check(name: str, layer: SealedLayer, plain: nn.Module | None) -> None:
+def _check(name: str, layer: ScaledLayer, plain: nn.Module | None) -> None:
     """Raise InputError unless a layer can be opened."""
     if layer.entries > 1:
         raise InputError(
@@ -68,7 +71,7 @@ def _check(name: str, layer: SealedLayer, plain: nn.Module | None) -> None:
         )
 
 
-def _opened(layer: SealedLayer, plain: nn.Module) -> OpenLayer:
+def _opened(layer: ScaledLayer, plain: nn.Module) -> OpenLayer:
     """Return the open layer of a sealed one."""
     weight_quantizer, input_quantizer = layer.quantizers()
     opened = OPEN_LAYERS[type(plain)].wrap(plain, weight_quantizer, input_quantizer)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.denoiser import denoiser_of, timestep_of
+from msfp.denoiser import denoiser_of, timestep_or_none
 from msfp.errors import InputError
 from msfp.sampling import PipelineCall, Progress
 
@@ -76,12 +76,21 @@ def prediction_of(output: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Forward:
-    """One recorded forward of a denoiser."""
+    """One recorded forward of a denoiser; its timesteps are those of all samples, or one."""
 
-    timestep: torch.Tensor
+    timesteps: torch.Tensor | None
     sample: torch.Tensor
     prediction: torch.Tensor
     conditions: dict[str, Any]
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """The timestep; InputError if there is none, or more than one."""
+        if self.timesteps is None:
+            raise InputError("a recorded forward must be given a timestep")
+        if (self.timesteps != self.timesteps[0]).any():
+            raise InputError("all samples of a recorded forward must be at one timestep")
+        return self.timesteps[0]
 
 
 @contextmanager
@@ -90,15 +99,13 @@ def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
     forwards: list[_Forward] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        timestep = timestep_of(module, args, kwargs)
-        if (timestep != timestep[0]).any():
-            raise InputError("all samples of a recorded forward must be at one timestep")
+        timesteps = timestep_or_none(module, args, kwargs)
         given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
         sample = given.pop(next(iter(given)))
         conditions = {k: v for k, v in given.items() if k not in ("timestep", "return_dict")}
         forwards.append(
             _Forward(
-                timestep[0].detach().clone(),
+                None if timesteps is None else timesteps.detach().clone(),
                 sample.detach().clone(),
                 prediction_of(output).detach().clone(),
                 conditions,
@@ -110,6 +117,57 @@ def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
         yield forwards
     finally:
         handle.remove()
+
+
+class Recording:
+    """Records the path of a denoiser's inputs and outputs while someone else makes the calls.
+
+    Args:
+        calls: As for `record_trajectories`.
+
+    Attributes:
+        calls: The same calls, which are recorded when they are made.
+
+    Example:
+        >>> from msfp.observation import calibrate
+        >>> from msfp.reference import ddim_pipeline
+        >>> from msfp.sampling import Sampler
+        >>> pipe, recording = ddim_pipeline(), Recording(Sampler(2, batch=4).calls(8, seed=0))
+        >>> calibration = calibrate(pipe, recording.calls)
+        >>> tuple(recording.trajectories(pipe).samples.shape)  # nothing is called any more
+        (2, 8, 1, 16, 16)
+    """
+
+    def __init__(self, calls: PipelineCall | Sequence[PipelineCall]) -> None:
+        given = [calls] if callable(calls) else list(calls)
+        self.calls = [self._recorded(index, call) for index, call in enumerate(given)]
+        self._forwards: dict[int, list[_Forward]] = {}
+
+    @property
+    def missing(self) -> list[PipelineCall]:
+        """The calls that were not made yet."""
+        return [call for index, call in enumerate(self.calls) if index not in self._forwards]
+
+    def _recorded(self, index: int, call: PipelineCall) -> PipelineCall:
+        def make(pipe: DiffusionPipeline | nn.Module) -> None:
+            with recorded(denoiser_of(pipe)) as forwards, torch.no_grad():
+                call(pipe)
+            self._forwards[index] = forwards
+
+        return make
+
+    def trajectories(
+        self, pipe: DiffusionPipeline | nn.Module, progress: Progress | None = None
+    ) -> Trajectories:
+        """Make the calls that are missing and return the path, as `record_trajectories` does.
+
+        What was recorded is not kept beside the path.
+        """
+        for call in self.missing:
+            call(pipe)
+            if progress is not None:
+                progress(1)
+        return _trajectories([self._forwards.pop(index) for index in range(len(self.calls))])
 
 
 def record_trajectories(
@@ -131,7 +189,7 @@ def record_trajectories(
 
     Raises:
         InputError: If the calls differ in their steps, sizes or other conditions, or a forward
-            has samples at several timesteps.
+            has no timestep or samples at several.
 
     Example:
         >>> from msfp.reference import ddim_pipeline
@@ -140,13 +198,11 @@ def record_trajectories(
         >>> paths.timesteps.tolist(), tuple(paths.samples.shape)
         ([999, 499], (2, 8, 1, 16, 16))
     """
-    batches: list[list[_Forward]] = []
-    for call in [calls] if callable(calls) else calls:
-        with recorded(denoiser_of(pipe)) as forwards, torch.no_grad():
-            call(pipe)
-        batches.append(forwards)
-        if progress is not None:
-            progress(1)
+    return Recording(calls).trajectories(pipe, progress)
+
+
+def _trajectories(batches: list[list[_Forward]]) -> Trajectories:
+    """Return the path of the forwards of all calls."""
     if not batches or not batches[0]:
         raise InputError("calls must run the denoiser at least once")
     steps = [[forward.timestep.item() for forward in forwards] for forwards in batches]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msfp.commands import options
 
 if TYPE_CHECKING:
-    from msfp.inspection import LayerFacts
+    from msfp.inspection import LayerFacts, ProductFacts
 
 WIDEST = 10_000
 """Columns of a terminal in which no table is broken."""
@@ -38,54 +38,72 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table, or write it as JSON or CSV."""
-    from msfp.inspection import in_order, inspect_layers, matching
+    from msfp.inspection import (
+        COLUMNS,
+        PRODUCT_COLUMNS,
+        LayerFacts,
+        ProductFacts,
+        cells,
+        in_order,
+        inspect_layers,
+        inspect_products,
+        matching,
+        overview,
+        product_cells,
+    )
 
     options.check_files(arguments, json=".json", csv=".csv")
-    facts = inspect_layers(arguments.checkpoint)
+    found: list[LayerFacts | ProductFacts] = [
+        *in_order(inspect_layers(arguments.checkpoint), arguments.sort),
+        *inspect_products(arguments.checkpoint),
+    ]
     if arguments.filter is not None:
-        facts = matching(facts, arguments.filter)
-    facts = in_order(facts, arguments.sort)
+        found = matching(found, arguments.filter)
     if arguments.json is not None:
-        options.write_text(arguments.json, _json(facts))
+        options.write_text(arguments.json, _json(found))
     if arguments.csv is not None:
-        options.write_text(arguments.csv, _csv(facts))
-    if options.STANDARD_OUTPUT not in (arguments.json, arguments.csv):
-        _print(facts)
+        options.write_text(arguments.csv, _csv(found))
+    if options.STANDARD_OUTPUT in (arguments.json, arguments.csv):
+        return
+    layers = [each for each in found if isinstance(each, LayerFacts)]
+    products = [each for each in found if isinstance(each, ProductFacts)]
+    if layers:
+        _print(COLUMNS, [cells(each) for each in layers])
+        print(overview(layers))
+    if products:
+        _print(PRODUCT_COLUMNS, [product_cells(each) for each in products])
 
 
-def _print(facts: list[LayerFacts]) -> None:
-    """Print the table and its sums; a line that is too long for the terminal is not broken."""
+def _print(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a table; a line that is too long for the terminal is not broken."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    from msfp.inspection import COLUMNS, cells, overview
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(COLUMNS):
+    for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for each in facts:
-        table.add_row(*cells(each))
+    for row in rows:
+        table.add_row(*row)
     width = Console(width=WIDEST).measure(table).maximum
     Console(width=max(width, Console().width)).print(table)
-    print(overview(facts))
 
 
-def _json(facts: list[LayerFacts]) -> str:
+def _json(facts: list[LayerFacts | ProductFacts]) -> str:
     """Return all that is known, with every format that was tried."""
-    rows = [
-        each.to_dict()
-        | {
-            "weight_choices": {} if each.summary is None else each.summary.weight_choices,
-            "input_choices": {} if each.summary is None else each.summary.input_choices,
-        }
-        for each in facts
-    ]
-    return json.dumps(rows, indent=1) + "\n"
+    return json.dumps([each.to_dict() | _choices(each) for each in facts], indent=1) + "\n"
 
 
-def _csv(facts: list[LayerFacts]) -> str:
-    """Return a line for each layer below a line of names; what is not known is empty."""
+def _choices(facts: LayerFacts | ProductFacts) -> dict[str, Any]:
+    """Return the formats that were tried for a layer, where that was saved."""
+    summary = getattr(facts, "summary", None)
+    if summary is None:
+        return {"weight_choices": {}, "input_choices": {}}
+    return {"weight_choices": summary.weight_choices, "input_choices": summary.input_choices}
+
+
+def _csv(facts: list[LayerFacts | ProductFacts]) -> str:
+    """Return a line for each layer and operand below one of names; what is not known is empty."""
     text = io.StringIO()
     rows = [each.to_dict() for each in facts]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
-from msfp.config import BLOCK_BITS, FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
+from msfp.config import FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,8 +23,9 @@ def add(commands: Any) -> None:
     quantize.add_argument("model", help=f"a diffusers pipeline folder, or {options.REFERENCE!r}")
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     options.add_bits(quantize)
-    savable = [scheme for scheme in get_args(Scheme) if scheme not in BLOCK_BITS]
-    quantize.add_argument("--scheme", choices=savable, default="mixup", help="default: mixup")
+    quantize.add_argument(
+        "--scheme", choices=get_args(Scheme), default="mixup", help="default: mixup"
+    )
     quantize.add_argument(
         "--granularity", choices=get_args(Granularity), default="channel",
         help="what shares a scale of the weights (default: channel)",
@@ -43,6 +44,10 @@ def add(commands: Any) -> None:
     quantize.add_argument(
         "--refine", action=argparse.BooleanOptionalAction, default=True,
         help="round the weights anew, by what they do to outputs (default; of floating point)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--attention", type=options.bits, metavar="BITS",
+        help="bits of the operands of attention's products (default: left as they are)",
     )  # fmt: skip
     options.add_report(quantize)
     options.add_sampling(quantize, count=64)
@@ -94,6 +99,7 @@ def _config(arguments: argparse.Namespace) -> QuantizationConfig:
         exclude=tuple(arguments.exclude),
         granularity=arguments.granularity,
         refine="auto" if arguments.refine and arguments.scheme in FLOAT_SCHEMES else None,
+        attention=arguments.attention,
     )
 
 
@@ -108,35 +114,59 @@ def _check_calibration(file: Path | None) -> None:
         check_new_file("calibration", file, ".safetensors")
 
 
+def _description(
+    pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what the calls do; their number goes without saying."""
+    return {
+        "labels" if arguments.labels else "prompts": list(sampler.conditions),
+        "seed": arguments.seed,
+        "steps": sampler.steps,
+        "sampler": type(pipe.scheduler).__name__,
+        "batch": sampler.batch,
+        "guidance scale": sampler.guidance_scale,
+    }
+
+
 def _quantized(
     pipe: DiffusionPipeline,
     config: QuantizationConfig,
     sampler: Sampler,
     arguments: argparse.Namespace,
 ) -> tuple[list[LayerSummary], Calibration | None]:
-    """Calibrate, record, search and refine, with a bar for each.
+    """Calibrate and record by the same calls, search and refine, with a bar for each.
 
     Weights that are not refined take nothing but a search.
     """
     from msfp.denoiser import denoiser_of, quantizable_layers, settings_by_layer
     from msfp.observation import calibrate
     from msfp.progress import counted, stages
-    from msfp.quantization import quantize
-    from msfp.trajectories import record_trajectories
+    from msfp.quantization import quantize, refinement_of
+    from msfp.trajectories import Recording
 
     denoiser = denoiser_of(pipe)
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
+    needs_calibration = any(each.needs_calibration for each in settings.values())
+    refinement = refinement_of(denoiser, config, settings, recordable=True)
+    needs_recording = refinement is not None or config.attention is not None
     calibration = trajectories = None
     with stages() as advance:
-        if config.activations is not None or config.refine is not None:
+        if needs_calibration or needs_recording:
             sampler.arguments(pipe)
         calls = sampler.calls(arguments.count, arguments.seed)
-        if config.activations is not None:
+        recording = Recording(calls) if needs_recording else None
+        calls = calls if recording is None else recording.calls
+        if needs_calibration:
             progress = counted(advance, "calibrating", len(calls))
-            calibration = calibrate(pipe, calls, file=arguments.calibration, progress=progress)
-        if config.refine is not None:
-            progress = counted(advance, "recording", len(calls))
-            trajectories = record_trajectories(pipe, calls, progress)
+            calibration = calibrate(
+                pipe, calls, file=arguments.calibration, progress=progress,
+                description=_description(pipe, sampler, arguments),
+            )  # fmt: skip
+        if recording is not None:
+            # A calibration that was read from its file has made no calls.
+            left = len(recording.missing)
+            bar = counted(advance, "recording", left) if left else None
+            trajectories = recording.trajectories(pipe, bar)
         searched: set[str] = set()
         searching = counted(advance, "searching", len(settings))
         refining = counted(advance, "refining", len(settings))

@@ -131,4 +131,8 @@ def test_peak_memory_of_a_big_model(request):
     print()
     peaks = [int(megabytes) for _, megabytes in lines]
     assert peaks == sorted(peaks)
-    assert len(peaks) == 6
+    _, model, _, calibration, search, seal = peaks
+    # The largest layer has 19 MB, all of them 464.
+    assert model < calibration
+    assert search - calibration < 100
+    assert seal - search < 50

@@ -37,7 +37,7 @@ def same(one, other):
         for key, array in sketch.state().items():
             assert np.array_equal(array, other.inputs[name].state()[key])
     assert list(one.timesteps.items()) == list(other.timesteps.items())
-    rest = ("activations", "weights", "calls", "total")
+    rest = ("activations", "weights", "calls", "total", "description")
     return all(getattr(one, key) == getattr(other, key) for key in rest)
 
 
@@ -84,6 +84,7 @@ def test_an_interrupt_leaves_a_call_in_every_layer_or_in_none(monkeypatch):
         (part(1, names=("a", "b", "c")), "different denoisers: one alone has a layer 'c'"),
         (part(1, total=4), "by different calls: 3 and 4 of them"),
         (part(1, weights={900: 1}), "weigh timesteps differently"),
+        (part(1, description={"seed": 4}), "by different calls: seed none and 4"),
     ],
 )
 def test_calibrations_that_do_not_belong_together_are_refused(other, message):
@@ -93,12 +94,13 @@ def test_calibrations_that_do_not_belong_together_are_refused(other, message):
 
 def test_a_saved_calibration_is_read_back_to_the_bit_and_can_be_merged_on(tmp_path):
     weights = {900: 1024, 100: 1}
-    first = part(0, weights=weights)
+    settings = {"weights": weights, "description": {"prompts": ["a", "b"], "guidance": None}}
+    first = part(0, **settings)
     first.save(tmp_path / "state.safetensors")
     again = Calibration.load(tmp_path / "state.safetensors")
     assert same(again, first)
-    again.merge(part(1, weights=weights))
-    first.merge(part(1, weights=weights))
+    again.merge(part(1, **settings))
+    first.merge(part(1, **settings))
     assert same(again, first)
 
 

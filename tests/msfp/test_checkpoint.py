@@ -258,8 +258,14 @@ DAMAGE = {
     "unknown key": (damage_json(lambda d: d.update(colour=1)), r"unknown keys: \['colour'"),
     "format": (formats_of("conv_in", weight_format="E9"), "layer 'conv_in'.*'E9' is not a format"),
     "wide format": (formats_of("conv_in", weight_format="E5M10"), "has 16 bits, more than 8"),
-    "granularity": (formats_of("conv_in", weight_granularity="row"), "must be 'channel', not 'row"),
-    "input granularity": (formats_of("conv_in", input_granularity="row"), "'tensor' or 'channel'"),
+    "granularity": (
+        formats_of("conv_in", weight_granularity="row"),
+        r"one of \('channel', 'block'\), not",
+    ),
+    "input granularity": (
+        formats_of("conv_in", input_granularity="row"),
+        r"\('tensor', 'channel'\), not",
+    ),
     "channel scales": (
         formats_of(UNSIGNED, input_granularity="channel"),
         "input_scale expected shape",

@@ -3,17 +3,22 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from families import pipeline
 from refusals import assert_refused
+from safetensors.torch import load_file, save_file
 
-from msfp import Calibration, inspect_layers, load
+from msfp import Calibration, InputError, inspect_layers, load
+from msfp.attention import OPERANDS
 from msfp.cli import main
+from msfp.inspection import inspect_products
 
 QUICK = ("--steps", 2, "--count", 4, "--batch", 4)
 
@@ -107,6 +112,21 @@ def test_weights_alone_take_no_calibration(tmp_path):
     assert all(each.layer.startswith("mid_block.") and each.input is None for each in facts)
 
 
+def test_block_formats_are_written_sampled_and_inspected(tmp_path, capsys):
+    code = msfp("quantize", "digits", "--scheme", "nvfp4", "--output", tmp_path / "nvfp4",
+                "--report", tmp_path / "r.html")  # fmt: skip
+    assert code == 0
+    assert "NVFP4" in (tmp_path / "r.html").read_text()
+    assert msfp("sample", tmp_path / "nvfp4", *QUICK, "--output", tmp_path / "grid.png") == 0
+    capsys.readouterr()
+    assert msfp("inspect", tmp_path / "nvfp4", "--filter", "conv_*") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "conv_" in line]
+    assert [row[1] for row in rows] == ["MXFP8_E4M3", "MXFP8_E4M3"]
+    assert all(
+        each.formats.input == each.formats.weight for each in inspect_layers(tmp_path / "nvfp4")
+    )
+
+
 def test_inspect_prints_whole_lines(digits, capsys):
     assert msfp("inspect", digits / "model", "--sort", "input_sqnr", "--filter", "*.conv2") == 0
     out = capsys.readouterr().out
@@ -117,6 +137,64 @@ def test_inspect_prints_whole_lines(digits, capsys):
     facts = {each.layer: each for each in inspect_layers(digits / "model")}
     quality = [facts[row[0]].input_sqnr for row in rows]
     assert quality == sorted(quality)
+
+
+@pytest.fixture(scope="module")
+def with_products(digits):
+    """A checkpoint whose attention products are quantized to 5 bits."""
+    code = msfp(
+        "quantize", "digits", *QUICK, "--attention", 5, "--no-refine", "--activations", "none",
+        "--output", digits / "products", "--report", digits / "products.html",
+    )  # fmt: skip
+    assert code == 0
+    return digits / "products"
+
+
+def test_products_of_attention_are_quantized_and_inspected(with_products, capsys):
+    products = {each.layer: each for each in inspect_products(with_products)}
+    assert products
+    assert all(each.format.bits == 5 for each in products.values())
+    module = load(with_products).unet.mid_block.attentions[0].products
+    for operand in OPERANDS:
+        each = products[f"mid_block.attentions.0.products.{operand}"]
+        wide = module[operand](torch.tensor([-1e9, 1e9]))
+        assert wide.tolist() == pytest.approx(each.clip, rel=1e-6)
+        assert each.bytes == sum(t.nbytes for t in module[operand].state_dict().values())
+    capsys.readouterr()
+    assert msfp("inspect", with_products, "--filter", "mid_block.attentions.0") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".products." in line]
+    assert [line[:2] for line in lines] == [
+        [name, str(each.format)] for name, each in products.items() if name.startswith("mid_block")
+    ]
+    assert msfp("inspect", with_products, "--filter", "*.probabilities") == 0
+    assert "weights" not in capsys.readouterr().out
+    page = (with_products.parent / "products.html").read_text()
+    assert all(name in page for name in products)
+
+
+def test_products_of_attention_are_rows_of_json_and_csv(with_products, capsys):
+    products = inspect_products(with_products)
+    assert msfp("inspect", with_products, "--json", "-") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 65 + len(products)
+    assert msfp("inspect", with_products, "--csv", "-") == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(lines) == len(rows)
+    for row, line, each in zip(rows[65:], lines[65:], products, strict=True):
+        assert row["input_format"] == line["input_format"] == str(each.format)
+        assert row["input_scale"] == float(line["input_scale"]) == each.scale > 0
+        assert row["zero_point"] == each.zero_point
+        assert line["weight_format"] == ""
+
+
+def test_a_layer_that_was_damaged_is_named_by_inspect(with_products, tmp_path):
+    shutil.copytree(with_products, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["mid_block.attentions.0.products.key.scale"]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"cannot be read.*products\.key\.scale"):
+        inspect_products(tmp_path / "damaged")
 
 
 def test_inspect_writes_json_and_csv(digits, tmp_path, capsys):
@@ -165,6 +243,31 @@ def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
     assert kept.total == 200
     assert 0 < len(kept.calls) < 200
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_calls_that_a_file_has_seen_are_recorded_all_the_same(tmp_path):
+    pipeline("unet", tmp_path).save_pretrained(tmp_path / "plain")
+    words = ["quantize", tmp_path / "plain", *QUICK, "--calibration", tmp_path / "c.safetensors"]
+    packed = []
+    for name in ("first", "second"):
+        assert msfp(*words, "--output", tmp_path / name) == 0
+        file = tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"
+        packed.append(load_file(file))
+    assert packed[0].keys() == packed[1].keys()
+    assert all(torch.equal(tensor, packed[1][name]) for name, tensor in packed[0].items())
+
+
+def test_a_calibration_by_other_labels_or_guidance_is_refused(tmp_path, capsys):
+    pipeline("dit", tmp_path).save_pretrained(tmp_path / "plain")
+    words = ["quantize", tmp_path / "plain", *QUICK, "--no-refine", "--calibration",
+             tmp_path / "c.safetensors", "--labels", 1, 2]  # fmt: skip
+    assert msfp(*words, "--output", tmp_path / "packed") == 0
+    words += ["--output", tmp_path / "x"]
+    for more, message in (
+        (["--labels", 2, 1], r"different calls: labels \[2, 1\] and \[1, 2\]"),
+        (["--guidance-scale", 2], "different calls: guidance scale 2.0 and none"),
+    ):
+        assert_refused([*words, *more], message, tmp_path, capsys)
 
 
 def text_to_image(tmp_path):
@@ -219,6 +322,42 @@ BAD = {
         lambda t, _: ["quantize", "digits", "--device", "abacus", "--output", t / "x"],
         "device 'abacus' cannot be used",
     ),
+    **{
+        f"calibration with another {name}": (
+            lambda t, model, words=words: [
+                "quantize",
+                "digits",
+                *QUICK,
+                "--no-refine",
+                "--output",
+                t / "x",
+                "--calibration",
+                model.parent / "c.safetensors",
+                *words,
+            ],
+            f"is the state of another calibration: .* different calls: {message}",
+        )
+        for name, words, message in (
+            ("seed", ["--seed", 7], "seed 7 and 0"),
+            ("number of steps", ["--steps", 3], "steps 3 and 2"),
+            ("batch", ["--count", 8, "--batch", 8], "batch 8 and 4"),
+            ("number of calls", ["--count", 8], "2 and 1 of them"),
+            ("sampler", ["--sampler", "plms"], "sampler PNDMScheduler and DDIMScheduler"),
+        )
+    },
+    "attention in blocks": (
+        lambda t, _: [
+            "quantize",
+            "digits",
+            "--scheme",
+            "mx",
+            "--attention",
+            4,
+            "--output",
+            t / "x",
+        ],
+        "attention must be None where layers are in block formats",
+    ),
     "glob": (
         lambda t, _: ["quantize", "digits", "--exclude", "transformer", "--output", t / "x"],
         "exclude has 'transformer', which matches no layer",
@@ -232,12 +371,12 @@ BAD = {
         "calibration .* cannot be read",
     ),
     "block scheme": (
-        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--output", t / "x"],
-        "invalid choice: 'mx'",
+        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--weights", 5, "--output", t / "x"],
+        r"weights must be one of \(4, 6, 8\) with scheme 'mx', not 5",
     ),
     "filter": (
         lambda _, model: ["inspect", model, "--filter", "transformer"],
-        "filter 'transformer' matches none of the 65 layers",
+        "filter 'transformer' matches none of the 65 names",
     ),
     "inspect": (lambda t, _: ["inspect", t / "no"], "is not a folder"),
     "json": (

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from fpformats import E2M1, E2M2U, E3M2, FloatFormat, Specials, decode, quantize_scaled, unpack
 from msfp import InputError, QuantConv1d, QuantConv2d, QuantLinear, cache_weights, seal
 from msfp.denoiser import replace_layers
-from msfp.layers import SEALED_LAYERS, quantized_layers
+from msfp.layers import SCALED_LAYERS, quantized_layers
 from msfp.open_layers import OPEN_LAYERS, OpenConv2d, OpenLinear
 from msfp.quantizer import Quantizer
 
@@ -54,7 +54,7 @@ def float_scale(layer):
 
 def plain_counterpart(layer, weight, dtype):
     """A plain layer with the attributes of a quantized one."""
-    kind = next(plain for plain, quantized in SEALED_LAYERS.items() if type(layer) is quantized)
+    kind = next(plain for plain, quantized in SCALED_LAYERS.items() if type(layer) is quantized)
     plain = kind.__new__(kind)
     plain.__dict__.update(vars(layer))
     plain._parameters, plain._buffers = {}, {}

@@ -193,6 +193,32 @@ def test_the_state_of_another_calibration_is_not_gone_on_with(tmp_path):
         calibrate(nn.Sequential(nn.Linear(2, 2)), [call(0), call(1)], file=file)
 
 
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"prompts": ["a", "c"], "seed": 0}, r"prompts \['a', 'c'\] and \['a', 'b'\]"),
+        ({"prompts": ["a", "b"], "seed": 1}, "seed 1 and 0"),
+        ({"prompts": ["a", "b"], "seed": 0, "steps": 5}, "steps 5 and none"),
+        ({"prompts": ["a" * 50, "b" * 50], "seed": 0}, r"prompts \['a+\.\.\.b+'\] and"),
+        ({}, r"prompts none and \['a', 'b'\]"),
+    ],
+)
+def test_the_state_of_other_calls_is_refused_by_what_differs(tmp_path, description, message):
+    file, made = tmp_path / "state.safetensors", []
+
+    def counted(network):
+        made.append(call(0)(network))
+
+    same_calls = {"prompts": ("a", "b"), "seed": 0}
+    calibrate(Denoiser(), counted, file=file, description=same_calls)
+    calibrate(Denoiser(), counted, file=file, description=same_calls)
+    before = file.read_bytes()
+    with pytest.raises(InputError, match=f"another calibration: .* different calls: {message}"):
+        calibrate(Denoiser(), counted, file=file, description=description)
+    assert len(made) == 1
+    assert file.read_bytes() == before
+
+
 def test_progress_is_told_of_each_call():
     told = []
     calibrate(Denoiser(), [call(0), call(1), call(2)], progress=told.append)

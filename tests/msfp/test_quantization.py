@@ -12,13 +12,11 @@ from fpformats import quantize_blocks
 from fpformats.blocks import MXFP4, MXFP8_E4M3, NVFP4
 from msfp import (
     Calibration,
-    FinetuneConfig,
     InputError,
     QuantizationConfig,
     RefinementConfig,
     Sampler,
     calibrate,
-    finetune,
     prompt_calls,
     quantize,
     record_trajectories,
@@ -50,10 +48,10 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
     )
     summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     handle.remove()
-    # Two steps to calibrate, two to record, all that was recorded to look for concatenations, and
-    # twice to refine by.
+    # Two steps to calibrate and record, all that was recorded to look for concatenations, and twice
+    # to refine by.
     rows = GUIDED.get(family, 1)
-    assert batches == [rows] * 4 + [2 * rows, 2 * 2 * rows]
+    assert batches == [rows] * 2 + [2 * rows, 2 * 2 * rows]
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
     seal(denoiser)
@@ -137,6 +135,23 @@ def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_flo
     ]
     # Layers that round to nearest keep the full-precision weight while they are open.
     assert bool(changed) == (expected is not None)
+
+
+def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
+    calls, made = Sampler(2, 4).calls(8, seed=3), []
+
+    def counted(call):
+        return lambda pipe: (made.append(call), call(pipe))
+
+    config = QuantizationConfig(attention=5, refine=RefinementConfig(samples=8))
+    once, twice = (copy.deepcopy(reference) for _ in range(2))
+    found = quantize(once, config, calibration=[counted(call) for call in calls])
+    assert made == calls
+    seen, paths = calibrate(twice, calls), record_trajectories(twice, calls)
+    assert found == quantize(twice, config, calibration=seen, trajectories=paths)
+    states = [pipe.unet.state_dict() for pipe in (once, twice)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
@@ -349,23 +364,12 @@ def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
     assert torch.equal(network(X), rounded(plain.out, hidden, MXFP8_E4M3, -1))
 
 
-def test_layers_in_blocks_are_run_and_no_more(tmp_path, trajectories):
+def test_block_formats_take_no_calibration_and_no_second_quantization():
     network = Network()
     config = QuantizationConfig(scheme="mx", exclude=("idle",), first=("inner",), last=("out",))
-    quantize(network, config)  # there is nothing to search, and so nothing to calibrate
-    refused = "layer 'inner' is in MXFP8_E4M3: block formats can be run .* not yet"
-    with pytest.raises(InputError, match=refused):
-        seal(network)
-    with pytest.raises(InputError, match=refused):
-        save(network, tmp_path / "model")
-    with pytest.raises(InputError, match=refused):
-        finetune(network, trajectories, FinetuneConfig())
+    quantize(network, config)
     with pytest.raises(InputError, match="quantized already"):
         quantize(network, config)
-    pipe = families.pipeline("unet", tmp_path)
-    quantize(pipe, QuantizationConfig(scheme="nvfp4"))
-    with pytest.raises(ValueError, match="not serializable"):
-        pipe.unet.save_pretrained(tmp_path / "unet")
 
 
 def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(reference, tmp_path):

@@ -4,11 +4,12 @@ import families
 import pytest
 import torch
 from diffusers import PNDMPipeline, PNDMScheduler
+from test_calibration import same
 from torch import nn
 
-from msfp import InputError, Sampler, record_trajectories
+from msfp import InputError, Sampler, calibrate, record_trajectories
 from msfp.denoiser import denoiser_of
-from msfp.trajectories import recorded
+from msfp.trajectories import Recording, recorded
 
 
 def test_a_recorded_trajectory_is_what_the_denoiser_was_asked_and_said(reference, trajectories):
@@ -38,6 +39,38 @@ def test_recording_in_rounds_equals_recording_at_once(reference):
     rounds = record_trajectories(reference, Sampler(2, 4).calls(8, seed=1))
     first = record_trajectories(reference, Sampler(2, 4).calls(4, seed=1))
     assert torch.equal(rounds.samples[:, :4], first.samples)
+
+
+def test_calls_that_are_observed_as_they_are_recorded_give_what_two_passes_give(reference):
+    calls, made = Sampler(2, 4).calls(12, seed=1), []
+
+    def counted(call):
+        return lambda pipe: (made.append(call), call(pipe))
+
+    recording = Recording([counted(call) for call in calls])
+    calibration = calibrate(reference, recording.calls)
+    paths = recording.trajectories(reference)
+    assert made == calls
+    assert same(calibration, calibrate(reference, calls))
+    assert_equal(paths, record_trajectories(reference, calls))
+    assert not any(module._forward_hooks for module in reference.unet.modules())
+
+
+def test_calls_that_were_not_made_while_recording_are_made_for_the_path(reference):
+    calls = Sampler(2, 4).calls(12, seed=1)
+    recording = Recording(calls)
+    recording.calls[1](reference)
+    assert recording.missing == [recording.calls[0], recording.calls[2]]
+    told = []
+    paths = recording.trajectories(reference, told.append)
+    assert told == [1, 1]
+    assert_equal(paths, record_trajectories(reference, calls))
+
+
+def assert_equal(one, other):
+    for name in ("timesteps", "samples", "predictions"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert one.conditions == other.conditions
 
 
 def test_samplers_that_call_the_denoiser_more_than_once_a_step_are_recorded_whole(reference):

@@ -1,0 +1,56 @@
+"""Empty sealed layers, to be filled with the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from msfp.block_layers import BLOCK_LAYERS
+from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
+from msfp.errors import InputError
+from msfp.layer_formats import BlockFormats, LayerFormats
+from msfp.layers import SCALED_LAYERS, SealedLayer, add_router
+from msfp.talora import ROUTERS, RouterKind
+
+
+def make_room(
+    denoiser: nn.Module,
+    formats: dict[str, LayerFormats | BlockFormats],
+    entries: int,
+    router: RouterKind = "learned",
+) -> None:
+    """Put empty sealed layers, and a router if need be, where a checkpoint's tensors will go.
+
+    Args:
+        denoiser: The plain network, on any device.
+        formats: Those of the quantized layers, by name.
+        entries: Entries of each layer; there is a router if more than one.
+        router: The kind of that router.
+
+    Raises:
+        InputError: If the denoiser has no such layer, or one in blocks is to have several entries.
+    """
+    plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
+    missing = [name for name in formats if name not in plain]
+    if missing:
+        raise InputError(
+            f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
+            "the checkpoint does"
+        )
+    empty: dict[nn.Module, nn.Module]
+    empty = {plain[name]: _empty(plain[name], each, entries) for name, each in formats.items()}
+    replace_layers(denoiser, empty)
+    if entries > 1:
+        with torch.device("meta"):
+            routes = ROUTERS[router](len(formats), entries)
+        device = next(denoiser.parameters()).device
+        add_router(denoiser, routes.to_empty(device=device))
+
+
+def _empty(layer: PlainLayer, formats: LayerFormats | BlockFormats, entries: int) -> SealedLayer:
+    """Return an empty layer with the attributes and the bias of a plain one."""
+    if isinstance(formats, LayerFormats):
+        return SCALED_LAYERS[type(layer)].empty_like(layer, formats, entries)
+    if entries > 1:
+        raise InputError(f"entries must be 1 where layers are in block formats, not {entries}")
+    return BLOCK_LAYERS[type(layer)].empty_like(layer, formats)
