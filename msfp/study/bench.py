@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
-from msfp.block_layers import block_layers
 from msfp.calibration import Calibration
 from msfp.checkpoint import packed_size
 from msfp.denoiser import denoiser_of
@@ -108,7 +106,7 @@ class Bench:
             "finetune": None if tune is None else tune.to_dict(),
             "versions": machine(),
             "seconds": {"quantize": quantizing, "finetune": tuning, "forward": self._forward(pipe)},
-            "bytes": _size(denoiser_of(pipe)),
+            "bytes": packed_size(denoiser_of(pipe)),
             "frechet": real_distance(row.model)(images),
         }
         if row.recipe != FULL_PRECISION:
@@ -154,11 +152,6 @@ class Bench:
                 self.held_out.predict(denoiser, torch.zeros_like(rows), rows)
             seconds.append(time.process_time() - started)
         return statistics.median(seconds)
-
-
-def _size(denoiser: nn.Module) -> int | None:
-    """Return the bytes of a denoiser's tensors as saved; None in block formats, which are not."""
-    return None if block_layers(denoiser) else packed_size(denoiser)
 
 
 @functools.cache

@@ -179,7 +179,7 @@ def cost_table(group: Group) -> str:
         size = next(iter(group.by_recipe[recipe].values()))["bytes"]
         rows.append([
             RECIPES[recipe].label,
-            "" if size is None else f"{size / 1000:.0f}",
+            f"{size / 1000:.0f}",
             f"{group.seconds(recipe, 'quantize'):.1f}",
             f"{group.seconds(recipe, 'finetune'):.0f}",
             f"{group.seconds(recipe, 'forward') / forward:.1f}",

@@ -232,7 +232,7 @@ def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path,
 def test_dequantize_merges_branches_and_leaves_attention_as_it_was():
     plain, branches = make("unet"), RefinementConfig("nearest", branch_rank=4)
     branches = replace(branches, match_inputs=False, correct_bias="none")
-    config = {"activations": None, "weights": 7, "first_last": 7}
+    config = {"activations": None, "weights": 4, "first_last": 4}
     quantized(plain, **config, refine=branches, attention=8)
     rounded, merged = quantized(make("unet"), **config), copy.deepcopy(plain).dequantize()
     expected = call(make("unet"))
