@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +46,9 @@ CURVES = (
     "branch-4", "branch-16", "branch-16-lora",
 )  # fmt: skip
 """Recipes whose errors are drawn for each timestep."""
+BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
+like all others, in `x8` their weights have 4 and their inputs 8.
+"""
 SCALE = 1000
 """Noise errors are shown in thousandths."""
 
@@ -202,8 +205,9 @@ def _frechet_note(group: Group) -> str:
 
 
 def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> str:
-    """Return a table of one measure: recipes down, settings across."""
-    recipes = [r for r in RECIPES if any(r in group.quantized() for group in groups.values())]
+    """Return a table of one measure: settings across, and down the recipes of several of them."""
+    counts = Counter(recipe for group in groups.values() for recipe in group.quantized())
+    recipes = [recipe for recipe in RECIPES if counts[recipe] > 1]
     rows = [
         [RECIPES[recipe].label]
         + [cell(group.mean(recipe, measure), digits) for group in groups.values()]
@@ -356,7 +360,10 @@ def _add_settings(
     present = {name: group for name, group in groups.items() if group.quantized()}
     if len(present) < 2:
         return
-    page.add(f"### {heading}\n\nPaired PSNR, dB:\n")
+    page.add(f"### {heading}\n")
+    if axis == "bits":
+        page.add(BITS_NOTE)
+    page.add("Paired PSNR, dB:\n")
     page.add(settings_table(present, "psnr", 1))
     page.add("Noise error:\n")
     page.add(settings_table(present, "noise_error", 2))
