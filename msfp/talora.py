@@ -224,7 +224,7 @@ class Routing:
             at one timestep.
         winners: The entry chosen, shape (n, layers), on the CPU.
         table: Winners that were precomputed, by timestep; read where no gradient is wanted.
-        turn: Which layers give the router a gradient: every `TURNS`th from this one on, or all
+        turn: Which layers give the router a gradient: one in `TURNS`, from this one on, or all
             where it is None. The gradient of a choice costs as much as its LoRAs do.
     """
 
