@@ -19,24 +19,25 @@ from msfp.reference import ddim_pipeline
 from msfp.runtime import keep_memory
 
 ROUNDS = 10
-CONFIG = QuantizationConfig()
+CONFIG = QuantizationConfig(refine=None)
 
 
 @pytest.fixture(scope="module")
 def pipes():
-    """The reference pipeline, and its sealed copy."""
+    """The reference pipeline, and its sealed copies: with nothing beside the weights, and as is."""
     keep_memory()
-    pipe = ddim_pipeline()
-    quantized = copy.deepcopy(pipe)
-    quantize(quantized, CONFIG, calibration=calibrate(pipe, Sampler(2, 8).calls(8, seed=1)))
-    seal(quantized.unet)
-    return pipe, quantized
+    pipes, calls = [ddim_pipeline()], Sampler(2, 8).calls(8, seed=1)
+    for config in (CONFIG, QuantizationConfig()):
+        pipes.append(copy.deepcopy(pipes[0]))
+        quantize(pipes[-1], config, calibration=calls)
+        seal(pipes[-1].unet)
+    return pipes
 
 
 @pytest.mark.parametrize("batch", [64, 1])
 def test_emulated_forward_against_float32(benchmark, pipes, batch):
     x = torch.randn(batch, 1, 16, 16)
-    names = ("float32", "emulated W4A4")
+    names = ("float32", "W4A4", "W4A4 with branches")
     ways = {
         name: lambda unet=pipe.unet: unet(x, 500) for name, pipe in zip(names, pipes, strict=True)
     }
