@@ -1,31 +1,122 @@
-"""The class-conditional latent diffusion pipeline, which diffusers does not have."""
+"""Class-conditional pipelines with classifier-free guidance, which diffusers does not have."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel, VQModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from msfp.errors import InputError
 
 
-class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """What samples images of classes; the label after the last class stands for "no class".
+
+    As in diffusers' `DiTPipeline`, the branch of the class comes before that of "no class".
+    """
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network, which has `in_channels` and `sample_size`."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """How many classes there are."""
+
+    @abstractmethod
+    def predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the network's prediction for a sample of each label."""
+
+    @abstractmethod
+    def decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the images in [-1, 1] of final samples."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Sample one image for each label.
+
+        Args:
+            class_labels: Classes of the images.
+            guidance_scale: Weight w of eps(none) + w (eps(class) - eps(none)) (Ho and Salimans,
+                2022); 1 is the plain conditional model, which is called once instead of twice.
+            generator: Source of the starting noise.
+            num_inference_steps: Sampler steps.
+            output_type: "pil", or "np" for an array (n, height, width, channels) in [0, 1].
+
+        Raises:
+            InputError: If a label is not a class of the network.
+        """
+        labels = list(class_labels)
+        if not all(0 <= label < self.classes for label in labels):
+            raise InputError(f"class_labels must lie in 0 to {self.classes - 1}, not {labels}")
+        device = self._execution_device
+        condition = torch.tensor(labels, device=device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        sample = self._noise(len(labels), generator) * self.scheduler.init_noise_sigma
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(sample, timestep)
+            noise = self._guided(model_input, timestep, condition, guidance_scale)
+            sample = self.scheduler.step(noise, timestep, sample).prev_sample
+        decoded = self.decode(sample)
+        images = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
+        return ImagePipelineOutput(self.numpy_to_pil(images) if output_type == "pil" else images)
+
+    def _noise(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        """Return the starting noise of `count` images."""
+        config, dtype = self.denoiser.config, self.denoiser.dtype
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        noise: torch.Tensor = randn_tensor(
+            shape, generator=generator, device=self._execution_device, dtype=dtype
+        )
+        return noise
+
+    def _guided(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, guidance: float
+    ) -> torch.Tensor:
+        """Return the guided prediction; both branches run as one batch."""
+        if guidance == 1:
+            return self.predict(sample, timestep, labels)
+        none = torch.full_like(labels, self.classes)
+        both = self.predict(torch.cat([sample] * 2), timestep, torch.cat([labels, none]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+
+class ClassConditionalLDMPipeline(ClassPipeline):
     """Latent diffusion conditioned on class labels by cross-attention (Rombach et al., CVPR 2022).
 
     The table of class embeddings is the U-Net's own projection of its conditions: a label is given
-    as a one-hot row, so that `encoder_hid_proj` looks it up. The last class stands for "none".
+    as a one-hot row, so that `encoder_hid_proj` looks it up.
 
     Args:
         vqvae: Decodes latents, which it divides by its `scaling_factor` before.
         unet: With `encoder_hid_dim_type="text_proj"` and as many `encoder_hid_dim` as there are
-            classes, "none" included.
+            classes, "no class" included.
         scheduler: Any sampler of diffusers that takes the U-Net's kind of prediction.
     """
 
@@ -40,78 +131,70 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: Sequence[int],
-        guidance_scale: float = 3.0,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int = 20,
-        output_type: str = "pil",
-    ) -> ImagePipelineOutput:
-        """Sample one image for each label.
+    @property
+    def denoiser(self) -> Any:
+        """The U-Net."""
+        return self.unet
 
-        Args:
-            class_labels: Classes of the images.
-            guidance_scale: Weight w of eps(none) + w (eps(class) - eps(none)) (Ho and Salimans,
-                2022); 1 is the plain conditional model, which is called once instead of twice.
-            generator: Source of the starting noise.
-            num_inference_steps: Sampler steps.
-            output_type: "pil", or "np" for an array (n, height, width, channels) in [0, 1].
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(self.unet.config.encoder_hid_dim) - 1
 
-        Raises:
-            InputError: If a label is not a class of the U-Net.
-        """
-        none = int(self.unet.config.encoder_hid_dim) - 1
-        labels = list(class_labels)
-        if not all(0 <= label < none for label in labels):
-            raise InputError(f"class_labels must lie in 0 to {none - 1}, not {labels}")
-        # As in Stable Diffusion, the branch of "none" comes first.
-        rows = labels if guidance_scale == 1 else [none] * len(labels) + labels
-        device = self._execution_device
-        one_hot = F.one_hot(torch.tensor(rows, device=device), none + 1)[:, None]
-        condition = one_hot.to(self.unet.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self._noise(len(labels), generator) * self.scheduler.init_noise_sigma
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(latents, timestep)
-            noise = self._predict(model_input, timestep, condition, guidance_scale)
-            latents = self.scheduler.step(noise, timestep, latents).prev_sample
-        images = self.vqvae.decode(latents / self.vqvae.config.scaling_factor).sample
-        images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
-        return ImagePipelineOutput(self.numpy_to_pil(images) if output_type == "pil" else images)
-
-    def _noise(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Return the starting noise of `count` images."""
-        config = self.unet.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        noise: torch.Tensor = randn_tensor(
-            shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
-        )
-        return noise
-
-    def _predict(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: torch.Tensor,
-        guidance: float,
+    def predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Return the guided prediction; both branches run as one batch."""
-        repeats = len(condition) // len(latents)
-        output: Any = self.unet(
-            torch.cat([latents] * repeats), timestep, encoder_hidden_states=condition
-        )
-        prediction: torch.Tensor = output.sample
-        if repeats == 1:
-            return prediction
-        unconditional, conditional = prediction.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        """Return the U-Net's prediction for latents of each label."""
+        one_hot = F.one_hot(labels, self.classes + 1)[:, None].to(self.unet.dtype)
+        prediction: torch.Tensor = self.unet(sample, timestep, encoder_hidden_states=one_hot).sample
+        return prediction
+
+    def decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the images of latents."""
+        images: torch.Tensor = self.vqvae.decode(sample / self.vqvae.config.scaling_factor).sample
+        return images
+
+
+class PixelDiTPipeline(ClassPipeline):
+    """diffusers' `DiTPipeline` without its autoencoder: the transformer works on the pixels.
+
+    Args:
+        transformer: Predicts the noise from (x_t, t, class label); its label `num_classes` stands
+            for "no class".
+        scheduler: Any sampler of diffusers that takes noise predictions.
+    """
+
+    def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @property
+    def denoiser(self) -> Any:
+        """The transformer."""
+        return self.transformer
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(self.transformer.config.num_embeds_ada_norm)
+
+    def predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the transformer's prediction for images of each label."""
+        prediction: torch.Tensor = self.transformer(
+            sample, timestep=timestep.expand(len(sample)), class_labels=labels
+        ).sample
+        return prediction
+
+    def decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the samples, which are images."""
+        return sample
 
 
 def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    """Return the class to load a pipeline folder with: msfp's own where it names that."""
+    """Return the class to load a pipeline folder with: msfp's own where it names one."""
     index = folder / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    own = ClassConditionalLDMPipeline
-    return own if name == own.__name__ else DiffusionPipeline
+    own = (ClassConditionalLDMPipeline, PixelDiTPipeline)
+    return next((each for each in own if each.__name__ == name), DiffusionPipeline)

@@ -16,8 +16,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
+from msfp.class_pipeline import PixelDiTPipeline
 from msfp.reference.classifier import ImageClassifier
-from msfp.reference.dit_pipeline import PixelDiTPipeline
 
 FOLDER = Path(str(files(__name__))) / "model"
 PIPELINE_FOLDER = FOLDER / "digits-ddpm"

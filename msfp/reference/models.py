@@ -10,8 +10,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2D
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from msfp.class_pipeline import PixelDiTPipeline
 from msfp.reference.digits import IMAGE_SIZE, digits
-from msfp.reference.dit_pipeline import PixelDiTPipeline
 from msfp.reference.photographs import CROP_SIZE, held_out_crops, training_crops
 
 DIGIT_CLASSES = 10

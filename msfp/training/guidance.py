@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 
+from msfp.class_pipeline import ClassPipeline
 from msfp.sampling import Sampler
-
-CONDITIONAL_FIRST = ("DiTPipeline",)
-"""Pipelines that put the conditional branch before the unconditional one."""
 
 
 def guidance_branches(
@@ -31,5 +29,5 @@ def guidance_branches(
     scale = sampler.guidance_scale
     if scale is None:
         scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
-    first = type(pipe).__name__ in CONDITIONAL_FIRST
-    return ((scale, 1 - scale) if first else (1 - scale, scale)), sampler.batch
+    class_first = isinstance(pipe, DiTPipeline | ClassPipeline)
+    return ((scale, 1 - scale) if class_first else (1 - scale, scale)), sampler.batch

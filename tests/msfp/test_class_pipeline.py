@@ -28,16 +28,16 @@ def test_labels_are_looked_up_and_none_is_the_last_class():
     path = record_trajectories(pipe, sampler.calls(2, seed=0))
     rows = path.conditions["encoder_hidden_states"].values
     assert rows.shape == (1, 4, 1, CLASSES + 1)
-    assert rows[0, :, 0].argmax(1).tolist() == [CLASSES, CLASSES, 1, 3]
+    assert rows[0, :, 0].argmax(1).tolist() == [1, 3, CLASSES, CLASSES]
     layer = pipe.unet.encoder_hid_proj
     table = layer.weight.T + layer.bias
-    assert torch.allclose(layer(rows[0, :, 0]), table[[CLASSES, CLASSES, 1, 3]])
+    assert torch.allclose(layer(rows[0, :, 0]), table[[1, 3, CLASSES, CLASSES]])
 
 
 def test_guidance_moves_away_from_the_unconditional_branch():
     pipe = ldm_class()
     sampler = Sampler(steps=1, batch=1, conditions=(1,), guidance_scale=4.0)
-    none, conditional = record_trajectories(pipe, sampler.calls(1, 0)).predictions[0]
+    conditional, none = record_trajectories(pipe, sampler.calls(1, 0)).predictions[0]
     asked = []
     step = pipe.scheduler.step
     pipe.scheduler.step = lambda noise, *rest: asked.append(noise) or step(noise, *rest)

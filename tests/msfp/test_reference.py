@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from msfp.class_pipeline import PixelDiTPipeline
 from msfp.errors import InputError
 from msfp.evaluate import FrechetDistance, noise_errors
 from msfp.reference import (
@@ -15,7 +16,6 @@ from msfp.reference import (
     quality,
 )
 from msfp.reference.digits import digits
-from msfp.reference.dit_pipeline import PixelDiTPipeline
 from msfp.reference.models import (
     DIGITS,
     DIGITS_DIT,
