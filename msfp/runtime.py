@@ -24,7 +24,8 @@ def release_memory() -> None:
     """Ask glibc to hand freed memory back to the system, wherever it lies.
 
     Aligned blocks of one size, as tensors are, do not fit where others like them were (before glibc
-    2.38), so that a loop over layers which holds none of them grows all the same. Does nothing where the allocator is not glibc's.
+    2.38), so that a loop over layers which holds none of them grows all the same. Does nothing
+    where the allocator is not glibc's.
     """
     if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
