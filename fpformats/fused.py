@@ -248,6 +248,49 @@ def decode(
     return None if met else memory.written(out, values)
 
 
+def differentiate(
+    kernel: Any,
+    x: Any,
+    given: Any,
+    policy: Policy,
+    scales: Scales,
+    wanted: tuple[bool, bool, bool],
+    *,
+    clip_gradient: bool,
+) -> tuple[Any, Any, Any]:
+    """Give what the gradient of a scaled result becomes, as `fpformats.quantize_scaled` has it.
+
+    Args:
+        kernel: What `kernel_of` gave for `x`.
+        x: What was rounded, a tensor of float32 or float64.
+        given: The gradient of the result, alike.
+        policy: How it was rounded.
+        scales: Scales and zero points.
+        wanted: Whether gradients of `x`, of the scale and of the zero point are.
+        clip_gradient: Whether that of `x` is zero beyond the range of the format.
+
+    Returns:
+        Gradients of the shape of `x`, those of the scale and the zero point not yet summed; None
+        for those that are not wanted.
+    """
+    source, gradient = contiguous(x.detach()), contiguous(given)
+    held, scaling, random = _operands(scales, policy, tuple(source.shape))
+    results = [memory.empty_like(source) if wants else None for wants in wanted]
+    size = memory.size(source)
+    kernel.differentiate(
+        memory.address(source),
+        memory.address(gradient),
+        *(0 if result is None else memory.address(result) for result in results),
+        clip_gradient,
+        size,
+        native.threads_for(size),
+        scaling,
+        random,
+    )
+    del held  # alive until here
+    return results[0], results[1], results[2]
+
+
 def errors(
     x: NDArray[Any],
     weights: NDArray[np.float64] | None,

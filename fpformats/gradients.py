@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fpformats.operands import learns
+from fpformats import dispatch, fused
+from fpformats.operands import carrier_of, is_plain_tensor, learns, narrowed, quiet, widened
+from fpformats.scales import repeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fpformats.formats import FloatFormat
+    from fpformats.kernels.grid import Carrier, Grid
+    from fpformats.rounding import Policy
+    from fpformats.scales import Scales
+
+FUSED = (torch.float32, torch.float64)
+"""Carriers whose gradients the compiled kernels give; they are what these compute in."""
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a gradient is multiplied by for the input, the scale and the zero point; None where that
+gradient passes as it is, or is not wanted."""
+
+
+class Step(NamedTuple):
+    """How a tensor is scaled and rounded.
+
+    Attributes:
+        fmt: The format.
+        grid: The format as seen from `working`.
+        working: The carrier that the operations are in.
+        policy: How to round.
+        scales: Scales and zero points.
+        clip_gradient: Whether the gradient of the input is zero beyond the range of the format.
+    """
+
+    fmt: FloatFormat
+    grid: Grid
+    working: Carrier
+    policy: Policy
+    scales: Scales
+    clip_gradient: bool
+
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scaled input v and its rounded value q, in whole-tensor operations."""
+        with quiet():
+            v = dispatch.unscaled(widened(x, self.working), self.scales)
+            return v, dispatch.rounded(v, self.grid, self.policy)
+
+    def factors(self, v: Tensor, q: Tensor, wanted: tuple[bool, bool]) -> Factors:
+        """Return the factors of gradients; wanted are those of the scale and the zero point."""
+        inside = (v >= self.grid.low) & (v <= self.grid.high)
+        return (
+            inside if self.clip_gradient else None,
+            torch.where(inside, q - v, q) if wanted[0] else None,
+            ~inside if wanted[1] else None,
+        )
 
 
 class _Surrogate(torch.autograd.Function):
@@ -41,21 +89,46 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        passes, slope, clamped = ctx.saved_tensors
-        like_x, like_scale, like_zero = ctx.like
-        _, needs_x, needs_scale, needs_zero, *_ = ctx.needs_input_grad
-        return (
-            None,
-            _reduced(grad if passes is None else grad * passes, like_x) if needs_x else None,
-            _reduced(grad * slope, like_scale) if needs_scale else None,
-            _reduced(grad * clamped, like_zero) if needs_zero else None,
-            None,
-            None,
-            None,
-        )
+        _, *needs = ctx.needs_input_grad[:4]
+        return (None, *_multiplied(grad, ctx.saved_tensors, ctx.like, needs), None, None, None)
 
 
 _apply: Callable[..., Tensor] = _Surrogate.apply
+
+
+class _Fused(torch.autograd.Function):
+    """A rounded result of the compiled kernels, which round once more for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, step: Step
+    ) -> Tensor:
+        ctx.save_for_backward(x, *step.scales[:2])
+        ctx.step = step._replace(scales=step.scales._replace(scale=None, zero_point=None))
+        ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
+        result: Tensor = dispatch.quantize(x, step.fmt, step.grid, step.policy, step.scales)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, scale, zero_point = ctx.saved_tensors
+        step = ctx.step._replace(
+            scales=ctx.step.scales._replace(scale=scale, zero_point=zero_point)
+        )
+        needs = tuple(ctx.needs_input_grad[:3])
+        kernel = _kernel_of(x, step)
+        # A gradient of the gradient is wanted where gradients are enabled here.
+        if kernel is None or torch.is_grad_enabled() or not is_plain_tensor(grad):
+            factors = step.factors(*step.rounded(x), needs[1:])
+            return (*_multiplied(grad, factors, ctx.like, needs), None)
+        gradients = fused.differentiate(
+            kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
+        )
+        return (*(_reduced(*each) for each in zip(gradients, ctx.like, strict=True)), None)
+
+
+_apply_fused: Callable[..., Tensor] = _Fused.apply
 
 
 def straight_through(result: Tensor, x: Tensor, passes: Tensor | None) -> Tensor:
@@ -72,41 +145,50 @@ def straight_through(result: Tensor, x: Tensor, passes: Tensor | None) -> Tensor
     return _apply(result, x, None, None, passes, None, None)
 
 
-def learned_step(
-    result: Tensor,
-    inputs: tuple[Tensor, Any, Any],
-    v: Tensor,
-    q: Tensor,
-    inside: Tensor,
-    clip_gradient: bool,
-) -> Tensor:
-    """Attach the gradients of learned step sizes to a result s * q + z.
+def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
+    """Round to s * q + z, with the gradients of learned step sizes.
 
     Args:
-        result: The scaled result.
-        inputs: What was rounded, the scale and the zero point, of which those that are tensors
-            and require a gradient get one.
-        v: The scaled input, (x - z) / s.
-        q: `v`, rounded.
-        inside: Where `v` is in the range of the format.
-        clip_gradient: Whether the gradient of x is zero elsewhere.
+        x: What is rounded.
+        scale: As it was given; a tensor that requires a gradient gets one.
+        zero_point: Likewise, or None.
+        step: How to scale and round.
 
     Returns:
-        The values of `result`, differentiable towards the inputs.
+        Rounded values, differentiable towards those of the three that require a gradient.
     """
-    x, scale, zero_point = (t if isinstance(t, Tensor) else None for t in inputs)
-    return _apply(
-        result,
-        x,
-        scale,
-        zero_point,
-        inside if clip_gradient else None,
-        torch.where(inside, q - v, q) if learns(scale) else None,
-        ~inside if learns(zero_point) else None,
-    )
+    shape, block_size = tuple(x.shape), step.scales.block_size
+    learned = [
+        repeat(given, shape, block_size) if isinstance(given, Tensor) else None
+        for given in (scale, zero_point)
+    ]
+    if _kernel_of(x, step) is not None:
+        return _apply_fused(x, *learned, step)
+    v, q = step.rounded(x)
+    with quiet():
+        y = narrowed(dispatch.rescaled(q.clone(), step.scales), x)
+    factors = step.factors(v, q, (learns(learned[0]), learns(learned[1])))
+    return _apply(y, x, *learned, *factors)
 
 
-def _reduced(grad: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
+def _kernel_of(x: Tensor, step: Step) -> Any:
+    """Return the compiled kernel that rounds a tensor and gives its gradients, or None."""
+    if x.dtype not in FUSED:
+        return None
+    return fused.kernel_of(x, step.fmt, carrier_of(x), step.policy, step.scales)
+
+
+def _multiplied(grad: Tensor, factors: Any, likes: Any, needs: Any) -> list[Tensor | None]:
+    """Return the gradients of the inputs that need one."""
+    return [
+        _reduced(grad if factor is None else grad * factor, like) if need else None
+        for factor, like, need in zip(factors, likes, needs, strict=True)
+    ]
+
+
+def _reduced(grad: Any, like: Any) -> Any:
     """Sum a gradient over the dimensions that its input was broadcast along."""
+    if grad is None:
+        return None
     shape, dtype = like
     return grad.sum_to_size(shape).to(dtype)

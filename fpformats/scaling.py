@@ -23,15 +23,12 @@ from fpformats.operands import (
     check_target,
     check_words,
     grid_of,
-    narrowed,
     needs_gradient,
-    quiet,
-    widened,
     working_carrier,
 )
 from fpformats.packing import checked_packed
 from fpformats.rounding import FINITE, NEAREST, make_policy
-from fpformats.scales import make_scales, repeat
+from fpformats.scales import make_scales
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
@@ -94,15 +91,10 @@ def quantize_scaled(
     check_words(policy.random, random_bits, x)
     if not needs_gradient(x, scale, zero_point, out=out):
         return dispatch.quantize(x, fmt, grid, policy, scales, out)
-    with quiet():
-        v = dispatch.unscaled(widened(x, carrier), scales)
-        q = dispatch.rounded(v, grid, policy)
-        y = narrowed(dispatch.rescaled(q.clone(), scales), x)
-    from fpformats.gradients import learned_step
+    from fpformats.gradients import Step, learned_step
 
-    shape, inside = tuple(x.shape), (v >= grid.low) & (v <= grid.high)
-    inputs = (x, *(repeat(given, shape, scales.block_size) for given in (scale, zero_point)))
-    return learned_step(y, inputs, v, q, inside, clip_gradient)
+    step = Step(fmt, grid, carrier, policy, scales, clip_gradient)
+    return learned_step(x, scale, zero_point, step)
 
 
 def encode_scaled(

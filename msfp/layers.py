@@ -28,7 +28,6 @@ from msfp.quantizer import Quantizer
 from msfp.talora import Router, Routing, attach_router
 
 Layer = TypeVar("Layer", bound=nn.Module)
-Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -123,16 +122,31 @@ class QuantizedLayer(nn.Module, ABC):
 
         Convolutions go to `rank` channels and then mix them; grouped ones take the product.
         """
+        if self.groups_of_channels > 1:
+            return self.compute(x, (up @ down).view(-1, *self._kernel_shape(down)), None)
+        return self.mix(self.squeeze(x, down), up)
+
+    @property
+    def groups_of_channels(self) -> int:
+        """Groups of a convolution; 1 for a linear layer."""
+        groups: int = getattr(self, "groups", 1)
+        return groups
+
+    def squeeze(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """Apply the plain layer, without bias, with the rows of a factor as its weight."""
+        return self.compute(x, down.view(len(down), *self._kernel_shape(down)), None)
+
+    def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (rows, columns) to the channels, or features, of each place."""
         if isinstance(self, nn.Linear):
-            return F.linear(F.linear(x, down), up)
-        kernel: tuple[int, ...] = self.kernel_size  # type: ignore[assignment]
-        channels = down.shape[1] // math.prod(kernel)
-        convolve: Convolution = self._conv_forward  # type: ignore[assignment]
-        if self.groups > 1:  # type: ignore[operator]
-            return convolve(x, (up @ down).view(-1, channels, *kernel), None)
-        mix = F.conv1d if isinstance(self, nn.Conv1d) else F.conv2d
-        inner = convolve(x, down.view(-1, channels, *kernel), None)
-        return mix(inner, up.view(*up.shape, *(1,) * len(kernel)))
+            return F.linear(x, matrix)
+        mix, places = (F.conv1d, 1) if isinstance(self, nn.Conv1d) else (F.conv2d, 2)
+        return mix(x, matrix.view(*matrix.shape, *(1,) * places))
+
+    def _kernel_shape(self, matrix: torch.Tensor) -> tuple[int, ...]:
+        """Return the shape that a row of a matrix has in the weight."""
+        kernel: tuple[int, ...] = getattr(self, "kernel_size", ())
+        return (matrix.shape[1] // math.prod(kernel), *kernel)
 
 
 class SealedLayer(QuantizedLayer):

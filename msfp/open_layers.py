@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -115,26 +116,64 @@ class OpenLayer(QuantizedLayer):
             return y
         choices = self.routing.choices[:, self.index]
         scale = self.routing.gradient_scale(self.index)
-        if scale and choices.requires_grad:
-            y = y + self._router_path(x, scale * choices, self.hub).to(y.dtype)
-        return y
+        if not scale or not choices.requires_grad:
+            return y
+        routed: torch.Tensor = _choose(y, scale * choices, x, self)
+        return routed
 
-    def _router_path(self, x: torch.Tensor, choices: torch.Tensor, hub: LoRAHub) -> torch.Tensor:
-        """Return zeros that carry the gradient of each sample's choice.
+    def gains(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Return what the loss gains from each entry's correction, shape (batch, entries).
 
-        Straight through the quantizer, the output moves with the choice of an entry by what that
-        entry adds to it: the layer applied with the entry's correction alone.
+        That is the inner product of the output's gradient with the layer applied with the
+        correction alone. Its factors are shared out between the two sides, so that nothing is
+        computed that has the size of an output.
+
+        Args:
+            x: The rounded input.
+            grad: The gradient of the output.
         """
-        with torch.no_grad():
-            factors = [hub.factors(entry) for entry in range(len(hub.up))]
-            added = [self.low_rank(x, down.to(x.dtype), up.to(x.dtype)) for down, up in factors]
-        change = (choices - choices.detach()).T
-        shape = (-1,) + (1,) * (added[0].dim() - 1)
-        return torch.stack([c.view(shape) * y for c, y in zip(change, added, strict=True)]).sum(0)
+        if self.hub is None:
+            raise ValueError("the layer has no hub")
+        down, up = (factor.to(grad.dtype) for factor in self.hub.all_factors())
+        x, entries = x.to(grad.dtype), range(len(up))
+        if self.groups_of_channels > 1:
+            added = [self.low_rank(x, down[entry], up[entry]) for entry in entries]
+            return torch.stack([(y * grad).flatten(1).sum(1) for y in added], dim=1)
+        inner = self.squeeze(x, down.flatten(0, 1))
+        outer = self.mix(grad, up.mT.flatten(0, 1))
+        channels = -1 if isinstance(self, nn.Linear) else 1
+        product = (inner * outer).movedim(channels, 1).unflatten(1, (len(up), -1))
+        gained: torch.Tensor = product.flatten(2).sum(2)
+        return gained
 
     def extra_repr(self) -> str:
         """Return what repr shows."""
         return f"{super().extra_repr()}, {self.formats}"
+
+
+class _Choice(torch.autograd.Function):
+    """An output as it is, with the gradient of each sample's choice among the entries.
+
+    Straight through the quantizer, the output moves with the choice of an entry by what that
+    entry adds to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, choices: torch.Tensor, x: torch.Tensor, layer: OpenLayer
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.like = layer, choices
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        gains = ctx.layer.gains(x, grads[0]).sum_to_size(ctx.like.shape)
+        return grads[0], gains.to(ctx.like.dtype), None, None
+
+
+_choose: Callable[..., torch.Tensor] = _Choice.apply
 
 
 class OpenLinear(OpenLayer, nn.Linear):

@@ -83,6 +83,10 @@ class LoRAHub(nn.Module):
         """Return the factors (rank, in_features) and (out_features, rank) of an entry."""
         return self.down[entry], self.step * self.up[entry]
 
+    def all_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of all entries: (entries, rank, in) and (entries, out, rank)."""
+        return self.down, self.step * self.up
+
     def correction(self, entry: int) -> torch.Tensor:
         """Return the correction of an entry, shape (out_features, in_features)."""
         down, up = self.factors(entry)

@@ -79,6 +79,28 @@ def test_a_small_call(benchmark):
     race(benchmark, contenders, rounds=200, repeats=20)
 
 
+@pytest.mark.parametrize("size", [10_000, 1_000_000])
+def test_a_learned_step_forwards_and_backwards(benchmark, size):
+    size = size if benchmark.enabled else 9_600
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y, given = torch.empty(size), torch.ones(size)
+    scale, zero = torch.tensor(0.37), torch.tensor(-0.11)
+    learned = [x, scale.requires_grad_(), zero.requires_grad_()]
+
+    def step(backend):
+        with backends.using(backend):
+            result = quantize_scaled(x, parse("E2M2U"), scale, zero, clip_gradient=True)
+            return torch.autograd.grad(result, learned, given)
+
+    fastest = backends.available()[0]
+    for ours, theirs in zip(step(fastest), step("portable"), strict=True):
+        assert torch.equal(ours, theirs)
+    contenders = {"copy": lambda: y.copy_(given)}
+    contenders |= {name: lambda name=name: step(name) for name in (fastest, "portable")}
+    benchmark.extra_info.update(table="gradients", backend=fastest, size=size)
+    race(benchmark, contenders, rounds=40)
+
+
 def float8_round_trip(x):
     return x.to(torch.float8_e4m3fn).float()
 

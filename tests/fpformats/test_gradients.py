@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch.func import grad, vmap
 
 from fpformats import (
     MXFP4,
+    backends,
     decode,
     encode,
     parse,
@@ -63,6 +66,52 @@ def test_scaled_gradients_are_those_of_learned_step_sizes(name, clip, shape):
     slope = torch.where(inside, q - v, q)
     torch.testing.assert_close(grads[1], (weights * slope).sum_to_size(shape))
     torch.testing.assert_close(grads[2], (weights * ~inside).sum_to_size(shape))
+
+
+@pytest.mark.parametrize("name", ["E2M1", "E2M1U", "E3M0", "E5M10"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("rounding", ["NearestTiesToEven", "TowardZero", "StochasticA"])
+@pytest.mark.parametrize("learned", [(0,), (1,), (2,), (0, 1, 2)])
+def test_every_kernel_gives_the_bits_of_whole_tensor_operations(
+    name, dtype, clip, rounding, learned
+):
+    fmt, draw = parse(name), torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, 5, 5, generator=draw, dtype=dtype).mul(8)
+    x.view(-1)[:4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+    given = torch.randn(x.shape, generator=draw, dtype=dtype)
+    scale = torch.rand(4, 1, 1, generator=draw, dtype=dtype) + 0.5
+    options = {"clip_gradient": clip, "rounding": rounding}
+    if rounding == "StochasticA":
+        options["random"] = 7
+
+    def outcome(backend, x):
+        inputs = [t.clone() for t in (x, scale, -scale)]
+        for index in learned:
+            inputs[index].requires_grad_()
+        with backends.using(backend):
+            y = quantize_scaled(inputs[0], fmt, *inputs[1:], **options)
+            y.backward(given)
+        return [y.detach(), *(inputs[index].grad for index in learned)]
+
+    for values in (x, x.to(memory_format=torch.channels_last), x.flip(0).transpose(2, 3)):
+        expected = outcome("portable", values)
+        for backend in backends.available():
+            for ours, theirs in zip(outcome(backend, values), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_of_the_gradient_passes_through():
+    fmt, scale = parse("E2M1"), torch.tensor(0.7, requires_grad=True)
+    x = X.clone().requires_grad_()
+    y = quantize_scaled(x, fmt, scale, clip_gradient=True)
+    weights = torch.ones_like(X).requires_grad_()
+    first, slope = torch.autograd.grad(y, (x, scale), weights, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum() + slope, weights)
+    v = X / 0.7
+    inside = v.abs() <= 6
+    expected = inside + torch.where(inside, quantize(v, fmt) - v, quantize(v, fmt))
+    torch.testing.assert_close(second, expected)
 
 
 def test_parameters_learn_without_a_gradient_for_the_input():

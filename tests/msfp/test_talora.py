@@ -102,6 +102,26 @@ def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
         torch.testing.assert_close(choices.grad[i, 0], choice.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 6), (5, 4)),
+        (nn.Linear(4, 6), (5, 3, 4)),
+        (nn.Conv1d(4, 6, 3, padding=1), (5, 4, 7)),
+        (nn.Conv2d(4, 6, 3, stride=2), (5, 4, 7, 7)),
+        (nn.Conv2d(4, 6, 3, groups=2), (5, 4, 7, 7)),
+    ],
+)
+def test_the_gain_of_an_entry_is_what_its_correction_adds_along_the_gradient(layer, shape):
+    layer = wrapped(layer, entries=3)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(2))
+    corrections = [layer.hub.correction(k).view_as(layer.weight) for k in range(3)]
+    added = [layer.compute(x, correction, None) for correction in corrections]
+    expected = torch.stack([(grad * y).flatten(1).sum(1) for y in added], dim=1)
+    torch.testing.assert_close(layer.gains(x, grad), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_in_turns_each_layer_gives_the_router_its_gradient_once_and_as_much(sample):
     denoiser = Denoiser(entries=2)
     denoiser.conv.weight_quantizer.scale.data.fill_(10.0)  # nothing is clipped

@@ -49,6 +49,14 @@ struct Random {
   int bits;
 };
 
+// What the gradient of a scaled result becomes, element by element, in the carrier: float32 or
+// float64. Of the three results, null is not wanted.
+struct Gradients {
+  const void* given;
+  void *x, *scale, *zero_point;
+  bool clips;  // whether that of x is zero beyond the range
+};
+
 // One pass over n elements. Of the scales, float32 beside all carriers but float64, null is none.
 struct Job {
   const Plan* plan;
@@ -64,6 +72,7 @@ struct Job {
   int code_bytes;    // width of an unpacked code
   int packed_bits;   // width of a packed code, 1 to 8; 0 for unpacked ones
   bool streams;      // whether to write past the caches
+  Gradients gradients;
 };
 
 // Rows that are quantized by several candidates of a scale and a zero point, to be compared. Data,
@@ -93,6 +102,7 @@ struct Passes {
   unsigned (*quantize)(const Job&, int64_t begin, int64_t end);
   unsigned (*encode)(const Job&, int64_t begin, int64_t end);
   unsigned (*decode)(const Job&, int64_t begin, int64_t end);
+  unsigned (*differentiate)(const Job&, int64_t begin, int64_t end);
   // Weighted sums of squared errors, and of what least squares need; for rows of a trial.
   void (*errors)(const Trial&, int64_t begin_row, int64_t end_row);
   void (*sums)(const Trial&, int64_t begin_row, int64_t end_row);

@@ -123,6 +123,18 @@ struct Kernel {
     return run(pass, job, threads);
   }
 
+  // Gradients by address, 0 for those that are not wanted: see Gradients.
+  void differentiate(uint64_t in, uint64_t given, uint64_t x, uint64_t scale, uint64_t zero_point,
+                     bool clips, int64_t count, int threads, const Scaling& scaling,
+                     const Random* random) const {
+    Job job = this->job(in, 0, count, &scaling, random);
+    const auto target = [](uint64_t address) { return const_cast<void*>(pointer(address)); };
+    job.gradients = {pointer(given), target(x), target(scale), target(zero_point), clips};
+    const Pass pass = chosen->differentiate;
+    nb::gil_scoped_release release;
+    run(pass, job, threads);
+  }
+
   // Errors or, with `sums`, the six sums of candidates: see Trial.
   void attempt(uint64_t rows, uint64_t weights, uint64_t scales, uint64_t zero_points,
                int64_t row_count, int64_t length, int64_t candidates, uint64_t out, bool sums,
@@ -219,6 +231,10 @@ NB_MODULE(_native, m) {
       .def("decode", &Kernel::decode, nb::arg("source"), nb::arg("out"), nb::arg("count"),
            nb::arg("threads"), nb::arg("streams"), nb::arg("code_bytes"), nb::arg("packed_bits"),
            nb::arg("scaling").none() = nb::none())
+      .def("differentiate", &Kernel::differentiate, nb::arg("source"), nb::arg("given"),
+           nb::arg("x"), nb::arg("scale"), nb::arg("zero_point"), nb::arg("clips"),
+           nb::arg("count"), nb::arg("threads"), nb::arg("scaling"),
+           nb::arg("random").none() = nb::none())
       .def("attempt", &Kernel::attempt, nb::arg("rows"), nb::arg("weights"), nb::arg("scales"),
            nb::arg("zero_points"), nb::arg("row_count"), nb::arg("length"), nb::arg("candidates"),
            nb::arg("out"), nb::arg("sums"), nb::arg("threads"));

@@ -197,6 +197,37 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
   return met;
 }
 
+// The gradients of learned step sizes, as quantize_scaled in scaling.py has them.
+template <class Lane>
+unsigned differentiate_lanes(const Job& job, int64_t begin, int64_t end) {
+  Buffers<Lane> buffers;
+  Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
+  const Gradients& wanted = job.gradients;
+  const Lane low = Lane(job.plan->low), high = Lane(job.plan->high);
+  const Lane *v = buffers.lanes, *q = buffers.results;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t count = std::min(block, end - from);
+    scales.fill(count);
+    scales.divide(static_cast<const Lane*>(job.in) + from, buffers.lanes, count);
+    round_block(job, from, count, v, buffers.results, &buffers.words);
+    const Lane* given = static_cast<const Lane*>(wanted.given) + from;
+    const auto write = [&](void* memory, const auto& factor) {
+      if (!memory) return;
+      Lane* out = static_cast<Lane*>(memory) + from;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const bool inside = (v[i] >= low) & (v[i] <= high);
+        out[i] = given[i] * factor(inside, v[i], q[i]);
+      }
+    };
+    const Lane beyond = wanted.clips ? Lane(0) : Lane(1);
+    write(wanted.x, [=](bool inside, Lane, Lane) { return inside ? Lane(1) : beyond; });
+    write(wanted.scale, [](bool inside, Lane v, Lane q) { return inside ? q - v : q; });
+    write(wanted.zero_point, [](bool inside, Lane, Lane) { return inside ? Lane(0) : Lane(1); });
+  }
+  return 0;
+}
+
 // For each candidate of each row, block by block: `take` gets what the block becomes.
 template <class Lane, class Take>
 void try_rows(const Trial& trial, int64_t begin_row, int64_t end_row, const Take& take) {
@@ -266,6 +297,7 @@ const Passes& FPFORMATS_PASSES(FPFORMATS_ISA)() {
       pass<quantize_lanes<float>, quantize_lanes<double>>,
       pass<encode_lanes<float>, encode_lanes<double>>,
       pass<decode_lanes<float>, decode_lanes<double>>,
+      pass<differentiate_lanes<float>, differentiate_lanes<double>>,
       attempt<errors_of_rows<float>, errors_of_rows<double>>,
       attempt<sums_of_rows<float>, sums_of_rows<double>>,
   };

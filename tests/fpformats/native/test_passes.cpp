@@ -120,6 +120,28 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
   return std::vector<char>(out.begin, out.begin + out_bytes);
 }
 
+// Bits 0 to 2 of `wanted` are the gradients of x, scale and zero point; bit 3 clips.
+std::vector<char> gradients_of(const Passes& passes, Carrier carrier, int64_t count, int wanted,
+                               int threads) {
+  const Plan plan = e2m1(Mode::nearest_ties_to_even, true);
+  const size_t width = bytes_of(carrier), size = width * size_t(count);
+  Memory in(size, width), given(size, 0), out(3 * size, width);
+  fill(in.begin, count, carrier);
+  fill(given.begin, count, carrier);
+  std::memset(out.begin, 0, 3 * size);
+  const double wide[] = {0.25, 1.5, 4}, zeros[] = {-1, 0, 0.5};
+  const float narrow[] = {0.25f, 1.5f, 4}, narrow_zeros[] = {-1, 0, 0.5f};
+  Job job{};
+  job.plan = &plan, job.in = in.begin, job.count = count, job.carrier = carrier;
+  job.layout = {12, 5, 0}, job.random = {nullptr, 0, 32};
+  job.scales = width == 8 ? (const void*)wide : narrow;
+  job.zero_points = width == 8 ? (const void*)zeros : narrow_zeros;
+  const auto target = [&](int i) { return wanted >> i & 1 ? out.begin + i * size : nullptr; };
+  job.gradients = {given.begin, target(0), target(1), target(2), bool(wanted & 8)};
+  run(passes.differentiate, job, threads);
+  return std::vector<char>(out.begin, out.begin + 3 * size);
+}
+
 void agree(const Case& c) {
   const auto all = available_passes();
   for (const char* pass : {"quantize", "encode", "decode"}) {
@@ -128,6 +150,24 @@ void agree(const Case& c) {
     const auto expected = outcome(baseline_passes(), single, pass);
     for (const Passes* passes : all)
       expect(outcome(*passes, c, pass) == expected, describe(c, passes->name, pass));
+  }
+}
+
+// Each gradient alone and all together, clipped or not, on memory of exactly their size.
+void gradients_agree() {
+  for (const Carrier carrier : {Carrier::float32, Carrier::float64}) {
+    for (const int64_t count : {0, 1, 17, 1023, 1025, 2500}) {
+      for (int wanted = 1; wanted < 16; ++wanted) {
+        std::vector<char> expected;
+        for (const int threads : {1, 3}) {
+          for (const Passes* passes : available_passes()) {
+            const std::vector<char> found = gradients_of(*passes, carrier, count, wanted, threads);
+            if (expected.empty()) expected = found;
+            expect(found == expected, std::string("gradients by ") + passes->name);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -166,6 +206,7 @@ int main() {
     }
   }
   in_place_and_words();
+  gradients_agree();
   std::printf("%d failures\n", failures);
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }
