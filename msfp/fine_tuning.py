@@ -87,8 +87,12 @@ def finetune(
     if teacher is not None or config.student_every or not config.cache_teacher:
         _check_teacher(material)
     # Made before the denoiser is changed, because it can refuse the precision or the logs.
-    accelerator(trajectories.samples.device, config.precision, material.tensorboard)
+    processes = accelerator(
+        trajectories.samples.device, config.precision, material.tensorboard
+    ).num_processes
     add_hubs(denoiser, config, trajectories.timesteps)
+    if config.shard and processes > 1:
+        material.teacher.shard()
     trainer = Trainer(denoiser, material, config)
     if resume:
         trainer.resume()

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from msfp.errors import InputError
 from msfp.layer_formats import LayerFormats
@@ -100,7 +101,12 @@ class OpenLayer(QuantizedLayer):
 
     @torch.no_grad()
     def seal(self) -> SealedLayer:
-        """Return the sealed layer of the same outputs, with an entry for each of the hub."""
+        """Return the sealed layer of the same outputs, with an entry for each of the hub.
+
+        A weight that processes share out is gathered for good.
+        """
+        if parametrize.is_parametrized(self, "weight"):
+            parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
         count = 1 if self.hub is None else len(self.hub.up)
         weights = [self.merged_weight(entry) for entry in range(count)]
         layer = adopt(type(self), self)

@@ -86,6 +86,7 @@ def _add_training(finetune: argparse.ArgumentParser) -> None:
             f"--{name}", choices=choices, default=choices[0], help=f"{text} ({choices[0]})"
         )
     group.add_argument("--checkpointing", action="store_true", help="save memory, cost time")
+    group.add_argument("--shard", action="store_true", help="divide frozen weights among processes")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -153,6 +154,7 @@ def _config(arguments: argparse.Namespace) -> FinetuneConfig:
         ema=arguments.ema,
         precision=arguments.precision,
         checkpointing=arguments.checkpointing,
+        shard=arguments.shard,
         student_every=arguments.student_every,
         evaluate_every=arguments.evaluate_every,
         patience=arguments.patience,

@@ -72,6 +72,8 @@ class FinetuneConfig:
         ema: Decay of the moving average of what is trained, which then is the result; 0 for none.
         precision: Mixed precision of forwards: "no", "fp16" or "bf16".
         checkpointing: Compute activations again in the backward pass, to save memory.
+        shard: Leave each of several processes its part of the full-precision weights; a layer's is
+            gathered while it computes.
         cache_teacher: Train towards the recorded predictions; False asks the full-precision
             denoiser again at each step.
         student_every: Steps after which the student's own path is recorded anew; every other step
@@ -107,6 +109,7 @@ class FinetuneConfig:
     ema: float = 0.0
     precision: Precision = "no"
     checkpointing: bool = False
+    shard: bool = False
     cache_teacher: bool = True
     student_every: int = 0
     evaluate_every: int = 0

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import DistributedType, is_tensorboard_available
 from torch import nn
 
 from msfp.errors import InputError
 from msfp.training.config import Precision
 
 _MAKING = threading.Lock()
+WRAPPERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to run that put the denoiser into a module of their own."""
 
 
 def accelerator(
@@ -33,7 +35,8 @@ def accelerator(
         tensorboard: A folder to log to, or None.
 
     Raises:
-        InputError: If the process has one of another precision, or tensorboard is not installed.
+        InputError: If the process has one of another precision or one that wraps the denoiser, or
+            tensorboard is not installed.
     """
     if tensorboard is not None and not is_tensorboard_available():
         raise InputError("tensorboard must be installed where its logs are asked for")
@@ -44,12 +47,18 @@ def accelerator(
                 f"precision must be {AcceleratorState().mixed_precision!r}, as that of the "
                 f"Accelerator that this process has, not {precision!r}"
             )
-        return Accelerator(
+        found = Accelerator(
             mixed_precision=precision,
             cpu=device.type == "cpu",
             log_with=None if tensorboard is None else "tensorboard",
             project_dir=tensorboard,
         )
+        if found.distributed_type in WRAPPERS:
+            raise InputError(
+                f"accelerate must be launched without {found.distributed_type.value}, which "
+                "wraps what is trained: shard=True (--shard) divides the weights among processes"
+            )
+        return found
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

@@ -13,6 +13,7 @@ from msfp.attention import AttentionProducts
 from msfp.errors import InputError
 from msfp.open_layers import OpenLayer
 from msfp.talora import RouterHook
+from msfp.training.sharding import shard_weights
 from msfp.trajectories import Trajectories
 
 
@@ -51,6 +52,12 @@ class Teacher:
         for name in names:
             if name not in self._kept and not set(name.split(".")) & set(new_parts):
                 self._kept[name] = parameters[name].detach().clone()
+
+    def shard(self) -> None:
+        """Leave each process its part of the weights, those of the original that differ too."""
+        for name, (part, gathered) in shard_weights(self.denoiser).items():
+            if name in self._kept:
+                self._kept[part] = gathered.right_inverse(self._kept.pop(name))
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:

@@ -266,10 +266,14 @@ class Trainer:
         current = self.state.current()
         self.state.put(current)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.config.shard:  # who gathers weights must not be alone
+            process, processes = 0, 1
         steps = range(process, len(held_out.timesteps), processes)
         with self.accelerator.autocast():
             error = self.objective.held_out_error(self.denoiser, held_out, self.config.batch, steps)
-        error = summed(error, self.accelerator) / len(held_out.timesteps)
+        if processes > 1:
+            error = summed(error, self.accelerator)
+        error /= len(held_out.timesteps)
         self.state.put(before)
         self.state.history.errors[step] = error
         if self.state.history.best == step:

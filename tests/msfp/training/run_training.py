@@ -46,6 +46,28 @@ def plain(folder, student, path):
     save_file(tensors, folder / "trained.safetensors")
 
 
+def sharded(folder, full, student, path, held_out):
+    """As a whole, by a teacher of its own, with what a process holds in the middle of it."""
+    for parameter in student.unet.parameters():  # as refinement changes weights
+        parameter.data.mul_(1.001)
+    steps = {"steps": 3, "hub": 2, "cache_teacher": False, "checkpointing": True}
+    config = FinetuneConfig(
+        **SHORT | steps, evaluate_every=1, shard="--shard" in sys.argv, rates={"norms": 0.0}
+    )
+    held = []
+
+    def count(_status):
+        frozen = [p.numel() for p in student.unet.parameters() if not p.requires_grad]
+        held.append(sum(frozen))
+
+    history = finetune(
+        student.unet, path, config, held_out=held_out, teacher=full.unet, progress=count
+    )
+    save_file(student.unet.state_dict(), folder / "final.safetensors")
+    errors = torch.tensor([*history.errors.values()], dtype=torch.float64)
+    save_file({"errors": errors, "held": torch.tensor(held)}, folder / "facts.safetensors")
+
+
 def main():
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -57,6 +79,9 @@ def main():
         plain(folder, student, path)
         return
     held_out = record_trajectories(full, SAMPLER.calls(4, seed=77))
+    if "--teacher" in sys.argv:
+        sharded(folder, full, student, path, held_out)
+        return
     everything(folder, student, path, held_out, denoising_factors(full.scheduler, 4))
 
 

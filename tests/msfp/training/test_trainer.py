@@ -84,25 +84,47 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
+def pair(tmp_path, name, *arguments):
+    """Two processes that train together, and their folders."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    two = [
-        script(tmp_path / f"two{rank}", "--plain", RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(2)
+    folders = [tmp_path / f"{name}{rank}" for rank in range(2)]
+    processes = [
+        script(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, folder in enumerate(folders)
     ]
-    one = script(tmp_path / "one", "--plain")
-    for process in (*two, one):
+    for process in processes:
         finished(process)
+    return folders
+
+
+def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
+    folders = pair(tmp_path, "two", "--plain")
+    finished(script(tmp_path / "one", "--plain"))
     alone = load_file(tmp_path / "one" / "trained.safetensors")
-    first, second = (load_file(tmp_path / f"two{rank}" / "trained.safetensors") for rank in (0, 1))
+    first, second = (load_file(folder / "trained.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
     # After a few steps; Adam makes large what is nearly nothing in a gradient of zero.
     for name, value in alone.items():
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path):
+    """To the last bit, with half of the frozen weights each."""
+    whole, parts = (
+        pair(tmp_path, name, "--teacher", *more) for name, more in (("w", ()), ("p", ("--shard",)))
+    )
+    facts = [load_file(folder / "facts.safetensors") for folder in (*whole, *parts)]
+    assert facts[2]["held"].unique().numel() == 1
+    assert facts[2]["held"][0] < 0.55 * facts[0]["held"][0]
+    for one, other in zip(whole, parts, strict=True):
+        expected, found = (load_file(folder / "final.safetensors") for folder in (one, other))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    torch.testing.assert_close(facts[2]["errors"], facts[0]["errors"], rtol=1e-6, atol=0)
 
 
 def test_a_batch_in_parts_is_that_batch(student, path):

@@ -1,0 +1,56 @@
+"""Frozen weights shared out among processes, each of which holds a part and gathers the rest.
+
+What is trained stays whole everywhere: it is small. A weight is whole while its layer computes, so
+with activations that are computed again in the backward pass no process holds two at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed, nn
+from torch.nn.utils import parametrize
+
+from msfp.open_layers import open_layers
+
+
+class Gathered(nn.Module):
+    """A parametrization that makes a weight of the parts that the processes hold.
+
+    Args:
+        shape: Shape of the weight.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the weight; every process has to ask for it."""
+        whole = part.new_empty(distributed.get_world_size() * len(part))
+        distributed.all_gather_into_tensor(whole, part)
+        return whole[: self.shape.numel()].view(self.shape)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a weight, padded to the length of all others."""
+        size = -(-weight.numel() // distributed.get_world_size())
+        part = weight.new_zeros(size)
+        own = weight.flatten()[size * distributed.get_rank() :][:size]
+        part[: len(own)] = own
+        return part
+
+
+def shard_weights(denoiser: nn.Module) -> dict[str, tuple[str, Gathered]]:
+    """Leave each process its part of the weight of every open layer.
+
+    Args:
+        denoiser: Quantized and open; changed in place.
+
+    Returns:
+        By the name of each weight, the name of its part and what divides it.
+    """
+    shards = {}
+    for name, layer in open_layers(denoiser).items():
+        gathered = Gathered(layer.weight.shape)
+        parametrize.register_parametrization(layer, "weight", gathered, unsafe=True)
+        shards[f"{name}.weight"] = (f"{name}.parametrizations.weight.original", gathered)
+    return shards
