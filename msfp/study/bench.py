@@ -27,6 +27,7 @@ from msfp.fine_tuning import finetune
 from msfp.observation import calibrate
 from msfp.open_layers import open_layers
 from msfp.quantization import quantize, seal
+from msfp.sampling import PipelineCall
 from msfp.study.ladder import FULL_PRECISION, Row
 from msfp.study.store import Record
 from msfp.study.subjects import SUBJECTS, full_precision
@@ -73,15 +74,16 @@ class Bench:
     @functools.cached_property
     def training(self) -> Trajectories:
         """Trajectories to fine-tune on."""
-        return self._recorded(self.settings.trajectories, self._noise(2))
+        return record_trajectories(self._open(), self._training_calls())
+
+    def _training_calls(self) -> list[PipelineCall]:
+        return self.sampler.calls(self.settings.trajectories, self._noise(2))
 
     @functools.cached_property
     def held_out(self) -> Trajectories:
         """Trajectories to measure on."""
-        return self._recorded(self.settings.held_out, self._noise(3))
-
-    def _recorded(self, count: int, seed: int) -> Trajectories:
-        return record_trajectories(self._open(), self.sampler.calls(count, seed))
+        calls = self.sampler.calls(self.settings.held_out, self._noise(3))
+        return record_trajectories(self._open(), calls)
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
@@ -125,7 +127,10 @@ class Bench:
         quantized = time.process_time()
         if tuning is not None:
             factors = denoising_factors(pipe.scheduler, self.steps)
-            finetune(denoiser, trajectories, tuning, factors=factors)
+            finetune(
+                denoiser, trajectories, tuning, factors=factors,
+                own_path=lambda: record_trajectories(pipe, self._training_calls()),
+            )  # fmt: skip
         elif open_layers(denoiser):
             seal(denoiser)
         return quantized - started, time.process_time() - quantized

@@ -110,6 +110,31 @@ _LADDER = (
         TWO_HUBS | {"denoising_power": 2.0},
         against="dfa-1",
     ),
+    Recipe("svd-lora", "mixup + LoRA, from the SVD", PLAIN, TUNED | {"initial": "svd"}, "lora"),
+    Recipe("own-path-lora", "mixup + LoRA, own path", PLAIN, TUNED | {"student_every": 40}, "lora"),
+    Recipe(
+        "annealed-talora-2",
+        "mixup + TALoRA, h = 2, annealed",
+        PLAIN,
+        TWO_HUBS | {"temperature": (4.0, 0.25)},
+        against="talora-2",
+    ),
+    Recipe("narrow-lora", "mixup + LoRA of rank 2", PLAIN, TUNED | {"rank": 2}, against="lora"),
+    Recipe(
+        "narrow-talora-2",
+        "mixup + TALoRA of rank 2, h = 2",
+        PLAIN,
+        TWO_HUBS | {"rank": 2},
+        against="narrow-lora",
+    ),
+    Recipe("long-lora", "mixup + LoRA, 640 steps", PLAIN, {"steps": 640}, against="lora"),
+    Recipe(
+        "long-talora-2",
+        "mixup + TALoRA, h = 2, 640 steps",
+        PLAIN,
+        {"steps": 640, "hub": 2},
+        against="long-lora",
+    ),
     Recipe("matched-lora", "matched + LoRA", _refined(), TUNED, against="lora"),
     Recipe(
         "split-lora", "split + LoRA", _refined(split_inputs=True), TUNED, against="matched-lora"
@@ -126,6 +151,7 @@ RECIPES = {recipe.name: recipe for recipe in _LADDER}
 """The ladder: every recipe by name, each step after those that it builds on."""
 
 BITS: dict[str, dict[str, Any]] = {
+    "W2A4": {"weights": 2, "activations": 4, "first_last": 8},
     "W3A4": {"weights": 3, "activations": 4, "first_last": 8},
     "W4A4-all": {"weights": 4, "activations": 4, "first_last": 4},
     "W4A4-x8": {"weights": 4, "activations": 4, "first_last": 4},

@@ -13,6 +13,7 @@ from msfp.study.bench import Bench
 from msfp.study.ladder import Row, ladder
 from msfp.study.store import Record, Store
 from msfp.study.subjects import SUBJECTS, model_folder
+from msfp.training.config import FinetuneConfig
 
 SHOWN = 12
 """Images of a row that are kept, where its seed is 0."""
@@ -52,9 +53,11 @@ def _is_of(record: Record | None, row: Row) -> bool:
     asked = {
         "settings": asdict(subject.settings),
         "quantization": None if quantization is None else quantization.to_dict(),
-        "finetune": None if tuning is None else tuning.to_dict(),
     }
-    return all(record[key] == _plain(value) for key, value in asked.items())
+    found = record["finetune"]
+    # Fields that came later have their defaults.
+    same_tuning = tuning == (None if found is None else FinetuneConfig(**found))
+    return same_tuning and all(record[key] == _plain(value) for key, value in asked.items())
 
 
 def _plain(value: object) -> object:

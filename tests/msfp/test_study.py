@@ -154,6 +154,19 @@ def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("small")
+def test_a_record_without_a_setting_that_came_later_still_counts(tmp_path):
+    asked = row("dfa-1")
+    made, _ = Bench(asked, None).run(asked)
+    del made["finetune"]["shard"]
+    store = Store(tmp_path)
+    store.append(made)
+    assert missing_rows([asked], store) == []
+    made["finetune"]["rank"] = 3
+    store.append(made)
+    assert missing_rows([asked], store) == [asked]
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("sampler", ["plms", "dpm++"])
 def test_every_sampler_is_followed(sampler):
     asked = dataclasses.replace(row("int-minmax", steps=4), sampler=sampler)
