@@ -151,7 +151,7 @@ RECIPES = {recipe.name: recipe for recipe in _LADDER}
 """The ladder: every recipe by name, each step after those that it builds on."""
 
 BITS: dict[str, dict[str, Any]] = {
-    "W2A4": {"weights": 2, "activations": 4, "first_last": 8},
+    "W3A3": {"weights": 3, "activations": 3, "first_last": 8},
     "W3A4": {"weights": 3, "activations": 4, "first_last": 8},
     "W4A4-all": {"weights": 4, "activations": 4, "first_last": 4},
     "W4A4-x8": {"weights": 4, "activations": 4, "first_last": 4},
