@@ -51,9 +51,7 @@ class Bench:
         self.subject = SUBJECTS[row.model]
         self.settings = self.subject.settings
         self.sampler = self.subject.sampler(row.steps)
-        self._open = functools.partial(
-            full_precision, row.model, row.training, trained, row.sampler
-        )
+        self.open = functools.partial(full_precision, row.model, row.training, trained, row.sampler)
 
     @staticmethod
     def key(row: Row) -> tuple[Any, ...]:
@@ -67,14 +65,12 @@ class Bench:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What the layers of the full-precision model read."""
-        return calibrate(
-            self._open(), self.sampler.calls(self.settings.calibration, self._noise(1))
-        )
+        return calibrate(self.open(), self.sampler.calls(self.settings.calibration, self._noise(1)))
 
     @functools.cached_property
     def training(self) -> Trajectories:
         """Trajectories to fine-tune on."""
-        return record_trajectories(self._open(), self._training_calls())
+        return record_trajectories(self.open(), self._training_calls())
 
     def _training_calls(self) -> list[PipelineCall]:
         return self.sampler.calls(self.settings.trajectories, self._noise(2))
@@ -83,12 +79,12 @@ class Bench:
     def held_out(self) -> Trajectories:
         """Trajectories to measure on."""
         calls = self.sampler.calls(self.settings.held_out, self._noise(3))
-        return record_trajectories(self._open(), calls)
+        return record_trajectories(self.open(), calls)
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
         """The images of the full-precision model, from the noise that every row's start from."""
-        return self.images(self._open())
+        return self.images(self.open())
 
     def images(self, pipe: DiffusionPipeline) -> torch.Tensor:
         """Return the images of a pipeline."""
@@ -96,7 +92,7 @@ class Bench:
 
     def run(self, row: Row) -> tuple[Record, torch.Tensor]:
         """Quantize, fine-tune and measure as a row asks; return its record and its images."""
-        pipe = self._open()
+        pipe = self.open()
         quantizing, tuning = self._prepare(pipe, row)
         images = self.reference if row.recipe == FULL_PRECISION else self.images(pipe)
         quantization, tune = row.quantization(), self.subject.finetune(row)

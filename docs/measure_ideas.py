@@ -1,0 +1,172 @@
+"""Measure two ideas for fine-tuning that were not kept, on a reference model.
+
+python docs/measure_ideas.py [digits-ddpm | digits-dit | colour-ddpm] [--matching]
+
+Scales of inputs that follow time: what the rounding error of the inputs would be if every sampler
+step had the best scale and zero point of its own, against one best pair for all. No function of
+time can do better.
+
+Matching where the path leads (--matching): the loss is the distance from the full-precision path
+after several steps of the quantized one, through which gradients flow, at as many evaluations of
+the denoiser as one step takes otherwise.
+"""
+
+import argparse
+import statistics
+
+import torch
+from torch import nn
+
+from fpformats import quantize_scaled
+from msfp.denoiser import denoiser_of
+from msfp.dfa import denoising_factors
+from msfp.evaluate import noise_errors, paired_psnr
+from msfp.open_layers import OpenLayer, open_layers
+from msfp.quantization import quantize, seal
+from msfp.study.bench import Bench
+from msfp.study.ladder import Row
+from msfp.training.config import FinetuneConfig
+from msfp.training.objective import Objective, Predict
+from msfp.training.parameters import add_hubs
+from msfp.training.teacher import Teacher
+from msfp.training.trainer import Material, Trainer
+from msfp.trajectories import Trajectories
+
+SCALES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
+ZERO_POINTS = (0.5, 0.75, 1.0, 1.25, 1.5)
+ROWS = 32
+NUMBERS = 20_000
+"""Numbers of a layer's input at a step, at most, whose error is measured."""
+AHEAD = 4
+"""Sampler steps that the path is followed for."""
+
+
+def inputs_by_step(denoiser: nn.Module, path: Trajectories) -> dict[str, list[torch.Tensor]]:
+    """Return what each layer reads in full precision at each sampler step, a random part of it."""
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
+        inputs.setdefault(name, []).append(x.flatten()[order[:NUMBERS]])
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        for name, layer in open_layers(denoiser).items()
+    ]
+    rows = torch.arange(ROWS)
+    with Teacher(denoiser).active():
+        for step in range(len(path.timesteps)):
+            path.predict(denoiser, torch.full_like(rows, step), rows)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def errors(layer: OpenLayer, x: torch.Tensor) -> list[float]:
+    """Return the squared errors of an input by every scale and zero point that is tried."""
+    quantizer = layer.input_quantizer
+    scale, zero = quantizer.scale.detach(), quantizer.zero_point
+    pairs = [
+        (scale * a, None if zero is None else zero.detach() * b)
+        for a in SCALES
+        for b in (ZERO_POINTS if zero is not None else (1.0,))
+    ]
+    return [
+        (quantize_scaled(x, quantizer.format, s, z) - x).square().mean().item() for s, z in pairs
+    ]
+
+
+def time_dependent_scales(row: Row, bench: Bench) -> None:
+    """Print the errors of inputs with the best scales of each step, relative to one for all."""
+    pipe = bench.open()
+    quantize(pipe, row.quantization(), calibration=bench.calibration)
+    denoiser = denoiser_of(pipe)
+    inputs, by_step, by_quarter, weights = inputs_by_step(denoiser, bench.held_out), [], [], []
+    for name, layer in open_layers(denoiser).items():
+        quantizer = layer.input_quantizer
+        if quantizer is None or quantizer.format.bits > row.quantization().activations:
+            continue
+        if quantizer.scale.dim():
+            continue  # has a scale for each channel
+        found = torch.tensor([errors(layer, x) for x in inputs[name]])
+        one = found.mean(0).min()
+        by_step.append((found.min(1).values.mean() / one).item())
+        quarters = [part.mean(0).min().item() for part in found.chunk(4)]
+        by_quarter.append(statistics.mean(quarters) / one.item())
+        power = statistics.mean(x.square().mean().item() for x in inputs[name])
+        weights.append(one.item() / power)
+    for label, ratios in (("quarter of the steps", by_quarter), ("step", by_step)):
+        mean = statistics.fmean(ratios, weights)
+        print(f"{row.model}: own scales for each {label}: {mean:.3f} of the error of the inputs")
+
+
+class PathObjective(Objective):
+    """The squared distance from the full-precision path some DDIM steps on."""
+
+    def __init__(self, steps: int, scheduler: object) -> None:
+        super().__init__(torch.ones(steps))
+        factors = denoising_factors(scheduler, steps)
+        self.slopes = torch.tensor([factors[t.item()] for t in scheduler.timesteps])
+        alphas = scheduler.alphas_cumprod[scheduler.timesteps].sqrt()
+        after = torch.cat([alphas[1:], scheduler.final_alpha_cumprod.sqrt()[None]])
+        self.keeps = after / alphas
+
+    def moved(self, step: torch.Tensor, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return the sampler's next samples."""
+        shape = (-1, *(1,) * (x.dim() - 1))
+        return self.keeps[step].view(shape) * x + self.slopes[step].view(shape) * noise
+
+    def errors(
+        self,
+        denoiser: nn.Module,
+        path: Trajectories,
+        targets: Predict,
+        step: torch.Tensor,
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the distance of each sample, in units of what one step's error makes of it."""
+        step = step.clamp(max=len(path.timesteps) - AHEAD)
+        x = path.samples[step, sample]
+        for ahead in range(AHEAD):
+            now = step + ahead
+            noise = denoiser(x, path.timesteps[now]).sample
+            x = self.moved(now, x, noise)
+        last = step + AHEAD - 1
+        wanted = self.moved(last, path.samples[last, sample], targets(last, sample))
+        scale = sum(self.slopes[step + ahead].square() for ahead in range(AHEAD))
+        return (x - wanted).square().flatten(1).mean(dim=1) / scale
+
+
+def path_matching(row: Row, bench: Bench) -> None:
+    """Print what training by the path gives."""
+    pipe = bench.open()
+    quantize(pipe, row.quantization(), calibration=bench.calibration)
+    denoiser, path = denoiser_of(pipe), bench.training
+    config = FinetuneConfig(steps=160, batch=32 // AHEAD, seed=row.seed)
+    pipe.scheduler.set_timesteps(row.steps)
+    objective = PathObjective(row.steps, pipe.scheduler)
+    material = Material(path, objective, Teacher(denoiser))
+    add_hubs(denoiser, config, path.timesteps)
+    Trainer(denoiser, material, config).run()
+    seal(denoiser)
+    error = statistics.mean(noise_errors(denoiser, bench.held_out))
+    psnr = paired_psnr(bench.images(pipe), bench.reference)
+    print(f"seed {row.seed}, path of {AHEAD} steps: error {error:.5f}, PSNR {psnr:.1f} dB")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="digits-ddpm")
+    parser.add_argument("--matching", action="store_true", help="train, for minutes")
+    arguments = parser.parse_args()
+    row = Row(arguments.model, 0, "ddim", 20, 0, "W4A4", "mixup")
+    time_dependent_scales(row, Bench(row, None))
+    if arguments.matching:
+        for seed in range(3):
+            row = Row("digits-ddpm", 0, "ddim", 20, seed, "W4A4", "mixup")
+            path_matching(row, Bench(row, None))
+
+
+if __name__ == "__main__":
+    main()
