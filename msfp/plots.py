@@ -214,7 +214,7 @@ def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> F
     )
     axes.set_xticks(range(0, len(timesteps), 2), [f"{t:g}" for t in timesteps[::2]])
     axes.set_xlabel("timestep t")
-    axes.set_ylabel("layer, from input to output")
+    axes.set_ylabel("layer, in the order of definition")
     picture.colorbar(image, ax=axes, ticks=range(entries), label="LoRA chosen")
     return picture
 
