@@ -89,12 +89,19 @@ class Group:
         total: float = sum(record["seconds"][stage] for record in records)
         return total / len(records)
 
+    def against(self, recipe: str) -> str | None:
+        """Return the nearest that was run of the recipes that one builds on, or None."""
+        found = RECIPES[recipe].against
+        while found is not None and found not in self.by_recipe:
+            found = RECIPES[found].against
+        return found
+
     def tested(self, measure: str) -> dict[str, Difference]:
         """Compare every recipe with the one that it builds on, seeds in pairs."""
         pairs = {}
         for recipe in self.quantized():
-            against = RECIPES[recipe].against
-            if against in self.by_recipe:
+            against = self.against(recipe)
+            if against is not None:
                 first, second = self.values(against, measure), self.values(recipe, measure)
                 both = sorted(first.keys() & second.keys())
                 pairs[recipe] = [
@@ -164,7 +171,7 @@ def tests_table(group: Group) -> str:
     rows = [
         [
             RECIPES[recipe].label,
-            RECIPES[RECIPES[recipe].against or ""].label,
+            RECIPES[group.against(recipe) or ""].label,
             verdict(error[recipe], "noise_error"),
             verdict(psnr.get(recipe), "psnr"),
         ]
@@ -214,6 +221,22 @@ def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> st
         for recipe in recipes
     ]
     return markdown_table(["recipe", *groups], rows)
+
+
+def settings_tests(groups: Mapping[str, Group], measure: str) -> str:
+    """Return a table of what recipes change against those that they build on, settings across."""
+    rows: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for setting, group in groups.items():
+        for recipe, difference in group.tested(measure).items():
+            if difference.p is not None:
+                pair = recipe, group.against(recipe) or ""
+                rows[pair][setting] = verdict(difference, measure)
+    cells = [
+        [RECIPES[recipe].label, RECIPES[against].label]
+        + [found.get(setting, "") for setting in groups]
+        for (recipe, against), found in rows.items()
+    ]
+    return markdown_table(["recipe", "against", *groups], cells)
 
 
 class Page:
@@ -367,6 +390,9 @@ def _add_settings(
     page.add(settings_table(present, "psnr", 1))
     page.add("Noise error:\n")
     page.add(settings_table(present, "noise_error", 2))
+    page.add("Each against the recipe that it builds on, noise error and PSNR:\n")
+    page.add(settings_tests(present, "noise_error"))
+    page.add(settings_tests(present, "psnr"))
     series: dict[str, dict[str, Mean]] = defaultdict(dict)
     for name, group in present.items():
         for recipe in group.quantized():
