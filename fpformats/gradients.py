@@ -103,7 +103,11 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, step: Step
     ) -> Tensor:
-        ctx.save_for_backward(x, *step.scales[:2])
+        # Copies, because scales may be trained before the backward pass; random words are refused
+        # if they have changed by then, as `x` is.
+        scales = (given if given is None else given.clone() for given in step.scales[:2])
+        words = step.policy.random
+        ctx.save_for_backward(x, *scales, words if isinstance(words, Tensor) else None)
         ctx.step = step._replace(scales=step.scales._replace(scale=None, zero_point=None))
         ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
         result: Tensor = dispatch.quantize(x, step.fmt, step.grid, step.policy, step.scales)
@@ -112,7 +116,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        x, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point, _ = ctx.saved_tensors
         step = ctx.step._replace(
             scales=ctx.step.scales._replace(scale=scale, zero_point=zero_point)
         )
@@ -173,7 +177,7 @@ def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
 
 def _kernel_of(x: Tensor, step: Step) -> Any:
     """Return the compiled kernel that rounds a tensor and gives its gradients, or None."""
-    if x.dtype not in FUSED:
+    if x.dtype not in FUSED or torch._C._are_functorch_transforms_active():
         return None
     return fused.kernel_of(x, step.fmt, carrier_of(x), step.policy, step.scales)
 

@@ -52,7 +52,8 @@ def quantize_scaled(
 
     With v = (x - z) / s and q its rounded value, gradients of s * q + z are those of learned
     step sizes (LSQ, arXiv 1902.08153): where v is in the format's range, 1 for x, q - v for the
-    scale and 0 for the zero point; beyond it 1 (0 with `clip_gradient`), q and 1.
+    scale and 0 for the zero point; beyond it 1 (0 with `clip_gradient`), q and 1. The backward
+    pass may round once more: `x` must stay as it is until then.
 
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64. The two narrow ones

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -81,6 +82,11 @@ class OpenLayer(QuantizedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the quantized layer, or the plain one."""
+        # A weight that is made of parts is made once: all processes have to do so equally often.
+        with parametrize.cached() if parametrize.is_parametrized(self) else nullcontext():
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.quantizing:
             return super().forward(x)
         return super().add_branch(x, self.compute(x, self.weight, self.bias))
@@ -131,12 +137,12 @@ class OpenLayer(QuantizedLayer):
         """Return what the loss gains from each entry's correction, shape (batch, entries).
 
         That is the inner product of the output's gradient with the layer applied with the
-        correction alone. Its factors are shared out between the two sides, so that nothing is
-        computed that has the size of an output.
+        correction alone, in float32. Its factors are shared out between the two sides, so that but
+        for grouped convolutions nothing is computed that has the size of an output.
 
         Args:
             x: The rounded input.
-            grad: The gradient of the output.
+            grad: The gradient of the output, of any dtype.
         """
         if self.hub is None:
             raise ValueError("the layer has no hub")
@@ -144,11 +150,11 @@ class OpenLayer(QuantizedLayer):
         x, entries = x.to(grad.dtype), range(len(up))
         if self.groups_of_channels > 1:
             added = [self.low_rank(x, down[entry], up[entry]) for entry in entries]
-            return torch.stack([(y * grad).flatten(1).sum(1) for y in added], dim=1)
+            return torch.stack([(y.float() * grad).flatten(1).sum(1) for y in added], dim=1)
         inner = self.squeeze(x, down.flatten(0, 1))
         outer = self.mix(grad, up.mT.flatten(0, 1))
         channels = -1 if isinstance(self, nn.Linear) else 1
-        product = (inner * outer).movedim(channels, 1).unflatten(1, (len(up), -1))
+        product = (inner.float() * outer).movedim(channels, 1).unflatten(1, (len(up), -1))
         gained: torch.Tensor = product.flatten(2).sum(2)
         return gained
 
@@ -170,7 +176,7 @@ class _Choice(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.like = layer, choices
-        return y.view_as(y)
+        return y.clone()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

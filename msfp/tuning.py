@@ -131,6 +131,9 @@ class Tuning:
         reopen(denoiser, original)
         calls = self.sampler.calls(self.extent.trajectories, self.extent.seed)
         started = time.monotonic()
+        device = next(original.parameters()).device
+        if config.shard:  # a whole one beside the parts would be in their way
+            original.to("cpu")
         history = finetune(
             denoiser,
             self.path,
@@ -144,6 +147,7 @@ class Tuning:
             tensorboard=tensorboard,
             progress=progress,
         )
+        original.to(device)
         return pipe, history, (time.monotonic() - started) / 60
 
     def report(

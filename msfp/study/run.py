@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from msfp.errors import InputError
 from msfp.plots import save_image_grid
@@ -53,14 +54,15 @@ def _is_of(record: Record | None, row: Row) -> bool:
     asked = {
         "settings": asdict(subject.settings),
         "quantization": None if quantization is None else quantization.to_dict(),
+        "finetune": None if tuning is None else tuning.to_dict(),
     }
-    found = record["finetune"]
-    # Fields that came later have their defaults.
-    same_tuning = tuning == (None if found is None else FinetuneConfig(**found))
-    return same_tuning and all(record[key] == _plain(value) for key, value in asked.items())
+    found = dict(record)
+    if found["finetune"] is not None:  # fields that came later have their defaults
+        found["finetune"] = _plain(FinetuneConfig().to_dict()) | found["finetune"]
+    return all(found[key] == _plain(value) for key, value in asked.items())
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """Return a value as JSON gives it back: lists for tuples."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}

@@ -33,7 +33,8 @@ def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str |
 
         return look
 
-    parts = {part for layer in open_layers(denoiser).values() for part in layer.children()}
+    layers = open_layers(denoiser).values()
+    parts = {part for layer in layers for part in layer.modules() if part is not layer}
     handles = [
         module.register_forward_hook(watch(name))
         for name, module in denoiser.named_modules()

@@ -1,10 +1,13 @@
 """Frozen weights shared out among processes, each of which holds a part and gathers the rest.
 
-What is trained stays whole everywhere: it is small. A weight is whole while its layer computes, so
-with activations that are computed again in the backward pass no process holds two at once.
+What is trained stays whole everywhere: it is small. A weight is whole while its layer computes, and
+what autograd keeps of it until the backward pass, which with activations that are computed again
+is a block's at a time.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 from torch import distributed, nn
@@ -48,8 +51,11 @@ def shard_weights(denoiser: nn.Module) -> dict[str, tuple[str, Gathered]]:
     Returns:
         By the name of each weight, the name of its part and what divides it.
     """
-    shards = {}
-    for name, layer in open_layers(denoiser).items():
+    shards, layers = {}, open_layers(denoiser)
+    owners = Counter(id(layer.weight) for layer in layers.values())
+    for name, layer in layers.items():
+        if owners[id(layer.weight)] > 1:
+            continue  # one that layers share stays whole
         gathered = Gathered(layer.weight.shape)
         parametrize.register_parametrization(layer, "weight", gathered, unsafe=True)
         shards[f"{name}.weight"] = (f"{name}.parametrizations.weight.original", gathered)

@@ -106,9 +106,10 @@ class Trainer:
 
     def _run_facts(self) -> dict[str, Any]:
         """Return what makes a run another run, as JSON gives it back."""
-        path = self.material.path
+        path, config = self.material.path, self.config.to_dict()
+        del config["shard"]  # it has the same result
         return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in self.config.to_dict().items()},
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
             "timesteps": path.timesteps.tolist(),
             "shape": list(path.samples.shape),
         }
@@ -199,8 +200,8 @@ class Trainer:
             loss += part_loss.item()
             self.accelerator.backward(part_loss)
         loss = summed(loss, self.accelerator)
-        self._check_finite(loss, path, batch)
         sum_gradients(self.parameters.values(), self.accelerator)
+        self._check_finite(loss, path, batch)
         if self.config.clip is not None:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         self.optimizer.step()
@@ -266,14 +267,12 @@ class Trainer:
         current = self.state.current()
         self.state.put(current)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if self.config.shard:  # who gathers weights must not be alone
-            process, processes = 0, 1
-        steps = range(process, len(held_out.timesteps), processes)
+        # Who gathers weights must not be alone: then each process measures all.
+        times = processes if self.config.shard else 1
+        steps = range(0 if times > 1 else process, len(held_out.timesteps), processes // times)
         with self.accelerator.autocast():
             error = self.objective.held_out_error(self.denoiser, held_out, self.config.batch, steps)
-        if processes > 1:
-            error = summed(error, self.accelerator)
-        error /= len(held_out.timesteps)
+        error = summed(error, self.accelerator) / (times * len(held_out.timesteps))
         self.state.put(before)
         self.state.history.errors[step] = error
         if self.state.history.best == step:

@@ -194,6 +194,29 @@ def test_vmap_gives_the_same_gradients(name, clip):
         torch.testing.assert_close(ours.grad, theirs)
 
 
+def test_a_parameter_that_is_not_mapped_may_be_rounded_inside():
+    fmt, draw = parse("E2M1"), torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 4, generator=draw).requires_grad_()
+    rows = torch.randn(3, 4, generator=draw)
+    mapped = vmap(lambda row: quantize_scaled(weight, fmt, 0.5) @ row)(rows)
+    torch.testing.assert_close(mapped, rows @ quantize_scaled(weight, fmt, 0.5).T)
+
+
+def test_what_changes_before_the_backward_pass_is_kept_or_refused():
+    fmt, x = parse("E2M1"), X.clone().requires_grad_()
+    scale = torch.tensor(0.7, requires_grad=True)
+    (expected,) = torch.autograd.grad(quantize_scaled(x, fmt, scale).sum(), scale)
+    y = quantize_scaled(x, fmt, scale)
+    with torch.no_grad():
+        scale.mul_(3)
+    assert torch.equal(torch.autograd.grad(y.sum(), scale)[0], expected)
+    words = torch.arange(X.numel())
+    y = quantize_scaled(x, fmt, scale, rounding="StochasticA", random=words)
+    words.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_a_scale_alone_may_be_mapped():
     fmt, scales = parse("E2M1"), torch.rand(4) + 0.5
     mapped = vmap(lambda s: quantize_scaled(X, fmt, s, 0.1))(scales)

@@ -145,6 +145,21 @@ def test_the_router_and_the_chosen_adapters_learn(sample):
     assert denoiser.conv.hub.up.grad.abs().sum() > 0
 
 
+def test_the_gradient_of_a_choice_does_not_overflow_in_half_precision(sample):
+    layer, draw = Denoiser(entries=2).conv, torch.Generator().manual_seed(1)
+    grad = 1000 * torch.randn(6, 4, 4, 4, generator=draw)
+    wide, narrow = layer.gains(50 * sample, grad), layer.gains(50 * sample.half(), grad.half())
+    assert wide.abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(narrow, wide, rtol=1e-2, atol=1e3)
+
+
+def test_the_output_of_a_routed_layer_can_be_changed_in_place(sample):
+    denoiser = Denoiser(entries=2)
+    denoiser.conv.routing.update(denoiser.router, torch.tensor([100]))
+    denoiser.conv(sample).add_(1).sum().backward()
+    assert denoiser.router.mlp[2].weight.grad.any()
+
+
 def test_the_gradient_path_of_the_router_adds_nothing_to_the_output(sample):
     denoiser = Denoiser(entries=2)
     with_gradients = denoiser(sample, 100)

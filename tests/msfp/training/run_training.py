@@ -50,9 +50,14 @@ def sharded(folder, full, student, path, held_out):
     """As a whole, by a teacher of its own, with what a process holds in the middle of it."""
     for parameter in student.unet.parameters():  # as refinement changes weights
         parameter.data.mul_(1.001)
-    steps = {"steps": 3, "hub": 2, "cache_teacher": False, "checkpointing": True}
+    # Of three samples the processes get other timesteps, and so other LoRAs.
+    steps = {"steps": 3, "batch": 3, "hub": 2, "routing": "segments"}
+    ways = {"cache_teacher": False, "checkpointing": True, "student_every": 2}
     config = FinetuneConfig(
-        **SHORT | steps, evaluate_every=1, shard="--shard" in sys.argv, rates={"norms": 0.0}
+        **SHORT | steps | ways,
+        evaluate_every=1,
+        shard="--shard" in sys.argv,
+        rates={"norms": 0.0},
     )
     held = []
 
@@ -61,7 +66,13 @@ def sharded(folder, full, student, path, held_out):
         held.append(sum(frozen))
 
     history = finetune(
-        student.unet, path, config, held_out=held_out, teacher=full.unet, progress=count
+        student.unet,
+        path,
+        config,
+        held_out=held_out,
+        teacher=full.unet,
+        own_path=lambda: record_trajectories(student, SAMPLER.calls(8, seed=5)),
+        progress=count,
     )
     save_file(student.unet.state_dict(), folder / "final.safetensors")
     errors = torch.tensor([*history.errors.values()], dtype=torch.float64)

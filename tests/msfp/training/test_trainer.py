@@ -343,6 +343,16 @@ def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_
         tuned(student, path, FinetuneConfig(**SHORT), file=file, resume=True)
 
 
+def test_a_state_is_that_of_the_same_run_whether_weights_are_shared_out_or_not(
+    student, path, tmp_path
+):
+    file = tmp_path / "state.safetensors"
+    config = FinetuneConfig(**SHORT)
+    _, history = tuned(student, path, config, file=file)
+    _, resumed = tuned(student, path, replace(config, shard=True), file=file, resume=True)
+    assert resumed.losses == history.losses
+
+
 def test_progress_tells_step_loss_error_and_time_left(student, path, held_out):
     seen = []
     config = FinetuneConfig(**SHORT, evaluate_every=3)
