@@ -1,7 +1,7 @@
 """The small real diffusion models that ship with the package.
 
-Handwritten digits as a UNet and as a class-conditional transformer. `msfp.reference.train` trains
-them, and one of photographs in colour that does not ship.
+Handwritten digits as a UNet and as a class-conditional transformer, and crops of photographs in
+colour. `msfp.reference.train` trains them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from msfp.reference.classifier import ImageClassifier
 FOLDER = Path(str(files(__name__))) / "model"
 PIPELINE_FOLDER = FOLDER / "digits-ddpm"
 DIGITS_DIT_FOLDER = FOLDER / "digits-dit"
+COLOUR_FOLDER = FOLDER / "colour-ddpm"
 CLASSIFIER_FILE = FOLDER / "classifier.safetensors"
 PHOTOGRAPH_CLASSIFIER_FILE = FOLDER / "photograph-classifier.safetensors"
 QUALITY_FILE = FOLDER / "quality.json"
@@ -60,6 +61,17 @@ def digits_dit_pipeline(folder: Path = DIGITS_DIT_FOLDER) -> PixelDiTPipeline:
     pipe = PixelDiTPipeline(transformer.eval(), _ddim_scheduler(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def colour_pipeline(folder: Path = COLOUR_FOLDER) -> DDIMPipeline:
+    """Return the model of crops of photographs, which predicts velocities, with the same sampler.
+
+    Example:
+        >>> pipe = colour_pipeline()
+        >>> pipe(batch_size=1, num_inference_steps=2, output_type="np").images.shape
+        (1, 32, 32, 3)
+    """
+    return ddim_pipeline(folder)
 
 
 def _ddim_scheduler(folder: Path) -> DDIMScheduler:

@@ -14,6 +14,7 @@ from msfp.errors import InputError
 from msfp.features import Features
 from msfp.reference import (
     FOLDER,
+    colour_pipeline,
     ddim_pipeline,
     digit_features,
     digits_dit_pipeline,
@@ -112,7 +113,7 @@ SUBJECTS = {
     ),
     "colour-ddpm": Subject(
         "UNet with attention, crops of photographs",
-        ddim_pipeline,
+        colour_pipeline,
         _real_crops,
         photograph_features,
         Settings(images=128, calibration=32, trajectories=96, held_out=32, batch=32),

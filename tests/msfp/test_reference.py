@@ -8,7 +8,9 @@ from msfp.class_pipeline import PixelDiTPipeline
 from msfp.errors import InputError
 from msfp.evaluate import FrechetDistance, noise_errors
 from msfp.reference import (
+    COLOUR_FOLDER,
     PIPELINE_FOLDER,
+    colour_pipeline,
     digit_classifier,
     digit_features,
     digits_dit_pipeline,
@@ -45,6 +47,23 @@ def test_the_model_predicts_the_noise_in_real_digits(reference):
         noisy = reference.scheduler.add_noise(images[:64], noise, timestep)
         error = (reference.unet(noisy, timestep).sample - noise).square().mean()
     assert error < 0.05
+
+
+def test_the_model_of_photographs_predicts_velocities_of_crops_that_it_has_not_seen():
+    pipe = colour_pipeline()
+    size = sum(file.stat().st_size for file in COLOUR_FOLDER.rglob("*"))
+    assert size <= 20_000_000
+    assert 5_000_000 <= sum(p.numel() for p in pipe.unet.parameters()) <= 10_000_000
+    images = held_out_crops()[0][:64]
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=draw)
+    timestep = torch.full((64,), 500)
+    with torch.no_grad():
+        noisy = pipe.scheduler.add_noise(images, noise, timestep)
+        velocity = pipe.scheduler.get_velocity(images, noise, timestep)
+        error = (pipe.unet(noisy, timestep).sample - velocity).square().mean()
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert error < 0.1
 
 
 def test_the_classifier_reads_digits():

@@ -10,8 +10,8 @@ from msfp.cli import main
 from msfp.errors import InputError
 from msfp.study import run as study_run
 from msfp.study.bench import Bench
-from msfp.study.ladder import BITS, FULL_PRECISION, RECIPES, Row, ladder
-from msfp.study.render import Group, render, verdict
+from msfp.study.ladder import BITS, FULL_PRECISION, MODELS, RECIPES, Row, ladder
+from msfp.study.render import Group, render, settings_tests, verdict
 from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
 from msfp.study.statistics import compare, mean
 from msfp.study.store import Store
@@ -214,6 +214,20 @@ def test_a_better_recipe_is_named_and_an_equal_one_is_a_tie(tmp_path):
     assert verdict(same.tested("noise_error")["mixup"], "noise_error").startswith("tie (p =")
 
 
+def test_a_recipe_is_tested_against_the_nearest_that_was_run_of_those_it_builds_on():
+    records = [
+        record(name, seed, error + 1e-5 * seed**2)
+        for name, error in (("mixup", 0.004), ("branch-16", 0.0003))
+        for seed in range(3)
+    ]
+    group = Group(records)
+    assert (group.against("branch-16"), group.against("mixup")) == ("mixup", None)
+    lines = settings_tests({"W4A4": group, "W4A8": Group(records[:2])}, "noise_error").splitlines()
+    assert lines[0] == "| recipe | against | W4A4 | W4A8 |"
+    assert lines[2].startswith("| split + branch of rank 16 | mixup-sign FP | -92% (p")
+    assert len(lines) == 3
+
+
 def test_the_page_shows_every_plot_that_it_names(tmp_path):
     store = Store(tmp_path)
     for seed in range(3):
@@ -241,6 +255,7 @@ def test_models_that_are_not_there_are_left_out_unless_they_are_named(tmp_path, 
     listing = ["study", "--output", str(tmp_path / "study"), "--list"]
     assert main(listing) == 0
     models = {name.split("/")[0] for name in capsys.readouterr().out.split()}
-    assert models == {"digits-ddpm", "digits-dit"}
-    assert main([*listing[:-1], "--rows", "colour-ddpm/0/int-mse/*"]) == 2
+    assert models == set(MODELS)
+    untrained = ["--models", str(tmp_path), "--rows", "colour-ddpm/1/mixup/*"]
+    assert main([*listing[:-1], *untrained]) == 2
     assert "train it with" in capsys.readouterr().err
