@@ -1,14 +1,14 @@
 """Measure two ideas for fine-tuning that were not kept, on a reference model.
 
-python docs/measure_ideas.py [digits-ddpm | digits-dit | colour-ddpm] [--matching]
+python docs/measure_ideas.py [digits-ddpm | digits-dit | colour-ddpm] [--matching SEEDS]
 
 Scales of inputs that follow time: what the rounding error of the inputs would be if every sampler
 step had the best scale and zero point of its own, against one best pair for all. No function of
 time can do better.
 
-Matching where the path leads (--matching): the loss is the distance from the full-precision path
-after several steps of the quantized one, through which gradients flow, at as many evaluations of
-the denoiser as one step takes otherwise.
+Matching where the path leads (--matching, on the UNet of digits): the loss is the distance from the
+full-precision path after several steps of the quantized one, through which gradients flow, at as
+many evaluations of the denoiser as one step takes otherwise.
 """
 
 import argparse
@@ -158,14 +158,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="digits-ddpm")
-    parser.add_argument("--matching", action="store_true", help="train, for minutes")
+    parser.add_argument("--matching", type=int, default=0, help="how often to train, for minutes")
     arguments = parser.parse_args()
     row = Row(arguments.model, 0, "ddim", 20, 0, "W4A4", "mixup")
     time_dependent_scales(row, Bench(row, None))
-    if arguments.matching:
-        for seed in range(3):
-            row = Row("digits-ddpm", 0, "ddim", 20, seed, "W4A4", "mixup")
-            path_matching(row, Bench(row, None))
+    for seed in range(arguments.matching):
+        row = Row("digits-ddpm", 0, "ddim", 20, seed, "W4A4", "mixup")
+        path_matching(row, Bench(row, None))
 
 
 if __name__ == "__main__":
