@@ -73,6 +73,10 @@ def lines(
             label=label,
             color=colour,
         )
+    # The means rule the height: an interval of two or three seeds may be as wide as it likes.
+    heights = [mean.value for means in series.values() for mean in means.values()]
+    margin = 0.3 * (max(heights) - min(heights)) + 0.5
+    axes.set_ylim(min(heights) - margin, max(heights) + margin)
     axes.set_xticks(range(len(names)), names)
     axes.tick_params(axis="x", rotation=40 if len(names) > MANY else 0)
     axes.set_xlabel(xlabel)

@@ -399,7 +399,8 @@ def _add_settings(
             value = group.mean(recipe, "psnr")
             if value is not None:
                 series[RECIPES[recipe].label][name] = value
-    followed = {label: means for label, means in series.items() if len(means) > 1}
+    labels = [recipe.label for recipe in RECIPES.values()]
+    followed = {label: series[label] for label in labels if len(series[label]) > 1}
     page.add_plot(
         f"{model}-{axis}",
         lines(followed, list(present), "paired PSNR, dB", axis),
