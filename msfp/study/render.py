@@ -49,6 +49,8 @@ CURVES = (
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
 like all others, in `x8` their weights have 4 and their inputs 8.
 """
+LADDER_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
+"""What the ladder's own setting is called among others; its tests have a table of their own."""
 SCALE = 1000
 """Noise errors are shown in thousandths."""
 
@@ -391,8 +393,9 @@ def _add_settings(
     page.add("Noise error:\n")
     page.add(settings_table(present, "noise_error", 2))
     page.add("Each against the recipe that it builds on, noise error and PSNR:\n")
-    page.add(settings_tests(present, "noise_error"))
-    page.add(settings_tests(present, "psnr"))
+    others = {name: group for name, group in present.items() if name not in LADDER_NAMES}
+    page.add(settings_tests(others, "noise_error"))
+    page.add(settings_tests(others, "psnr"))
     series: dict[str, dict[str, Mean]] = defaultdict(dict)
     for name, group in present.items():
         for recipe in group.quantized():
