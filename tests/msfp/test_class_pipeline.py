@@ -2,6 +2,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, VQModel
@@ -96,7 +97,12 @@ def test_the_documented_conversion_gives_the_original_weights(tmp_path, monkeypa
     exec(code, {"torch": torch, "scheduler": latent_schedule(), **empty})  # noqa: S102
     converted = pipeline_class(Path("ldm-imagenet")).from_pretrained("ldm-imagenet")
     pipe = ClassConditionalLDMPipeline(autoencoder, unet, latent_schedule())
-    assert (images(converted) == images(pipe)).all()
+    for ours, theirs in ((converted.unet, unet), (converted.vqvae, autoencoder)):
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+    # Products of the last bit depend on where in memory the weights lie.
+    np.testing.assert_allclose(images(converted), images(pipe), atol=1e-5)
 
 
 def test_what_has_no_such_class_is_refused():

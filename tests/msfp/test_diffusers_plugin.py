@@ -221,12 +221,19 @@ def test_an_autoencoder_can_be_packed_as_well(tmp_path):
 def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path, family):
     denoiser = quantized(make(family), activations=None)
     before = call(denoiser)
+    weights = {name: layer.quantized_weight() for name, layer in sealed_layers(denoiser).items()}
     plain = denoiser.dequantize()
-    assert torch.equal(call(plain), before)
+    assert all(torch.equal(plain.get_submodule(n).weight, w) for n, w in weights.items())
+    torch.testing.assert_close(call(plain), before, rtol=1e-4, atol=1e-5)
     assert [type(m) for m in plain.modules()] == [type(m) for m in make(family).modules()]
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(call(type(plain).from_pretrained(tmp_path)), before)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    # Products of the last bit depend on where in memory the weights lie.
+    torch.testing.assert_close(call(loaded), before, rtol=1e-4, atol=1e-5)
 
 
 def test_dequantize_merges_branches_and_leaves_attention_as_it_was():
