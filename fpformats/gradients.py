@@ -101,7 +101,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, step: Step
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        step: Step,
+        kernel: Any,
     ) -> Tensor:
         # Copies, because scales may be trained before the backward pass; random words are refused
         # if they have changed by then, as `x` is.
@@ -109,8 +114,9 @@ class _Fused(torch.autograd.Function):
         words = step.policy.random
         ctx.save_for_backward(x, *scales, words if isinstance(words, Tensor) else None)
         ctx.step = step._replace(scales=step.scales._replace(scale=None, zero_point=None))
+        ctx.kernel = kernel
         ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
-        result: Tensor = dispatch.quantize(x, step.fmt, step.grid, step.policy, step.scales)
+        result: Tensor = fused.quantize(kernel, x.detach(), step.policy, step.scales)
         return result
 
     @staticmethod
@@ -121,15 +127,15 @@ class _Fused(torch.autograd.Function):
             scales=ctx.step.scales._replace(scale=scale, zero_point=zero_point)
         )
         needs = tuple(ctx.needs_input_grad[:3])
-        kernel = _kernel_of(x, step)
         # A gradient of the gradient is wanted where gradients are enabled here.
-        if kernel is None or torch.is_grad_enabled() or not is_plain_tensor(grad):
+        if torch.is_grad_enabled() or not is_plain_tensor(grad):
             factors = step.factors(*step.rounded(x), needs[1:])
-            return (*_multiplied(grad, factors, ctx.like, needs), None)
+            return (*_multiplied(grad, factors, ctx.like, needs), None, None)
         gradients = fused.differentiate(
-            kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
+            ctx.kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
         )
-        return (*(_reduced(*each) for each in zip(gradients, ctx.like, strict=True)), None)
+        reduced = (_reduced(*each) for each in zip(gradients, ctx.like, strict=True))
+        return (*reduced, None, None)
 
 
 _apply_fused: Callable[..., Tensor] = _Fused.apply
@@ -166,8 +172,8 @@ def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
         repeat(given, shape, block_size) if isinstance(given, Tensor) else None
         for given in (scale, zero_point)
     ]
-    if _kernel_of(x, step) is not None:
-        return _apply_fused(x, *learned, step)
+    if (kernel := _kernel_of(x, step)) is not None:
+        return _apply_fused(x, *learned, step, kernel)
     v, q = step.rounded(x)
     with quiet():
         y = narrowed(dispatch.rescaled(q.clone(), step.scales), x)
@@ -195,4 +201,5 @@ def _reduced(grad: Any, like: Any) -> Any:
     if grad is None:
         return None
     shape, dtype = like
-    return grad.sum_to_size(shape).to(dtype)
+    summed = grad if grad.shape == shape else grad.sum_to_size(shape)  # which takes its time
+    return summed.to(dtype)

@@ -74,6 +74,12 @@ class QuantizedLayer(nn.Module, ABC):
     def quantized_weight(self, entry: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the dequantized weight for an entry of the hub."""
 
+    def quantized_weights(
+        self, entries: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[torch.Tensor]:
+        """Return the dequantized weights for some entries of the hub."""
+        return [self.quantized_weight(entry, dtype) for entry in entries]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize the input and apply the layer, each sample with the weight it is routed to."""
         rounded = self.quantize_input(x)
@@ -93,20 +99,22 @@ class QuantizedLayer(nn.Module, ABC):
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,).
 
-        Samples that follow each other and have one entry are taken together.
+        Samples of one entry are taken together, in the order that they have.
         """
-        chosen, lengths = winners.unique_consecutive(return_counts=True)
+        chosen, counts = winners.unique_consecutive(return_counts=True)
         entries = chosen.tolist()
-        weights = {entry: self.quantized_weight(entry, x.dtype) for entry in set(entries)}
-        if len(entries) == 1:
-            return self.compute(x, weights[entries[0]], self.bias)
-        parts = x.split(lengths.tolist())
-        return torch.cat(
-            [
-                self.compute(part, weights[entry], self.bias)
-                for part, entry in zip(parts, entries, strict=True)
-            ]
-        )
+        used = sorted(set(entries))
+        weights = self.quantized_weights(used, x.dtype)
+        if len(used) == 1:
+            return self.compute(x, weights[0], self.bias)
+        lengths = counts.tolist()
+        parts: list[torch.Tensor] = [*x.split(lengths)]
+        for entry, weight in zip(used, weights, strict=True):
+            runs = [run for run, winner in enumerate(entries) if winner == entry]
+            y = self.compute(torch.cat([parts[run] for run in runs]), weight, self.bias)
+            for run, part in zip(runs, y.split([lengths[run] for run in runs]), strict=True):
+                parts[run] = part
+        return torch.cat(parts)
 
     def compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -72,6 +72,16 @@ class OpenLayer(QuantizedLayer):
         """Return the rounded weight for an entry of the hub, in a dtype or that of the weight."""
         weight: torch.Tensor = self.weight_quantizer(self.merged_weight(entry))
         return weight.to(dtype)
+
+    def quantized_weights(
+        self, entries: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[torch.Tensor]:
+        """Return the rounded weights for some entries of the hub, rounded as one tensor."""
+        if len(entries) == 1:
+            return super().quantized_weights(entries, dtype)
+        merged = torch.stack([self.merged_weight(entry) for entry in entries])
+        weights: torch.Tensor = self.weight_quantizer(merged)
+        return weights.to(dtype).unbind()
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype."""
