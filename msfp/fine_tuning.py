@@ -18,7 +18,7 @@ from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, loss_weights
 from msfp.training.parameters import add_hubs
 from msfp.training.processes import accelerator
-from msfp.training.state import History
+from msfp.training.state import History, described, run_facts
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Status, Trainer
 from msfp.trajectories import Trajectories
@@ -78,6 +78,8 @@ def finetune(
     objective = Objective(weights, config.branches, config.branch_rows)
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
+    if file is not None and resume:
+        described(file, run_facts(trajectories, config))
     _check_needs(denoiser, config, held_out, own_path)
     _check_trajectories(denoiser, objective, trajectories, held_out)
     material = Material(

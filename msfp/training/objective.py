@@ -12,6 +12,9 @@ from msfp.errors import InputError
 from msfp.talora import TRAINING_TIMESTEPS
 from msfp.trajectories import Trajectories
 
+OWN_ERRORS = 1.0
+"""Weight of the branches' own squared errors beside that of their sum. Without them errors that
+cancel at one scale of guidance grow unseen, and no other scale can be sampled with."""
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Gives the targets of sampler steps and rows."""
 
@@ -103,14 +106,18 @@ class Objective:
         step: torch.Tensor,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted mean squared error of each sample, shape (samples,), float32."""
+        """Return the weighted mean squared error of each sample, shape (samples,), float32.
+
+        Where samples have branches, it is that of their sum plus the mean of their own.
+        """
         rows = self.rows(step, sample)
         wanted = targets(*rows)
         off = (path.predict(denoiser, *rows) - wanted).float()
+        off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
+        errors = torch.einsum("b,sbn->sn", self.branches.to(off.device), off).square().mean(dim=1)
         if len(self.branches) > 1:
-            off = off.unflatten(0, (-1, len(self.branches)))
-            off = torch.einsum("b,sb...->s...", self.branches.to(off.device), off)
-        return off.square().flatten(1).mean(dim=1) * self.weights[step].to(off.device)
+            errors = errors + OWN_ERRORS * off.square().mean(dim=(1, 2))
+        return errors * self.weights[step].to(off.device)
 
     @torch.no_grad()
     def held_out_error(

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msfp.errors import InputError
+from msfp.training.config import FinetuneConfig
+from msfp.trajectories import Trajectories
 
 KEY = "msfp_training"
 Named = dict[str, torch.Tensor]
@@ -134,14 +136,9 @@ class TrainingState:
         Raises:
             InputError: If the file is not a state, or that of another run.
         """
-        description, tensors = _read(file)
-        saved = description["run"]
-        for key in sorted(self.run.keys() | saved.keys()):
-            if saved.get(key) != self.run.get(key):
-                raise InputError(
-                    f"{file} is the state of another run: its {key} is {saved.get(key)}, "
-                    f"not {self.run.get(key)}"
-                )
+        description = described(file, self.run)
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         errors = {int(step): error for step, error in description["errors"].items()}
         self.history = History(description["losses"], errors)
         parts: dict[str, Named] = {}
@@ -165,11 +162,37 @@ def _on(device: torch.device) -> Callable[[Named], Named]:
     return lambda named: {name: value.to(device) for name, value in named.items()}
 
 
-def _read(file: Path) -> tuple[dict[str, Any], Named]:
-    """Return what a file says of itself, and its tensors."""
+def run_facts(path: Trajectories, config: FinetuneConfig) -> dict[str, Any]:
+    """Return what makes a run another run, as JSON gives it back."""
+    options = config.to_dict()
+    del options["shard"]  # it has the same result
+    return {
+        **{key: list(each) if isinstance(each, tuple) else each for key, each in options.items()},
+        "timesteps": path.timesteps.tolist(),
+        "shape": list(path.samples.shape),
+    }
+
+
+def described(file: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file says of itself.
+
+    Args:
+        file: Of a state.
+        run: What makes a run another run.
+
+    Raises:
+        InputError: If the file is not a state, or that of another run.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             description: dict[str, Any] = json.loads((opened.metadata() or {})[KEY])
-            return description, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            saved = description["run"]
     except (OSError, SafetensorError, LookupError, ValueError) as error:
         raise InputError(f"{file} is not a state of fine-tuning: {error}") from error
+    for key in sorted(run.keys() | saved.keys()):
+        if saved.get(key) != run.get(key):
+            raise InputError(
+                f"{file} is the state of another run: its {key} is {saved.get(key)}, "
+                f"not {run.get(key)}"
+            )
+    return description

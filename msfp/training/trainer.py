@@ -19,7 +19,7 @@ from msfp.training.diagnosis import first_nonfinite
 from msfp.training.objective import Objective, Predict, recorded
 from msfp.training.parameters import ScaleFloors, optimizer_groups, trained_parameters
 from msfp.training.processes import accelerator, sum_gradients, summed
-from msfp.training.state import History, TrainingState
+from msfp.training.state import History, TrainingState, run_facts
 from msfp.training.teacher import Teacher
 from msfp.trajectories import Trajectories, draw_batch
 
@@ -99,20 +99,12 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.floors = ScaleFloors(denoiser)
         generator = torch.Generator().manual_seed(config.seed)
-        self.state = TrainingState(self.parameters, optimizer, generator, self._run_facts())
+        self.state = TrainingState(
+            self.parameters, optimizer, generator, run_facts(material.path, config)
+        )
         if config.ema:
             self.state.average = self.state.current()
         self.saved: int | None = None
-
-    def _run_facts(self) -> dict[str, Any]:
-        """Return what makes a run another run, as JSON gives it back."""
-        path, config = self.material.path, self.config.to_dict()
-        del config["shard"]  # it has the same result
-        return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-            "timesteps": path.timesteps.tolist(),
-            "shape": list(path.samples.shape),
-        }
 
     def resume(self) -> None:
         """Go on from the saved state.

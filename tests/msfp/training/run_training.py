@@ -52,6 +52,8 @@ def sharded(folder, full, student, path, held_out):
         parameter.data.mul_(1.001)
     # Of three samples the processes get other timesteps, and so other LoRAs.
     steps = {"steps": 3, "batch": 3, "hub": 2, "routing": "segments"}
+    if "--beside" in sys.argv:
+        steps |= {"hub": 1, "place": "beside", "precision": "bf16"}
     ways = {"cache_teacher": False, "checkpointing": True, "student_every": 2}
     config = FinetuneConfig(
         **SHORT | steps | ways,
@@ -72,6 +74,8 @@ def sharded(folder, full, student, path, held_out):
         held_out=held_out,
         teacher=full.unet,
         own_path=lambda: record_trajectories(student, SAMPLER.calls(8, seed=5)),
+        file=folder.parent / "shared.safetensors" if "--keep" in sys.argv else None,
+        resume="--resume" in sys.argv,
         progress=count,
     )
     save_file(student.unet.state_dict(), folder / "final.safetensors")

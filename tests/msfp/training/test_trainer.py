@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import SAMPLER
 
 from msfp import FinetuneConfig, InputError, denoising_factors, finetune, record_trajectories
 from msfp.open_layers import open_layers
-from msfp.training.objective import Objective
+from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
 from msfp.training.state import History
 from msfp.training.teacher import Teacher
@@ -66,6 +67,12 @@ def finished(process):
     assert process.returncode == 0, errors
 
 
+def same_files(one, other):
+    expected, found = load_file(one), load_file(other)
+    assert expected.keys() == found.keys()
+    return all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     """Killed without warning as soon as there is a state, with everything on that has a state."""
     whole = script(tmp_path / "whole")
@@ -79,9 +86,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert not (tmp_path / "killed" / "final.safetensors").exists()
     finished(script(tmp_path / "killed", "--resume"))
     finished(whole)
-    one, other = (load_file(tmp_path / each / "final.safetensors") for each in ("whole", "killed"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_files(*(tmp_path / each / "final.safetensors" for each in ("whole", "killed")))
 
 
 def pair(tmp_path, name, *arguments):
@@ -112,19 +117,28 @@ def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path):
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, place):
     """To the last bit, with half of the frozen weights each."""
+    given = ("--teacher", f"--{place}")
     whole, parts = (
-        pair(tmp_path, name, "--teacher", *more) for name, more in (("w", ()), ("p", ("--shard",)))
+        pair(tmp_path, name, *given, *more) for name, more in (("w", ()), ("p", ("--shard",)))
     )
     facts = [load_file(folder / "facts.safetensors") for folder in (*whole, *parts)]
     assert facts[2]["held"].unique().numel() == 1
     assert facts[2]["held"][0] < 0.55 * facts[0]["held"][0]
     for one, other in zip(whole, parts, strict=True):
-        expected, found = (load_file(folder / "final.safetensors") for folder in (one, other))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert same_files(one / "final.safetensors", other / "final.safetensors")
     torch.testing.assert_close(facts[2]["errors"], facts[0]["errors"], rtol=1e-6, atol=0)
+
+
+def test_processes_that_share_out_the_weights_resume_from_one_state(tmp_path):
+    given = ("--teacher", "--shard", "--keep")
+    first, resumed = (
+        pair(tmp_path, name, *given, *more) for name, more in (("f", ()), ("r", ("--resume",)))
+    )
+    for one, other in zip(first, resumed, strict=True):
+        assert same_files(one / "final.safetensors", other / "final.safetensors")
 
 
 def test_a_batch_in_parts_is_that_batch(student, path):
@@ -235,12 +249,15 @@ def test_the_student_trains_on_its_own_path(student, path):
     assert not torch.equal(seen[0].samples[-1], seen[1].samples[-1])
 
 
-def test_branches_of_guidance_are_trained_by_their_sum(student, path):
-    """Errors that cancel in the sum cost nothing."""
+@pytest.mark.parametrize(("second", "of_the_sum"), [(0.5, 0.0), (2.0, 9.0)])
+def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
+    student, path, second, of_the_sum
+):
+    """Errors that cancel in the sum are not free, or no other guidance could be sampled with."""
     rows = torch.arange(8)
     objective = Objective(torch.ones(4), (-1.0, 2.0))
     off = torch.ones_like(path.predictions)
-    off[:, 1::2] = 0.5
+    off[:, 1::2] = second
     step = torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
         own = path.predict(student.unet, torch.zeros_like(rows), rows)
@@ -249,7 +266,8 @@ def test_branches_of_guidance_are_trained_by_their_sum(student, path):
     errors = objective.errors(
         student.unet, wanted, lambda s, r: wanted.predictions[s, r], step, torch.arange(4)
     )
-    torch.testing.assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)
+    own = (1 + second**2) / 2
+    torch.testing.assert_close(errors, torch.full((4,), of_the_sum + OWN_ERRORS * own))
     assert objective.count(path) == 4
     with pytest.raises(InputError, match="8 rows, which 3 branches of 1 do not fit"):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
@@ -336,11 +354,10 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
 def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_path):
     file = tmp_path / "state.safetensors"
     tuned(student, path, FinetuneConfig(**SHORT), file=file)
-    with pytest.raises(InputError, match="state of another run: its rank is 2, not 3"):
-        tuned(student, path, FinetuneConfig(**SHORT | {"rank": 3}), file=file, resume=True)
+    wide = FinetuneConfig(**SHORT | {"rank": 3})
+    refused(student, path, "state of another run: its rank is 2", wide, file=file, resume=True)
     file.write_bytes(b"something else")
-    with pytest.raises(InputError, match="is not a state of fine-tuning"):
-        tuned(student, path, FinetuneConfig(**SHORT), file=file, resume=True)
+    refused(student, path, "is not a state of fine-tuning", file=file, resume=True)
 
 
 def test_a_state_is_that_of_the_same_run_whether_weights_are_shared_out_or_not(
@@ -368,6 +385,13 @@ def test_the_best_of_a_history_is_its_lowest_error():
     history = History([], {0: 3.0, 5: 1.0, 10: 2.0, 15: 2.5})
     assert history.best == 5
     assert history.evaluations_since_best() == 2
+
+
+@pytest.mark.parametrize("wrapper", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launches_that_wrap_the_denoiser_are_refused(student, path, monkeypatch, wrapper):
+    found = property(lambda _self: DistributedType[wrapper])
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", found)
+    refused(student, path, f"launched without {wrapper}, which wraps what is trained")
 
 
 def test_logs_without_tensorboard_are_refused(student, path, tmp_path, monkeypatch):
