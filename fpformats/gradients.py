@@ -114,7 +114,6 @@ class _Fused(torch.autograd.Function):
         words = step.policy.random
         ctx.save_for_backward(x, *scales, words if isinstance(words, Tensor) else None)
         ctx.step = step._replace(scales=step.scales._replace(scale=None, zero_point=None))
-        ctx.kernel = kernel
         ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
         result: Tensor = fused.quantize(kernel, x.detach(), step.policy, step.scales)
         return result
@@ -127,12 +126,13 @@ class _Fused(torch.autograd.Function):
             scales=ctx.step.scales._replace(scale=scale, zero_point=zero_point)
         )
         needs = tuple(ctx.needs_input_grad[:3])
+        kernel = _kernel_of(x, step) if x.dtype == grad.dtype else None
         # A gradient of the gradient is wanted where gradients are enabled here.
-        if torch.is_grad_enabled() or not is_plain_tensor(grad):
+        if kernel is None or torch.is_grad_enabled() or not is_plain_tensor(grad):
             factors = step.factors(*step.rounded(x), needs[1:])
             return (*_multiplied(grad, factors, ctx.like, needs), None, None)
         gradients = fused.differentiate(
-            ctx.kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
+            kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
         )
         reduced = (_reduced(*each) for each in zip(gradients, ctx.like, strict=True))
         return (*reduced, None, None)

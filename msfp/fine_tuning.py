@@ -44,9 +44,10 @@ def finetune(
     """Train the open layers of a quantized denoiser towards recorded predictions, then seal them.
 
     Each step lowers `w(t) * ||prediction - quantized prediction||^2` over a batch of recorded
-    noisy samples, w the `timestep_weights` of the denoising factors. Trained are the LoRAs and
-    the router, and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020),
-    biases and norms.
+    noisy samples, w the `timestep_weights` of the denoising factors; of guided samples, that of
+    the guided prediction and a share of that of each branch. Trained are the LoRAs and the router,
+    and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020), biases and
+    norms.
 
     Args:
         denoiser: Quantized by `quantize` or opened by `reopen`, and open; changed in place.
@@ -79,7 +80,7 @@ def finetune(
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
     if file is not None and resume:
-        described(file, run_facts(trajectories, config))
+        described(file, run_facts(denoiser, trajectories, config))
     _check_needs(denoiser, config, held_out, own_path)
     _check_trajectories(denoiser, objective, trajectories, held_out)
     material = Material(

@@ -111,9 +111,11 @@ class QuantizedLayer(nn.Module, ABC):
         parts: list[torch.Tensor] = [*x.split(lengths)]
         for entry, weight in zip(used, weights, strict=True):
             runs = [run for run, winner in enumerate(entries) if winner == entry]
-            y = self.compute(torch.cat([parts[run] for run in runs]), weight, self.bias)
-            for run, part in zip(runs, y.split([lengths[run] for run in runs]), strict=True):
-                parts[run] = part
+            # Of one run no copy is made, which the backward pass would hold.
+            part = parts[runs[0]] if len(runs) == 1 else torch.cat([parts[run] for run in runs])
+            y = self.compute(part, weight, self.bias)
+            for run, own in zip(runs, y.split([lengths[run] for run in runs]), strict=True):
+                parts[run] = own
         return torch.cat(parts)
 
     def compute(

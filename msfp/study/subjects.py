@@ -79,7 +79,7 @@ class Subject:
         return Sampler(steps, self.settings.batch, self.conditions, self.guidance_scale)
 
     def finetune(self, row: Row) -> FinetuneConfig | None:
-        """Return the config of a row's fine-tuning, towards the guided prediction."""
+        """Return the config of a row's fine-tuning, with the branches of its guidance."""
         if self.guidance_scale is None:
             return row.finetune()
         branches = (self.guidance_scale, 1 - self.guidance_scale)

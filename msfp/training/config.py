@@ -64,7 +64,7 @@ class FinetuneConfig:
         temperature: Of the router's softmax, at the first step and at the last; geometric between.
         branches: Coefficients with which the sampler adds up the rows of the trajectories that are
             branches of one sample: (1 - g, g) for guidance of scale g with the unconditional
-            branch first. The loss is that of the sum, plus the mean of the branches' own.
+            branch first. The loss is that of the sum, and a share of that of each branch.
         branch_rows: Samples of a call of the pipeline: as many rows of one branch are followed by
             those of the next.
         accumulation: Parts that a process takes its batch in.

@@ -12,9 +12,10 @@ from msfp.errors import InputError
 from msfp.talora import TRAINING_TIMESTEPS
 from msfp.trajectories import Trajectories
 
-OWN_ERRORS = 1.0
-"""Weight of the branches' own squared errors beside that of their sum. Without them errors that
-cancel at one scale of guidance grow unseen, and no other scale can be sampled with."""
+OWN_ERRORS = 0.2
+"""Weight of the branches' own squared errors, in units of what the sum makes of independent ones.
+Without them errors that cancel at one scale of guidance grow unseen, and no other scale can be
+sampled with."""
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Gives the targets of sampler steps and rows."""
 
@@ -108,15 +109,19 @@ class Objective:
     ) -> torch.Tensor:
         """Return the weighted mean squared error of each sample, shape (samples,), float32.
 
-        Where samples have branches, it is that of their sum plus the mean of their own.
+        Where samples have branches of the coefficients c, it is that of their sum, plus
+        `OWN_ERRORS * sum(c**2)` times the mean of their own.
         """
         rows = self.rows(step, sample)
         wanted = targets(*rows)
         off = (path.predict(denoiser, *rows) - wanted).float()
         off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
-        errors = torch.einsum("b,sbn->sn", self.branches.to(off.device), off).square().mean(dim=1)
+        branches = self.branches.to(off.device)[:, None]
+        # Not as a product of matrices, which autocast would take to a narrow dtype.
+        errors = (branches * off).sum(dim=1).square().mean(dim=1)
         if len(self.branches) > 1:
-            errors = errors + OWN_ERRORS * off.square().mean(dim=(1, 2))
+            own = off.square().mean(dim=(1, 2))
+            errors = errors + OWN_ERRORS * branches.square().sum() * own
         return errors * self.weights[step].to(off.device)
 
     @torch.no_grad()

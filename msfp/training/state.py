@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msfp.errors import InputError
+from msfp.open_layers import open_layers
 from msfp.training.config import FinetuneConfig
 from msfp.trajectories import Trajectories
 
@@ -162,11 +163,12 @@ def _on(device: torch.device) -> Callable[[Named], Named]:
     return lambda named: {name: value.to(device) for name, value in named.items()}
 
 
-def run_facts(path: Trajectories, config: FinetuneConfig) -> dict[str, Any]:
+def run_facts(denoiser: nn.Module, path: Trajectories, config: FinetuneConfig) -> dict[str, Any]:
     """Return what makes a run another run, as JSON gives it back."""
     options = config.to_dict()
     del options["shard"]  # it has the same result
     return {
+        **{f"layer {name}": str(layer.formats) for name, layer in open_layers(denoiser).items()},
         **{key: list(each) if isinstance(each, tuple) else each for key, each in options.items()},
         "timesteps": path.timesteps.tolist(),
         "shape": list(path.samples.shape),

@@ -99,7 +99,7 @@ class Trainer:
         self.floors = ScaleFloors(denoiser)
         generator = torch.Generator().manual_seed(config.seed)
         self.state = TrainingState(
-            self.parameters, optimizer, generator, run_facts(material.path, config)
+            self.parameters, optimizer, generator, run_facts(denoiser, material.path, config)
         )
         if config.ema:
             self.state.average = self.state.current()
@@ -178,7 +178,7 @@ class Trainer:
         step, sample = draw_batch(
             len(path.timesteps), count, self.config.batch, self.state.generator
         )
-        # Layers take samples of one entry together where they follow each other.
+        # Samples of one entry then follow each other in most layers, which need no copy of them.
         order = step.argsort(stable=True)
         batch = step[order], sample[order]
         process, processes = self.accelerator.process_index, self.accelerator.num_processes

@@ -58,12 +58,15 @@ def sharded(folder, full, student, path, held_out):
     config = FinetuneConfig(
         **SHORT | steps | ways,
         evaluate_every=1,
+        save_every=1,
         shard="--shard" in sys.argv,
         rates={"norms": 0.0},
     )
     held = []
 
-    def count(_status):
+    def count(status):
+        if "--stop" in sys.argv and status.step == 2:
+            sys.exit()
         frozen = [p.numel() for p in student.unet.parameters() if not p.requires_grad]
         held.append(sum(frozen))
 

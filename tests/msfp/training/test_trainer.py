@@ -133,11 +133,11 @@ def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(
 
 
 def test_processes_that_share_out_the_weights_resume_from_one_state(tmp_path):
-    given = ("--teacher", "--shard", "--keep")
-    first, resumed = (
-        pair(tmp_path, name, *given, *more) for name, more in (("f", ()), ("r", ("--resume",)))
-    )
-    for one, other in zip(first, resumed, strict=True):
+    whole = pair(tmp_path, "whole", "--teacher", "--shard")
+    pair(tmp_path, "stopped", "--teacher", "--shard", "--keep", "--stop")
+    resumed = pair(tmp_path, "resumed", "--teacher", "--shard", "--keep", "--resume")
+    assert not (tmp_path / "stopped0" / "final.safetensors").exists()
+    for one, other in zip(whole, resumed, strict=True):
         assert same_files(one / "final.safetensors", other / "final.safetensors")
 
 
@@ -267,7 +267,7 @@ def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
         student.unet, wanted, lambda s, r: wanted.predictions[s, r], step, torch.arange(4)
     )
     own = (1 + second**2) / 2
-    torch.testing.assert_close(errors, torch.full((4,), of_the_sum + OWN_ERRORS * own))
+    torch.testing.assert_close(errors, torch.full((4,), of_the_sum + OWN_ERRORS * 5 * own))
     assert objective.count(path) == 4
     with pytest.raises(InputError, match="8 rows, which 3 branches of 1 do not fit"):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
@@ -356,6 +356,18 @@ def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_
     tuned(student, path, FinetuneConfig(**SHORT), file=file)
     wide = FinetuneConfig(**SHORT | {"rank": 3})
     refused(student, path, "state of another run: its rank is 2", wide, file=file, resume=True)
+    other = copy.deepcopy(student)
+    layer = other.unet.mid_block.resnets[0].conv1
+    layer.input_quantizer = None
+    name = "layer mid_block.resnets.0.conv1"
+    refused(
+        other,
+        path,
+        f"its {name} is weight=E1M2, input=E2M2U",
+        FinetuneConfig(**SHORT),
+        file=file,
+        resume=True,
+    )
     file.write_bytes(b"something else")
     refused(student, path, "is not a state of fine-tuning", file=file, resume=True)
 
