@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib as mpl
@@ -53,7 +54,8 @@ def lines(
 
     Args:
         series: Means by recipe and setting.
-        names: The settings from left to right.
+        names: The settings from left to right; those that differ after the last "-" alone, such as
+            a sampler's steps, are joined by a line.
         heading: What the height is.
         xlabel: What the settings are.
     """
@@ -61,18 +63,20 @@ def lines(
     axes = axes_of(picture)
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(series)))
     for index, ((label, means), colour) in enumerate(zip(series.items(), colours, strict=True)):
-        known = [name for name in names if name in means]
-        axes.errorbar(
-            [names.index(name) + 0.06 * (index - len(series) / 2) for name in known],
-            [means[name].value for name in known],
-            yerr=[np.nan_to_num(means[name].margin) for name in known],
-            fmt="o-",
-            markersize=5,
-            linewidth=1,
-            capsize=3,
-            label=label,
-            color=colour,
-        )
+        families = groupby(names, lambda name: name.rpartition("-")[0])
+        for position, (_, members) in enumerate(families):
+            known = [name for name in members if name in means]
+            axes.errorbar(
+                [names.index(name) + 0.06 * (index - len(series) / 2) for name in known],
+                [means[name].value for name in known],
+                yerr=[np.nan_to_num(means[name].margin) for name in known],
+                fmt="o-",
+                markersize=5,
+                linewidth=1,
+                capsize=3,
+                label=None if position else label,
+                color=colour,
+            )
     # The means rule the height: an interval of two or three seeds may be as wide as it likes.
     heights = [mean.value for means in series.values() for mean in means.values()]
     margin = 0.3 * (max(heights) - min(heights)) + 0.5
