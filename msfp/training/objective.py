@@ -118,7 +118,7 @@ class Objective:
         off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
         branches = self.branches.to(off.device)[:, None]
         # Not as a product of matrices, which autocast would take to a narrow dtype.
-        errors = (branches * off).sum(dim=1).square().mean(dim=1)
+        errors: torch.Tensor = (branches * off).sum(dim=1).square().mean(dim=1)
         if len(self.branches) > 1:
             own = off.square().mean(dim=(1, 2))
             errors = errors + OWN_ERRORS * branches.square().sum() * own
