@@ -5,6 +5,7 @@ import torch
 from torch.func import grad, vmap
 
 from fpformats import (
+    E2M1,
     MXFP4,
     backends,
     decode,
@@ -251,3 +252,14 @@ def test_the_gradient_of_the_scale_is_the_slope_between_roundings(name):
     leaf = scale.clone().requires_grad_()
     quantize_scaled(x, fmt, leaf).sum().backward()
     torch.testing.assert_close(leaf.grad, slope, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_saved_in_a_narrow_dtype_gives_the_gradients_of_what_is_left():
+    x = torch.linspace(-4, 4, 33).requires_grad_()
+    scale = torch.tensor(0.75, requires_grad=True)
+    narrow = torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t)
+    with narrow:
+        y = quantize_scaled(x, E2M1, scale, clip_gradient=True)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(33))
+    assert scale.grad.isfinite()
