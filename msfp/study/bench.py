@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,10 @@ from msfp.open_layers import open_layers
 from msfp.quantization import quantize, seal
 from msfp.sampling import PipelineCall
 from msfp.study.ladder import FULL_PRECISION, Row
+from msfp.study.machine import forget_peak, machine, peak_bytes
 from msfp.study.store import Record
 from msfp.study.subjects import SUBJECTS, full_precision
 from msfp.trajectories import Trajectories, record_trajectories
-from msfp.versions import versions
 
 FORWARDS = 5
 """Forwards of which the median time is taken."""
@@ -52,6 +55,7 @@ class Bench:
         self.settings = self.subject.settings
         self.sampler = self.subject.sampler(row.steps)
         self.open = functools.partial(full_precision, row.model, row.training, trained, row.sampler)
+        self.seconds: dict[str, float] = {}
 
     @staticmethod
     def key(row: Row) -> tuple[Any, ...]:
@@ -65,12 +69,15 @@ class Bench:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What the layers of the full-precision model read."""
-        return calibrate(self.open(), self.sampler.calls(self.settings.calibration, self._noise(1)))
+        calls = self.sampler.calls(self.settings.calibration, self._noise(1))
+        with _timed(self.seconds, "calibrate"):
+            return calibrate(self.open(), calls)
 
     @functools.cached_property
     def training(self) -> Trajectories:
         """Trajectories to fine-tune on."""
-        return record_trajectories(self.open(), self._training_calls())
+        with _timed(self.seconds, "record"):
+            return record_trajectories(self.open(), self._training_calls())
 
     def _training_calls(self) -> list[PipelineCall]:
         return self.sampler.calls(self.settings.trajectories, self._noise(2))
@@ -84,17 +91,23 @@ class Bench:
     @functools.cached_property
     def reference(self) -> torch.Tensor:
         """The images of the full-precision model, from the noise that every row's start from."""
-        return self.images(self.open())
+        return self.images(self.open(), self._noise(4))
 
-    def images(self, pipe: DiffusionPipeline) -> torch.Tensor:
-        """Return the images of a pipeline."""
-        return self.sampler(pipe, self.settings.images, self._noise(4))
+    @functools.cached_property
+    def sampled_distance(self) -> FrechetDistance:
+        """Frechet distance from images of the full-precision model, from other noise."""
+        return FrechetDistance(self.subject.features, self.images(self.open(), self._noise(5)))
+
+    def images(self, pipe: DiffusionPipeline, noise: int) -> torch.Tensor:
+        """Return the images of a pipeline from noise of a seed."""
+        return self.sampler(pipe, self.settings.images, noise)
 
     def run(self, row: Row) -> tuple[Record, torch.Tensor]:
         """Quantize, fine-tune and measure as a row asks; return its record and its images."""
         pipe = self.open()
-        quantizing, tuning = self._prepare(pipe, row)
-        images = self.reference if row.recipe == FULL_PRECISION else self.images(pipe)
+        seconds, peak = self._prepare(pipe, row)
+        full = row.recipe == FULL_PRECISION
+        images = self.reference if full else self.images(pipe, self._noise(4))
         quantization, tune = row.quantization(), self.subject.finetune(row)
         record = {
             "name": row.name,
@@ -103,33 +116,43 @@ class Bench:
             "quantization": None if quantization is None else quantization.to_dict(),
             "finetune": None if tune is None else tune.to_dict(),
             "versions": machine(),
-            "seconds": {"quantize": quantizing, "finetune": tuning, "forward": self._forward(pipe)},
+            "seconds": self.seconds | seconds | {"forward": self._forward(pipe)},
+            "peak_bytes": peak,
             "bytes": packed_size(denoiser_of(pipe)),
+            "file_bytes": _file_size(denoiser_of(pipe)),
             "frechet": real_distance(row.model)(images),
+            "frechet_sampled": self.sampled_distance(images),
         }
-        if row.recipe != FULL_PRECISION:
+        if not full:
             record |= self._compared(pipe, images)
         return record, images
 
-    def _prepare(self, pipe: DiffusionPipeline, row: Row) -> tuple[float, float]:
-        """Quantize and fine-tune a pipeline in place; return the CPU seconds that each took."""
+    def _prepare(
+        self, pipe: DiffusionPipeline, row: Row
+    ) -> tuple[dict[str, float], dict[str, int | None]]:
+        """Quantize and fine-tune a pipeline in place; return CPU seconds and peak memory of each.
+
+        What rows of a bench share is made before the clock starts.
+        """
+        seconds: dict[str, float] = {"quantize": 0.0, "finetune": 0.0}
+        peak: dict[str, int | None] = {}
         config, tuning = row.quantization(), self.subject.finetune(row)
         if config is None:
-            return 0.0, 0.0
-        # Made before the clock starts.
+            return seconds, peak
         calibration, trajectories, denoiser = self.calibration, self.training, denoiser_of(pipe)
-        started = time.process_time()
-        quantize(pipe, config, calibration=calibration, trajectories=trajectories)
-        quantized = time.process_time()
-        if tuning is not None:
-            factors = denoising_factors(pipe.scheduler, self.steps)
+        with _timed(seconds, "quantize", peak):
+            quantize(pipe, config, calibration=calibration, trajectories=trajectories)
+        if tuning is None:
+            if open_layers(denoiser):
+                seal(denoiser)
+            return seconds, peak
+        with _timed(seconds, "finetune", peak):
             finetune(
-                denoiser, trajectories, tuning, factors=factors,
+                denoiser, trajectories, tuning,
+                factors=denoising_factors(pipe.scheduler, self.steps),
                 own_path=lambda: record_trajectories(pipe, self._training_calls()),
             )  # fmt: skip
-        elif open_layers(denoiser):
-            seal(denoiser)
-        return quantized - started, time.process_time() - quantized
+        return seconds, peak
 
     def _compared(self, pipe: DiffusionPipeline, images: torch.Tensor) -> dict[str, Any]:
         """Return what is measured against full precision, at equal inputs and at equal noise."""
@@ -162,7 +185,21 @@ def real_distance(model: str) -> FrechetDistance:
     return FrechetDistance(subject.features, subject.real())
 
 
-def machine() -> dict[str, str]:
-    """Return versions, and what ran them."""
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return versions() | {"threads": str(threads), "cpu": capability}
+@contextmanager
+def _timed(
+    seconds: dict[str, float], stage: str, peak: dict[str, int | None] | None = None
+) -> Iterator[None]:
+    """Note the CPU seconds of a stage, and the peak memory of the process where it is asked for."""
+    forget_peak()
+    started = time.process_time()
+    yield
+    seconds[stage] = time.process_time() - started
+    if peak is not None:
+        peak[stage] = peak_bytes()
+
+
+def _file_size(denoiser: Any) -> int:
+    """Return the bytes of a denoiser's folder as saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        denoiser.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())

@@ -48,6 +48,12 @@ def _refined(**options: Any) -> dict[str, Any]:
     return {"refine": {"split_inputs": False, "branch_rank": 0} | options}
 
 
+def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
+    """Return a refinement of the rounding alone, but for what is named."""
+    alone = {"match_inputs": False, "correct_bias": "none"}
+    return _refined(rounding=rounding, **(alone | options))
+
+
 _LADDER = (
     Recipe(FULL_PRECISION, "full precision", None),
     Recipe("int-minmax", "INT min-max", PLAIN | {"scheme": "int_minmax"}),
@@ -63,11 +69,18 @@ _LADDER = (
     Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against="int-mse"),
     Recipe("mixup", "mixup-sign FP", PLAIN, against="signed"),
     Recipe(
-        "gptq",
-        "mixup + GPTQ",
-        _refined(match_inputs=False, correct_bias="none"),
+        "last-bias",
+        "mixup, bias of the last layer",
+        _rounded("nearest", correct_bias="last"),
         against="mixup",
     ),
+    Recipe(
+        "all-biases", "mixup, all biases", _rounded("nearest", correct_bias="all"), against="mixup"
+    ),
+    Recipe("gptq", "mixup + GPTQ", _rounded("gptq"), against="mixup"),
+    Recipe("gptq-sweeps", "mixup + GPTQ, two sweeps", _rounded("gptq", sweeps=2), against="gptq"),
+    Recipe("adaround", "mixup + AdaRound", _rounded("adaround"), against="gptq"),
+    Recipe("matched-nearest", "mixup, matched", _refined(rounding="nearest"), against="all-biases"),
     Recipe("matched", "mixup + GPTQ, matched", _refined(), against="gptq"),
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against="matched"),
     Recipe(

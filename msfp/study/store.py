@@ -14,7 +14,8 @@ Record = dict[str, Any]
 class Store:
     """The records of a folder's `results.jsonl`.
 
-    A line that was cut short by a kill is dropped. Of several lines of one name the last counts.
+    A line that was cut short by a kill is passed over. Of several lines of one name the last
+    counts. Several processes may add to one file: each record is written at once, at its end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,18 +23,26 @@ class Store:
 
     def records(self) -> dict[str, Record]:
         """Return the records by the names of their rows."""
-        return {record["name"]: record for record in map(json.loads, self._whole_lines())}
+        lines = self.file.read_text().split("\n") if self.file.exists() else []
+        records = [record for record in map(_parsed, lines) if record is not None]
+        return {record["name"]: record for record in records}
 
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk when this returns."""
-        lines = self._whole_lines()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as stream:
-            stream.truncate(sum(len(line) + 1 for line in lines))
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
-            stream.flush()
+        with self.file.open("ab+", buffering=0) as stream:
+            if stream.tell():  # a line that was cut short does not take this one with it
+                stream.seek(-1, os.SEEK_END)
+                line = line if stream.read(1) == b"\n" else b"\n" + line
+            stream.write(line)
             os.fsync(stream.fileno())
 
-    def _whole_lines(self) -> list[str]:
-        """Return the lines that end; json.dumps writes ASCII, so characters are bytes."""
-        return self.file.read_text().split("\n")[:-1] if self.file.exists() else []
+
+def _parsed(line: str) -> Record | None:
+    """Return the record of a line, None where it was cut short."""
+    try:
+        record: Record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record

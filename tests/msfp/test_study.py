@@ -1,6 +1,6 @@
 import dataclasses
-import json
 import math
+import multiprocessing
 import random
 
 import pytest
@@ -128,8 +128,19 @@ def test_a_line_that_was_cut_short_is_dropped_and_the_last_of_a_name_counts(tmp_
         stream.write('{"name": "c", "val')
     assert set(store.records()) == {"a", "b"}
     store.append({"name": "a", "value": 3})
-    assert [json.loads(line)["value"] for line in store.file.read_text().splitlines()] == [1, 2, 3]
-    assert store.records()["a"]["value"] == 3
+    assert store.records() == {"a": {"name": "a", "value": 3}, "b": {"name": "b", "value": 2}}
+
+
+def _append_many(folder, name):
+    for number in range(50):
+        Store(folder).append({"name": f"{name}-{number}", "filling": "x" * 5000})
+
+
+def test_several_processes_add_to_one_file(tmp_path):
+    names = ["a", "b", "c"]
+    with multiprocessing.get_context("spawn").Pool(len(names)) as pool:
+        pool.starmap(_append_many, [(tmp_path, name) for name in names])
+    assert len(Store(tmp_path).records()) == 150
 
 
 @pytest.mark.usefixtures("small")
@@ -144,6 +155,11 @@ def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatc
     assert matched["bytes"] < tuned["bytes"] < full["bytes"]
     assert blocks["bytes"] < full["bytes"] / 4
     assert matched["quantization"]["refine"]["samples"] == 4
+    assert all(each["bytes"] < each["file_bytes"] for each in (full, matched, tuned))
+    assert {"calibrate", "record", "quantize", "finetune"} <= tuned["seconds"].keys()
+    assert set(tuned["peak_bytes"]) == {"quantize", "finetune"}
+    assert full["frechet_sampled"] > 0
+    assert {"processor", "cores", "code", "date"} <= full["versions"].keys()
     assert picture_file(tmp_path, rows[1].name).is_file()
     assert missing_rows(rows, store) == []
     more = dataclasses.replace(
