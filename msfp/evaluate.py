@@ -12,6 +12,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from msfp.errors import InputError
 from msfp.feature_statistics import (
     FeatureMoments,
     FeatureStatistics,
@@ -27,18 +28,33 @@ SSIM_WINDOW = 11
 
 
 @torch.no_grad()
-def noise_errors(denoiser: nn.Module, trajectories: Trajectories) -> list[float]:
+def noise_errors(
+    denoiser: nn.Module, trajectories: Trajectories, *, batch: int = 64
+) -> list[float]:
     """Return the mean squared error of the prediction at each timestep of held-out trajectories.
 
     The noise has unit variance, so an error of 0.01 is one hundredth of it.
+
+    Args:
+        denoiser: Asked what the one that made the trajectories was asked.
+        trajectories: All rows of each timestep count.
+        batch: The most rows in one forward. The errors depend on it by rounding alone.
+
+    Raises:
+        InputError: If `batch` is less than 1.
     """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, not {batch}")
     rows = torch.arange(trajectories.samples.shape[1])
+
+    def error(step: int, some: torch.Tensor) -> float:
+        asked = trajectories.predict(denoiser, torch.full_like(some, step), some)
+        return (asked - trajectories.predictions[step, some]).square().mean().item()
+
+    # Weighted by shares of the rows, so that those of one forward have the weight 1 exactly.
     return [
-        (trajectories.predict(denoiser, torch.full_like(rows, step), rows) - prediction)
-        .square()
-        .mean()
-        .item()
-        for step, prediction in enumerate(trajectories.predictions)
+        sum(len(some) / len(rows) * error(step, some) for some in rows.split(batch))
+        for step in range(len(trajectories.timesteps))
     ]
 
 

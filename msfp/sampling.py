@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ PipelineCall = Callable[[Any], object]
 """A function that does something with a pipeline, or with a bare denoiser."""
 CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
 """Arguments of pipeline calls that say what images show, and the type of each image's."""
+SAFETY_CHECKER = "safety_checker"
+"""The component of pipelines that makes images black which it takes for unsafe."""
 
 FLOAT32 = (torch.float32,)
 NO_BFLOAT16 = (torch.float32, torch.float16)
@@ -39,7 +42,8 @@ class Sampler:
     """A pipeline call with fixed step count, batch size and conditions.
 
     The noise of image i depends on the seed and the batch size alone, so two models sampled alike
-    start from equal noise.
+    start from equal noise. A safety checker that the pipeline has is not run: images that it makes
+    black could not be compared.
 
     Attributes:
         steps: Sampler steps.
@@ -87,12 +91,13 @@ class Sampler:
 
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
         """Return the images from number `start` on, one batch of them."""
-        output = pipe(
-            **self.arguments(pipe, start),
-            generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
-            num_inference_steps=self.steps,
-            output_type="np",
-        )
+        with unchecked(pipe):
+            output = pipe(
+                **self.arguments(pipe, start),
+                generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
+                num_inference_steps=self.steps,
+                output_type="np",
+            )
         return torch.from_numpy(output.images).permute(0, 3, 1, 2)
 
     def arguments(self, pipe: DiffusionPipeline, start: int = 0) -> dict[str, Any]:
@@ -116,6 +121,22 @@ class Sampler:
                 raise InputError(f"guidance_scale must not be given: {kind} takes none")
             given["guidance_scale"] = self.guidance_scale
         return given
+
+
+@contextmanager
+def unchecked(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Keep the safety checker of a pipeline, where it has one, from running inside the block."""
+    parts = vars(pipe)
+    checker = parts.get(SAFETY_CHECKER)
+    if checker is None:
+        yield
+        return
+    # Not by setting the attribute, from which the pipeline's config would forget the class.
+    parts[SAFETY_CHECKER] = None
+    try:
+        yield
+    finally:
+        parts[SAFETY_CHECKER] = checker
 
 
 def check_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:

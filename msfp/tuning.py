@@ -76,8 +76,8 @@ class Tuning:
         self.path = self._recorded("recording trajectories", extent.trajectories, extent.seed)
         self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
         calls = len(sampler.calls(extent.trajectories, extent.seed))
-        rows = self.path.samples.shape[1] // calls
-        self.branches, self.branch_rows = guidance_branches(full, sampler, rows)
+        self.rows_at_once = self.path.samples.shape[1] // calls
+        self.branches, self.branch_rows = guidance_branches(full, sampler, self.rows_at_once)
         self.images = self._sampled("full precision", full)
         self.factors = self._factors()
 
@@ -100,7 +100,7 @@ class Tuning:
     def measured(self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0) -> Row:
         """Return what can be measured of a pipeline."""
         images = self._sampled(name, pipe)
-        errors = noise_errors(denoiser_of(pipe), self.held_out)
+        errors = noise_errors(denoiser_of(pipe), self.held_out, batch=self.rows_at_once)
         moved = None
         if self.factors is not None:
             timesteps = self.held_out.timesteps

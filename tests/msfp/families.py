@@ -21,7 +21,14 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 from msfp import QuantizationConfig, quantize, seal
 from msfp.denoiser import denoiser_of
@@ -245,6 +252,20 @@ def clip(folder):
         num_attention_heads=1, max_position_embeddings=5, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+def safety_checker():
+    """A checker of random weights to which every image is unsafe, and what reads images for it."""
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
+    # Cosines with the embeddings of concepts, which always exceed this.
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    size = {"height": 8, "width": 8}
+    extractor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size)
+    return {"safety_checker": checker.eval(), "feature_extractor": extractor}
 
 
 def pipeline(family, folder):

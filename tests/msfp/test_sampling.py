@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
-from families import pipeline
+from families import images, pipeline, safety_checker
 
-from msfp import InputError, Sampler
+from msfp import InputError, QuantizationConfig, Sampler, load, quantize, save, seal
 
 
 def test_an_image_depends_on_the_seed_and_not_on_how_many_are_sampled(reference):
@@ -32,6 +34,41 @@ def test_images_take_the_conditions_in_turn(family, conditions, argument, tmp_pa
     call = again.one_batch(pipe, seed=0, start=2)
     other = Sampler(2, 2, conditions[:2], 2.0).one_batch(pipe, seed=0, start=2)
     assert not torch.equal(call, other)
+
+
+def checked_pipeline(folder):
+    """A pipeline with a checker that takes every image for unsafe."""
+    pipe = pipeline("conditional_unet", folder)
+    kind, config = type(pipe), dict(pipe.components) | safety_checker()
+    pipe = kind(**config, requires_safety_checker=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_safety_checker_is_not_run_and_stays(tmp_path):
+    pipe = checked_pipeline(tmp_path / "vocabulary")
+    assert not images(pipe).any()
+    sampler = Sampler(2, 2, ("a", "a a"))
+    unchecked = sampler(pipe, 2, seed=0)
+    assert torch.equal(unchecked, sampler(pipeline("conditional_unet", tmp_path), 2, seed=0))
+    assert unchecked.mean() > 0.1
+    assert not images(pipe).any()
+    quantize(pipe, QuantizationConfig(refine=None), calibration=sampler.calls(2, seed=0))
+    seal(pipe.unet)
+    save(pipe, tmp_path / "packed")
+    index = json.loads((tmp_path / "packed" / "model_index.json").read_text())
+    assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    loaded = load(tmp_path / "packed")
+    assert not images(loaded).any()
+    assert sampler(loaded, 2, seed=0).mean() > 0.1
+
+
+def test_a_safety_checker_is_back_after_a_call_that_fails(tmp_path):
+    pipe = checked_pipeline(tmp_path)
+    checker = pipe.safety_checker
+    with pytest.raises(InputError, match="prompts must be given"):
+        Sampler(2, 2)(pipe, 2, seed=0)
+    assert pipe.safety_checker is checker
 
 
 class Conditional:
