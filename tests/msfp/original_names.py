@@ -1,5 +1,8 @@
 """What the latent-diffusion repository calls the tensors of diffusers' modules."""
 
+import torch
+from diffusers.models.attention_processor import Attention
+
 BLOCKS = 3
 """Blocks of the autoencoder; decoders number theirs backwards."""
 UNET_ENDS = {
@@ -17,6 +20,8 @@ UNET_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+UNET_ATTENTION = {"group_norm": "norm", "to_out.0": "proj_out"}
+"""Of attention without conditions; queries, keys and values are one tensor there."""
 AUTOENCODER_PARTS = {
     "conv_shortcut": "nin_shortcut",
     "group_norm": "norm",
@@ -76,14 +81,51 @@ def autoencoder_name(name):
     return f"{head}.{_replaced('.'.join(rest), AUTOENCODER_PARTS)}"
 
 
-def original_checkpoint(unet, autoencoder):
-    """The state dict that the repository would have written for a pipeline's modules."""
+def attention_tensors(attention):
+    """The original tensors of an attention without conditions, from diffusers' state dict of it."""
     tensors = {
-        f"model.diffusion_model.{unet_name(name)}": tensor
-        for name, tensor in unet.state_dict().items()
-        if not name.startswith("encoder_hid_proj")
+        _replaced(name, UNET_ATTENTION): tensor
+        for name, tensor in attention.state_dict().items()
+        if name.startswith(tuple(UNET_ATTENTION))
     }
-    tensors["cond_stage_model.embedding.weight"] = unet.encoder_hid_proj.weight.T
+    for kind in ("weight", "bias"):
+        parts = [getattr(layer, kind) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+        heads = torch.stack([part.unflatten(0, (attention.heads, -1)) for part in parts], dim=1)
+        tensors[f"qkv.{kind}"] = heads.flatten(0, 2).detach()
+    # All its layers are convolutions with kernels of width 1.
+    return {name: x[..., None] if x.dim() == 2 else x for name, x in tensors.items()}
+
+
+def unet_tensors(unet):
+    """The original tensors of a U-Net."""
+    tensors = {}
+    for name, tensor in unet.state_dict().items():
+        block, _, rest = name.partition(".attentions.")
+        path = f"{block}.attentions.{rest.split('.')[0]}"
+        if rest and isinstance(unet.get_submodule(path), Attention):
+            for part, each in attention_tensors(unet.get_submodule(path)).items():
+                tensors[unet_name(f"{path}.{part}")] = each
+        elif not name.startswith("encoder_hid_proj"):
+            tensors[unet_name(name)] = tensor
+    return tensors
+
+
+def original_checkpoint(unet, autoencoder, averages):
+    """The state dict that the repository would have written for a pipeline's modules.
+
+    With averages these are the U-Net's tensors, and its weights are something else.
+    """
+    tensors = {f"model.diffusion_model.{k}": x for k, x in unet_tensors(unet).items()}
+    if averages:
+        flat = {name.removeprefix("model.").replace(".", ""): x for name, x in tensors.items()}
+        tensors = {name: x + 1 for name, x in tensors.items()}
+        tensors |= {f"model_ema.{name}": x for name, x in flat.items()}
+        tensors |= {
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(9),
+        }
+    if hasattr(unet, "encoder_hid_proj") and unet.encoder_hid_proj is not None:
+        tensors["cond_stage_model.embedding.weight"] = unet.encoder_hid_proj.weight.T
     for name, tensor in autoencoder.state_dict().items():
         old = autoencoder_name(name)
         # Its attention is made of convolutions.

@@ -65,6 +65,7 @@ def walked(request, tmp_path_factory):
          "--output", folder / "w4a4"),
         ("finetune", folder / "w4a4", "--teacher", folder / "plain", *training, "--count", 3,
          "--held-out", 2, "--hub", 2, "--rank", 2, "--power", 1, "--steps", 2, "--batch", 2,
+         "--evaluate-every", 2, "--save-every", 2,
          "--output", folder / "tuned"),
         ("statistics", folder / "data", "--features", "pixels", "--size", SIZES[setting],
          "--output", folder / "reference.safetensors"),
