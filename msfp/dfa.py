@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 from collections import defaultdict
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from diffusers import SchedulerMixin
@@ -77,6 +78,10 @@ def denoising_factors(
         {750: -3.887, 500: -1.794, 250: -0.948, 0: -0.01}
     """
     name = type(scheduler).__name__
+    if not isinstance(scheduler, SchedulerMixin):
+        raise InputError(
+            f"scheduler must be a scheduler of diffusers, such as that of a pipeline, not {name}"
+        )
     if name in REFUSED:
         raise InputError(f"scheduler must have denoising factors; {name} has none: {REFUSED[name]}")
     _check_choice("target", target, get_args(Target))
@@ -109,15 +114,21 @@ def timestep_weights(
             the learning rate; "none" leaves them as they are.
 
     Raises:
-        InputError: If there are no factors or all are 0, or an argument is not allowed.
+        InputError: If there are no factors, all are 0 or one is not finite, or an argument is not
+            allowed.
 
     Example:
         >>> timestep_weights({10: -3.0, 0: -1.0}, 1)
         {10: 1.5, 0: 0.5}
     """
     _check_choice("normalisation", normalisation, get_args(Normalisation))
-    if not 0 <= power < math.inf:
-        raise InputError(f"power must be 0 or above and finite, not {power}")
+    if not _is_finite(power) or power < 0:
+        raise InputError(f"power must be 0 or above and finite, not {power!r}")
+    for timestep, factor in factors.items():
+        if not _is_finite(factor):
+            raise InputError(
+                f"factors must be finite numbers, not {factor!r} as at timestep {timestep}"
+            )
     if not any(factors.values()):
         raise InputError("factors must be given, and not all of them 0")
     raw = {timestep: abs(factor) ** power for timestep, factor in factors.items()}
@@ -131,8 +142,13 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name} must be one of {allowed}, not {value!r}")
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
 def _check_arguments(scheduler: SchedulerMixin, arguments: dict[str, Any]) -> None:
-    """Raise InputError unless the scheduler's step takes these arguments."""
+    """Raise InputError unless the scheduler's step takes these arguments, and `eta` is a number."""
     own = {"self", "model_output", "timestep", "sample", "generator", "return_dict"}
     taken = set(inspect.signature(type(scheduler).step).parameters) - own
     if not taken.issuperset(arguments):
@@ -140,6 +156,8 @@ def _check_arguments(scheduler: SchedulerMixin, arguments: dict[str, Any]) -> No
             f"step_arguments must be among {sorted(taken)} for {type(scheduler).__name__}, not "
             f"{sorted(arguments)}"
         )
+    if not _is_finite(arguments.get("eta", 0)):
+        raise InputError(f"eta must be a finite number, not {arguments['eta']!r}")
 
 
 def _set_grid(scheduler: SchedulerMixin, steps: int | None) -> None:
@@ -156,8 +174,8 @@ def _set_grid(scheduler: SchedulerMixin, steps: int | None) -> None:
         if getattr(scheduler, "step_index", None):
             raise InputError(f"set_timesteps of {name} must be called again after sampling")
         return
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, not {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise InputError(f"steps must be a whole number from 1 on, not {steps!r}")
     try:
         scheduler.set_timesteps(steps)
     except Exception as error:

@@ -168,7 +168,8 @@ def euler(scheduler: SchedulerMixin) -> Slopes:
 
     Its samples are those of variance-preserving noise, divided by alpha.
     """
-    sigmas = _double(scheduler.sigmas)
+    # Interpolated in the logarithm, there is one level more than the steps go through.
+    sigmas = _double(scheduler.sigmas)[: len(scheduler.timesteps) + 1]
     sigma, next_sigma = sigmas[:-1], sigmas[1:]
     alpha = 1 / np.sqrt(sigma**2 + 1)
     x0 = x0_slope(scheduler.config.prediction_type, alpha, sigma * alpha)

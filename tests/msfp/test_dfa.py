@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -66,7 +67,10 @@ def test_a_scheduler_that_has_sampled_is_refused_until_its_grid_is_set_again():
 @pytest.mark.parametrize(
     ("scheduler", "steps", "said"),
     [
-        (DDIMScheduler(clip_sample=False), 0, "steps must be at least 1, not 0"),
+        (DDIMScheduler(clip_sample=False), 0, "steps must be a whole number from 1 on, not 0"),
+        (DDIMScheduler(clip_sample=False), 2.5, "steps must be a whole number from 1 on, not 2.5"),
+        (DDIMScheduler(clip_sample=False), "5", "steps must be a whole number from 1 on, not '5'"),
+        (DDIMScheduler(clip_sample=False), True, "steps must be a whole number"),
         (DDIMScheduler(clip_sample=False), 1001, "not 1001"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, "mu.*leave steps out"),
     ],
@@ -108,6 +112,18 @@ def test_eta_of_ddim_shrinks_what_the_output_has_of_the_direction():
 def test_arguments_that_step_does_not_take_are_refused(change):
     with pytest.raises(InputError, match=r"step_arguments must be among \['s_churn'"):
         denoising_factors(EulerDiscreteScheduler(), STEPS, **change)
+
+
+@pytest.mark.parametrize("eta", ["x", None, math.nan, math.inf])
+def test_an_eta_that_is_no_number_is_refused(eta):
+    with pytest.raises(InputError, match="eta must be a finite number, not"):
+        denoising_factors(DDIMScheduler(clip_sample=False), STEPS, eta=eta)
+
+
+@pytest.mark.parametrize("given", [DDIMPipeline(None, DDIMScheduler()), "ddim", None])
+def test_what_is_no_scheduler_is_refused(given):
+    with pytest.raises(InputError, match=f"scheduler must be .*, not {type(given).__name__}"):
+        denoising_factors(given, STEPS)
 
 
 @pytest.mark.parametrize("choice", ["target", "clipping"])
@@ -196,7 +212,11 @@ def test_power_two_weighs_an_error_by_what_it_does_to_the_next_sample():
         ({1: 1.0}, -1, "mean", "power must be 0 or above"),
         ({1: 1.0}, math.inf, "mean", "power must be 0 or above"),
         ({1: 1.0}, math.nan, "mean", "power must be 0 or above"),
+        ({1: 1.0}, "1", "mean", "power must be 0 or above and finite, not '1'"),
         ({1: 1.0}, 1, "max", "normalisation must be one of"),
+        ({2: 1.0, 1: math.nan}, 1, "mean", "factors must be finite numbers, not nan as at"),
+        ({1: -math.inf}, 0, "mean", "factors must be finite numbers, not -inf as at timestep 1"),
+        ({1: "1"}, 1, "mean", "factors must be finite numbers, not '1' as at timestep 1"),
         ({}, 1, "mean", "factors must be given"),
         ({1: 0.0}, 1, "mean", "factors must be given"),
     ],

@@ -173,10 +173,24 @@ def test_formula_of_singlestep_dpm_solver_knows_its_ends_and_its_grids(steps, or
     [
         *product(
             prediction_type=PREDICTIONS,
+            interpolation_type=("linear", "log_linear"),
             use_karras_sigmas=(False, True),
             final_sigmas_type=("zero", "sigma_min"),
         ),
-        {"prediction_type": "v_prediction", "timestep_type": "continuous"},
+        *product(
+            interpolation_type=("linear", "log_linear"),
+            timestep_spacing=("leading", "trailing"),
+            beta_schedule=("scaled_linear", "squaredcos_cap_v2"),
+            steps_offset=(0, 1),
+        ),
+        *product(
+            interpolation_type=("linear", "log_linear"),
+            prediction_type=("v_prediction",),
+            timestep_type=("continuous",),
+        ),
+        {"interpolation_type": "log_linear", "use_exponential_sigmas": True},
+        {"interpolation_type": "log_linear", "use_beta_sigmas": True},
+        {"interpolation_type": "log_linear", "rescale_betas_zero_snr": True},
     ],
 )
 def test_formula_of_euler_agrees_with_its_step(config):
