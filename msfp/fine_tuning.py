@@ -133,10 +133,15 @@ def _check_needs(
     """Raise InputError unless there is what a config needs."""
     if config.student_every and own_path is None:
         raise InputError("own_path must be given where student_every is above 0")
-    if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
+    check_checkpointing(denoiser, config)
     if config.evaluate_every and held_out is None:
         raise InputError("held_out must be given where evaluate_every is above 0")
+
+
+def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:
+    """Raise InputError where activations are to be computed again and the denoiser cannot."""
+    if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
 
 
 @torch.no_grad()

@@ -19,6 +19,14 @@ def check_output(path: Path) -> None:
     existing parent a folder that can be written to.
     """
     path = path.absolute()
+    try:
+        _check_new(path)
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"output {path} cannot be made: {error.strerror}") from error
+
+
+def _check_new(path: Path) -> None:
+    """Raise InputError or OSError unless a new folder or file can be made."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"output {path} exists: name a new one")
     if path.is_dir() and (any(path.iterdir()) or path == Path.cwd()):
@@ -29,6 +37,25 @@ def check_output(path: Path) -> None:
     parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"output {path} cannot be made: {parent} is not a folder to write in")
+    # Permissions do not tell of all file systems, nor of names with what is put before and after.
+    Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent)).rmdir()
+
+
+def check_folder(argument: str, path: Path) -> None:
+    """Raise InputError unless a folder that may exist can be written to, or made.
+
+    Args:
+        argument: What to call the path.
+        path: Where the folder is or is to be.
+    """
+    path = path.absolute()
+    try:
+        there = next(each for each in (path, *path.parents) if each.exists())
+        Path(tempfile.mkdtemp(prefix=".", dir=there)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{argument} {path} must be a folder to write in: {error.strerror}"
+        ) from error
 
 
 @contextmanager

@@ -39,6 +39,17 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
         >>> type(packed[0]).__name__
         'OpenLinear'
     """
+    layers = check_reopening(denoiser, original)
+    plain = dict(original.named_modules())
+    opened: dict[nn.Module, nn.Module] = {
+        layer: _opened(layer, plain[name]) for name, layer in layers.items()
+    }
+    replace_layers(denoiser, opened)
+    _share(denoiser, original)
+
+
+def check_reopening(denoiser: nn.Module, original: nn.Module) -> dict[str, ScaledLayer]:
+    """Return the layers that `reopen` would open; raise InputError where it would."""
     refuse_block_layers(denoiser)
     sealed = sealed_layers(denoiser)
     layers = {name: layer for name, layer in sealed.items() if isinstance(layer, ScaledLayer)}
@@ -47,11 +58,7 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
     plain = dict(original.named_modules())
     for name, layer in layers.items():
         _check(name, layer, plain.get(name))
-    opened: dict[nn.Module, nn.Module] = {
-        layer: _opened(layer, plain[name]) for name, layer in layers.items()
-    }
-    replace_layers(denoiser, opened)
-    _share(denoiser, original)
+    return layers
 
 
 def _check(name: str, layer: ScaledLayer, plain: nn.Module | None) -> None:

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from msfp import InputError
-from msfp.outputs import atomic_file, atomic_folder, check_new_file, check_output
+from msfp.outputs import atomic_file, atomic_folder, check_folder, check_new_file, check_output
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -40,3 +42,21 @@ def test_a_file_must_be_new_and_of_its_kind_and_its_folder_there(tmp_path):
     for path in ("old.json", "new.txt", "no/new.json"):
         with pytest.raises(InputError, match=r"json .* must be a new \.json file"):
             check_new_file("json", tmp_path / path, ".json")
+
+
+def test_what_a_file_system_does_not_make_is_refused_at_once(tmp_path):
+    long = tmp_path / ("x" * 250)  # fits by itself, not with what stands before and after it
+    for path in ("/proc/foo/bar", long, tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y"):
+        with pytest.raises(InputError, match=r"output .* cannot be made"):
+            check_output(Path(path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_to_write_in_may_be_there_or_not(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_folder("logs", tmp_path)
+    check_folder("logs", tmp_path / "new" / "folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/foo")):
+        with pytest.raises(InputError, match=r"logs .* must be a folder to write in"):
+            check_folder("logs", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
