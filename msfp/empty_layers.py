@@ -44,7 +44,7 @@ def make_room(
         with torch.device("meta"):
             routes = ROUTERS[router](len(formats), entries)
         device = next(denoiser.parameters()).device
-        add_router(denoiser, routes.to_empty(device=device))
+        add_router(denoiser, routes.to_empty(device=device).requires_grad_(False))
 
 
 def _empty(layer: PlainLayer, formats: LayerFormats | BlockFormats, entries: int) -> SealedLayer:

@@ -134,7 +134,7 @@ class OpenLayer(QuantizedLayer):
     def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry, with the gradient of the choice."""
         y = super()._routed(x, winners)
-        if self.routing is None or self.hub is None:
+        if self.routing is None or self.hub is None or not torch.is_grad_enabled():
             return y
         choices = self.routing.choices[:, self.index]
         scale = self.routing.gradient_scale(self.index)

@@ -23,6 +23,8 @@ EMBEDDING_WIDTH = 128
 TRAINING_TIMESTEPS = 1000
 TURNS = 4
 """Steps in which each layer gives a learned router its gradient once."""
+KNOWN_TIMESTEPS = 4096
+"""How many timesteps a table of choices holds before it is begun anew."""
 RouterKind = Literal["learned", "segments"]
 
 
@@ -227,7 +229,8 @@ class Routing:
         choices: One-hot, shape (n, layers, entries), n the batch size or 1 where all samples are
             at one timestep.
         winners: The entry chosen, shape (n, layers), on the CPU.
-        table: Winners that were precomputed, by timestep; read where no gradient is wanted.
+        table: Winners by timestep, read and filled where no gradient is wanted.
+        source: The router that the table is of, and the state that it was in.
         turn: Which layers give the router a gradient: one in `TURNS`, from this one on, or all
             where it is None. The gradient of a choice costs as much as its LoRAs do.
     """
@@ -235,27 +238,51 @@ class Routing:
     choices: torch.Tensor
     winners: torch.Tensor
     table: dict[float, torch.Tensor]
+    source: tuple[Router, tuple[Any, ...]] | None
     turn: int | None
 
     def __init__(self) -> None:
         self.clear()
 
     def update(self, router: Router, timesteps: torch.Tensor) -> None:
-        """Route a batch whose timesteps are given, shape (1,) or (batch,)."""
-        if (timesteps == timesteps[0]).all():
+        """Route a batch whose timesteps are given, shape (1,) or (batch,).
+
+        Without gradients, a router that is not being trained is asked once for each timestep that
+        whole batches are at.
+        """
+        trained = any(parameter.requires_grad for parameter in router.parameters())
+        if trained:  # an optimizer may leave no trace of its changes
+            self.table = {}
+        if len(set(timesteps.tolist())) == 1:
             timesteps = timesteps[:1]
-            known = None if torch.is_grad_enabled() else self.table.get(timesteps.item())
-            if known is not None:
-                self.winners = known
+            if not trained and not torch.is_grad_enabled():
+                self.winners = self.winners_at(router, timesteps)
                 return
         self.choices = router(timesteps)
         self.winners = self.choices.detach().argmax(dim=-1).cpu()
+
+    @torch.no_grad()
+    def winners_at(self, router: Router, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the entries chosen at a timestep of shape (1,), from the table once it has them.
+
+        One that was replaced, or given other numbers, is asked again.
+        """
+        # The dtype counts, because the router scales the timestep in it.
+        state = (timestep.dtype, *map(_state, (*router.parameters(), *router.buffers())))
+        if self.source is None or self.source[0] is not router or self.source[1] != state:
+            self.table, self.source = {}, (router, state)
+        time = timestep.item()
+        if time not in self.table:
+            if len(self.table) == KNOWN_TIMESTEPS:
+                self.table.clear()
+            self.table[time] = router(timestep).argmax(dim=-1).cpu()
+        return self.table[time]
 
     def clear(self) -> None:
         """Forget the last forward and the table."""
         self.choices = torch.empty(0)
         self.winners = torch.empty(0, dtype=torch.int64)
-        self.table = {}
+        self.table, self.source = {}, None
         self.turn = None
 
     def gradient_scale(self, index: int) -> int:
@@ -266,6 +293,11 @@ class Routing:
         if self.turn is None:
             return 1
         return TURNS if (index + self.turn) % TURNS == 0 else 0
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what is another once a tensor was changed in place or holds other memory."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class RouterHook:
@@ -312,7 +344,8 @@ def remove_router(denoiser: nn.Module) -> None:
 def precompute_routing(denoiser: nn.Module, timesteps: Sequence[float] | torch.Tensor) -> None:
     """Ask the router once for each timestep of a sampler, so that sampling need not.
 
-    Outputs are the same bits; other timesteps are routed as before.
+    Sampling does so by itself when it comes to a timestep for the first time; this is for who wants
+    it done before. Outputs are the same bits.
 
     Args:
         denoiser: With a router, or without one, which has nothing to precompute.
@@ -323,4 +356,4 @@ def precompute_routing(denoiser: nn.Module, timesteps: Sequence[float] | torch.T
         return
     router = router_of(denoiser)
     for timestep in torch.as_tensor(timesteps):
-        routing.table[timestep.item()] = router(timestep[None]).argmax(dim=-1).cpu()
+        routing.winners_at(router, timestep[None])

@@ -72,17 +72,28 @@ def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):
     assert torch.equal(call(loaded), call(pipe))
 
 
+def test_what_was_loaded_asks_the_router_once_for_each_timestep_of_a_sampler(with_hub, tmp_path):
+    save(with_hub, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    asked = []
+    loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
+    first = call(loaded)
+    assert len(asked) == len(loaded.scheduler.timesteps)
+    assert torch.equal(call(loaded), first)
+    assert len(asked) == len(loaded.scheduler.timesteps)
+
+
 def test_a_precomputed_routing_gives_the_same_images_without_asking_the_router(with_hub, tmp_path):
     save(with_hub, tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    expected = call(loaded)
     asked = []
     loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
     precompute_routing(loaded.unet, loaded.scheduler.timesteps)
     assert asked
     asked.clear()
-    assert torch.equal(call(loaded), expected)
+    assert torch.equal(call(loaded), call(with_hub))
     assert not asked
 
 

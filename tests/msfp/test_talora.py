@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fpformats import E2M1, E2M2U
-from msfp import seal
+from msfp import seal, talora
 from msfp.open_layers import OPEN_LAYERS
 from msfp.quantizer import Quantizer
 from msfp.talora import TURNS, LearnedRouter, LoRAHub, Routing, SegmentRouter, attach_router
@@ -202,6 +202,95 @@ def test_a_batch_at_one_timestep_is_routed_once():
     routing = Routing()
     routing.update(LearnedRouter(2, 2), torch.tensor([7, 7, 7]))
     assert routing.choices.shape == (1, 2, 2)
+
+
+@pytest.fixture
+def asked():
+    """A frozen denoiser, without gradients, and a list that grows when its router is asked."""
+    denoiser, calls = Denoiser(entries=4).requires_grad_(False), []
+    denoiser.router.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        yield denoiser, calls
+
+
+def test_the_router_is_asked_once_for_each_timestep(asked, sample):
+    denoiser, calls = asked
+    times = (900, torch.tensor(500), torch.full((6,), 20))
+    first = [denoiser(sample, t) for t in times]
+    assert len(calls) == 3
+    again = [denoiser(sample, t) for t in times]
+    assert len(calls) == 3
+    assert all(map(torch.equal, first, again))
+    assert len({winners.numpy().tobytes() for winners in denoiser.conv.routing.table.values()}) > 1
+
+
+def test_the_router_is_asked_each_time_where_a_gradient_is_wanted(asked, sample):
+    denoiser, calls = asked
+    denoiser(sample, 100)
+    denoiser.router.requires_grad_(True)
+    with torch.enable_grad():
+        denoiser(sample, 100).sum().backward()
+    assert len(calls) == 2
+    assert denoiser.router.mlp[2].weight.grad.any()
+    denoiser(sample, 100)
+    assert len(calls) == 3
+
+
+def train(denoiser, sample):
+    """Take a step that changes most choices, with the optimizer of fine-tuning."""
+    router = denoiser.router.requires_grad_(True)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=1.0, fused=True)
+    with torch.enable_grad():
+        denoiser(sample, 100).sum().backward()
+    optimizer.step()
+
+
+def train_and_freeze(denoiser, sample):
+    train(denoiser, sample)
+    denoiser.requires_grad_(False)
+
+
+def load_another(denoiser, _):
+    other = LearnedRouter(2, 4, torch.Generator().manual_seed(5))
+    denoiser.router.load_state_dict(other.state_dict())
+
+
+def replace_router(denoiser, _):
+    router = LearnedRouter(2, 4, torch.Generator().manual_seed(5))
+    denoiser.router = router.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [train, train_and_freeze, load_another, replace_router])
+def test_a_router_that_was_changed_is_asked_again(asked, sample, change):
+    denoiser, _ = asked
+    times = torch.arange(0, 1000, 100)
+    before = torch.cat([denoiser.router(t[None]).argmax(-1) for t in times])
+    for t in times:
+        denoiser(sample, t)
+    change(denoiser, sample)
+    after = torch.cat([denoiser.router(t[None]).argmax(-1) for t in times])
+    assert not torch.equal(before, after)
+    for t, winners in zip(times, after, strict=True):
+        denoiser(sample, t)
+        assert torch.equal(denoiser.conv.routing.winners[0], winners)
+
+
+def test_segments_that_were_moved_are_looked_up_again():
+    routing, router = Routing(), SegmentRouter(1, 2, torch.tensor([500.0]))
+    with torch.no_grad():
+        routing.update(router, torch.tensor([300]))
+        router.boundaries.fill_(200)
+        routing.update(router, torch.tensor([300]))
+    assert routing.winners.item() == 1
+
+
+def test_a_table_of_choices_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(talora, "KNOWN_TIMESTEPS", 3)
+    routing, router = Routing(), LearnedRouter(2, 2).requires_grad_(False)
+    with torch.no_grad():
+        for timestep in range(10):
+            routing.update(router, torch.tensor([timestep]))
+            assert len(routing.table) <= 3
 
 
 def test_segments_have_equally_many_of_the_sampler_s_timesteps():
