@@ -19,6 +19,8 @@ from fpformats import FloatFormat, values
 from fpformats.sketch import Sketch
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
+DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933", "#9aa5b1")
+"""Colours that are told apart by all eyes (Okabe and Ito, 2008), and two greys."""
 SMALL = 48
 """Pixels in the height of an image below which its pixels are enlarged."""
 STYLE: Any = {
@@ -43,6 +45,13 @@ def axes_of(picture: Figure) -> Axes:
     """Return the single axes of a figure in the house style."""
     with mpl.rc_context(STYLE):
         return picture.add_subplot()
+
+
+def colours(count: int) -> list[Any]:
+    """Return so many colours: distinct ones, or a scale of them where there are too many."""
+    if count <= len(DISTINCT):
+        return list(DISTINCT[:count])
+    return list(mpl.colormaps["viridis"](np.linspace(0, 0.92, count)))
 
 
 def tiled(images: torch.Tensor, columns: int) -> NDArray[np.float32]:
@@ -116,14 +125,13 @@ def errors_by_timestep(
     """Draw the noise-prediction error of each method against the timestep."""
     picture = figure(7.2, 3.8)
     axes = axes_of(picture)
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(rows)))
-    for (label, errors), colour in zip(rows, colours, strict=True):
+    for (label, errors), colour in zip(rows, colours(len(rows)), strict=True):
         axes.plot(timesteps, errors, marker="o", markersize=3, label=label, color=colour)
     axes.set_yscale("log")
     _plain_decades(axes.yaxis)
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_xlabel("timestep t (noise on the left, picture on the right)")
-    axes.set_ylabel("noise-prediction error")
+    axes.set_ylabel("error of the prediction")
     axes.invert_xaxis()
     if len(rows) > 1:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -203,11 +211,11 @@ def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> F
     picture = figure(7.2, 4.6)
     axes = axes_of(picture)
     entries = int(choices.max()) + 1
-    colours = mpl.colormaps["viridis"].resampled(max(entries, 2))
+    shades = mpl.colormaps["viridis"].resampled(max(entries, 2))
     image = axes.imshow(
         choices,
         aspect="auto",
-        cmap=colours,
+        cmap=shades,
         vmin=-0.5,
         vmax=max(entries, 2) - 0.5,
         interpolation="nearest",

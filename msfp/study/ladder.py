@@ -26,14 +26,14 @@ class Recipe:
         label: What tables call it.
         quantization: Fields of `QuantizationConfig` but for bits; None leaves full precision.
         finetune: Fields of `FinetuneConfig` but for its seed; None for no fine-tuning.
-        against: The recipe that it adds something to, which it is tested against.
+        against: The recipes that it is tested against; the first is what it adds something to.
     """
 
     name: str
     label: str
     quantization: Mapping[str, Any] | None
     finetune: Mapping[str, Any] | None = None
-    against: str | None = None
+    against: tuple[str, ...] = ()
 
 
 PLAIN: dict[str, Any] = {"refine": None}
@@ -57,107 +57,120 @@ def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
 _LADDER = (
     Recipe(FULL_PRECISION, "full precision", None),
     Recipe("int-minmax", "INT min-max", PLAIN | {"scheme": "int_minmax"}),
-    Recipe("int-mse", "INT, clip", PLAIN | {"scheme": "int_mse"}, against="int-minmax"),
+    Recipe("int-mse", "INT, clip", PLAIN | {"scheme": "int_mse"}, against=("int-minmax",)),
     Recipe(
         "int-zero-point",
         "INT, clip, zero point",
         PLAIN | {"scheme": "int_zero_point"},
-        against="int-mse",
+        against=("int-mse",),
     ),
-    Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against="int-mse"),
-    Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against="mx"),
-    Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against="int-mse"),
-    Recipe("mixup", "mixup-sign FP", PLAIN, against="signed"),
+    Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against=("int-mse",)),
+    Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against=("mx",)),
+    Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against=("int-mse",)),
+    Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed",)),
     Recipe(
         "last-bias",
         "mixup, bias of the last layer",
         _rounded("nearest", correct_bias="last"),
-        against="mixup",
+        against=("mixup",),
     ),
     Recipe(
-        "all-biases", "mixup, all biases", _rounded("nearest", correct_bias="all"), against="mixup"
+        "all-biases",
+        "mixup, all biases",
+        _rounded("nearest", correct_bias="all"),
+        against=("mixup",),
     ),
-    Recipe("gptq", "mixup + GPTQ", _rounded("gptq"), against="mixup"),
-    Recipe("gptq-sweeps", "mixup + GPTQ, two sweeps", _rounded("gptq", sweeps=2), against="gptq"),
-    Recipe("adaround", "mixup + AdaRound", _rounded("adaround"), against="gptq"),
-    Recipe("matched-nearest", "mixup, matched", _refined(rounding="nearest"), against="all-biases"),
-    Recipe("matched", "mixup + GPTQ, matched", _refined(), against="gptq"),
-    Recipe("split", "matched + split inputs", _refined(split_inputs=True), against="matched"),
+    Recipe("gptq", "mixup + GPTQ", _rounded("gptq"), against=("mixup",)),
+    Recipe(
+        "gptq-sweeps", "mixup + GPTQ, two sweeps", _rounded("gptq", sweeps=2), against=("gptq",)
+    ),
+    Recipe("adaround", "mixup + AdaRound", _rounded("adaround"), against=("gptq",)),
+    Recipe(
+        "matched-nearest", "mixup, matched", _refined(rounding="nearest"), against=("all-biases",)
+    ),
+    Recipe("matched", "mixup + GPTQ, matched", _refined(), against=("gptq",)),
+    Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
     Recipe(
         "branch-4",
         "split + branch of rank 4",
         _refined(split_inputs=True, branch_rank=4),
-        against="split",
+        against=("split",),
     ),
     Recipe(
         "branch-16",
         "split + branch of rank 16",
         _refined(split_inputs=True, branch_rank=16),
-        against="branch-4",
+        against=("branch-4", "mixup"),
     ),
-    Recipe("signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against="signed"),
     Recipe(
-        "fixed-lora", "mixup + LoRA, scales fixed", PLAIN, TUNED | FIXED_SCALES, against="mixup"
+        "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
     ),
-    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against="fixed-lora"),
+    Recipe(
+        "fixed-lora", "mixup + LoRA, scales fixed", PLAIN, TUNED | FIXED_SCALES, against=("mixup",)
+    ),
+    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against=("fixed-lora",)),
     Recipe(
         "segments-2",
         "mixup + LoRA by segment, h = 2",
         PLAIN,
         TWO_HUBS | {"routing": "segments"},
-        against="lora",
+        against=("lora",),
     ),
-    Recipe("talora-2", "mixup + TALoRA, h = 2", PLAIN, TWO_HUBS, against="segments-2"),
-    Recipe("talora-4", "mixup + TALoRA, h = 4", PLAIN, TUNED | {"hub": 4}, against="talora-2"),
+    Recipe("talora-2", "mixup + TALoRA, h = 2", PLAIN, TWO_HUBS, against=("segments-2", "lora")),
+    Recipe(
+        "talora-4", "mixup + TALoRA, h = 4", PLAIN, TUNED | {"hub": 4}, against=("talora-2", "lora")
+    ),
     Recipe(
         "dfa-1",
         "mixup + TALoRA, h = 2 + DFA, power 1",
         PLAIN,
         TWO_HUBS | {"denoising_power": 1.0},
-        against="talora-2",
+        against=("talora-2", "lora"),
     ),
     Recipe(
         "dfa-2",
         "mixup + TALoRA, h = 2 + DFA, power 2",
         PLAIN,
         TWO_HUBS | {"denoising_power": 2.0},
-        against="dfa-1",
+        against=("dfa-1", "lora"),
     ),
-    Recipe("svd-lora", "mixup + LoRA, from the SVD", PLAIN, TUNED | {"initial": "svd"}, "lora"),
-    Recipe("own-path-lora", "mixup + LoRA, own path", PLAIN, TUNED | {"student_every": 40}, "lora"),
+    Recipe("svd-lora", "mixup + LoRA, from the SVD", PLAIN, TUNED | {"initial": "svd"}, ("lora",)),
+    Recipe(
+        "own-path-lora", "mixup + LoRA, own path", PLAIN, TUNED | {"student_every": 40}, ("lora",)
+    ),
     Recipe(
         "annealed-talora-2",
         "mixup + TALoRA, h = 2, annealed",
         PLAIN,
         TWO_HUBS | {"temperature": (4.0, 0.25)},
-        against="talora-2",
+        against=("talora-2",),
     ),
-    Recipe("narrow-lora", "mixup + LoRA of rank 2", PLAIN, TUNED | {"rank": 2}, against="lora"),
+    Recipe("narrow-lora", "mixup + LoRA of rank 2", PLAIN, TUNED | {"rank": 2}, against=("lora",)),
     Recipe(
         "narrow-talora-2",
         "mixup + TALoRA of rank 2, h = 2",
         PLAIN,
         TWO_HUBS | {"rank": 2},
-        against="narrow-lora",
+        against=("narrow-lora",),
     ),
-    Recipe("long-lora", "mixup + LoRA, 640 steps", PLAIN, {"steps": 640}, against="lora"),
+    Recipe("long-lora", "mixup + LoRA, 640 steps", PLAIN, {"steps": 640}, against=("lora",)),
     Recipe(
         "long-talora-2",
         "mixup + TALoRA, h = 2, 640 steps",
         PLAIN,
         {"steps": 640, "hub": 2},
-        against="long-lora",
+        against=("long-lora",),
     ),
-    Recipe("matched-lora", "matched + LoRA", _refined(), TUNED, against="lora"),
+    Recipe("matched-lora", "matched + LoRA", _refined(), TUNED, against=("lora",)),
     Recipe(
-        "split-lora", "split + LoRA", _refined(split_inputs=True), TUNED, against="matched-lora"
+        "split-lora", "split + LoRA", _refined(split_inputs=True), TUNED, against=("matched-lora",)
     ),
     Recipe(
         "branch-16-lora",
         "split + branch of rank 16 + LoRA",
         _refined(split_inputs=True, branch_rank=16),
         TUNED,
-        against="branch-16",
+        against=("branch-16", "lora"),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _LADDER}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from msfp.plots import GREY, INK, STYLE, UNSIGNED, axes_of, figure, name_row
+from msfp.plots import GREY, INK, STYLE, UNSIGNED, axes_of, colours, figure, name_row
 from msfp.study.statistics import Mean
 
 MANY = 6
@@ -25,17 +26,12 @@ def ladder_points(rows: Sequence[tuple[str, Mean, Sequence[float]]], heading: st
     axes = axes_of(picture)
     for height, (_, mean, values) in enumerate(rows):
         axes.plot(values, [height] * len(values), "o", color=GREY, markersize=4)
-        axes.errorbar(mean.value, height, xerr=_margin(mean), fmt="o", color=UNSIGNED, capsize=3)
+        axes.errorbar(mean.value, height, xerr=_interval(mean), fmt="o", color=UNSIGNED, capsize=3)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.invert_yaxis()
     _log_axis(axes)
     axes.set_xlabel(heading)
     return picture
-
-
-def _margin(mean: Mean) -> float | None:
-    """Return the half width of an interval that a log axis can show."""
-    return None if np.isnan(mean.margin) else min(mean.margin, 0.9 * mean.value)
 
 
 def _log_axis(axes: Axes) -> None:
@@ -47,40 +43,51 @@ def _log_axis(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def _interval(mean: Mean) -> list[list[float]]:
+    """Return how far an interval reaches below and above the mean, as matplotlib takes it."""
+    return [[0.0 if np.isnan(each) else each] for each in mean.margins]
+
+
 def lines(
-    series: Mapping[str, Mapping[str, Mean]], names: Sequence[str], heading: str, xlabel: str
+    series: Mapping[str, Mapping[str, Mean]],
+    names: Sequence[str],
+    heading: str,
+    xlabel: str,
+    *,
+    joined: bool,
 ) -> Figure:
     """Draw the mean of each recipe at each setting, with intervals.
 
     Args:
         series: Means by recipe and setting.
-        names: The settings from left to right; those that differ after the last "-" alone, such as
-            a sampler's steps, are joined by a line.
+        names: The settings from left to right.
         heading: What the height is.
         xlabel: What the settings are.
+        joined: Whether to join by a line those settings that differ after the last "-" alone, such
+            as a sampler's steps.
     """
     picture = figure(7.2, 3.8)
     axes = axes_of(picture)
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(series)))
-    for index, ((label, means), colour) in enumerate(zip(series.items(), colours, strict=True)):
-        families = groupby(names, lambda name: name.rpartition("-")[0])
-        for position, (_, members) in enumerate(families):
-            known = [name for name in members if name in means]
-            axes.errorbar(
-                [names.index(name) + 0.06 * (index - len(series) / 2) for name in known],
-                [means[name].value for name in known],
-                yerr=[np.nan_to_num(means[name].margin) for name in known],
-                fmt="o-",
-                markersize=5,
-                linewidth=1,
-                capsize=3,
-                label=None if position else label,
-                color=colour,
-            )
     # The means rule the height: an interval of two or three seeds may be as wide as it likes.
     heights = [mean.value for means in series.values() for mean in means.values()]
     margin = 0.3 * (max(heights) - min(heights)) + 0.5
-    axes.set_ylim(min(heights) - margin, max(heights) + margin)
+    bottom, top = min(heights) - margin, max(heights) + margin
+    axes.set_ylim(bottom, top)
+    families = [list(each) for _, each in groupby(names, lambda name: name.rpartition("-")[0])]
+    for index, (label, means) in enumerate(series.items()):
+        colour = colours(len(series))[index]
+        places = {name: i + 0.08 * (index - len(series) / 2) for i, name in enumerate(names)}
+        for name, mean in means.items():
+            axes.errorbar(places[name], mean.value, _interval(mean), capsize=3, color=colour)
+            if mean.high > top:  # an arrow where an interval goes on outside
+                axes.plot(places[name], top, "^", markersize=6, color=colour, clip_on=False)
+            if mean.low < bottom:
+                axes.plot(places[name], bottom, "v", markersize=6, color=colour, clip_on=False)
+        for members in families:
+            known = [name for name in members if name in means]
+            points = [places[name] for name in known], [means[name].value for name in known]
+            axes.plot(*points, "o-" if joined else "o", markersize=5, linewidth=1, color=colour)
+        axes.plot([], [], "o", color=colour, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.tick_params(axis="x", rotation=40 if len(names) > MANY else 0)
     axes.set_xlabel(xlabel)
@@ -90,27 +97,50 @@ def lines(
     return picture
 
 
-def against_time(points: Sequence[tuple[str, float, Mean]], heading: str) -> Figure:
-    """Draw the mean of each recipe against the CPU seconds that it took.
+@dataclass(frozen=True)
+class Timed:
+    """What a recipe gives, and how long it takes.
 
-    Those have their name beside them that nothing faster is better than.
+    Attributes:
+        name: What is written beside it, if anything.
+        kind: What it does; one colour for each.
+        seconds: CPU seconds to quantize and fine-tune.
+        mean: What it gives.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    mean: Mean
+
+
+def against_time(points: Sequence[Timed], heading: str) -> Figure:
+    """Draw the mean of each recipe, with its interval, against the CPU seconds that it took.
 
     Args:
-        points: Label, CPU seconds to quantize and fine-tune, and mean of each recipe.
+        points: The recipes.
         heading: What the height is.
     """
-    picture = figure(7.2, 3.8)
+    picture = figure(8.2, 4.4)
     axes = axes_of(picture)
-    best = -np.inf
-    for label, seconds, mean in sorted(points, key=lambda point: point[1]):
-        ahead, best = mean.value > best, max(best, mean.value)
-        axes.plot(seconds, mean.value, "o", color=UNSIGNED if ahead else GREY)
-        if ahead:
-            at = (seconds, mean.value)
-            axes.annotate(label, at, (6, 3), textcoords="offset points", fontsize=8, color=INK)
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    shades = dict(zip(kinds, colours(len(kinds)), strict=True))
+    for point in points:
+        at, colour = (point.seconds, point.mean.value), shades[point.kind]
+        axes.errorbar(*at, _interval(point.mean), fmt="o", color=colour, markersize=5, alpha=0.5)
+        if point.name:
+            axes.annotate(
+                point.name, at, (6, 4), textcoords="offset points", fontsize=8, color=INK,
+                bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
+            )  # fmt: skip
+    for kind, colour in shades.items():
+        axes.plot([], [], "o", color=colour, label=kind)
     _log_axis(axes)
+    heights = [point.mean.value for point in points]
+    axes.set_ylim(min(heights) - 3, max(heights) + 4)
     axes.set_xlabel("CPU seconds to quantize and fine-tune")
     axes.set_ylabel(heading)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
     return picture
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from scipy import stats
 
 CONFIDENCE = 0.95
 MIN_PAIRS = 3
 """Fewer pairs are not tested."""
+Key = TypeVar("Key", bound=Hashable)
+Verdict = Literal["different", "tie", "open", "identical", "few"]
 
 
 @dataclass(frozen=True)
@@ -20,33 +23,59 @@ class Mean:
 
     Attributes:
         value: The mean.
-        margin: Half of the width of its confidence interval by Student's t; NaN for one replicate.
+        low: Lower end of its confidence interval by Student's t; NaN for one replicate.
+        high: Upper end.
         count: Replicates.
     """
 
     value: float
-    margin: float
+    low: float
+    high: float
     count: int
 
     def text(self, digits: int) -> str:
-        """Return it with its margin, rounded.
+        """Return it with its margin, or with its interval where that is not symmetric.
 
         Example:
             >>> mean([1.0, 2.0, 3.0]).text(1)
             '2.0 ± 2.5'
+            >>> geometric_mean([1.0, 2.0, 4.0]).text(1)
+            '2.0 [0.4, 11.2]'
         """
-        margin = "" if math.isnan(self.margin) else f" ± {self.margin:.{digits}f}"
-        return f"{self.value:.{digits}f}{margin}"
+        value = f"{self.value:.{digits}f}"
+        if math.isnan(self.low):
+            return value
+        below, above = self.margins
+        if math.isclose(below, above):
+            return f"{value} ± {above:.{digits}f}"
+        return f"{value} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the mean."""
+        return self.value - self.low, self.high - self.value
 
 
 def mean(values: Sequence[float]) -> Mean:
     """Return the mean of replicates with its 95% confidence interval."""
-    count = len(values)
+    value, count = statistics.mean(values), len(values)
     if count < 2:
-        return Mean(values[0], math.nan, count)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    margin = quantile * statistics.stdev(values) / math.sqrt(count)
-    return Mean(statistics.mean(values), margin, count)
+        return Mean(value, math.nan, math.nan, count)
+    margin = _margin(values)
+    return Mean(value, value - margin, value + margin, count)
+
+
+def geometric_mean(values: Sequence[float]) -> Mean:
+    """Return the geometric mean of positive replicates, and the interval of their logarithms."""
+    logarithms = mean([math.log(value) for value in values])
+    value, low, high = map(math.exp, (logarithms.value, logarithms.low, logarithms.high))
+    return Mean(value, low, high, logarithms.count)
+
+
+def _margin(values: Sequence[float]) -> float:
+    """Return half of the width of the interval of the mean of at least two values."""
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)
@@ -55,44 +84,63 @@ class Difference:
 
     Attributes:
         change: Mean of the differences, second less first.
+        low: Lower end of its confidence interval, of this comparison by itself; NaN for one pair.
+        high: Upper end.
         p: Of Student's paired t-test, adjusted for the others of its family; None where there are
             too few pairs.
     """
 
     change: float
+    low: float
+    high: float
     p: float | None
 
-    @property
-    def tie(self) -> bool:
-        """Whether the test does not tell the two apart."""
-        return self.p is None or not self.p < 1 - CONFIDENCE
+    def verdict(self, margin: float) -> Verdict:
+        """Return what the seeds say.
+
+        A tie is where the whole interval is within a margin that nobody minds; where it is not,
+        and the test does not tell the two apart either, the question is open.
+
+        Args:
+            margin: The largest change that nobody minds.
+        """
+        if self.p is None:
+            return "few"
+        if self.change == self.low == self.high == 0:
+            return "identical"
+        if self.p < 1 - CONFIDENCE:
+            return "different"
+        return "tie" if -margin <= self.low and self.high <= margin else "open"
 
 
-def compare(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Difference]:
+def compare(pairs: Mapping[Key, Sequence[tuple[float, float]]]) -> dict[Key, Difference]:
     """Test every family member's pairs of (first, second) values for a difference.
 
     p-values are adjusted for the number of comparisons (Benjamini and Hochberg, 1995): of those
-    called different, 5% may be expected to be ties.
+    called different, 5% may be expected to be none.
 
     Args:
-        pairs: By comparison, the values of equal seeds.
+        pairs: By comparison, the values of equal seeds; comparisons without any are left out.
 
     Example:
         >>> found = compare({"b": [(1.0, 2.0), (2.0, 3.1), (3.0, 3.9)], "c": [(1.0, 1.1)]})
-        >>> found["b"].tie, found["c"].p
-        (False, None)
+        >>> found["b"].verdict(0.1), found["c"].verdict(0.1)
+        ('different', 'few')
     """
-    tested = {name: each for name, each in pairs.items() if _testable(each)}
-    raw = [float(stats.ttest_rel(*zip(*each, strict=True)).pvalue) for each in tested.values()]
-    adjusted = stats.false_discovery_control(raw) if raw else []
-    p = {name: float(value) for name, value in zip(tested, adjusted, strict=True)}
-    return {
-        name: Difference(statistics.mean(b - a for a, b in each), p.get(name))
-        for name, each in pairs.items()
-        if each
-    }
+    found = {name: _difference(each) for name, each in pairs.items() if each}
+    raw = {name: each.p for name, each in found.items() if each.p is not None}
+    adjusted = stats.false_discovery_control(list(raw.values())) if raw else []
+    p = {name: float(value) for name, value in zip(raw, adjusted, strict=True)}
+    return {name: replace(each, p=p.get(name)) for name, each in found.items()}
 
 
-def _testable(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Return whether there are enough pairs, and they do not all differ by the same."""
-    return len(pairs) >= MIN_PAIRS and len({b - a for a, b in pairs}) > 1
+def _difference(pairs: Sequence[tuple[float, float]]) -> Difference:
+    """Return the change with its interval, and the p-value of this test alone."""
+    changes = [second - first for first, second in pairs]
+    change = mean(changes)
+    if len(pairs) < MIN_PAIRS:
+        return Difference(change.value, change.low, change.high, None)
+    if math.isclose(min(changes), max(changes)):  # the test divides by how far they differ
+        return Difference(change.value, change.value, change.value, float(change.value == 0))
+    p = float(stats.ttest_1samp(changes, 0.0).pvalue)
+    return Difference(change.value, change.low, change.high, p)

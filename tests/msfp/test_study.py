@@ -5,17 +5,21 @@ import random
 
 import pytest
 import torch
+from scipy import stats
 
 from msfp.cli import main
+from msfp.config import RefinementConfig
 from msfp.errors import InputError
 from msfp.study import run as study_run
 from msfp.study.bench import Bench
+from msfp.study.groups import Group, tested
 from msfp.study.ladder import BITS, FULL_PRECISION, MODELS, RECIPES, Row, ladder
-from msfp.study.render import Group, render, settings_tests, verdict
+from msfp.study.render import render
 from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
-from msfp.study.statistics import compare, mean
+from msfp.study.statistics import compare, geometric_mean, mean
 from msfp.study.store import Store
 from msfp.study.subjects import SUBJECTS, Settings, model_folder
+from msfp.study.tables import DEFAULT, distance_table, settings_tests, tests_table, verdict
 from msfp.training.config import FinetuneConfig
 
 SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
@@ -70,7 +74,8 @@ def test_every_row_can_be_asked_for():
 def test_recipes_build_on_recipes_that_come_before_them():
     names = list(RECIPES)
     for recipe in RECIPES.values():
-        assert recipe.against is None or names.index(recipe.against) < names.index(recipe.name)
+        for against in recipe.against:
+            assert names.index(against) < names.index(recipe.name)
 
 
 def test_a_row_is_fine_tuned_with_its_own_seed():
@@ -93,31 +98,48 @@ def test_a_glob_that_matches_no_row_is_refused():
 def test_an_interval_covers_the_mean_as_often_as_it_says():
     draw = random.Random(0)
     means = [mean([draw.gauss(1, 1) for _ in range(5)]) for _ in range(2000)]
-    covered = sum(abs(each.value - 1) <= each.margin for each in means) / len(means)
+    covered = sum(each.low <= 1 <= each.high for each in means) / len(means)
     assert 0.935 <= covered <= 0.965
-    assert math.isnan(mean([1.0]).margin)
+    assert math.isnan(mean([1.0]).low)
 
 
-def test_the_test_in_pairs_finds_differences_and_calls_noise_a_tie():
+def test_the_interval_of_a_geometric_mean_is_that_of_the_logarithms():
+    found = geometric_mean([1.0, 10.0, 100.0])
+    logarithms = mean([0.0, 1.0, 2.0])
+    assert found.value == pytest.approx(10)
+    assert math.log10(found.low) == pytest.approx(logarithms.low)
+    assert math.log10(found.high) == pytest.approx(logarithms.high)
+
+
+def test_the_test_in_pairs_finds_differences_ties_and_open_questions():
     draw = random.Random(0)
     noise = [draw.gauss(0, 1) for _ in range(5)]
     pairs = {
         "shifted": [(each, each + 0.5 + 0.01 * draw.gauss(0, 1)) for each in noise],
         "noise": [(each, each + draw.gauss(0, 1)) for each in noise],
         "few": [(1.0, 2.0), (1.1, 2.1)],
+        "equal": [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)],
+        "constant": [(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)],
     }
     found = compare(pairs)
-    assert not found["shifted"].tie
+    assert {name: each.verdict(margin=0.1) for name, each in found.items()} == {
+        "shifted": "different",
+        "noise": "open",
+        "few": "few",
+        "equal": "identical",
+        "constant": "different",
+    }
+    assert found["noise"].verdict(margin=5.0) == "tie"
     assert found["shifted"].change == pytest.approx(0.5, abs=0.02)
-    assert found["noise"].tie
-    assert found["few"].p is None
-    assert found["few"].tie
+    plain = stats.ttest_rel(*zip(*pairs["noise"], strict=True), nan_policy="raise")
+    interval = plain.confidence_interval(0.95)
+    assert (found["noise"].low, found["noise"].high) == pytest.approx((-interval[1], -interval[0]))
 
 
 def test_adjusting_for_many_comparisons_keeps_false_findings_rare():
     draw = random.Random(0)
     pairs = {str(i): [(0.0, draw.gauss(0, 1)) for _ in range(5)] for i in range(200)}
-    assert sum(not each.tie for each in compare(pairs).values()) <= 3
+    assert sum(each.p < 0.05 for each in compare(pairs).values()) <= 3
 
 
 def test_a_line_that_was_cut_short_is_dropped_and_the_last_of_a_name_counts(tmp_path):
@@ -217,31 +239,62 @@ def test_a_better_recipe_is_named_and_an_equal_one_is_a_tie(tmp_path):
         store.append(record("signed", seed, 0.005 * math.exp(0.02 * draw.gauss(0, 1))))
         store.append(record("mixup", seed, 0.004 * math.exp(0.02 * draw.gauss(0, 1)), 22.0 + seed))
     group = Group(list(store.records().values()))
-    found = group.tested("noise_error")["mixup"]
-    assert verdict(found, "noise_error").startswith("-")
-    assert not found.tie
-    page = render(tmp_path).read_text()
-    assert "| mixup-sign FP |" in page
-    assert "tie" not in verdict(found, "noise_error")
+    found = tested({"": group}, ["noise_error"])["mixup", "signed", "", "noise_error"]
+    assert verdict(found, "noise_error").startswith("**-")
+    assert "| mixup-sign FP | signed FP | **-" in render(tmp_path).read_text()
     same = Group(
-        [record("signed", s, 0.005 + 1e-4 * draw.random()) for s in range(5)]
-        + [record("mixup", s, 0.005 + 1e-4 * draw.random()) for s in range(5)]
+        [record("signed", s, 0.005 + 1e-5 * draw.random()) for s in range(5)]
+        + [record("mixup", s, 0.005 + 1e-5 * draw.random()) for s in range(5)]
     )
-    assert verdict(same.tested("noise_error")["mixup"], "noise_error").startswith("tie (p =")
+    assert "| mixup-sign FP | signed FP | tie: " in tests_table(same)
+    assert tests_table(same).endswith("| identical |\n")
 
 
-def test_a_recipe_is_tested_against_the_nearest_that_was_run_of_those_it_builds_on():
+def test_a_recipe_is_tested_against_the_nearest_that_was_run_and_its_other_rivals():
     records = [
         record(name, seed, error + 1e-5 * seed**2)
-        for name, error in (("mixup", 0.004), ("branch-16", 0.0003))
+        for name, error in (("mixup", 0.004), ("lora", 0.002), ("talora-4", 0.002))
         for seed in range(3)
     ]
     group = Group(records)
-    assert (group.against("branch-16"), group.against("mixup")) == ("mixup", None)
-    lines = settings_tests({"W4A4": group, "W4A8": Group(records[:2])}, "noise_error").splitlines()
-    assert lines[0] == "| recipe | against | W4A4 | W4A8 |"
-    assert lines[2].startswith("| split + branch of rank 16 | mixup-sign FP | -92% (p")
-    assert len(lines) == 3
+    assert group.against("talora-4") == ["lora"]
+    assert (group.against("lora"), group.against("mixup")) == (["mixup"], [])
+    both = Group([*records, *(record("talora-2", seed, 0.002) for seed in range(3))])
+    assert both.against("talora-4") == ["talora-2", "lora"]
+    lines = settings_tests({"W4A4": group, "W4A8": Group(records[:2])}).splitlines()
+    assert lines[0] == "| recipe | against | of | W4A4 | W4A8 |"
+    assert lines[2].startswith("| mixup + LoRA | mixup-sign FP | error | **-50%** [")
+    assert len(lines) == 6
+
+
+def test_all_cells_of_a_table_are_one_family():
+    def group(gap):
+        errors = [0.005 + 1e-4 * seed for seed in range(4)]
+        return Group(
+            [record("signed", seed, error) for seed, error in enumerate(errors)]
+            + [
+                record("mixup", seed, error * (gap + 0.01 * seed**2))
+                for seed, error in enumerate(errors)
+            ]
+        )
+
+    alone = tested({"a": group(0.9)}, ["noise_error"])
+    together = tested({"a": group(0.9), "b": group(0.97)}, ["noise_error"])
+    key = ("mixup", "signed", "a", "noise_error")
+    assert together[key].p > alone[key].p
+    assert together[key].low == alone[key].low
+
+
+def test_a_distance_inside_the_seed_noise_is_named_and_one_far_below_is_not():
+    full = [record(FULL_PRECISION, seed, None) | {"frechet": 1.0 + 0.1 * seed} for seed in range(3)]
+    near = [record("mixup", seed, 0.004) | {"frechet": 1.05 + 0.1 * seed} for seed in range(3)]
+    below = [record("lora", seed, 0.002) | {"frechet": 0.5 + 0.1 * seed} for seed in range(3)]
+    note = distance_table(Group([*full, *near, *below])).splitlines()[-1]
+    assert note.endswith("have: mixup-sign FP.")
+
+
+def test_the_default_of_the_tables_is_the_default_of_the_package():
+    assert row(DEFAULT).quantization().refine == RefinementConfig()
 
 
 def test_the_page_shows_every_plot_that_it_names(tmp_path):
