@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from msfp.comparison import check_pair
 from msfp.denoiser import denoiser_of
 from msfp.dfa import denoising_factors
 from msfp.errors import InputError
 from msfp.evaluate import noise_errors, paired_psnr
-from msfp.fine_tuning import finetune
+from msfp.fine_tuning import check_checkpointing, finetune
+from msfp.first_question import first_question
 from msfp.progress import Advance, counted
-from msfp.reopening import reopen
+from msfp.reopening import check_reopening, reopen
 from msfp.sampling import Sampler
 from msfp.talora import precompute_routing, routing_of
 from msfp.training.config import FinetuneConfig
@@ -56,9 +58,11 @@ class Tuning:
         sampler: How both are called.
         extent: How much is recorded.
         advance: Told of the progress of each stage of recording.
+        config: What is to be trained, to be refused before anything is recorded.
 
     Raises:
-        InputError: If the pipelines are of different models or samplers.
+        InputError: If the pipelines are of different models or samplers, the packed one cannot be
+            trained, or not by the config.
     """
 
     def __init__(
@@ -68,18 +72,27 @@ class Tuning:
         sampler: Sampler,
         extent: Extent,
         advance: Advance,
+        config: FinetuneConfig | None = None,
     ) -> None:
         check_pair(denoiser_of(full), denoiser_of(quantized))
         check_same_sampler(full, quantized)
+        check_reopening(denoiser_of(quantized), denoiser_of(full))
         self.full, self.quantized, self.sampler, self.extent = full, quantized, sampler, extent
         self.advance = advance
-        self.path = self._recorded("recording trajectories", extent.trajectories, extent.seed)
-        self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
-        calls = len(sampler.calls(extent.trajectories, extent.seed))
-        self.rows_at_once = self.path.samples.shape[1] // calls
+        scheduler, self.rows_at_once = first_question(full, sampler.calls(1, extent.seed)[0])
+        factors, unknown = _factors(scheduler)
+        power = 0.0
+        if config is not None:
+            power = config.denoising_power
+            check_checkpointing(denoiser_of(quantized), config)
+            _check_rates(config)
+            _check_power(power, unknown)
         self.branches, self.branch_rows = guidance_branches(full, sampler, self.rows_at_once)
+        self.path = self._recorded("recording trajectories", extent.trajectories, extent.seed)
+        self.factors, unknown = _recorded_factors(scheduler, factors, self.path.timesteps, unknown)
+        _check_power(power, unknown)
+        self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
         self.images = self._sampled("full precision", full)
-        self.factors = self._factors()
 
     def _recorded(self, stage: str, count: int, seed: int) -> Trajectories:
         calls = self.sampler.calls(count, seed)
@@ -90,15 +103,17 @@ class Tuning:
         progress = counted(self.advance, f"sampling {name}", count)
         return self.sampler(pipe, count, self.extent.seed + 2, progress)
 
-    def _factors(self) -> dict[float, float] | None:
-        """Return the sampler's factors where nothing is clipped, or None if it has none."""
-        try:
-            return denoising_factors(self.full.scheduler, self.sampler.steps, clipping="ignore")
-        except InputError:
-            return None
+    def measured(
+        self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0, best: int | None = None
+    ) -> Row:
+        """Return what can be measured of a pipeline.
 
-    def measured(self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0) -> Row:
-        """Return what can be measured of a pipeline."""
+        Args:
+            name: What to call it.
+            pipe: The packed one, or one that was fine-tuned.
+            minutes: That its training took.
+            best: The step of its training that gave it, where held-out errors chose that.
+        """
         images = self._sampled(name, pipe)
         errors = noise_errors(denoiser_of(pipe), self.held_out, batch=self.rows_at_once)
         moved = None
@@ -106,7 +121,8 @@ class Tuning:
             timesteps = self.held_out.timesteps
             weights = loss_weights(timesteps, self.factors, 2.0, "none").tolist()
             moved = [error * weight for error, weight in zip(errors, weights, strict=True)]
-        return Row(name, errors, moved, paired_psnr(images, self.images), images[:SHOWN], minutes)
+        psnr = paired_psnr(images, self.images)
+        return Row(name, errors, moved, psnr, images[:SHOWN], minutes, best)
 
     def tuned(
         self,
@@ -117,7 +133,7 @@ class Tuning:
         tensorboard: Path | None = None,
         progress: Callable[[Status], None] | None = None,
     ) -> tuple[DiffusionPipeline, History, float]:
-        """Fine-tune a copy of the packed pipeline; return it, what was measured, and the minutes.
+        """Fine-tune a copy of the packed pipeline; return it, what was measured, and the seconds.
 
         Args:
             config: What is trained and how; its branches are those of the pipeline's guidance.
@@ -148,18 +164,104 @@ class Tuning:
             progress=progress,
         )
         original.to(device)
-        return pipe, history, (time.monotonic() - started) / 60
+        return pipe, history, time.monotonic() - started
+
+    def facts(self) -> dict[str, Any]:
+        """Return how the pipelines were called, as plain JSON types."""
+        kind = "labels" if isinstance(next(iter(self.sampler.conditions), ""), int) else "prompts"
+        return {
+            "sampler": type(self.full.scheduler).__name__,
+            "sampler_steps": self.sampler.steps,
+            "sampler_batch": self.sampler.batch,
+            "guidance_scale": self.sampler.guidance_scale,
+            "count": self.extent.trajectories,
+            "held_out": self.extent.held_out,
+            "seed": self.extent.seed,
+            "dtype": str(self.full.dtype).removeprefix("torch."),
+            **({kind: list(self.sampler.conditions)} if self.sampler.conditions else {}),
+        }
 
     def report(
-        self, title: str, config: FinetuneConfig, rows: list[Row], history: History,
-        pipe: DiffusionPipeline,
+        self, title: str, names: dict[str, str], config: FinetuneConfig, rows: list[Row],
+        history: History, pipe: DiffusionPipeline,
     ) -> TuningReport:  # fmt: skip
-        """Return the report of a run that ended with a pipeline."""
+        """Return the report of a run that ended with a pipeline.
+
+        Args:
+            title: The heading.
+            names: Of what was fine-tuned, and towards what.
+            config: How.
+            rows: What was measured.
+            history: Of the training.
+            pipe: The fine-tuned pipeline.
+        """
         timesteps = self.held_out.timesteps
         return TuningReport(
             title, config, timesteps.tolist(), self.images, rows, history,
-            routing_table(pipe, timesteps),
+            routing_table(pipe, timesteps), names | self.facts(),
         )  # fmt: skip
+
+
+def _factors(scheduler: SchedulerMixin) -> tuple[dict[float, float] | None, str]:
+    """Return the factors of a grid where nothing is clipped; or None, and why."""
+    try:
+        return denoising_factors(scheduler, clipping="ignore"), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _recorded_factors(
+    scheduler: SchedulerMixin,
+    factors: dict[float, float] | None,
+    recorded: torch.Tensor,
+    unknown: str,
+) -> tuple[dict[float, float] | None, str]:
+    """Return factors by the timesteps that the denoiser was given; or None, and why.
+
+    Pipelines may divide the scheduler's timesteps, but keep their order.
+
+    Args:
+        scheduler: Its timesteps are set.
+        factors: By those, or None.
+        recorded: What the denoiser was given.
+        unknown: Why there are none.
+    """
+    if factors is None:
+        return None, unknown
+    grid, given = scheduler.timesteps.tolist(), recorded.tolist()
+    if len(grid) == len(given) and factors.keys() >= set(grid):
+        factors = {asked: factors[own] for asked, own in zip(given, grid, strict=True)}
+    try:
+        loss_weights(recorded, factors, 1.0)
+    except InputError:
+        return None, f"the denoiser is asked at {given}, not at the sampler's {list(factors)}"
+    return factors, ""
+
+
+def _check_power(power: float, unknown: str) -> None:
+    """Raise InputError if factors are wanted, and are not known for a reason."""
+    if power > 0 and unknown:
+        raise InputError(f"denoising_power must be 0 (--power 0), not {power}: {unknown}")
+
+
+def _check_rates(config: FinetuneConfig) -> None:
+    """Raise InputError unless something is trained."""
+    if not trains(config):
+        raise InputError(f"rates must leave something to be trained, not {config.rates}")
+
+
+def trains(config: FinetuneConfig) -> bool:
+    """Return whether a config trains anything that every denoiser has.
+
+    Example:
+        >>> rates = dict.fromkeys(("adapters", "weight_scales", "input_scales", "biases"), 0)
+        >>> trains(FinetuneConfig(rates=rates)), trains(FinetuneConfig(rates=rates | {"norms": 0}))
+        (True, False)
+    """
+    rates = asdict(config.rates)
+    if config.hub == 1 or config.routing != "learned":
+        del rates["router"]
+    return any(rates.values())
 
 
 def routing_table(pipe: DiffusionPipeline, timesteps: torch.Tensor) -> torch.Tensor | None:
@@ -189,7 +291,7 @@ def ladder(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
     ]
     kept: list[tuple[str, FinetuneConfig]] = []
     for name, rung in rungs:
-        if rung != config and rung not in [other for _, other in kept]:
+        if trains(rung) and rung != config and rung not in [other for _, other in kept]:
             kept.append((name, rung))
     return kept
 

@@ -29,6 +29,7 @@ class Row:
         psnr: Of its images against the full-precision ones of equal noise, in dB.
         images: Some of them.
         minutes: That its training took.
+        best: The step of its training that gave it, where held-out errors chose that.
     """
 
     name: str
@@ -37,12 +38,17 @@ class Row:
     psnr: float
     images: torch.Tensor
     minutes: float = 0.0
+    best: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the table."""
         moved = "" if self.step_errors is None else f"{statistics.mean(self.step_errors):.3g}"
         minutes = f"{self.minutes:.1f}" if self.minutes else ""
         return self.name, f"{statistics.mean(self.errors):.3g}", moved, f"{self.psnr:.2f}", minutes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but images as plain JSON types."""
+        return {key: value for key, value in vars(self).items() if key != "images"}
 
 
 @dataclass
@@ -57,6 +63,7 @@ class TuningReport:
         rows: The quantized denoiser, what was tried beside, and the fine-tuned one.
         history: Losses and held-out errors of the last.
         routing: Its LoRA of each layer (rows) at each timestep, or None for a single one.
+        run: What was fine-tuned towards what, and how the pipelines were called.
     """
 
     title: str
@@ -66,16 +73,23 @@ class TuningReport:
     rows: list[Row]
     history: History = field(default_factory=History)
     routing: torch.Tensor | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each row whose training brought nothing."""
+        return [
+            f"{row.name!r} is what its training began with: no later held-out error was lower."
+            for row in self.rows
+            if row.best == 0
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but images as plain JSON types."""
         return {
+            "run": self.run,
             "config": self.config.to_dict(),
             "timesteps": self.timesteps,
-            "rows": [
-                {key: value for key, value in vars(row).items() if key != "images"}
-                for row in self.rows
-            ],
+            "rows": [row.to_dict() for row in self.rows],
             "losses": self.history.losses,
             "held_out_errors": {str(k): v for k, v in self.history.errors.items()},
             "routing": None if self.routing is None else self.routing.tolist(),
@@ -90,8 +104,12 @@ class TuningReport:
             self.timesteps, [(row.name, row.errors) for row in self.rows]
         )
         training = plots.training_picture(self.history.losses, self.history.errors)
+        settings = self.run | self.config.to_dict()
         sections = [
-            ("", [report.table(COLUMNS, [row.cells() for row in self.rows])]),
+            ("", [
+                report.table(COLUMNS, [row.cells() for row in self.rows]),
+                *[report.paragraph(note) for note in self.notes()],
+            ]),
             ("Images from equal noise", [
                 report.image(
                     report.png(plots.image_rows(images)), "Every column starts from the same noise."
@@ -107,7 +125,7 @@ class TuningReport:
             ("Training", [report.image(report.png(training), "The loss of each step.")]),
             *self._routed(),
             ("How this was run", [
-                report.table(("", ""), [(k, str(v)) for k, v in self.config.to_dict().items()]),
+                report.table(("", ""), [(k, str(v)) for k, v in settings.items()]),
                 report.table(("", ""), list(versions().items())),
             ]),
         ]  # fmt: skip

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
 from msfp.errors import InputError
 from msfp.talora import RouterKind
-from msfp.training.config import FinetuneConfig, Initial, Place, Precision
+from msfp.training.config import (
+    FinetuneConfig,
+    Initial,
+    LearningRates,
+    Place,
+    Precision,
+)
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from msfp.sampling import Sampler
+    from msfp.training.state import History
+    from msfp.training.trainer import Status
     from msfp.tuning import Tuning
-    from msfp.tuning_report import TuningReport
+    from msfp.tuning_record import TuningRecord
+    from msfp.tuning_report import Row, TuningReport
 
 TABLE_WIDTH = 110
 """Columns that the table needs; a narrower terminal wraps its lines."""
 REPORT, NUMBERS = "report.html", "finetuning.json"
+RESULT = "fine-tuned"
+"""Name of the training whose result is written."""
+NO_SETTINGS = (
+    "checkpoint", "command", "device", "output", "prompts", "resume", "run", "shard", "state",
+    "teacher", "tensorboard",
+)  # fmt: skip
+"""Arguments that a run may be resumed with others of, or that are told by what they name."""
+GROUPS = tuple(field.name for field in dataclasses.fields(LearningRates))
 
 
 def add(commands: Any) -> None:
@@ -85,6 +108,18 @@ def _add_training(finetune: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}", choices=choices, default=choices[0], help=f"{text} ({choices[0]})"
         )
+    group.add_argument(
+        "--rate", action="append", default=[], metavar="GROUP=VALUE",
+        help=f"learning rate of {', '.join(GROUPS)}; 0 freezes a group; can be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], metavar=("START", "END"),
+        help="of a learned router's softmax, at the first step and at the last (1.0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-cache-teacher", dest="cache_teacher", action="store_false",
+        help="ask the full-precision denoiser at each step, not for what was recorded",
+    )  # fmt: skip
     group.add_argument("--checkpointing", action="store_true", help="save memory, cost time")
     group.add_argument("--shard", action="store_true", help="divide frozen weights among processes")
 
@@ -92,69 +127,117 @@ def _add_training(finetune: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Record, train, measure, and write a packed checkpoint with a report."""
     from msfp.denoiser import denoiser_of
-    from msfp.outputs import check_output
+    from msfp.outputs import check_folder, check_output
     from msfp.progress import stages
     from msfp.tuning import Extent, Tuning, ladder
 
     check_output(arguments.output)
-    state = _state_file(arguments)
     config = _config(arguments)
+    if arguments.tensorboard is not None:
+        check_folder("tensorboard", arguments.tensorboard)
     sampler = options.check_sampling(arguments)
+    arguments.state = _state_folder(arguments)
     _place_process(arguments)
     full = options.load_pipeline(arguments.teacher, arguments)
     quantized = options.load_checkpoint(arguments.checkpoint, arguments)
+    record = _record(arguments, sampler)
+    _meet_processes(full, config, arguments.tensorboard)
     extent = Extent(arguments.count, arguments.held_out, arguments.seed)
     with stages() as advance:
-        tuning = Tuning(full, quantized, sampler, extent, advance)
+        tuning = Tuning(full, quantized, sampler, extent, advance, config)
         rows = [tuning.measured("quantized", quantized)]
-    rungs = ladder(config) if arguments.compare else []
-    for name, rung in rungs:
-        pipe, _, minutes = _trained(tuning, name, rung, None, arguments)
-        rows.append(tuning.measured(name, pipe, minutes))
-    pipe, history, minutes = _trained(tuning, "fine-tuned", config, state, arguments)
+    record.begin()
+    try:
+        for name, rung in ladder(config) if arguments.compare else []:
+            rows.append(record.row(name) or _rung(tuning, name, rung, record, arguments))
+        pipe, history, minutes = _trained(tuning, RESULT, config, record, arguments)
+    finally:
+        record.discard_if_empty()
     if not _main_process():
         return
-    rows.append(tuning.measured("fine-tuned", pipe, minutes))
+    rows.append(tuning.measured(RESULT, pipe, minutes, history.best))
     kind = type(denoiser_of(pipe)).__name__
     title = f"{arguments.checkpoint.absolute().name} fine-tuned ({kind})"
-    report = tuning.report(title, config, rows, history, pipe)
+    names = {key: str(getattr(arguments, key)) for key in ("checkpoint", "teacher")}
+    report = tuning.report(title, names, config, rows, history, pipe)
     _write(report, pipe, arguments.output)
-    state.unlink()
+    record.discard()
     _print(report, arguments.output)
 
 
-def _state_file(arguments: argparse.Namespace) -> Path:
+def _state_folder(arguments: argparse.Namespace) -> Path:
     """Return where the state of training is kept, beside the output."""
     output: Path = arguments.output.absolute()
-    state = output.with_name(f"{output.name}.state.safetensors")
-    if state.exists() and not arguments.resume:
+    folder = output.with_name(f"{output.name}.state")
+    if folder.exists() and not arguments.resume:
         raise InputError(
-            f"{state} is of a run that was interrupted: give --resume, or delete the file"
+            f"{folder} is of a run that was interrupted: give --resume, or delete the folder"
         )
-    if arguments.resume and not state.exists():
-        raise InputError(f"there is nothing to resume: {state} does not exist")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.state = state
-    return state
+    if arguments.resume and not folder.is_dir():
+        raise InputError(f"there is nothing to resume: {folder} does not exist")
+    return folder
+
+
+def _record(arguments: argparse.Namespace, sampler: Sampler) -> TuningRecord:
+    """Return the record of the run, read where it is resumed."""
+    from msfp.tuning_record import TuningRecord
+
+    settings = {key: value for key, value in vars(arguments).items() if key not in NO_SETTINGS}
+    facts = {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
+    facts["--labels" if arguments.labels else "--prompts"] = sampler.conditions
+    facts["checkpoint"] = _digest(arguments.checkpoint)
+    record = TuningRecord(arguments.state, facts, writes=_main_process())
+    if arguments.resume:
+        record.resume()
+    return record
+
+
+def _digest(checkpoint: Path) -> str:
+    """Return a few digits that tell checkpoints apart; the config has checksums of all tensors."""
+    from msfp.checkpoint import CONFIG_FILE, quantized_component
+
+    config = checkpoint / (quantized_component(checkpoint) or "") / CONFIG_FILE
+    return hashlib.sha256(config.read_bytes()).hexdigest()[:12]
+
+
+def _rates(words: list[str]) -> LearningRates:
+    """Return learning rates, some of them given as GROUP=VALUE."""
+    rates: dict[str, float] = {}
+    for word in words:
+        group, _, value = word.partition("=")
+        try:
+            rates[group] = float(value)
+        except ValueError:
+            rates[group] = -1.0
+        if group not in GROUPS or rates[group] < 0:
+            raise InputError(
+                f"rate must be GROUP=VALUE, a group among {', '.join(GROUPS)} and a number from "
+                f"0 to 1, not {word!r}"
+            )
+    return LearningRates(**rates)
 
 
 def _config(arguments: argparse.Namespace) -> FinetuneConfig:
+    start, *end = arguments.temperature
     return FinetuneConfig(
         hub=arguments.hub,
         rank=arguments.rank,
         steps=arguments.steps,
         batch=arguments.batch,
+        rates=_rates(arguments.rate),
         denoising_power=arguments.power,
         seed=arguments.seed,
         routing=arguments.routing,
         place=arguments.place,
         initial=arguments.initial,
+        temperature=(start, *(end or [start])),
         accumulation=arguments.accumulate,
         clip=arguments.clip,
         ema=arguments.ema,
         precision=arguments.precision,
         checkpointing=arguments.checkpointing,
         shard=arguments.shard,
+        cache_teacher=arguments.cache_teacher,
         student_every=arguments.student_every,
         evaluate_every=arguments.evaluate_every,
         patience=arguments.patience,
@@ -175,26 +258,59 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _meet_processes(
+    full: DiffusionPipeline, config: FinetuneConfig, tensorboard: Path | None
+) -> None:
+    """Wait for all processes of `accelerate launch`; refuse what they cannot do together."""
+    from msfp.denoiser import denoiser_of
+    from msfp.training.processes import accelerator
+
+    device = next(denoiser_of(full).parameters()).device
+    accelerator(device, config.precision, tensorboard).wait_for_everyone()
+
+
+def _rung(
+    tuning: Tuning,
+    name: str,
+    config: FinetuneConfig,
+    record: TuningRecord,
+    arguments: argparse.Namespace,
+) -> Row:
+    """Train without some ingredients; keep what was measured."""
+    pipe, history, minutes = _trained(tuning, name, config, record, arguments)
+    row = tuning.measured(name, pipe, minutes, history.best)
+    record.ended(row)
+    return row
+
+
 def _trained(
     tuning: Tuning,
     name: str,
     config: FinetuneConfig,
-    state: Path | None,
+    record: TuningRecord,
     arguments: argparse.Namespace,
-) -> tuple[Any, Any, float]:
-    """Train with a progress bar."""
+) -> tuple[DiffusionPipeline, History, float]:
+    """Train with a progress bar, on from where the record is; return the minutes of all of it."""
     from msfp.progress import noted_bar
-    from msfp.training.trainer import Status
 
+    state = record.state(name)
+    before, started = record.seconds.get(name, 0.0), time.monotonic()
     with noted_bar(f"training: {name}") as advance:
 
         def progress(status: Status) -> None:
             error = "" if status.error is None else f", held-out error {status.error:.3g}"
             advance(status.step, status.steps, f"loss {status.loss:.3g}{error}")
+            if status.step % config.save_every == 0 or status.step == status.steps:
+                record.spent(name, before + time.monotonic() - started)
 
-        resume = arguments.resume and state is not None
-        logs = arguments.tensorboard if state is not None else None
-        return tuning.tuned(config, file=state, resume=resume, tensorboard=logs, progress=progress)
+        pipe, history, seconds = tuning.tuned(
+            config,
+            file=state,
+            resume=state.is_file(),
+            tensorboard=arguments.tensorboard if name == RESULT else None,
+            progress=progress,
+        )
+    return pipe, history, (before + seconds) / 60
 
 
 def _write(report: TuningReport, pipe: Any, output: Path) -> None:
@@ -223,4 +339,6 @@ def _print(report: TuningReport, output: Path) -> None:
         table.add_row(*row.cells())
     console = Console()
     Console(width=max(console.width, TABLE_WIDTH)).print(table)
+    for note in report.notes():
+        print(note)
     print(f"Fine-tuned: {output}; report: {output / REPORT}")
