@@ -153,6 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipe, history, minutes = _trained(tuning, RESULT, config, record, arguments)
     finally:
         record.discard_if_empty()
+    _meet_processes(full, config, None)  # none may still read what is removed at the end
     if not _main_process():
         return
     rows.append(tuning.measured(RESULT, pipe, minutes, history.best))
@@ -261,7 +262,7 @@ def _main_process() -> bool:
 def _meet_processes(
     full: DiffusionPipeline, config: FinetuneConfig, tensorboard: Path | None
 ) -> None:
-    """Wait for all processes of `accelerate launch`; refuse what they cannot do together."""
+    """Wait for all processes of `accelerate launch`; refuse what none of them can have."""
     from msfp.denoiser import denoiser_of
     from msfp.training.processes import accelerator
 

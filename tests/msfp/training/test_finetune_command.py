@@ -315,7 +315,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_anything_is_recorded(
 
 
 def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
-    folders, tmp_path, stopped_at, capsys, request
+    folders, whole, tmp_path, stopped_at, capsys, request
 ):
     output, options = tmp_path / "tuned", ["--save-every", "2"]
     stopped_at(1)
@@ -331,6 +331,8 @@ def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
     ):
         assert finetuned(folders, output, *options, *more, "--resume") == 2
         assert f"of a run with other settings: {message}" in capsys.readouterr().err
+    assert finetuned((folders[0], whole), output, *options, "--resume") == 2
+    assert "of a run with other settings: its checkpoint is" in capsys.readouterr().err
     (tmp_path / "tuned.state" / "run.json").write_text("{")
     assert finetuned(folders, output, *options, "--resume") == 2
     assert "run.json is not of fine-tuning" in capsys.readouterr().err
