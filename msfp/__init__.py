@@ -16,6 +16,7 @@ from msfp.exports import export_entries, export_lora
 from msfp.fine_tuning import finetune
 from msfp.inspection import LayerFacts, inspect_layers
 from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, cache_weights
+from msfp.noised_images import data_trajectories
 from msfp.observation import calibrate
 from msfp.quantization import quantize, seal
 from msfp.refinement import refine
@@ -49,6 +50,7 @@ __all__ = [
     "add_branches",
     "cache_weights",
     "calibrate",
+    "data_trajectories",
     "denoising_factors",
     "export_entries",
     "export_lora",
