@@ -10,6 +10,7 @@ from msfp.denoiser import replace_layers
 from msfp.errors import InputError
 from msfp.layers import ScaledLayer, sealed_layers
 from msfp.open_layers import OPEN_LAYERS, OpenLayer
+from msfp.teacher_weights import check_weights
 
 
 @torch.no_grad()
@@ -27,7 +28,8 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
 
     Raises:
         InputError: If the denoiser is not sealed, has layers in block formats or was fine-tuned
-            with a hub, or the original is of another architecture. The denoiser is then as it was.
+            with a hub, or the original is of another architecture or has other weights. The
+            denoiser is then as it was.
 
     Example:
         >>> import copy, msfp
@@ -58,6 +60,7 @@ def check_reopening(denoiser: nn.Module, original: nn.Module) -> dict[str, Scale
     plain = dict(original.named_modules())
     for name, layer in layers.items():
         _check(name, layer, plain.get(name))
+    check_weights(denoiser, original)
     return layers
 
 

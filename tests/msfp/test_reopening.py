@@ -39,8 +39,8 @@ def split(opened):
 
 
 def round_otherwise(opened):
-    """Put weights on values of the grid that are not the nearest, as GPTQ does."""
-    for layer in open_layers(opened).values():
+    """Put weights on values of the grid that are not the nearest, as GPTQ does behind the first."""
+    for layer in list(open_layers(opened).values())[1:]:
         moved = layer.weight + 0.6 * layer.weight_quantizer.scale * torch.randn_like(layer.weight)
         layer.weight = nn.Parameter(layer.weight_quantizer(moved).detach(), requires_grad=False)
 
