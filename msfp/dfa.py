@@ -147,6 +147,11 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
+def _is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number, which True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_arguments(scheduler: SchedulerMixin, arguments: dict[str, Any]) -> None:
     """Raise InputError unless the scheduler's step takes these arguments, and `eta` is a number."""
     own = {"self", "model_output", "timestep", "sample", "generator", "return_dict"}
@@ -174,7 +179,7 @@ def _set_grid(scheduler: SchedulerMixin, steps: int | None) -> None:
         if getattr(scheduler, "step_index", None):
             raise InputError(f"set_timesteps of {name} must be called again after sampling")
         return
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+    if not _is_whole(steps) or steps < 1:
         raise InputError(f"steps must be a whole number from 1 on, not {steps!r}")
     try:
         scheduler.set_timesteps(steps)
