@@ -361,7 +361,7 @@ def attach(
         summaries: What the search decided, where that is known.
     """
     layers = quantized_layers(denoiser)
-    entries = max((layer.entries for layer in layers.values()), default=1)
+    entries = max((layer.choices for layer in layers.values()), default=1)
     formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
     router = router_of(denoiser).kind if entries > 1 else "learned"
     config = MSFPConfig(

@@ -28,7 +28,8 @@ def make_room(
         router: The kind of that router.
 
     Raises:
-        InputError: If the denoiser has no such layer, or one in blocks is to have several entries.
+        InputError: If the denoiser has no such layer, one in blocks is to have several entries, or
+            one has another number of branches to choose from.
     """
     plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
     missing = [name for name in formats if name not in plain]
@@ -50,6 +51,10 @@ def make_room(
 def _empty(layer: PlainLayer, formats: LayerFormats | BlockFormats, entries: int) -> SealedLayer:
     """Return an empty layer with the attributes and the bias of a plain one."""
     if isinstance(formats, LayerFormats):
+        if formats.branch_entries not in (1, entries):
+            raise InputError(
+                f"branch_entries must be the {entries} entries, not {formats.branch_entries}"
+            )
         return SCALED_LAYERS[type(layer)].empty_like(layer, formats, entries)
     if entries > 1:
         raise InputError(f"entries must be 1 where layers are in block formats, not {entries}")

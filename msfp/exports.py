@@ -1,7 +1,7 @@
 """Fine-tuned denoisers in forms that others read: one checkpoint for each LoRA, or a LoRA file.
 
-A denoiser whose LoRAs are inside the quantizer has a set of codes for each; one whose LoRA stands
-beside the weights has a branch, which is an ordinary LoRA on top of a packed checkpoint.
+A denoiser whose LoRAs are inside the quantizer has a set of codes for each; one whose LoRAs stand
+beside the weights has branches, each of which is an ordinary LoRA on top of a packed checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export_entries(pipe: DiffusionPipeline, folder: str | Path) -> list[Path]:
         InputError: If the denoiser has no hub of several.
     """
     denoiser = denoiser_of(pipe)
-    entries = max((layer.entries for layer in sealed_layers(denoiser).values()), default=1)
+    entries = max((layer.choices for layer in sealed_layers(denoiser).values()), default=1)
     if entries < 2:
         raise InputError("pipe must have been fine-tuned with a hub of several LoRAs, and sealed")
     folder = Path(folder)
@@ -58,7 +58,10 @@ def export_entries(pipe: DiffusionPipeline, folder: str | Path) -> list[Path]:
 def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     """Write a packed checkpoint without branches, and these as a LoRA file of diffusers.
 
-    Read both with `pipe = msfp.load(folder)` and `pipe.load_lora_weights(folder)`.
+    Read both with `pipe = msfp.load(folder)` and, where the pipeline has that method, as those of
+    Stable Diffusion and Flux have, `pipe.load_lora_weights(folder)`. `DDIMPipeline`, `DiTPipeline`,
+    PixArt's and msfp's own have none: PEFT itself puts the LoRA into their denoiser
+    (docs/fine-tuning.md shows how).
 
     Args:
         pipe: With a denoiser that has branches beside its weights, and is sealed.
@@ -68,8 +71,8 @@ def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
         The LoRA file, whose keys are those of PEFT.
 
     Raises:
-        InputError: If the denoiser has no branches, or one of a grouped convolution, which PEFT
-            cannot hold.
+        InputError: If the denoiser has no branches, several to choose from, or one of a grouped
+            convolution, which PEFT cannot hold.
     """
     tensors = lora_tensors(pipe)
     bare = copy.deepcopy(denoiser_of(pipe))
@@ -96,6 +99,11 @@ def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     for name, layer in sealed_layers(denoiser_of(pipe)).items():
         if layer.branch_down is None or layer.branch_up is None:
             continue
+        if layer.choices > 1:
+            raise InputError(
+                f"pipe must have one LoRA beside each weight, not {layer.choices} that a router "
+                "chooses from: export_entries writes a checkpoint for each, of which this takes one"
+            )
         if getattr(layer, "groups", 1) > 1:
             raise InputError(f"layer {name} is a grouped convolution: PEFT has no LoRA of those")
         key = f"{denoiser_name(pipe)}.{name}"
@@ -120,11 +128,25 @@ def _single(denoiser: nn.Module, entry: int) -> nn.Module:
 
 def _keep_entry(layer: SealedLayer, entry: int) -> None:
     """Drop all entries of a layer but one."""
+    layer.routing = None
+    if layer.entries == 1:
+        _keep_branch(layer, entry)
+        return
     cached = layer.cache is not None
     codes = layer.codes.view(layer.entries, -1)[entry].clone()
     layer.codes = nn.Parameter(codes, requires_grad=False)
-    layer.entries, layer.routing = 1, None
+    layer.entries = 1
     layer.cache_weight(cached)
+
+
+def _keep_branch(layer: SealedLayer, entry: int) -> None:
+    """Drop all branches of a layer but one."""
+    if not isinstance(layer.formats, LayerFormats):
+        return
+    layer.formats = replace(layer.formats, branch_entries=1)
+    for name in ("branch_down", "branch_up"):
+        factor = getattr(layer, name)[entry].clone()
+        setattr(layer, name, nn.Parameter(factor, requires_grad=False))
 
 
 def _attach_anew(denoiser: nn.Module) -> None:

@@ -25,6 +25,8 @@ KEYS = {
     "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
 }  # fmt: skip
 """The keys of a layer in a checkpoint's config."""
+BRANCH_ENTRIES = "branch_entries"
+"""One more key, of layers that have several branches."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class LayerFormats:
         input_granularity: "tensor" where the inputs have one scale, "channel" where each of their
             channels has its own.
         branch_rank: Rank of the branch of full precision, 0 where there is none.
+        branch_entries: Branches of that rank, of which the routing chooses one.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
@@ -51,6 +54,7 @@ class LayerFormats:
     input: FloatFormat | None = None
     input_granularity: str = TENSOR
     branch_rank: int = 0
+    branch_entries: int = 1
 
     @property
     def bits(self) -> int:
@@ -63,6 +67,8 @@ class LayerFormats:
             parts.append(f"input={self.input}")
         if self.branch_rank:
             parts.append(f"branch_rank={self.branch_rank}")
+        if self.branch_entries > 1:
+            parts.append(f"branch_entries={self.branch_entries}")
         return ", ".join(parts)
 
     @classmethod
@@ -74,17 +80,20 @@ class LayerFormats:
             weights.format,
             None if inputs is None else inputs.format,
             CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR,
-            0 if branch_up is None else branch_up.shape[1],
+            0 if branch_up is None else branch_up.shape[-1],
+            len(branch_up) if branch_up is not None and branch_up.dim() > 2 else 1,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
+        several = {BRANCH_ENTRIES: self.branch_entries} if self.branch_entries > 1 else {}
         return {
             "weight_format": str(self.weight),
             "weight_granularity": CHANNEL,
             "input_format": None if self.input is None else str(self.input),
             "input_granularity": self.input_granularity,
             "branch_rank": self.branch_rank,
+            **several,
         }
 
 
@@ -141,14 +150,20 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
 
     Raises:
         InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
-            a granularity or a rank is not one that there can be.
+            a granularity, a rank or a number of branches is not one that there can be.
     """
-    if not isinstance(names, dict) or set(names) != KEYS:
+    if not isinstance(names, dict) or set(names) - {BRANCH_ENTRIES} != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
     check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
     rank = names["branch_rank"]
     if type(rank) is not int or rank < 0:
         raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
+    entries = names.get(BRANCH_ENTRIES)
+    if entries is not None and (type(entries) is not int or entries < 2 or not rank):
+        raise InputError(
+            f"{BRANCH_ENTRIES} must be a whole number from 2 on where branch_rank is above 0, and "
+            f"absent elsewhere, not {entries!r}"
+        )
     in_blocks = names["weight_granularity"] == BLOCK
     allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
     check_choice("input_granularity", names["input_granularity"], allowed)
@@ -162,6 +177,7 @@ def _layer_formats(names: dict[str, Any]) -> LayerFormats:
         None if given is None else narrow_format("input_format", given),
         names["input_granularity"],
         names["branch_rank"],
+        names.get(BRANCH_ENTRIES) or 1,
     )
 
 

@@ -52,8 +52,8 @@ class QuantizedLayer(nn.Module, ABC):
         formats: Formats of weight and inputs.
         entries: Weights that are held, one for each LoRA of a hub that there was.
         branch_down: Factor (rank, columns) of the branch beside the layer, which reads its input
-            before it is rounded; None where there is no branch.
-        branch_up: The other factor, (rows, rank).
+            before it is rounded; of several branches, entries first; None where there is no branch.
+        branch_up: The other factor, (rows, rank), likewise.
         routing: The denoiser's routing, or None where there is one entry.
         index: The layer's number in the routing.
     """
@@ -65,6 +65,18 @@ class QuantizedLayer(nn.Module, ABC):
     entries: int = 1
     routing: Routing | None = None
     index: int = 0
+
+    @property
+    def choices(self) -> int:
+        """How many weights, or else branches, there are to choose from."""
+        formats = self.formats
+        several = formats.branch_entries if isinstance(formats, LayerFormats) else 1
+        return max(self.entries, several)
+
+    @property
+    def weights_are_routed(self) -> bool:
+        """Whether samples have weights of their own, and not branches at most."""
+        return self.routing is not None and self.entries > 1
 
     @abstractmethod
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,10 +95,10 @@ class QuantizedLayer(nn.Module, ABC):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize the input and apply the layer, each sample with the weight it is routed to."""
         rounded = self.quantize_input(x)
-        if self.routing is None:
-            y = self.compute(rounded, self.quantized_weight(0, x.dtype), self.bias)
+        if self.weights_are_routed:
+            y = self._routed(rounded)
         else:
-            y = self._routed(rounded, self.routing.winners[:, self.index])
+            y = self.compute(rounded, self.quantized_weight(0, x.dtype), self.bias)
         return self.add_branch(x, y)
 
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -94,26 +106,52 @@ class QuantizedLayer(nn.Module, ABC):
         # A layer without formats is a plain one, which has no such attributes.
         if self.formats is None or self.branch_down is None or self.branch_up is None:
             return y
-        return y + self.low_rank(x, self.branch_down, self.branch_up)
+        return y + self.branches(x, self.branch_down, self.branch_up)
 
-    def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
-        """Apply to each sample the weight of its entry; `winners` has shape (1,) or (batch,).
+    def branches(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return what a branch gives for an input, or of several that to which a sample is routed.
+
+        Args:
+            x: The input.
+            down: Factor (rank, columns), or (entries, rank, columns).
+            up: Factor (rows, rank), or (entries, rows, rank).
+        """
+        if down.dim() == 2:
+            return self.low_rank(x, down, up)
+        return self._by_entry(x, lambda part, entry: self.low_rank(part, down[entry], up[entry]))
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to each sample the weight of its entry."""
+        used = self.winners.unique().tolist()
+        weights = dict(zip(used, self.quantized_weights(used, x.dtype), strict=True))
+        return self._by_entry(x, lambda part, entry: self.compute(part, weights[entry], self.bias))
+
+    @property
+    def winners(self) -> torch.Tensor:
+        """The entry of each sample, shape (batch,), or (1,) where all have the same."""
+        if self.routing is None:
+            raise ValueError("the layer is not routed")
+        return self.routing.winners[:, self.index]
+
+    def _by_entry(
+        self, x: torch.Tensor, apply: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """Apply to each sample what its entry is for.
 
         Samples of one entry are taken together, in the order that they have.
         """
-        chosen, counts = winners.unique_consecutive(return_counts=True)
+        chosen, counts = self.winners.unique_consecutive(return_counts=True)
         entries = chosen.tolist()
         used = sorted(set(entries))
-        weights = self.quantized_weights(used, x.dtype)
         if len(used) == 1:
-            return self.compute(x, weights[0], self.bias)
+            return apply(x, used[0])
         lengths = counts.tolist()
         parts: list[torch.Tensor] = [*x.split(lengths)]
-        for entry, weight in zip(used, weights, strict=True):
+        for entry in used:
             runs = [run for run, winner in enumerate(entries) if winner == entry]
             # Of one run no copy is made, which the backward pass would hold.
             part = parts[runs[0]] if len(runs) == 1 else torch.cat([parts[run] for run in runs])
-            y = self.compute(part, weight, self.bias)
+            y = apply(part, entry)
             for run, own in zip(runs, y.split([lengths[run] for run in runs]), strict=True):
                 parts[run] = own
         return torch.cat(parts)
@@ -262,8 +300,12 @@ class ScaledLayer(SealedLayer):
 
     @classmethod
     def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
-        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
-        sealed = cls._with_codes(layer, formats, entries)
+        """Return a layer with the attributes and the bias of another, and codes and scales of 0.
+
+        Where its formats have several branches, these are the entries, and there is one weight.
+        """
+        several = formats.branch_entries > 1
+        sealed = cls._with_codes(layer, formats, 1 if several else entries)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         inputs = formats.input
         by_channel = formats.input_granularity == CHANNEL
@@ -280,7 +322,8 @@ class ScaledLayer(SealedLayer):
             ("branch_down", rank, columns),
             ("branch_up", len(weight), rank),
         ):
-            factor = torch.zeros(rows, width, dtype=weight.dtype, device=weight.device)
+            shape = (*((formats.branch_entries,) if several else ()), rows, width)
+            factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             # Products may differ in the last bit where a gradient is asked for.
             fixed = nn.Parameter(factor, requires_grad=False)
             sealed.register_parameter(name, fixed if rank else None)

@@ -101,19 +101,34 @@ class OpenLayer(QuantizedLayer):
             return super().forward(x)
         return super().add_branch(x, self.compute(x, self.weight, self.bias))
 
+    @property
+    def weights_are_routed(self) -> bool:
+        """Whether the hub is inside the quantizer, and its entries are chosen by the routing."""
+        return self.routing is not None and not self._hub_is_beside
+
+    @property
+    def _hub_is_beside(self) -> bool:
+        return self.hub is not None and self.hub.beside
+
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return an output with what the branch and a hub beside the weight give for the input."""
         down, up = self._beside()
-        return y if down is None or up is None else y + self.low_rank(x, down, up)
+        if down is None or up is None:
+            return y
+        y = y + self.branches(x, down, up)
+        return self._chosen(y, x) if self._hub_is_beside else y
 
     def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the factors of all that stands beside the weight, in its dtype."""
         if self.hub is None or not self.hub.beside:
             return self.branch_down, self.branch_up
-        down, up = (factor.to(self.weight.dtype) for factor in self.hub.factors(0))
+        factors = self.hub.factors(0) if len(self.hub.up) == 1 else self.hub.all_factors()
+        down, up = (factor.to(self.weight.dtype) for factor in factors)
         if self.branch_down is None or self.branch_up is None:
             return down, up
-        return torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
+        own_down = self.branch_down.expand(*down.shape[:-2], -1, -1)
+        own_up = self.branch_up.expand(*up.shape[:-2], -1, -1)
+        return torch.cat([own_down, down], dim=-2), torch.cat([own_up, up], dim=-1)
 
     @torch.no_grad()
     def seal(self) -> SealedLayer:
@@ -123,7 +138,7 @@ class OpenLayer(QuantizedLayer):
         """
         if parametrize.is_parametrized(self, "weight"):
             parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
-        count = 1 if self.hub is None else len(self.hub.up)
+        count = 1 if self.hub is None or self.hub.beside else len(self.hub.up)
         weights = [self.merged_weight(entry) for entry in range(count)]
         layer = adopt(type(self), self)
         for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
@@ -131,9 +146,12 @@ class OpenLayer(QuantizedLayer):
             layer.register_parameter(name, kept)
         return self.sealed_class.pack(layer, weights, self.weight_quantizer, self.input_quantizer)
 
-    def _routed(self, x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to each sample the weight of its entry, with the gradient of the choice."""
-        y = super()._routed(x, winners)
+        return self._chosen(super()._routed(x), x)
+
+    def _chosen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return an output with the gradient of the choice; `x` is what the hub reads."""
         if self.routing is None or self.hub is None or not torch.is_grad_enabled():
             return y
         choices = self.routing.choices[:, self.index]
@@ -151,7 +169,7 @@ class OpenLayer(QuantizedLayer):
         for grouped convolutions nothing is computed that has the size of an output.
 
         Args:
-            x: The rounded input.
+            x: The input, rounded where the hub is inside the quantizer.
             grad: The gradient of the output, of any dtype.
         """
         if self.hub is None:

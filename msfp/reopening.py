@@ -66,10 +66,10 @@ def check_reopening(denoiser: nn.Module, original: nn.Module) -> dict[str, Scale
 
 def _check(name: str, layer: ScaledLayer, plain: nn.Module | None) -> None:
     """Raise InputError unless a layer can be opened."""
-    if layer.entries > 1:
+    if layer.choices > 1:
         raise InputError(
-            f"layer {name} has {layer.entries} weights: a denoiser that was fine-tuned with a hub "
-            "cannot be fine-tuned again"
+            f"layer {name} has {layer.choices} weights or branches: a denoiser that was fine-tuned "
+            "with a hub cannot be fine-tuned again"
         )
     if plain is None or OPEN_LAYERS.get(type(plain), OpenLayer).sealed_class is not type(layer):
         raise InputError(f"the teacher must be what was quantized: it has no such layer as {name}")

@@ -271,6 +271,11 @@ DAMAGE = {
         "input_scale expected shape",
     ),
     "rank": (formats_of("conv_in", branch_rank=-1), "branch_rank must be a whole number from 0"),
+    "branches": (formats_of("conv_in", branch_entries=1), "branch_entries must be a whole number"),
+    "unrouted": (
+        formats_of("conv_in", branch_rank=1, branch_entries=2),
+        "branch_entries must be the 1 entries, not 2",
+    ),
     "no branch": (formats_of("conv_in", branch_rank=1), r"missing: \['conv_in\.branch_down"),
     "no attention": (
         damage_json(lambda d: d.update(products={"conv_in": dict.fromkeys(OPERANDS, "E2M1")})),

@@ -13,11 +13,12 @@ from msfp import (
     load,
     quantize,
     record_trajectories,
+    reopen,
     save,
 )
 from msfp.exports import export_entries, export_lora
 from msfp.layers import sealed_layers
-from msfp.talora import precompute_routing
+from msfp.talora import precompute_routing, router_of
 
 SHORT = {"rank": 2, "steps": 3, "batch": 4}
 
@@ -52,6 +53,11 @@ def with_hub(tuned):
 @pytest.fixture(scope="module")
 def with_branch(tuned):
     return tuned(place="beside")
+
+
+@pytest.fixture(scope="module")
+def with_branches(tuned):
+    return tuned(hub=2, place="beside")
 
 
 def test_hub_and_router_travel_with_the_pipeline(with_hub, tmp_path):
@@ -145,6 +151,36 @@ def test_a_branch_is_exported_as_a_lora_that_diffusers_loads(with_branch, tmp_pa
     loaded.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(call(loaded), call(with_branch), atol=1e-4, rtol=1e-4)
     assert (call(loaded) - bare).abs().max() > 1e-3
+
+
+def test_a_hub_of_branches_travels_with_the_pipeline(with_branches, tmp_path):
+    save(with_branches, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/unet/config.json").read_text())["quantization_config"]
+    assert config["entries"] == 2
+    assert {layer["branch_entries"] for layer in config["layers"].values()} == {2}
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert {layer.entries for layer in sealed_layers(loaded.unet).values()} == {1}
+    assert len(router_of(loaded.unet)(torch.arange(1000)).argmax(-1).unique()) == 2
+    assert torch.equal(call(loaded), call(with_branches))
+    with pytest.raises(InputError, match=r"has 2 weights or branches: .* cannot be fine-tuned again"):
+        reopen(loaded.unet, with_branches.unet)
+
+
+def test_each_branch_of_a_hub_is_exported_as_a_checkpoint_and_from_there_as_a_lora(
+    with_branches, tmp_path
+):
+    with pytest.raises(InputError, match="export_entries writes a checkpoint for each"):
+        export_lora(with_branches, tmp_path / "lora")
+    router = with_branches.unet.router
+    for entry, folder in enumerate(export_entries(with_branches, tmp_path / "entries")):
+        single = load(folder)
+        single.set_progress_bar_config(disable=True)
+        assert not hasattr(single.unet, "router")
+        with_branches.unet.router = Always(entry, router.layers)
+        torch.testing.assert_close(call(single), call(with_branches), atol=1e-5, rtol=1e-5)
+        with_branches.unet.router = router
+        assert export_lora(single, tmp_path / f"lora-{entry}").is_file()
 
 
 def test_what_has_nothing_to_export_is_refused(with_hub, with_branch, tmp_path):

@@ -342,3 +342,65 @@ def test_a_lora_beside_the_weight_is_added_to_the_output_of_the_unrounded_input(
     assert torch.equal(layer(x), plain + nn.functional.linear(nn.functional.linear(x, down), up))
     with torch.no_grad():
         assert torch.equal(layer.seal()(x), layer(x))
+
+
+@pytest.fixture
+def branched():
+    """A denoiser whose layers have a hub of branches beside their weights, one a branch besides."""
+    denoiser = Denoiser(entries=3)
+    for layer in (denoiser.conv, denoiser.linear):
+        layer.hub.beside = True
+    draw = torch.Generator().manual_seed(2)
+    down, up = (torch.randn(shape, generator=draw) for shape in ((5, 16), (16, 5)))
+    denoiser.linear.branch_down, denoiser.linear.branch_up = nn.Parameter(down), nn.Parameter(up)
+    return denoiser
+
+
+MIXED = torch.tensor([900, 20, 500, 20, 900, 250])
+
+
+def test_each_sample_gets_the_branch_of_its_entry_beside_one_weight(branched, sample):
+    conv, linear = branched.conv, branched.linear
+    branched(sample, MIXED)
+    winners = branched.router(MIXED).argmax(-1)
+    assert len(winners.unique()) > 1
+    x = conv(sample).flatten(2)
+    for layer, given, found in ((conv, sample, conv(sample)), (linear, x, linear(x))):
+        plain = layer.compute(
+            layer.input_quantizer(given), layer.weight_quantizer(layer.weight), layer.bias
+        )
+        for i, entry in enumerate(winners[:, layer.index].tolist()):
+            correction = layer.hub.correction(entry)
+            if layer.branch_up is not None:
+                correction = correction + layer.branch_up @ layer.branch_down
+            added = layer.compute(given[i : i + 1], correction.view_as(layer.weight), None)
+            expected = plain[i : i + 1] + added
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_choice_among_branches_is_that_of_mixing_them(branched, sample):
+    conv = branched.conv
+    conv.routing.update(branched.router, MIXED)
+    choices = conv.routing.choices
+    choices.retain_grad()
+    target = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    (conv(sample) * target).sum().backward()
+    for i in range(6):
+        choice = choices[i, 0].detach().clone().requires_grad_(True)
+        mixed = sum(choice[k] * conv.hub.correction(k).detach() for k in range(3))
+        added = conv.compute(sample[i : i + 1], mixed.view_as(conv.weight), None)
+        (added * target[i]).sum().backward()
+        torch.testing.assert_close(choices.grad[i, 0], choice.grad, rtol=1e-4, atol=1e-4)
+    assert conv.hub.up.grad.flatten(1).any(1).sum() == len(conv.routing.winners[:, 0].unique())
+
+
+def test_sealing_a_hub_of_branches_keeps_the_outputs_and_one_weight(branched, sample):
+    with torch.no_grad():
+        before = branched(sample, MIXED), branched(sample, 900)
+        seal(branched)
+        assert torch.equal(branched(sample, MIXED), before[0])
+        assert torch.equal(branched(sample, 900), before[1])
+    for layer, rank in ((branched.conv, 2), (branched.linear, 2 + 5)):
+        assert (layer.entries, layer.choices) == (1, 3)
+        assert (layer.formats.branch_rank, layer.formats.branch_entries) == (rank, 3)
+        assert len(layer.codes) == layer.weight_shape.numel() // 2

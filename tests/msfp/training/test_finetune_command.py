@@ -279,7 +279,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_recorded(
     DDIMPipeline(pipe.unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
     refused("teacher's sampler must be that of", teacher=tmp_path / "other")
     refused("nothing to resume", "--resume")
-    refused("hub must be 1 where LoRAs are beside", "--place", "beside", "--hub", "2")
     refused("prompts and labels must not be given", "--labels", "1")
     refused("fine-tuned with a hub cannot be", checkpoint=whole)
     refused("rate must be GROUP=VALUE", "--rate", "lora=1")
