@@ -332,6 +332,7 @@ def _errors(
             # First the quantized one: its router's choice holds for the layers compared after it.
             difference = paths.predict(quantized, steps, rows).double() - prediction
             paths.predict(full, steps, rows)
+            difference, prediction = paths.of_sample(difference), paths.of_sample(prediction)
             energy, noise = prediction.double().square().sum(), difference.square().sum()
             errors.append(noise.item() / difference.numel())
             ratios.append(sqnr(energy.item(), noise.item()))

@@ -33,7 +33,8 @@ def noise_errors(
 ) -> list[float]:
     """Return the mean squared error of the prediction at each timestep of held-out trajectories.
 
-    The noise has unit variance, so an error of 0.01 is one hundredth of it.
+    The noise has unit variance, so an error of 0.01 is one hundredth of it. What is predicted
+    beside it, such as a variance, does not count.
 
     Args:
         denoiser: Asked what the one that made the trajectories was asked.
@@ -49,7 +50,8 @@ def noise_errors(
 
     def error(step: int, some: torch.Tensor) -> float:
         asked = trajectories.predict(denoiser, torch.full_like(some, step), some)
-        return (asked - trajectories.predictions[step, some]).square().mean().item()
+        off = trajectories.of_sample(asked - trajectories.predictions[step, some])
+        return off.square().mean().item()
 
     # Weighted by shares of the rows, so that those of one forward have the weight 1 exactly.
     return [

@@ -65,6 +65,20 @@ class Trajectories:
         output = denoiser(self.samples[step, row], timestep=self.timesteps[step], **conditions)
         return prediction_of(output)
 
+    def of_sample(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Return the channels of predictions (batch, channels, ...) that are of the sample's.
+
+        Where there are twice as many, the second half is a variance, which pipelines drop.
+
+        Example:
+            >>> path = Trajectories(torch.zeros(1), torch.zeros(1, 3, 4, 8, 8), torch.zeros(0))
+            >>> path.of_sample(torch.zeros(3, 8, 8, 8)).shape
+            torch.Size([3, 4, 8, 8])
+        """
+        channels = self.samples.shape[2] if self.samples.dim() == 5 else 0
+        twice = predictions.dim() == 4 and predictions.shape[1] == 2 * channels
+        return predictions[:, :channels] if twice else predictions
+
 
 def prediction_of(output: Any) -> torch.Tensor:
     """Return the prediction in what a denoiser's forward gave: a tensor, a tuple or an output."""

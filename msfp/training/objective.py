@@ -109,12 +109,13 @@ class Objective:
     ) -> torch.Tensor:
         """Return the weighted mean squared error of each sample, shape (samples,), float32.
 
+        What is predicted beside the noise, such as a variance, does not count.
         Where samples have branches of the coefficients c, it is that of their sum, plus
         `OWN_ERRORS * sum(c**2)` times the mean of their own.
         """
         rows = self.rows(step, sample)
         wanted = targets(*rows)
-        off = (path.predict(denoiser, *rows) - wanted).float()
+        off = path.of_sample(path.predict(denoiser, *rows) - wanted).float()
         off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
         branches = self.branches.to(off.device)[:, None]
         # Not as a product of matrices, which autocast would take to a narrow dtype.

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from families import make, pipeline
 import msfp
 from msfp import InputError, QuantizationConfig, Sampler, record_trajectories
 from msfp.evaluate import noise_errors
+from msfp.training.objective import Objective
+from msfp.trajectories import Trajectories
 from msfp.tuning import Extent, Tuning
 
 
@@ -51,6 +54,27 @@ def test_errors_depend_on_the_rows_of_a_forward_by_rounding_alone(batch, paths):
     assert max(rows) == batch
     assert sum(rows) == 3 * 7
     assert found == pytest.approx(all_at_once(denoiser, paths), rel=1e-5)
+
+
+def test_a_variance_that_is_predicted_beside_the_noise_does_not_count():
+    torch.manual_seed(0)
+    path = Trajectories(
+        torch.tensor([9, 1]), torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, 6, 8, 8)
+    )
+    asked = replace(path, predictions=torch.randn(2, 4, 6, 8, 8))
+
+    def errors(channels):
+        def denoiser(x, timestep):
+            step = (asked.timesteps == timestep[0]).nonzero().item()
+            return asked.predictions[step][: len(x), :channels]
+
+        some = replace(path, predictions=path.predictions[:, :, :channels])
+        objective = Objective(torch.ones(2), (-1.0, 2.0))
+        return noise_errors(denoiser, some), objective.held_out_error(denoiser, some, 2, range(2))
+
+    (both, guided), (noise, guided_noise) = errors(6), errors(3)
+    assert both == noise
+    assert guided == guided_noise
 
 
 def test_at_least_one_row_must_be_in_a_forward(paths):
