@@ -16,15 +16,18 @@ from msfp.quantization import seal
 from msfp.talora import routing_of
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, loss_weights
-from msfp.training.parameters import add_hubs
+from msfp.training.parameters import add_hubs, check_rates
 from msfp.training.processes import accelerator
-from msfp.training.state import History, described, run_facts
+from msfp.training.run_facts import run_facts
+from msfp.training.state import History, described
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Status, Trainer
 from msfp.trajectories import Trajectories
 
 MAX_TEACHER_ERROR = 0.02
 """How far predictions may be from those recorded, relative to them: the rounding of bfloat16."""
+ASKED = 4
+"""Timesteps at which the full-precision denoiser is asked for them."""
 
 
 def finetune(
@@ -69,9 +72,9 @@ def finetune(
 
     Raises:
         InputError: If the denoiser has no open quantized layer, something that the config needs
-            is missing, the trajectories or factors are of another denoiser or sampler, the file
-            cannot be written or is the state of another run; all before anything is changed. Or
-            if the loss is not finite.
+            is missing, nothing is to be trained, the trajectories or factors are of another
+            denoiser or sampler, the file cannot be written or is the state of another run; all
+            before anything is changed. Or if the loss or a held-out error is not finite.
     """
     refuse_block_layers(denoiser)
     untrained_layers(denoiser)
@@ -79,16 +82,20 @@ def finetune(
     objective = Objective(weights, config.branches, config.branch_rows)
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
-    if file is not None and resume:
-        described(file, run_facts(denoiser, trajectories, config))
     _check_needs(denoiser, config, held_out, own_path)
-    _check_trajectories(denoiser, objective, trajectories, held_out)
+    _check_choices(denoiser, config, trajectories.timesteps)
+    run = {}
+    if file is not None:
+        run = run_facts(denoiser, trajectories, config, weights, held_out)
+    if file is not None and resume:
+        described(file, run)
+    original = Teacher(denoiser, teacher)
+    asked = bool(config.student_every) or not config.cache_teacher
+    _check_trajectories(original, objective, trajectories, held_out, asked=asked)
     material = Material(
-        trajectories, objective, Teacher(denoiser, teacher), held_out, own_path, file,
-        None if tensorboard is None else Path(tensorboard),
+        trajectories, objective, original, held_out, own_path, file,
+        None if tensorboard is None else Path(tensorboard), run,
     )  # fmt: skip
-    if teacher is not None or config.student_every or not config.cache_teacher:
-        _check_teacher(material)
     # Made before the denoiser is changed, because it can refuse the precision or the logs.
     processes = accelerator(
         trajectories.samples.device, config.precision, material.tensorboard
@@ -138,50 +145,82 @@ def _check_needs(
         raise InputError("held_out must be given where evaluate_every is above 0")
 
 
+def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
+    """Raise InputError unless something is trained, and each LoRA of it at some timestep."""
+    check_rates(denoiser, config)
+    steps = len(timesteps.unique())
+    if config.routing == "segments" and config.hub > steps:
+        raise InputError(
+            f"hub must be at most {steps} where routing is by segments: the trajectories have no "
+            f"more timesteps; not {config.hub}"
+        )
+
+
 def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:
     """Raise InputError where activations are to be computed again and the denoiser cannot."""
     if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
 
 
-@torch.no_grad()
 def _check_trajectories(
-    denoiser: nn.Module,
+    teacher: Teacher,
     objective: Objective,
     trajectories: Trajectories,
     held_out: Trajectories | None,
+    *,
+    asked: bool,
 ) -> None:
-    """Raise InputError unless trajectories are such as this denoiser makes."""
+    """Raise InputError unless trajectories are such as the full-precision denoiser makes.
+
+    Args:
+        teacher: The full-precision denoiser.
+        objective: The loss.
+        trajectories: What is trained on.
+        held_out: What errors are measured on, or None.
+        asked: Whether the teacher is asked during training, and so must be exact.
+    """
+    exact = asked or teacher.is_whole
     objective.count(trajectories)
-    step, row = torch.tensor([0]), torch.tensor([0])
-    try:
-        prediction = trajectories.predict(denoiser, step, row)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"trajectories must be of a denoiser like this one: {error}") from error
-    wanted = trajectories.predictions[step, row]
-    if prediction.shape != wanted.shape:
-        raise InputError(
-            f"trajectories must be of a denoiser like this one: their predictions have the shape "
-            f"{tuple(wanted.shape[1:])}, its own {tuple(prediction.shape[1:])}"
-        )
+    _check_path("trajectories", teacher, trajectories, exact=exact)
     if held_out is None:
         return
     objective.count(held_out)
     if not torch.equal(held_out.timesteps.cpu(), trajectories.timesteps.cpu()):
         raise InputError("held_out must have been recorded with the sampler of the trajectories")
+    _check_path("held_out", teacher, held_out, exact=exact)
 
 
-def _check_teacher(material: Material) -> None:
-    """Raise InputError unless the teacher is the denoiser that recorded the trajectories."""
-    path = material.path
-    step = torch.arange(len(path.timesteps))
+@torch.no_grad()
+def _check_path(name: str, teacher: Teacher, path: Trajectories, *, exact: bool) -> None:
+    """Raise InputError unless the full-precision denoiser is the one that recorded a path."""
+    step = torch.linspace(0, len(path.timesteps) - 1, min(ASKED, len(path.timesteps))).long()
     row = torch.zeros_like(step)
-    with material.teacher.active() as denoiser:
-        said = path.predict(denoiser, step, row).float()
-    wanted = path.predictions[step, row].float()
-    off = ((said - wanted).norm() / wanted.norm()).item()
-    if not off <= MAX_TEACHER_ERROR:
+    wanted = path.predictions[step, row]
+    try:
+        with teacher.active() as denoiser:
+            said = path.predict(denoiser, step, row)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name} must be of a denoiser like this one: {error}") from error
+    if said.shape != wanted.shape:
         raise InputError(
-            f"teacher must be the denoiser that recorded the trajectories: its predictions are "
-            f"{100 * off:.1f} % off"
+            f"{name} must be of a denoiser like this one: their predictions have the shape "
+            f"{tuple(wanted.shape[1:])}, its own {tuple(said.shape[1:])}"
         )
+    if not path.predictions.isfinite().all():
+        raise InputError(f"{name} must have finite predictions")
+    off = _distance(said, wanted)
+    most = MAX_TEACHER_ERROR
+    if off > most and not exact:
+        # What refinement left of the weights is nearest to the original where all is quantized.
+        off, most = _distance(path.predict(teacher.denoiser, step, row), wanted), 1.0
+    if not off <= most:
+        raise InputError(
+            f"{name} must have been recorded from the teacher, the full-precision denoiser: its "
+            f"predictions are {100 * off:.1f} % off"
+        )
+
+
+def _distance(said: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return how far predictions are from others, relative to those."""
+    norm = wanted.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((said.float() - wanted.float()).norm() / norm)

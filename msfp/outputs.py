@@ -92,6 +92,18 @@ def check_new_file(argument: str, path: Path, suffix: str) -> None:
         )
 
 
+def sync_folder(folder: Path) -> None:
+    """Make what was moved into a folder last, where the system can."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file that takes the given name once the block ends."""

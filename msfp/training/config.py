@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from msfp.config import MAX_HUB, MAX_RANK, check_choice, check_range
@@ -41,7 +42,34 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         for name, rate in dataclasses.asdict(self).items():
-            check_range(f"rate of {name}", rate, 0, 1)
+            _check_number(f"rate of {name}", rate, 0, 1)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise InputError unless a number, which a truth value is not, lies between two others."""
+    if isinstance(value, bool):
+        raise InputError(f"{name} must be a number, not {value}")
+    check_range(name, value, low, high)
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise InputError unless a whole number lies between two others."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number, not {value!r}")
+    check_range(name, int(value), low, high)
+
+
+def _learning_rates(rates: Any) -> LearningRates:
+    """Return learning rates, from those or from a table of them."""
+    if isinstance(rates, LearningRates):
+        return rates
+    if not isinstance(rates, Mapping):
+        raise InputError(f"rates must be LearningRates or a table of them, not {rates!r}")
+    groups = [each.name for each in dataclasses.fields(LearningRates)]
+    unknown = rates.keys() - set(groups)
+    if unknown:
+        raise InputError(f"rates has no group {min(unknown)!r}: it may have {', '.join(groups)}")
+    return LearningRates(**rates)
 
 
 @dataclass(frozen=True)
@@ -58,8 +86,8 @@ class FinetuneConfig:
             by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
         seed: Seed of initialisation and batches.
         routing: "learned" by the router, or "segments" with equally many of the sampler's steps.
-        place: LoRAs "inside" the quantizer, Q(W + BA), or a single one "beside" the quantized
-            weight, which then is a branch of the layer.
+        place: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight, Q(W) x +
+            B A x, as branches of the layer.
         initial: LoRAs begin at "zero", or as the "svd" of the rounding error of the weight.
         temperature: Of the router's softmax, at the first step and at the last; geometric between.
         branches: Coefficients with which the sampler adds up the rows of the trajectories that are
@@ -117,24 +145,29 @@ class FinetuneConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        if isinstance(self.rates, Mapping):
-            object.__setattr__(self, "rates", LearningRates(**self.rates))
+        object.__setattr__(self, "rates", _learning_rates(self.rates))
         for name in ("temperature", "branches"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_range("hub", self.hub, 1, MAX_HUB)
-        check_range("rank", self.rank, 1, MAX_RANK)
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise InputError(f"{name} must be a list of numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        _check_whole("hub", self.hub, 1, MAX_HUB)
+        _check_whole("rank", self.rank, 1, MAX_RANK)
+        _check_whole("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("steps", "save_every"):
-            check_range(name, getattr(self, name), 1, 10**9)
+            _check_whole(name, getattr(self, name), 1, 10**9)
         for name in ("batch", "branch_rows", "accumulation"):
-            check_range(name, getattr(self, name), 1, 10**6)
+            _check_whole(name, getattr(self, name), 1, 10**6)
         for name in ("student_every", "evaluate_every", "patience"):
-            check_range(name, getattr(self, name), 0, 10**9)
-        check_range("denoising_power", self.denoising_power, 0, 4)
-        check_range("ema", self.ema, 0, 0.999999)
+            _check_whole(name, getattr(self, name), 0, 10**9)
+        _check_number("denoising_power", self.denoising_power, 0, 4)
+        _check_number("ema", self.ema, 0, 0.999999)
         if self.clip is not None:
-            check_range("clip", self.clip, 1e-12, 1e12)
+            _check_number("clip", self.clip, 1e-12, 1e12)
         for temperature in self.temperature:
-            check_range("temperature", temperature, 1e-3, 1e3)
+            _check_number("temperature", temperature, 1e-3, 1e3)
+        for coefficient in self.branches:
+            _check_number("branches", coefficient, -1e6, 1e6)
         check_choice("routing", self.routing, get_args(RouterKind))
         check_choice("place", self.place, get_args(Place))
         check_choice("initial", self.initial, get_args(Initial))
@@ -147,8 +180,6 @@ class FinetuneConfig:
             raise InputError(f"temperature must be the first and the last, not {self.temperature}")
         if not self.branches or not any(self.branches):
             raise InputError(f"branches must be coefficients, not all 0, not {self.branches}")
-        if self.place == "beside" and self.hub > 1:
-            raise InputError(f"hub must be 1 where LoRAs are beside the weights, not {self.hub}")
         if self.patience and not self.evaluate_every:
             raise InputError("patience needs evaluate_every to be above 0")
         if self.batch < self.accumulation:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layers import add_router
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.quantizer import Quantizer
@@ -74,6 +75,19 @@ def trained_parameters(denoiser: nn.Module, rates: LearningRates) -> dict[str, f
     """
     trained = dict(_rates(denoiser, rates))
     return {name: rate for name, rate in trained.items() if rate > 0}
+
+
+def check_rates(denoiser: nn.Module, config: FinetuneConfig) -> None:
+    """Raise InputError unless a config leaves something to be trained of an open denoiser.
+
+    Args:
+        denoiser: Quantized and open, before it has hubs.
+        config: With the rates.
+    """
+    rates = config.rates
+    routed = rates.router > 0 and config.hub > 1 and config.routing == "learned"
+    if not (rates.adapters > 0 or routed or trained_parameters(denoiser, rates)):
+        raise InputError(f"rates must leave something to be trained, not {rates}")
 
 
 def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, float]]:

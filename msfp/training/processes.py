@@ -35,9 +35,13 @@ def accelerator(
         tensorboard: A folder to log to, or None.
 
     Raises:
-        InputError: If the process has one of another precision or one that wraps the denoiser, or
-            tensorboard is not installed.
+        InputError: If the process has one of another precision or one that wraps the denoiser, the
+            device has no such precision, or tensorboard is not installed.
     """
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError(
+            "precision must be 'no' or 'bf16' on a CPU, where gradients of 'fp16' are not scaled"
+        )
     if tensorboard is not None and not is_tensorboard_available():
         raise InputError("tensorboard must be installed where its logs are asked for")
     with _MAKING:

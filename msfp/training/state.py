@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.open_layers import open_layers
-from msfp.training.config import FinetuneConfig
-from msfp.trajectories import Trajectories
+from msfp.outputs import sync_folder
+from msfp.training.run_facts import same
 
 KEY = "msfp_training"
+MOST_SHOWN = 8
+"""Numbers that a message shows of a list."""
 Named = dict[str, torch.Tensor]
 
 
@@ -130,6 +131,7 @@ class TrainingState:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(file)
+        sync_folder(file.parent)
 
     def load(self, file: Path) -> dict[str, Any]:
         """Take the state from a file; return what was written down.
@@ -146,6 +148,7 @@ class TrainingState:
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
+        _check_alike(file, parts["parameters"], self.parameters)
         self.put(parts["parameters"])
         for key, moment in parts["optimizer"].items():
             name, _, leaf = key.rpartition("/")
@@ -161,18 +164,6 @@ class TrainingState:
 def _on(device: torch.device) -> Callable[[Named], Named]:
     """Return what moves tensors to a device."""
     return lambda named: {name: value.to(device) for name, value in named.items()}
-
-
-def run_facts(denoiser: nn.Module, path: Trajectories, config: FinetuneConfig) -> dict[str, Any]:
-    """Return what makes a run another run, as JSON gives it back."""
-    options = config.to_dict()
-    del options["shard"]  # it has the same result
-    return {
-        **{f"layer {name}": str(layer.formats) for name, layer in open_layers(denoiser).items()},
-        **{key: list(each) if isinstance(each, tuple) else each for key, each in options.items()},
-        "timesteps": path.timesteps.tolist(),
-        "shape": list(path.samples.shape),
-    }
 
 
 def described(file: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -192,9 +183,29 @@ def described(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     except (OSError, SafetensorError, LookupError, ValueError) as error:
         raise InputError(f"{file} is not a state of fine-tuning: {error}") from error
     for key in sorted(run.keys() | saved.keys()):
-        if saved.get(key) != run.get(key):
-            raise InputError(
-                f"{file} is the state of another run: its {key} is {saved.get(key)}, "
-                f"not {run.get(key)}"
-            )
+        if not same(saved.get(key), run.get(key)):
+            raise InputError(f"{file} is the state of another run: {_difference(key, saved, run)}")
     return description
+
+
+def _difference(key: str, saved: dict[str, Any], run: dict[str, Any]) -> str:
+    """Say how a fact of two runs differs."""
+    if key not in saved:
+        return f"it does not say its {key}, as one of an earlier version"
+    if key not in run:
+        return f"its {key} is {saved[key]}, which this one does not have"
+    if isinstance(saved[key], list) and len(saved[key]) > MOST_SHOWN:
+        return f"its {key} are others"
+    return f"its {key} is {saved[key]}, not {run[key]}"
+
+
+def _check_alike(file: Path, saved: Named, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise InputError unless a state is of the parameters that are trained."""
+    for name in sorted(saved.keys() | parameters.keys()):
+        one, other = (
+            tuple(each[name].shape) if name in each else "absent" for each in (saved, parameters)
+        )
+        if one != other:
+            raise InputError(
+                f"{file} is the state of another run: its {name} is {one}, not {other}"
+            )

@@ -11,7 +11,7 @@ from torch import nn
 
 from msfp.attention import AttentionProducts
 from msfp.errors import InputError
-from msfp.open_layers import OpenLayer
+from msfp.open_layers import OpenLayer, open_layers
 from msfp.talora import RouterHook
 from msfp.training.sharding import shard_weights
 from msfp.trajectories import Trajectories
@@ -34,6 +34,7 @@ class Teacher:
     def __init__(self, denoiser: nn.Module, original: nn.Module | None = None) -> None:
         self.denoiser = denoiser
         self._kept: dict[str, torch.Tensor] = {}
+        self._given = original is not None
         if original is None:
             return
         parameters = dict(denoiser.named_parameters())
@@ -44,6 +45,14 @@ class Teacher:
         for name, value in parameters.items():
             if name.rpartition(".")[2] == "branch_up":  # what the original's weights still hold
                 self._kept[name] = torch.zeros_like(value)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has the full-precision weights: refinement makes of them values of a grid."""
+        return self._given or not any(
+            torch.equal(layer.weight, layer.quantized_weight())
+            for layer in open_layers(self.denoiser).values()
+        )
 
     def keep(self, names: Iterable[str]) -> None:
         """Keep copies of parameters that are about to be trained."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from msfp.training.diagnosis import first_nonfinite
 from msfp.training.objective import Objective, Predict, recorded
 from msfp.training.parameters import ScaleFloors, optimizer_groups, trained_parameters
 from msfp.training.processes import accelerator, sum_gradients, summed
-from msfp.training.state import History, TrainingState, run_facts
+from msfp.training.state import History, TrainingState
 from msfp.training.teacher import Teacher
 from msfp.trajectories import Trajectories, draw_batch
 
@@ -55,6 +57,7 @@ class Material:
             or None.
         file: Where the state is kept, or None.
         tensorboard: A folder for TensorBoard, or None.
+        run: What makes a run another run; needed where there is a file.
     """
 
     path: Trajectories
@@ -64,6 +67,7 @@ class Material:
     own_path: Callable[[], Trajectories] | None = None
     file: Path | None = None
     tensorboard: Path | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -82,8 +86,6 @@ class Trainer:
         if config.checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         rates = trained_parameters(denoiser, config.rates)
-        if not rates:
-            raise InputError("rates must leave something to be trained")
         material.teacher.keep(rates)
         named = dict(denoiser.named_parameters())
         self.parameters = {name: named[name] for name in rates}
@@ -98,9 +100,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.floors = ScaleFloors(denoiser)
         generator = torch.Generator().manual_seed(config.seed)
-        self.state = TrainingState(
-            self.parameters, optimizer, generator, run_facts(denoiser, material.path, config)
-        )
+        self.state = TrainingState(self.parameters, optimizer, generator, material.run)
         if config.ema:
             self.state.average = self.state.current()
         self.saved: int | None = None
@@ -264,6 +264,14 @@ class Trainer:
         with self.accelerator.autocast():
             error = self.objective.held_out_error(self.denoiser, held_out, self.config.batch, steps)
         error = summed(error, self.accelerator) / (times * len(held_out.timesteps))
+        if not math.isfinite(error):
+            self._refuse(
+                f"the held-out error is {error}",
+                lambda: self.objective.held_out_error(
+                    self.denoiser, held_out, self.config.batch, steps
+                ),
+                "what they are compared with is not",
+            )
         self.state.put(before)
         self.state.history.errors[step] = error
         if self.state.history.best == step:
@@ -293,15 +301,25 @@ class Trainer:
         if finite and (not nonfinite or self.accelerator.scaler is not None):
             return
         rows = self.objective.rows(*batch)
+        otherwise = "what they are trained towards is not"
+        if finite:
+            otherwise = f"the gradient of {nonfinite[0]} is not"
+        self._refuse(f"the loss is {loss}", lambda: path.predict(self.denoiser, *rows), otherwise)
+
+    def _refuse(self, what: str, forward: Callable[[], object], otherwise: str) -> NoReturn:
+        """Raise InputError for a number that is not finite.
+
+        Args:
+            what: Is not finite.
+            forward: Runs the denoiser as it was run for it.
+            otherwise: What is not finite where the outputs of all layers are.
+        """
         with self.accelerator.autocast():
-            layer = first_nonfinite(self.denoiser, lambda: path.predict(self.denoiser, *rows))
+            layer = first_nonfinite(self.denoiser, forward)
+        where = f"the outputs of all layers are finite: {otherwise}"
         if layer is not None:
             where = f"the first output that is not finite is that of layer {layer}"
-        elif finite:
-            where = f"the gradient of {nonfinite[0]} is not finite"
-        else:
-            where = "the outputs of all layers are finite: what they are trained towards is not"
         good = "no state was saved"
         if self.saved is not None:
             good = f"the last good state is {self.material.file}, of step {self.saved}"
-        raise InputError(f"the loss is {loss} at step {self.state.step}; {where}; {good}")
+        raise InputError(f"{what} at step {self.state.step}; {where}; {good}")

@@ -25,6 +25,29 @@ def test_finetune_values_out_of_range_are_refused(name, value):
         FinetuneConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hub": 2.0}, r"hub must be a whole number, not 2\.0"),
+        ({"rank": 1.5}, r"rank must be a whole number, not 1\.5"),
+        ({"seed": 1.5}, r"seed must be a whole number, not 1\.5"),
+        ({"seed": 2**63}, "seed must be between"),
+        ({"steps": 2.5}, r"steps must be a whole number, not 2\.5"),
+        ({"batch": True}, "batch must be a whole number, not True"),
+        ({"ema": True}, "ema must be a number, not True"),
+        ({"clip": "1"}, "clip must be between .* not 1"),
+        ({"temperature": 1.0}, r"temperature must be a list of numbers, not 1\.0"),
+        ({"branches": ("a",)}, "branches must be between .* not a"),
+        ({"rates": {"lora": 1}}, r"rates has no group 'lora': it may have adapters, router, "),
+        ({"rates": {"norms": False}}, "rate of norms must be a number, not False"),
+        ({"rates": 0.1}, r"rates must be LearningRates or a table of them, not 0\.1"),
+    ],
+)
+def test_finetune_values_of_another_type_are_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**config)
+
+
 def test_configs_survive_json():
     config = QuantizationConfig(
         weights=3,

@@ -87,7 +87,11 @@ def test_a_plain_or_a_sealed_denoiser_is_refused(reference, quantized, trajector
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(quantized, trajectories):
     pipe, _ = quantized()
-    broken = copy.deepcopy(trajectories)
-    broken.predictions.fill_(torch.nan)
-    with pytest.raises(InputError, match="loss is nan at step 0"):
-        finetune(pipe.unet, broken, FinetuneConfig(rank=2, steps=2, batch=4))
+    breaking = copy.deepcopy(trajectories)
+    with pytest.raises(InputError, match="loss is nan at step 1"):
+        finetune(
+            pipe.unet,
+            breaking,
+            FinetuneConfig(rank=2, steps=2, batch=4),
+            progress=lambda _: breaking.predictions.fill_(torch.nan),
+        )

@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import signal
 import socket
@@ -7,19 +8,32 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import SAMPLER
 
-from msfp import FinetuneConfig, InputError, denoising_factors, finetune, record_trajectories
+from msfp import (
+    FinetuneConfig,
+    InputError,
+    QuantizationConfig,
+    denoising_factors,
+    finetune,
+    quantize,
+    record_trajectories,
+)
 from msfp.open_layers import open_layers
+from msfp.training import state
 from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
-from msfp.training.state import History
+from msfp.training.state import KEY, History
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Trainer
 
@@ -87,6 +101,42 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     finished(script(tmp_path / "killed", "--resume"))
     finished(whole)
     assert same_files(*(tmp_path / each / "final.safetensors" for each in ("whole", "killed")))
+
+
+@pytest.mark.parametrize("point", ["save_file", "fsync", "replace", "fsync after"])
+def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
+    student, path, tmp_path, monkeypatch, point
+):
+    """Each call that writes a state is the last that a process makes; the second save is hit."""
+    file, config = tmp_path / "state.safetensors", FinetuneConfig(**SHORT, save_every=2)
+    expected, _ = tuned(student, path, config)
+    calls = []
+
+    class Died(BaseException):
+        pass
+
+    def dying(name, call):
+        def made(*args, **more):
+            calls.append(name)
+            if calls.count(name) == (4 if point == "fsync after" else 2):
+                if name == "save_file":
+                    args[1].write_bytes(b"half")
+                raise Died
+            return call(*args, **more)
+
+        return made
+
+    name = point.removesuffix(" after")
+    owner = {"save_file": state, "fsync": os, "replace": Path}[name]
+    monkeypatch.setattr(owner, name, dying(name, getattr(owner, name)))
+    with pytest.raises(Died):
+        tuned(student, path, config, file=file)
+    monkeypatch.undo()
+    with safe_open(file, framework="pt") as opened:
+        steps = len(json.loads(opened.metadata()[KEY])["losses"])
+    assert steps == (4 if point == "fsync after" else 2)
+    resumed, _ = tuned(student, path, config, file=file, resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
 def pair(tmp_path, name, *arguments):
@@ -235,7 +285,27 @@ def test_every_group_can_be_frozen_and_trained_by_itself(student, path):
         assert not any(other in name for o, other in groups.items() if o != group for name in names)
 
 
-def test_the_student_trains_on_its_own_path(student, path):
+def test_every_other_step_trains_on_the_students_own_path(student, path, monkeypatch):
+    """On its samples, towards what the teacher says of them."""
+    own, read = replace(path, samples=path.samples + 100), []
+
+    def labelled(_teacher, path, _batch):
+        assert torch.equal(path.samples, own.samples)
+        return replace(path, predictions=torch.full_like(path.predictions, 10))
+
+    def look(_unet, args, _kwargs):
+        if torch.is_grad_enabled():
+            read.append(args[0].mean().item())
+
+    monkeypatch.setattr(Teacher, "labelled", labelled)
+    student.unet.register_forward_pre_hook(look, with_kwargs=True)
+    config = FinetuneConfig(**SHORT | {"steps": 4}, student_every=4)
+    _, history = tuned(student, path, config, own_path=lambda: own)
+    assert [mean > 50 for mean in read] == [False, True, False, True]
+    assert [loss > 50 for loss in history.losses] == [False, True, False, True]
+
+
+def test_the_students_path_is_recorded_when_it_is_time_to(student, path):
     seen = []
 
     def own_path():
@@ -311,9 +381,48 @@ def test_a_layer_that_gives_nan_stops_training_with_its_name_and_the_last_good_s
 
 
 def test_targets_that_are_not_finite_are_not_blamed_on_a_layer(student, path):
-    broken = replace(path, predictions=torch.full_like(path.predictions, torch.nan))
+    breaking = copy.deepcopy(path)
     with pytest.raises(InputError, match="what they are trained towards is not; no state was sav"):
-        finetune(student.unet, broken, FinetuneConfig(**SHORT))
+        finetune(
+            student.unet,
+            breaking,
+            FinetuneConfig(**SHORT),
+            progress=lambda _: breaking.predictions.fill_(torch.nan),
+        )
+
+
+def test_a_held_out_error_that_is_not_finite_stops_training_with_the_last_good_state(
+    student, path, held_out, tmp_path
+):
+    """Or its step would be the best one, and what was trained would be lost."""
+    file = tmp_path / "state.safetensors"
+    config = FinetuneConfig(**SHORT, save_every=1, evaluate_every=3)
+    breaking = copy.deepcopy(held_out)
+
+    def break_at(status):
+        if status.step == 2:
+            breaking.predictions.fill_(torch.nan)
+
+    with pytest.raises(InputError) as caught:
+        finetune(student.unet, path, config, held_out=breaking, file=file, progress=break_at)
+    message = str(caught.value)
+    assert "held-out error is nan at step 3; the outputs of all layers are finite" in message
+    assert f"last good state is {file}, of step 2" in message
+
+
+def test_a_layer_that_gives_nan_on_held_out_trajectories_is_named(student, path, held_out):
+    config = FinetuneConfig(**SHORT, evaluate_every=1)
+    layer = student.unet.mid_block.resnets[0].conv1
+
+    def poisoned(_layer, args, y):
+        return y * torch.nan if not torch.is_grad_enabled() and len(args[0]) == 4 else y
+
+    layer.register_forward_hook(poisoned)
+    path_of_5 = replace(held_out, timesteps=held_out.timesteps)
+    with pytest.raises(
+        InputError, match=r"error is nan at step 0; .* mid_block\.resnets\.0\.conv1;"
+    ):
+        trained(student, path, config, held_out=path_of_5)
 
 
 def refused(student, path, message, config=None, **more):
@@ -336,6 +445,17 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "held_out must be given", evaluated)
     other = record_trajectories(full, replace(SAMPLER, steps=2).calls(4, seed=0))
     refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
+    double = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
+    refused(student, path, "held_out must be of a denoiser like this", evaluated, held_out=double)
+    nan = replace(path, predictions=path.predictions.clone())
+    nan.predictions[1, 2] = torch.nan
+    refused(student, nan, "trajectories must have finite predictions")
+    frozen = dict.fromkeys(("adapters", "weight_scales", "input_scales", "biases", "norms"), 0)
+    nothing = FinetuneConfig(**SHORT, rates=frozen)  # but a router that a hub of 1 does not have
+    refused(student, path, "rates must leave something to be trained", nothing)
+    segments = FinetuneConfig(**SHORT, hub=5, routing="segments")
+    refused(student, path, "hub must be at most 4 where routing is by segments", segments)
+    refused(student, path, "precision must be 'no'", FinetuneConfig(**SHORT, precision="fp16"))
     network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
     with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
         finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
@@ -349,6 +469,75 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "resume needs the file", resume=True)
     (tmp_path / "old").write_text("")
     refused(student, path, "holds the state of a run: resume it", file=tmp_path / "old")
+
+
+def other_weights(pipe):
+    """A copy of a pipeline, quantized or not, with other weights."""
+    other = copy.deepcopy(pipe)
+    for name, value in other.unet.named_parameters():
+        if name.endswith("conv1.weight"):
+            value.data *= 1.5
+    return other
+
+
+def test_trajectories_of_another_model_are_refused(full, student, path):
+    own = record_trajectories(other_weights(full), SAMPLER.calls(8, seed=5))
+    refused(student, own, r"trajectories must have been recorded from the teacher.* \d+\.\d % off")
+    config = FinetuneConfig(**SHORT, evaluate_every=2)
+    refused(student, path, "held_out must have been recorded from", config, held_out=own)
+
+
+def test_a_refined_denoiser_takes_its_own_trajectories_and_not_just_any(full, path):
+    """It does not hold the full-precision weights any more."""
+    pipe = copy.deepcopy(full)
+    quantize(pipe, QuantizationConfig(refine={"samples": 8}), calibration=SAMPLER.calls(4, seed=1))
+    negative = replace(path, predictions=-path.predictions)
+    refused(pipe, negative, "trajectories must have been recorded from the teacher")
+    asked = FinetuneConfig(**SHORT, cache_teacher=False)
+    refused(pipe, path, "trajectories must have been recorded from the teacher", asked)
+    _, history = tuned(pipe, path, FinetuneConfig(**SHORT))
+    assert len(history.losses) == 6
+
+
+def test_the_state_of_a_run_with_other_inputs_is_refused_by_the_input(
+    full, student, path, held_out, tmp_path
+):
+    file = tmp_path / "state.safetensors"
+    config = FinetuneConfig(**SHORT, evaluate_every=3, denoising_power=1.0)
+    factors = denoising_factors(full.scheduler, 4)
+    given = {"held_out": held_out, "factors": factors}
+    _, history = tuned(student, path, config, file=file, **given)
+    by_other_kernels = replace(path, predictions=path.predictions * (1 + 1e-4))
+    _, resumed = tuned(student, by_other_kernels, config, file=file, resume=True, **given)
+    assert resumed == history
+
+    def differs(message, path=path, student=student, **more):
+        message = f"is the state of another run: its {message}"
+        refused(student, path, message, config, file=file, resume=True, **given | more)
+
+    differs("trajectories are others", record_trajectories(full, SAMPLER.calls(8, seed=6)))
+    more = record_trajectories(full, SAMPLER.calls(8, seed=77))
+    differs("held-out rows is 4, not 8", held_out=more)
+    other = record_trajectories(full, SAMPLER.calls(4, seed=78))
+    differs("trajectories held out are others", held_out=other)
+    differs("loss weights is", factors=factors | {0: 1.0})
+    changed = other_weights(student)
+    differs("weights is", student=changed)
+    scaled = copy.deepcopy(student)
+    scaled.unet.conv_in.weight_quantizer.scale.data *= 1.01
+    differs("weights is", student=scaled)
+
+
+def test_the_state_of_an_earlier_version_is_refused(student, path, tmp_path):
+    file = tmp_path / "state.safetensors"
+    config = FinetuneConfig(**SHORT)
+    tuned(student, path, config, file=file)
+    with safe_open(file, framework="pt") as opened:
+        description = json.loads(opened.metadata()[KEY])
+    del description["run"]["trajectories"]
+    save_file(load_file(file), file, metadata={KEY: json.dumps(description)})
+    message = "it does not say its trajectories, as one of an earlier version"
+    refused(student, path, message, config, file=file, resume=True)
 
 
 def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_path):
@@ -411,14 +600,38 @@ def test_logs_without_tensorboard_are_refused(student, path, tmp_path, monkeypat
     refused(student, path, "tensorboard must be installed", tensorboard=tmp_path)
 
 
-def test_losses_and_errors_are_logged(student, path, held_out, monkeypatch):
-    logged = []
+class KeptLogs(GeneralTracker):
+    """A tracker as Accelerate knows it, in the place of TensorBoard's."""
 
-    def log(_self, values, step):
-        logged.append((step, values))
+    name = "tensorboard"
+    requires_logging_directory = True
+    main_process_only = False
+    logged: ClassVar = []
 
-    monkeypatch.setattr("accelerate.Accelerator.log", log)
-    _, history = tuned(student, path, FinetuneConfig(**SHORT, evaluate_every=6), held_out=held_out)
+    def __init__(self, run_name, logging_dir=None, **_more):
+        super().__init__()
+        self.logged.append((run_name, logging_dir))
+
+    tracker = None
+
+    def store_init_configuration(self, values):
+        self.logged.append(values)
+
+    def log(self, values, step, **_more):
+        self.logged.append((step, dict(values)))
+
+
+def test_losses_and_errors_are_logged(student, path, held_out, tmp_path, monkeypatch):
+    """By Accelerate to the folder that is given, as far as a tracker."""
+    monkeypatch.setattr("msfp.training.processes.is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", KeptLogs)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(KeptLogs, "logged", [])
+    config = FinetuneConfig(**SHORT, evaluate_every=6)
+    _, history = tuned(student, path, config, held_out=held_out, tensorboard=tmp_path)
+    started, facts, *logged = KeptLogs.logged
+    assert started == ("msfp", tmp_path)
+    assert facts["rank"] == "2"
     assert [values["loss"] for _, values in logged] == history.losses
     assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[-1][1]["held_out_error"] == history.errors[6]

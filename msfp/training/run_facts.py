@@ -1,0 +1,118 @@
+"""What makes a run of training another run, as plain JSON types.
+
+What is read from files, such as weights and codes, is told by a digest. Trajectories are recorded
+anew when a run goes on, perhaps by other kernels: they are told by some of their numbers, which may
+differ by rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from msfp.open_layers import OpenLayer, open_layers
+from msfp.training.config import FinetuneConfig
+from msfp.trajectories import Trajectories
+
+CHUNK = 1 << 24
+"""Numbers that are hashed at once."""
+ROWS, VALUES = 512, 8
+"""The most rows of a path that are told apart, and numbers of each."""
+MAX_ROUNDING = 0.02
+"""How far numbers of one path may be from each other, relative to them: bfloat16's rounding."""
+
+
+def run_facts(
+    denoiser: nn.Module,
+    path: Trajectories,
+    config: FinetuneConfig,
+    weights: torch.Tensor | None = None,
+    held_out: Trajectories | None = None,
+) -> dict[str, Any]:
+    """Return what makes a run another run, as JSON gives it back.
+
+    Args:
+        denoiser: Quantized and open, before it has hubs.
+        path: What is trained on.
+        config: What is trained and how.
+        weights: The loss weight of each timestep.
+        held_out: What errors are measured on, or None.
+    """
+    options = config.to_dict()
+    del options["shard"]  # it has the same result
+    return {
+        **{
+            f"layer {name}": f"{layer.formats}, shape {tuple(layer.weight.shape)}"
+            for name, layer in open_layers(denoiser).items()
+        },
+        **{key: list(each) if isinstance(each, tuple) else each for key, each in options.items()},
+        "held-out rows": None if held_out is None else held_out.samples.shape[1],
+        "loss weights": None if weights is None else weights.tolist(),
+        "shape": list(path.samples.shape),
+        "timesteps": path.timesteps.tolist(),
+        "trajectories": some_numbers(path),
+        "trajectories held out": None if held_out is None else some_numbers(held_out),
+        "weights": digest(_numbers(denoiser)),
+    }
+
+
+def _numbers(denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a denoiser computes with by name, the weights of open layers as they are rounded.
+
+    Behind a branch a weight depends on the order of sums, but not what it is rounded to.
+    """
+    layers = open_layers(denoiser)
+    for name, value in denoiser.named_parameters():
+        layer = layers.get(name.removesuffix(".weight"))
+        rounded = isinstance(layer, OpenLayer) and name.endswith(".weight")
+        yield name, layer.quantized_weight() if layer is not None and rounded else value
+
+
+@torch.no_grad()
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the first 16 digits of the SHA-256 of named tensors.
+
+    Example:
+        >>> digest([("a", torch.zeros(2))]) == digest([("a", torch.zeros(2))])
+        True
+        >>> digest([("a", torch.zeros(2))]) == digest([("b", torch.zeros(2))])
+        False
+    """
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        for part in value.detach().reshape(-1).split(CHUNK):
+            found.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+@torch.no_grad()
+def some_numbers(path: Trajectories) -> list[float]:
+    """Return some numbers of each row's prediction at the last step, spread over the row."""
+    last = path.predictions[-1].flatten(1)
+    rows = torch.linspace(0, len(last) - 1, min(ROWS, len(last))).round().long()
+    columns = torch.linspace(0, last.shape[1] - 1, min(VALUES, last.shape[1])).round().long()
+    numbers: list[float] = last[rows.to(last.device)][:, columns.to(last.device)].flatten().tolist()
+    return numbers
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two facts are one, lists of numbers up to `MAX_ROUNDING`.
+
+    Example:
+        >>> same([1.0, 2.0], [1.0, 2.001]), same([1.0, 2.0], [1.0, 2.1]), same(1, None)
+        (True, False, False)
+    """
+    if one == other:
+        return True
+    lists = all(isinstance(each, list) and each for each in (one, other))
+    if not lists or len(one) != len(other):
+        return False
+    if not all(isinstance(each, float) for each in (*one, *other)):
+        return False
+    first, second = torch.tensor(one), torch.tensor(other)
+    return bool((first - second).norm() <= MAX_ROUNDING * first.norm())
