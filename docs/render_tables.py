@@ -1,0 +1,84 @@
+"""Put tables into the pages of documentation, from the records of the study.
+
+python docs/render_tables.py
+"""
+
+import re
+from pathlib import Path
+
+from msfp.study.groups import ERROR, Group, tested
+from msfp.study.ladder import MODELS, RECIPES, SETTING
+from msfp.study.store import Store
+from msfp.study.tables import MARGINS, cell, label, markdown_table, verdict
+
+DOCS = Path(__file__).parent
+METHODS = (
+    "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
+    "matched", "split", "branch-4", "branch-16",
+)  # fmt: skip
+"""Recipes of the table of methods, in its order."""
+INGREDIENTS = (
+    ("lora", "fixed-lora"), ("long-lora", "lora"), ("branch-16-lora", "branch-16"),
+    ("segments-2", "lora"), ("talora-2", "lora"), ("talora-4", "lora"), ("dfa-1", "lora"),
+    ("dfa-2", "lora"), ("svd-lora", "lora"), ("own-path-lora", "lora"),
+    ("annealed-talora-2", "talora-2"), ("narrow-talora-2", "narrow-lora"),
+    ("long-talora-2", "long-lora"),
+)  # fmt: skip
+"""What is added in fine-tuning, and to what: first what helps, then what was hoped to."""
+COLUMNS = dict(zip(MODELS, ("digits", "transformer", "photographs"), strict=True))
+
+
+def ladder(model: str) -> Group:
+    """Return the records of a model at the ladder's own setting."""
+    setting = {"model": model, "training": 0}
+    setting |= dict(zip(("bits", "sampler", "steps"), SETTING, strict=True))
+    records = Store(DOCS / "results").records().values()
+    return Group([each for each in records if setting.items() <= each["row"].items()])
+
+
+def methods() -> str:
+    """Return the table of what is done to weights before fine-tuning."""
+    group = ladder("digits-ddpm")
+    rows = [
+        [
+            label(recipe),
+            cell(group.mean(recipe, ERROR), 2),
+            cell(group.mean(recipe, "psnr"), 1),
+            cell(group.mean(recipe, "frechet"), 2),
+            f"{group.seconds(recipe, 'quantize'):.1f}",
+            str(len(group.by_recipe[recipe])),
+        ]
+        for recipe in METHODS
+    ]
+    header = ("method", "noise error", "PSNR, dB", "Frechet distance", "CPU seconds", "seeds")
+    return markdown_table(header, rows)
+
+
+def ingredients() -> str:
+    """Return the table of what each ingredient of fine-tuning changes."""
+    groups = {COLUMNS[model]: ladder(model) for model in MODELS}
+    found = {
+        key: each
+        for key, each in tested(groups, tuple(MARGINS)).items()
+        if key[:2] in INGREDIENTS and each.p is not None
+    }
+    rows = []
+    for recipe, against in INGREDIENTS:
+        for measure, name in ((ERROR, "error"), ("psnr", "PSNR")):
+            cells = [
+                verdict(found.get((recipe, against, column, measure)), measure) for column in groups
+            ]
+            rows.append([RECIPES[recipe].label, RECIPES[against].label, name, *cells])
+    return markdown_table(("recipe", "against", "of", *groups), rows)
+
+
+def main() -> None:
+    """Replace what stands between the markers of each page."""
+    for name, table in (("methods", methods()), ("fine-tuning", ingredients())):
+        page = DOCS / f"{name}.md"
+        old, new = r"(<!-- table -->\n).*?(<!-- end -->)", rf"\g<1>{table}\g<2>"
+        page.write_text(re.sub(old, new, page.read_text(), flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()
