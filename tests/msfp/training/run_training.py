@@ -101,7 +101,3 @@ def main():
         sharded(folder, full, student, path, held_out)
         return
     everything(folder, student, path, held_out, denoising_factors(full.scheduler, 4))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import Script
 from tiny import SAMPLER
 
 from msfp import (
@@ -37,7 +36,6 @@ from msfp.training.state import KEY, History
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Trainer
 
-HERE = Path(__file__).parent
 SHORT = {"rank": 2, "steps": 6, "batch": 8}
 EVERYTHING = {
     **SHORT, "hub": 2, "temperature": (2.0, 0.5), "ema": 0.5, "student_every": 2,
@@ -67,20 +65,6 @@ def difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def script(folder, *arguments, **environment):
-    command = [sys.executable, str(HERE / "run_training.py"), str(folder), *arguments]
-    paths = [str(HERE.parents[2]), str(HERE)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(  # noqa: S603
-        command, env=env | environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finished(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
 def same_files(one, other):
     expected, found = load_file(one), load_file(other)
     assert expected.keys() == found.keys()
@@ -89,17 +73,16 @@ def same_files(one, other):
 
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     """Killed without warning as soon as there is a state, with everything on that has a state."""
-    whole = script(tmp_path / "whole")
-    killed = script(tmp_path / "killed", "--slowly")
+    whole = Script(tmp_path / "whole")
+    killed = Script(tmp_path / "killed", "--slowly")
     state = tmp_path / "killed" / "state.safetensors"
     deadline = time.monotonic() + 300
-    while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
+    while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    assert killed.kill() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final.safetensors").exists()
-    finished(script(tmp_path / "killed", "--resume"))
-    finished(whole)
+    Script(tmp_path / "killed", "--resume").finish()
+    whole.finish()
     assert same_files(*(tmp_path / each / "final.safetensors" for each in ("whole", "killed")))
 
 
@@ -148,17 +131,17 @@ def pair(tmp_path, name, *arguments):
     common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
     folders = [tmp_path / f"{name}{rank}" for rank in range(2)]
     processes = [
-        script(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        Script(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank, folder in enumerate(folders)
     ]
     for process in processes:
-        finished(process)
+        process.finish()
     return folders
 
 
 def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
     folders = pair(tmp_path, "two", "--plain")
-    finished(script(tmp_path / "one", "--plain"))
+    Script(tmp_path / "one", "--plain").finish()
     alone = load_file(tmp_path / "one" / "trained.safetensors")
     first, second = (load_file(folder / "trained.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -167,7 +150,7 @@ def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["inside", "beside"])
+@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
 def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, place):
     """To the last bit, with half of the frozen weights each."""
     given = ("--teacher", f"--{place}")
@@ -182,6 +165,7 @@ def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(
     torch.testing.assert_close(facts[2]["errors"], facts[0]["errors"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_processes_that_share_out_the_weights_resume_from_one_state(tmp_path):
     whole = pair(tmp_path, "whole", "--teacher", "--shard")
     pair(tmp_path, "stopped", "--teacher", "--shard", "--keep", "--stop")
