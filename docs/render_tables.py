@@ -6,7 +6,7 @@ python docs/render_tables.py
 import re
 from pathlib import Path
 
-from msfp.study.groups import ERROR, Group, tested
+from msfp.study.groups import ERROR, Group, comparisons
 from msfp.study.ladder import MODELS, RECIPES, SETTING
 from msfp.study.store import Store
 from msfp.study.tables import MARGINS, cell, label, markdown_table, verdict
@@ -59,7 +59,7 @@ def ingredients() -> str:
     groups = {COLUMNS[model]: ladder(model) for model in MODELS}
     found = {
         key: each
-        for key, each in tested(groups, tuple(MARGINS)).items()
+        for key, each in comparisons(groups, tuple(MARGINS)).items()
         if key[:2] in INGREDIENTS and each.p is not None
     }
     rows = []

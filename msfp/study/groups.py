@@ -88,7 +88,9 @@ Comparison = tuple[str, str, str, str]
 """A recipe, what it is tested against, the setting, and the measure."""
 
 
-def tested(groups: Mapping[str, Group], measures: Sequence[str]) -> dict[Comparison, Difference]:
+def comparisons(
+    groups: Mapping[str, Group], measures: Sequence[str]
+) -> dict[Comparison, Difference]:
     """Compare every recipe with those that it is tested against, seeds in pairs, as one family.
 
     Args:

@@ -20,13 +20,13 @@ from msfp.study.subjects import SUBJECTS
 from msfp.study.tables import (
     DEFAULT,
     cell,
+    comparison_table,
     cost_table,
     distance_table,
     markdown_table,
     quality_table,
     settings_table,
     settings_tests,
-    tests_table,
 )
 
 INTRODUCTION = """# Results
@@ -153,7 +153,7 @@ def _add_model(page: Page, model: str, records: Sequence[Record]) -> None:
         page.add(f"### The ladder: {bits}, {sampler}, {steps} steps\n")
         page.add(quality_table(ladder))
         page.add("Each against what it builds on, and some against one LoRA or plain rounding:\n")
-        page.add(tests_table(ladder))
+        page.add(comparison_table(ladder))
         page.add("Frechet distances, and how they differ from full precision's at equal noise:\n")
         page.add(distance_table(ladder))
         page.add("What it takes:\n")

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from msfp.study.groups import ERROR, Group, tested
+from msfp.study.groups import ERROR, Group, comparisons
 from msfp.study.ladder import FULL_PRECISION, RECIPES
 from msfp.study.statistics import Difference, Mean
 
@@ -130,9 +130,9 @@ def _distance_note(group: Group, measure: str, changes: Mapping[str, Difference]
     )
 
 
-def tests_table(group: Group) -> str:
+def comparison_table(group: Group) -> str:
     """Return the table of what each recipe changes against those that it is tested against."""
-    found = tested({"": group}, (ERROR, "psnr"))
+    found = comparisons({"": group}, (ERROR, "psnr"))
     pairs = dict.fromkeys((recipe, against) for recipe, against, _, _ in found)
     rows = [
         [
@@ -200,7 +200,7 @@ def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> st
 
 def settings_tests(groups: Mapping[str, Group]) -> str:
     """Return a table of what recipes change against others: settings across, one family."""
-    found = tested(groups, tuple(MARGINS))
+    found = comparisons(groups, tuple(MARGINS))
     told = {key: each for key, each in found.items() if each.p is not None}
     rows = [
         [label(recipe), label(against), "error" if measure == ERROR else "PSNR"]

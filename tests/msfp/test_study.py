@@ -12,14 +12,14 @@ from msfp.config import RefinementConfig
 from msfp.errors import InputError
 from msfp.study import run as study_run
 from msfp.study.bench import Bench
-from msfp.study.groups import Group, tested
+from msfp.study.groups import Group, comparisons
 from msfp.study.ladder import BITS, FULL_PRECISION, MODELS, RECIPES, Row, ladder
 from msfp.study.render import render
 from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
 from msfp.study.statistics import compare, geometric_mean, mean
 from msfp.study.store import Store
 from msfp.study.subjects import SUBJECTS, Settings, model_folder
-from msfp.study.tables import DEFAULT, distance_table, settings_tests, tests_table, verdict
+from msfp.study.tables import DEFAULT, comparison_table, distance_table, settings_tests, verdict
 from msfp.training.config import FinetuneConfig
 
 SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
@@ -160,7 +160,7 @@ def _append_many(folder, name):
 
 def test_several_processes_add_to_one_file(tmp_path):
     names = ["a", "b", "c"]
-    with multiprocessing.get_context("spawn").Pool(len(names)) as pool:
+    with multiprocessing.get_context("fork").Pool(len(names)) as pool:
         pool.starmap(_append_many, [(tmp_path, name) for name in names])
     assert len(Store(tmp_path).records()) == 150
 
@@ -239,15 +239,15 @@ def test_a_better_recipe_is_named_and_an_equal_one_is_a_tie(tmp_path):
         store.append(record("signed", seed, 0.005 * math.exp(0.02 * draw.gauss(0, 1))))
         store.append(record("mixup", seed, 0.004 * math.exp(0.02 * draw.gauss(0, 1)), 22.0 + seed))
     group = Group(list(store.records().values()))
-    found = tested({"": group}, ["noise_error"])["mixup", "signed", "", "noise_error"]
+    found = comparisons({"": group}, ["noise_error"])["mixup", "signed", "", "noise_error"]
     assert verdict(found, "noise_error").startswith("**-")
     assert "| mixup-sign FP | signed FP | **-" in render(tmp_path).read_text()
     same = Group(
         [record("signed", s, 0.005 + 1e-5 * draw.random()) for s in range(5)]
         + [record("mixup", s, 0.005 + 1e-5 * draw.random()) for s in range(5)]
     )
-    assert "| mixup-sign FP | signed FP | tie: " in tests_table(same)
-    assert tests_table(same).endswith("| identical |\n")
+    assert "| mixup-sign FP | signed FP | tie: " in comparison_table(same)
+    assert comparison_table(same).endswith("| identical |\n")
 
 
 def test_a_recipe_is_tested_against_the_nearest_that_was_run_and_its_other_rivals():
@@ -278,8 +278,8 @@ def test_all_cells_of_a_table_are_one_family():
             ]
         )
 
-    alone = tested({"a": group(0.9)}, ["noise_error"])
-    together = tested({"a": group(0.9), "b": group(0.97)}, ["noise_error"])
+    alone = comparisons({"a": group(0.9)}, ["noise_error"])
+    together = comparisons({"a": group(0.9), "b": group(0.97)}, ["noise_error"])
     key = ("mixup", "signed", "a", "noise_error")
     assert together[key].p > alone[key].p
     assert together[key].low == alone[key].low

@@ -153,6 +153,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_codes(
     assert 10 < numbers(output)["rows"][-1]["minutes"] < 20
 
 
+@pytest.mark.slow
 def test_a_killed_command_is_resumed_to_the_same_codes(folders, tmp_path):
     options = ["--steps", "30", "--save-every", "4", "--evaluate-every", "15"]
     assert finetuned(folders, tmp_path / "whole", *options) == 0
