@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from typing import Any, NamedTuple, NoReturn
@@ -57,9 +58,8 @@ def first_question(pipe: DiffusionPipeline, call: PipelineCall) -> FirstQuestion
 
     handle = denoiser_of(pipe).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        call(pipe)
-    except _AskedError:
-        pass
+        with contextlib.suppress(_AskedError):
+            call(pipe)
     finally:
         handle.remove()
     return found[0]

@@ -259,7 +259,7 @@ def trains(config: FinetuneConfig) -> bool:
         (True, False)
     """
     rates = asdict(config.rates)
-    if config.hub == 1 or config.routing != "learned":
+    if not config.is_routed:
         del rates["router"]
     return any(rates.values())
 

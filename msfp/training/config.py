@@ -187,6 +187,11 @@ class FinetuneConfig:
                 f"batch must be at least accumulation, {self.accumulation}, not {self.batch}"
             )
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router that is trained chooses among several LoRAs."""
+        return self.hub > 1 and self.routing == "learned"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)

@@ -85,7 +85,7 @@ def check_rates(denoiser: nn.Module, config: FinetuneConfig) -> None:
         config: With the rates.
     """
     rates = config.rates
-    routed = rates.router > 0 and config.hub > 1 and config.routing == "learned"
+    routed = rates.router > 0 and config.is_routed
     if not (rates.adapters > 0 or routed or trained_parameters(denoiser, rates)):
         raise InputError(f"rates must leave something to be trained, not {rates}")
 

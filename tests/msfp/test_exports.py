@@ -78,12 +78,18 @@ def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):
     assert torch.equal(call(loaded), call(pipe))
 
 
-def test_what_was_loaded_asks_the_router_once_for_each_timestep_of_a_sampler(with_hub, tmp_path):
-    save(with_hub, tmp_path / "saved")
-    loaded = load(tmp_path / "saved")
+def loaded_counting_questions(pipe, folder):
+    """A saved pipeline as loaded, and a list that grows by one whenever its router is asked."""
+    save(pipe, folder)
+    loaded = load(folder)
     loaded.set_progress_bar_config(disable=True)
     asked = []
     loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
+    return loaded, asked
+
+
+def test_what_was_loaded_asks_the_router_once_for_each_timestep_of_a_sampler(with_hub, tmp_path):
+    loaded, asked = loaded_counting_questions(with_hub, tmp_path / "saved")
     first = call(loaded)
     assert len(asked) == len(loaded.scheduler.timesteps)
     assert torch.equal(call(loaded), first)
@@ -91,11 +97,7 @@ def test_what_was_loaded_asks_the_router_once_for_each_timestep_of_a_sampler(wit
 
 
 def test_a_precomputed_routing_gives_the_same_images_without_asking_the_router(with_hub, tmp_path):
-    save(with_hub, tmp_path / "saved")
-    loaded = load(tmp_path / "saved")
-    loaded.set_progress_bar_config(disable=True)
-    asked = []
-    loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
+    loaded, asked = loaded_counting_questions(with_hub, tmp_path / "saved")
     precompute_routing(loaded.unet, loaded.scheduler.timesteps)
     assert asked
     asked.clear()
