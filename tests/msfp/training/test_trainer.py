@@ -1,9 +1,6 @@
 import copy
 import json
 import os
-import signal
-import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +13,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scripts import Script
 from tiny import SAMPLER
 
 from msfp import (
@@ -65,27 +61,6 @@ def difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def same_files(one, other):
-    expected, found = load_file(one), load_file(other)
-    assert expected.keys() == found.keys()
-    return all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
-    """Killed without warning as soon as there is a state, with everything on that has a state."""
-    whole = Script(tmp_path / "whole")
-    killed = Script(tmp_path / "killed", "--slowly")
-    state = tmp_path / "killed" / "state.safetensors"
-    deadline = time.monotonic() + 300
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert killed.kill() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final.safetensors").exists()
-    Script(tmp_path / "killed", "--resume").finish()
-    whole.finish()
-    assert same_files(*(tmp_path / each / "final.safetensors" for each in ("whole", "killed")))
-
-
 @pytest.mark.parametrize("point", ["save_file", "fsync", "replace", "fsync after"])
 def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
     student, path, tmp_path, monkeypatch, point
@@ -120,59 +95,6 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
     assert steps == (4 if point == "fsync after" else 2)
     resumed, _ = tuned(student, path, config, file=file, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
-
-
-def pair(tmp_path, name, *arguments):
-    """Two processes that train together, and their folders."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    folders = [tmp_path / f"{name}{rank}" for rank in range(2)]
-    processes = [
-        Script(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank, folder in enumerate(folders)
-    ]
-    for process in processes:
-        process.finish()
-    return folders
-
-
-def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
-    folders = pair(tmp_path, "two", "--plain")
-    Script(tmp_path / "one", "--plain").finish()
-    alone = load_file(tmp_path / "one" / "trained.safetensors")
-    first, second = (load_file(folder / "trained.safetensors") for folder in folders)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    # After a few steps; Adam makes large what is nearly nothing in a gradient of zero.
-    for name, value in alone.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
-def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, place):
-    """To the last bit, with half of the frozen weights each."""
-    given = ("--teacher", f"--{place}")
-    whole, parts = (
-        pair(tmp_path, name, *given, *more) for name, more in (("w", ()), ("p", ("--shard",)))
-    )
-    facts = [load_file(folder / "facts.safetensors") for folder in (*whole, *parts)]
-    assert facts[2]["held"].unique().numel() == 1
-    assert facts[2]["held"][0] < 0.55 * facts[0]["held"][0]
-    for one, other in zip(whole, parts, strict=True):
-        assert same_files(one / "final.safetensors", other / "final.safetensors")
-    torch.testing.assert_close(facts[2]["errors"], facts[0]["errors"], rtol=1e-6, atol=0)
-
-
-@pytest.mark.slow
-def test_processes_that_share_out_the_weights_resume_from_one_state(tmp_path):
-    whole = pair(tmp_path, "whole", "--teacher", "--shard")
-    pair(tmp_path, "stopped", "--teacher", "--shard", "--keep", "--stop")
-    resumed = pair(tmp_path, "resumed", "--teacher", "--shard", "--keep", "--resume")
-    assert not (tmp_path / "stopped0" / "final.safetensors").exists()
-    for one, other in zip(whole, resumed, strict=True):
-        assert same_files(one / "final.safetensors", other / "final.safetensors")
 
 
 def test_a_batch_in_parts_is_that_batch(student, path):
