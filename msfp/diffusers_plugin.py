@@ -44,9 +44,10 @@ from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
 from msfp.layer_formats import BlockFormats, LayerFormats, narrow_format, read_formats
 from msfp.layers import dequantized, quantized_layers, sealed_layers
 from msfp.post_training import pack_layer
+from msfp.routers import RouterKind
 from msfp.stored_tensors import as_stored
 from msfp.summary import LayerSummary
-from msfp.talora import RouterKind, router_of
+from msfp.talora import router_of
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str

@@ -10,7 +10,7 @@ from msfp.denoiser import PlainLayer, quantizable_layers, replace_layers
 from msfp.errors import InputError
 from msfp.layer_formats import BlockFormats, LayerFormats
 from msfp.layers import SCALED_LAYERS, SealedLayer, add_router
-from msfp.talora import ROUTERS, RouterKind
+from msfp.routers import RouterKind, router_for
 
 
 def make_room(
@@ -38,12 +38,12 @@ def make_room(
             f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
             "the checkpoint does"
         )
+    with torch.device("meta"):  # which takes no random numbers
+        routes = router_for(router, len(formats), entries, denoiser) if entries > 1 else None
     empty: dict[nn.Module, nn.Module]
     empty = {plain[name]: _empty(plain[name], each, entries) for name, each in formats.items()}
     replace_layers(denoiser, empty)
-    if entries > 1:
-        with torch.device("meta"):
-            routes = ROUTERS[router](len(formats), entries)
+    if routes is not None:
         device = next(denoiser.parameters()).device
         add_router(denoiser, routes.to_empty(device=device).requires_grad_(False))
 

@@ -14,6 +14,7 @@ from msfp.errors import InputError
 from msfp.open_layers import untrained_layers
 from msfp.quantization import seal
 from msfp.talora import routing_of
+from msfp.time_conditioning import TimeConditioning, time_conditioning
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, loss_weights
 from msfp.training.parameters import add_hubs, check_rates
@@ -100,7 +101,7 @@ def finetune(
     processes = accelerator(
         trajectories.samples.device, config.precision, material.tensorboard
     ).num_processes
-    add_hubs(denoiser, config, trajectories.timesteps)
+    add_hubs(denoiser, config, trajectories.timesteps, _conditioning(original, config))
     if config.shard and processes > 1:
         material.teacher.shard()
     trainer = Trainer(denoiser, material, config)
@@ -148,12 +149,22 @@ def _check_needs(
 def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
     """Raise InputError unless something is trained, and each LoRA of it at some timestep."""
     check_rates(denoiser, config)
+    if config.routing == "denoiser":
+        time_conditioning(denoiser)
     steps = len(timesteps.unique())
     if config.routing == "segments" and config.hub > steps:
         raise InputError(
             f"hub must be at most {steps} where routing is by segments: the trajectories have no "
             f"more timesteps; not {config.hub}"
         )
+
+
+def _conditioning(teacher: Teacher, config: FinetuneConfig) -> TimeConditioning | None:
+    """Return what a router reads of the full-precision denoiser, if it reads that."""
+    if config.routing != "denoiser":
+        return None
+    with teacher.active() as denoiser:
+        return time_conditioning(denoiser)
 
 
 def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:

@@ -25,7 +25,8 @@ from msfp.denoiser import PLAIN_LAYERS
 from msfp.errors import InputError
 from msfp.layer_formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.quantizer import Quantizer
-from msfp.talora import Router, Routing, attach_router
+from msfp.routers import Router
+from msfp.talora import Routing, attach_router
 
 Layer = TypeVar("Layer", bound=nn.Module)
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}

@@ -13,8 +13,8 @@ from torch import nn
 
 from msfp.denoiser import denoiser_of, timestep_of
 from msfp.errors import InputError
+from msfp.routers import TRAINING_TIMESTEPS
 from msfp.sampling import PipelineCall, Progress
-from msfp.talora import TRAINING_TIMESTEPS
 from msfp.trajectories import Trajectories, record_trajectories
 
 OFF_GRID = 4e-3

@@ -1,31 +1,25 @@
-"""Timestep-aware LoRA: a hub of low-rank adapters for each layer, and the router that chooses.
+"""Timestep-aware LoRA: a hub of low-rank adapters for each layer, of which a router chooses.
 
-The router is shared by all layers; it is learned, or fixed by segments of time. Its choices for the
-current forward stand in a `Routing` that every layer reads, so that nothing depends on how often or
-in what order the denoiser is called.
+Its choices for the current forward stand in a `Routing` that every layer reads, so that nothing
+depends on how often or in what order the denoiser is called.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from msfp.denoiser import timestep_of
-from msfp.float32 import Float32Module
 from msfp.low_rank import low_rank
+from msfp.routers import Router
 
-EMBEDDING_WIDTH = 128
-TRAINING_TIMESTEPS = 1000
 TURNS = 4
 """Steps in which each layer gives a learned router its gradient once."""
 KNOWN_TIMESTEPS = 4096
 """How many timesteps a table of choices holds before it is begun anew."""
-RouterKind = Literal["learned", "segments"]
 
 
 class LoRAHub(nn.Module):
@@ -93,133 +87,6 @@ class LoRAHub(nn.Module):
         """Return the correction of an entry, shape (out_features, in_features)."""
         down, up = self.factors(entry)
         return up @ down
-
-
-class _HardChoice(torch.autograd.Function):
-    """One-hot of the largest probability, with the gradient handed to the probabilities."""
-
-    @staticmethod
-    def forward(_ctx: Any, probabilities: torch.Tensor) -> torch.Tensor:
-        winner = probabilities.argmax(dim=-1)
-        return nn.functional.one_hot(winner, probabilities.shape[-1]).to(probabilities.dtype)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
-_hard_choice: Callable[[torch.Tensor], torch.Tensor] = _HardChoice.apply
-
-
-class Router(Float32Module, ABC):
-    """Chooses, for each layer, one LoRA of its hub at a timestep.
-
-    Attributes:
-        kind: The name of the class in checkpoints.
-        layers: Quantized layers in the denoiser.
-        entries: LoRAs in each hub.
-    """
-
-    kind: RouterKind
-
-    def __init__(self, layers: int, entries: int) -> None:
-        super().__init__()
-        self.layers, self.entries = layers, entries
-
-    @abstractmethod
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
-
-
-class LearnedRouter(Router):
-    """A router that is trained with the LoRAs.
-
-    Sinusoidal timestep embedding, then a two-layer perceptron to one logit for each layer and
-    LoRA; the choice is hard forward and straight-through backward (section 4.2 of the paper).
-
-    Args:
-        layers: Quantized layers in the denoiser.
-        entries: LoRAs in each hub.
-        generator: Source of the initial weights, or None for torch's global one.
-        time_scale: What timesteps are multiplied by, to reach from 0 to about 1000.
-
-    Attributes:
-        temperature: Divides the logits; it changes the gradient of a choice, not the choice.
-    """
-
-    kind = "learned"
-    time_scale: torch.Tensor
-
-    def __init__(
-        self,
-        layers: int,
-        entries: int,
-        generator: torch.Generator | None = None,
-        time_scale: float = 1.0,
-    ) -> None:
-        super().__init__(layers, entries)
-        self.temperature = 1.0
-        self.register_buffer("time_scale", torch.tensor(time_scale))
-        self.mlp = nn.Sequential(
-            nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH),
-            nn.SiLU(),
-            nn.Linear(EMBEDDING_WIDTH, layers * entries),
-        )
-        for parameter in self.parameters():
-            bound = EMBEDDING_WIDTH**-0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
-        timesteps = timesteps.to(self.time_scale.device) * self.time_scale
-        embedding = get_timestep_embedding(timesteps, EMBEDDING_WIDTH)
-        with torch.autocast(timesteps.device.type, enabled=False):
-            logits = self.mlp(embedding).unflatten(-1, (self.layers, self.entries))
-        return _hard_choice((logits / self.temperature).softmax(dim=-1))
-
-
-class SegmentRouter(Router):
-    """A fixed allocation: all layers take the LoRA of the segment of time that a timestep is in.
-
-    Args:
-        layers: Quantized layers in the denoiser.
-        entries: LoRAs in each hub.
-        boundaries: The timesteps where a new segment begins, ascending, shape (entries - 1,).
-
-    Example:
-        >>> router = SegmentRouter(1, 2, torch.tensor([500.0]))
-        >>> router(torch.tensor([0, 499, 500])).argmax(-1).flatten().tolist()
-        [0, 0, 1]
-    """
-
-    kind = "segments"
-    boundaries: torch.Tensor
-
-    def __init__(self, layers: int, entries: int, boundaries: torch.Tensor | None = None) -> None:
-        super().__init__(layers, entries)
-        empty = torch.zeros(entries - 1)
-        self.register_buffer("boundaries", empty if boundaries is None else boundaries.float())
-
-    @classmethod
-    def evenly(cls, layers: int, entries: int, timesteps: torch.Tensor) -> SegmentRouter:
-        """Return the router whose segments have equally many of a sampler's timesteps."""
-        ordered = timesteps.unique().sort().values.float()
-        starts = [len(ordered) * entry // entries for entry in range(1, entries)]
-        return cls(layers, entries, ordered[starts])
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return one-hot choices of shape (n, layers, entries) at timesteps of shape (n,)."""
-        timesteps = timesteps.to(self.boundaries.device)
-        entry = (timesteps[:, None] >= self.boundaries).sum(dim=1)
-        choice = nn.functional.one_hot(entry, self.entries).float()
-        return choice[:, None].expand(-1, self.layers, -1)
-
-
-ROUTERS: dict[RouterKind, Callable[[int, int], Router]] = {
-    "learned": LearnedRouter,
-    "segments": SegmentRouter,
-}
-"""What makes a router of a kind for a number of layers and of entries."""
 
 
 class Routing:

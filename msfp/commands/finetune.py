@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
 from msfp.errors import InputError
-from msfp.talora import RouterKind
+from msfp.routers import RouterKind
 from msfp.training.config import (
     FinetuneConfig,
     Initial,

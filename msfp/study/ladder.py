@@ -145,6 +145,13 @@ _LADDER = (
         TWO_HUBS | {"temperature": (4.0, 0.25)},
         against=("talora-2",),
     ),
+    Recipe(
+        "conditioned-talora-2",
+        "mixup + TALoRA, h = 2, the denoiser's embedding",
+        PLAIN,
+        TWO_HUBS | {"routing": "denoiser"},
+        against=("talora-2", "lora"),
+    ),
     Recipe("narrow-lora", "mixup + LoRA of rank 2", PLAIN, TUNED | {"rank": 2}, against=("lora",)),
     Recipe(
         "narrow-talora-2",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from msfp.config import MAX_HUB, MAX_RANK, check_choice, check_range
 from msfp.errors import InputError
-from msfp.talora import RouterKind
+from msfp.routers import RouterKind
 
 Place = Literal["inside", "beside"]
 Initial = Literal["zero", "svd"]
@@ -85,7 +85,8 @@ class FinetuneConfig:
         denoising_power: The power of the denoising factor that the loss at a timestep is weighted
             by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
         seed: Seed of initialisation and batches.
-        routing: "learned" by the router, or "segments" with equally many of the sampler's steps.
+        routing: "learned" by a router with an embedding of the timestep of its own, by one that
+            reads the "denoiser"'s, or "segments" with equally many of the sampler's steps.
         place: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight, Q(W) x +
             B A x, as branches of the layer.
         initial: LoRAs begin at "zero", or as the "svd" of the rounding error of the weight.
@@ -190,7 +191,7 @@ class FinetuneConfig:
     @property
     def is_routed(self) -> bool:
         """Whether a router that is trained chooses among several LoRAs."""
-        return self.hub > 1 and self.routing == "learned"
+        return self.hub > 1 and self.routing != "segments"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from msfp.dfa import Normalisation, timestep_weights
 from msfp.errors import InputError
-from msfp.talora import TRAINING_TIMESTEPS
+from msfp.routers import TRAINING_TIMESTEPS
 from msfp.trajectories import Trajectories
 
 OWN_ERRORS = 0.2

@@ -13,7 +13,9 @@ from msfp.errors import InputError
 from msfp.layers import add_router
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.quantizer import Quantizer
-from msfp.talora import TRAINING_TIMESTEPS, LearnedRouter, LoRAHub, Router, SegmentRouter
+from msfp.routers import TRAINING_TIMESTEPS, LearnedRouter, Router, SegmentRouter
+from msfp.talora import LoRAHub
+from msfp.time_conditioning import TimeConditioning
 from msfp.training.config import FinetuneConfig, LearningRates
 
 MIN_SCALE = 0.1
@@ -21,13 +23,19 @@ MIN_SCALE = 0.1
 
 
 @torch.no_grad()
-def add_hubs(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
+def add_hubs(
+    denoiser: nn.Module,
+    config: FinetuneConfig,
+    timesteps: torch.Tensor,
+    conditioning: TimeConditioning | None = None,
+) -> None:
     """Give every open layer a hub of LoRAs, and the denoiser a router where there is a choice.
 
     Args:
         denoiser: Quantized and open; changed in place.
         config: Hub, rank, place, initialisation, kind of routing and seed.
         timesteps: What the sampler gives the denoiser.
+        conditioning: What a router reads that reads the denoiser's embedding of the timestep.
     """
     layers = open_layers(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
@@ -35,7 +43,8 @@ def add_hubs(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tenso
         layer.hub = _hub(layer, config, generator)
     if config.hub > 1:
         device = next(iter(layers.values())).weight.device
-        add_router(denoiser, _router(len(layers), config, timesteps, generator).to(device))
+        router = _router(len(layers), config, timesteps, generator, conditioning)
+        add_router(denoiser, router.to(device))
 
 
 def _hub(layer: OpenLayer, config: FinetuneConfig, generator: torch.Generator) -> LoRAHub:
@@ -52,14 +61,18 @@ def _hub(layer: OpenLayer, config: FinetuneConfig, generator: torch.Generator) -
 
 
 def _router(
-    layers: int, config: FinetuneConfig, timesteps: torch.Tensor, generator: torch.Generator
+    layers: int,
+    config: FinetuneConfig,
+    timesteps: torch.Tensor,
+    generator: torch.Generator,
+    conditioning: TimeConditioning | None,
 ) -> Router:
     """Return the router that a config asks for."""
     if config.routing == "segments":
         return SegmentRouter.evenly(layers, config.hub, timesteps.cpu())
     # Flow models are given times from 0 to 1.
     scale = float(TRAINING_TIMESTEPS) if timesteps.max() <= 1 else 1.0
-    return LearnedRouter(layers, config.hub, generator, scale)
+    return LearnedRouter(layers, config.hub, generator, scale, conditioning)
 
 
 def quantizers(layer: OpenLayer) -> list[Quantizer]:
@@ -107,6 +120,8 @@ def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, flo
         prefix = f"{name}." if name else ""
         norm = "Norm" in type(module).__name__
         for part, _ in module.named_parameters(recurse=False):
+            if name.startswith("router.conditioning"):
+                continue
             if name.split(".")[0] == "router":
                 yield prefix + part, rates.router
             elif norm or part == "bias":

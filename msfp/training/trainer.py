@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.talora import LearnedRouter, routing_of
+from msfp.routers import LearnedRouter
+from msfp.talora import routing_of
 from msfp.training.batches import shares
 from msfp.training.config import FinetuneConfig
 from msfp.training.diagnosis import first_nonfinite

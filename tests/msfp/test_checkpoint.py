@@ -23,7 +23,7 @@ from msfp.attention import OPERANDS
 from msfp.checkpoint import packed_size
 from msfp.integrity import metadata
 from msfp.layers import sealed_layers
-from msfp.talora import Router
+from msfp.routers import Router
 
 SAMPLE = """
 import sys, torch, msfp

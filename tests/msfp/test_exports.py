@@ -78,6 +78,17 @@ def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):
     assert torch.equal(call(loaded), call(pipe))
 
 
+def test_a_router_that_reads_the_denoiser_travels_with_what_it_reads(tuned, tmp_path):
+    pipe = tuned(hub=2, routing="denoiser")
+    save(pipe, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.unet.router.kind == "denoiser"
+    state = loaded.unet.router.state_dict()
+    assert all(torch.equal(state[n], v) for n, v in pipe.unet.router.state_dict().items())
+    assert torch.equal(call(loaded), call(pipe))
+
+
 def loaded_counting_questions(pipe, folder):
     """A saved pipeline as loaded, and a list that grows by one whenever its router is asked."""
     save(pipe, folder)

@@ -8,7 +8,8 @@ from fpformats import E2M1, E2M2U
 from msfp import seal, talora
 from msfp.open_layers import OPEN_LAYERS
 from msfp.quantizer import Quantizer
-from msfp.talora import TURNS, LearnedRouter, LoRAHub, Routing, SegmentRouter, attach_router
+from msfp.routers import LearnedRouter, SegmentRouter
+from msfp.talora import TURNS, LoRAHub, Routing, attach_router
 
 
 def wrapped(layer, entries, seed=0):

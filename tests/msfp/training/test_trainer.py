@@ -25,6 +25,7 @@ from msfp import (
     record_trajectories,
 )
 from msfp.open_layers import open_layers
+from msfp.time_conditioning import time_conditioning
 from msfp.training import state
 from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
@@ -189,6 +190,20 @@ def test_every_group_can_be_frozen_and_trained_by_itself(student, path):
         names = trained(student, path, config)[0]
         assert any(part in name for name in names)
         assert not any(other in name for o, other in groups.items() if o != group for name in names)
+
+
+def test_a_router_reads_the_full_precision_denoiser_and_leaves_that_alone(full, student, path):
+    student = copy.deepcopy(student)
+    for name, value in student.unet.named_parameters():
+        if "time_embedding" in name:
+            value.data.mul_(1.001)  # as refinement changes weights
+    config = FinetuneConfig(**SHORT, hub=2, routing="denoiser")
+    trained, _ = tuned(student, path, config, teacher=full.unet)
+    teachers = time_conditioning(full.unet).state_dict()
+    for name, value in teachers.items():
+        assert torch.equal(trained[f"router.conditioning.{name}"], value)
+    untrained, _ = tuned(student, path, replace(config, rates={"router": 0}), teacher=full.unet)
+    assert not torch.equal(trained["router.mlp.2.weight"], untrained["router.mlp.2.weight"])
 
 
 def test_every_other_step_trains_on_the_students_own_path(student, path, monkeypatch):
@@ -363,6 +378,8 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "hub must be at most 4 where routing is by segments", segments)
     refused(student, path, "precision must be 'no'", FinetuneConfig(**SHORT, precision="fp16"))
     network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
+    with pytest.raises(InputError, match="routing must be learned or segments: Sequential has no"):
+        finetune(network, path, FinetuneConfig(**SHORT, hub=2, routing="denoiser"))
     with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
         finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
     wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
