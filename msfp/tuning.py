@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from msfp.clean_images import clean_images
 from msfp.comparison import check_pair
 from msfp.denoiser import denoiser_of
 from msfp.dfa import denoising_factors
@@ -19,6 +20,7 @@ from msfp.errors import InputError
 from msfp.evaluate import noise_errors, paired_psnr
 from msfp.fine_tuning import check_checkpointing, finetune
 from msfp.first_question import first_question
+from msfp.noised_images import data_trajectories
 from msfp.progress import Advance, counted
 from msfp.reopening import check_reopening, reopen
 from msfp.sampling import Sampler
@@ -59,10 +61,11 @@ class Tuning:
         extent: How much is recorded.
         advance: Told of the progress of each stage of recording.
         config: What is to be trained, to be refused before anything is recorded.
+        data: A folder of images, to train on them, noised, and not on the sampler's own samples.
 
     Raises:
         InputError: If the pipelines are of different models or samplers, the packed one cannot be
-            trained, or not by the config.
+            trained, or not by the config, or the data cannot be read.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Tuning:
         extent: Extent,
         advance: Advance,
         config: FinetuneConfig | None = None,
+        data: Path | None = None,
     ) -> None:
         check_pair(denoiser_of(full), denoiser_of(quantized))
         check_same_sampler(full, quantized)
@@ -88,11 +92,26 @@ class Tuning:
             _check_rates(config)
             _check_power(power, unknown)
         self.branches, self.branch_rows = guidance_branches(full, sampler, self.rows_at_once)
-        self.path = self._recorded("recording trajectories", extent.trajectories, extent.seed)
+        self.data = data
+        self.path = self._path() if data is None else self._path_of(data)
         self.factors, unknown = _recorded_factors(scheduler, factors, self.path.timesteps, unknown)
         _check_power(power, unknown)
         self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
         self.images = self._sampled("full precision", full)
+
+    def _path(self) -> Trajectories:
+        return self._recorded("recording trajectories", self.extent.trajectories, self.extent.seed)
+
+    def _path_of(self, data: Path) -> Trajectories:
+        """Return the trajectories of noised images."""
+        count, seed = self.extent.trajectories, self.extent.seed
+        images = clean_images(
+            self.full, data, count, in_order=bool(self.sampler.conditions),
+            progress=counted(self.advance, "reading images", count),
+        )  # fmt: skip
+        calls = self.sampler.calls(count, seed)
+        progress = counted(self.advance, "recording noised images", len(calls))
+        return data_trajectories(self.full, calls, images, seed=seed, progress=progress)
 
     def _recorded(self, stage: str, count: int, seed: int) -> Trajectories:
         calls = self.sampler.calls(count, seed)
@@ -178,6 +197,7 @@ class Tuning:
             "held_out": self.extent.held_out,
             "seed": self.extent.seed,
             "dtype": str(self.full.dtype).removeprefix("torch."),
+            **({} if self.data is None else {"data": str(self.data)}),
             **({kind: list(self.sampler.conditions)} if self.sampler.conditions else {}),
         }
 

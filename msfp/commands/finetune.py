@@ -38,8 +38,8 @@ REPORT, NUMBERS = "report.html", "finetuning.json"
 RESULT = "fine-tuned"
 """Name of the training whose result is written."""
 NO_SETTINGS = (
-    "checkpoint", "command", "device", "output", "prompts", "resume", "run", "shard", "state",
-    "teacher", "tensorboard",
+    "checkpoint", "command", "data", "device", "output", "prompts", "resume", "run", "shard",
+    "state", "teacher", "tensorboard",
 )  # fmt: skip
 """Arguments that a run may be resumed with others of, or that are told by what they name."""
 GROUPS = tuple(field.name for field in dataclasses.fields(LearningRates))
@@ -62,6 +62,10 @@ def add(commands: Any) -> None:
     finetune.add_argument(
         "--compare", action="store_true",
         help="train without each ingredient too, for the table of what it brought",
+    )  # fmt: skip
+    finetune.add_argument(
+        "--data", type=Path, metavar="FOLDER",
+        help="train on the images in it, noised, and not on samples of the sampler",
     )  # fmt: skip
     finetune.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="log there")
     _add_training(finetune)
@@ -127,6 +131,7 @@ def _add_training(finetune: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Record, train, measure, and write a packed checkpoint with a report."""
     from msfp.denoiser import denoiser_of
+    from msfp.image_folder import image_files
     from msfp.outputs import check_folder, check_output
     from msfp.progress import stages
     from msfp.tuning import Extent, Tuning, ladder
@@ -135,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     if arguments.tensorboard is not None:
         check_folder("tensorboard", arguments.tensorboard)
+    if arguments.data is not None:
+        image_files(arguments.data)
     sampler = options.check_sampling(arguments)
     arguments.state = _state_folder(arguments)
     _place_process(arguments)
@@ -144,7 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
     _meet_processes(full, config, arguments.tensorboard)
     extent = Extent(arguments.count, arguments.held_out, arguments.seed)
     with stages() as advance:
-        tuning = Tuning(full, quantized, sampler, extent, advance, config)
+        tuning = Tuning(full, quantized, sampler, extent, advance, config, arguments.data)
         rows = [tuning.measured("quantized", quantized)]
     record.begin()
     try:
@@ -186,6 +193,7 @@ def _record(arguments: argparse.Namespace, sampler: Sampler) -> TuningRecord:
     settings = {key: value for key, value in vars(arguments).items() if key not in NO_SETTINGS}
     facts = {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
     facts["--labels" if arguments.labels else "--prompts"] = sampler.conditions
+    facts["--data"] = None if arguments.data is None else str(arguments.data.absolute())
     facts["checkpoint"] = _digest(arguments.checkpoint)
     record = TuningRecord(arguments.state, facts, writes=_main_process())
     if arguments.resume:

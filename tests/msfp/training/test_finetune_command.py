@@ -9,11 +9,13 @@ import time
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from tiny import tiny_pipeline
 
 from msfp import fine_tuning, load, tuning
 from msfp.cli import main
 from msfp.layers import sealed_layers
+from msfp.reference.digits import digits
 from msfp.training import processes
 from msfp.training.state import TrainingState
 
@@ -256,6 +258,27 @@ def test_training_that_brings_nothing_is_said_to(folders, tmp_path, capsys):
     assert found["config"]["cache_teacher"] is True
 
 
+def test_it_trains_on_images_where_it_is_given_a_folder_of_them(
+    folders, alone, tmp_path, stopped_at, capsys, monkeypatch
+):
+    for number, image in enumerate(digits()[0][:8, 0]):
+        pixels = (255 * (image + 1) / 2).round().byte().numpy()
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.png")
+    output, options = tmp_path / "tuned", ["--data", tmp_path / "data", "--save-every", "2"]
+    stopped_at(1)
+    assert finetuned(folders, output, *options) == 130
+    assert finetuned(folders, output, "--save-every", "2", "--resume") == 2
+    assert "its --data is " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert finetuned(folders, output, *options, "--resume") == 0
+    found = numbers(output)
+    assert found["run"]["data"] == str(tmp_path / "data")
+    assert found["rows"][0]["errors"] == numbers(alone)["rows"][0]["errors"]  # held out as ever
+    assert found["losses"] != numbers(alone)["losses"]
+    assert found["rows"][1]["best"] > 0
+
+
 def test_a_teacher_that_is_asked_at_each_step_gives_the_same(folders, alone, tmp_path):
     assert finetuned(folders, tmp_path / "asked", "--no-cache-teacher", "--temperature", "1") == 0
     asked = numbers(tmp_path / "asked")
@@ -290,6 +313,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_recorded(
     refused("temperature must be the first and the last", "--temperature", "1", "2", "3")
     groups = ("adapters", "weight_scales", "input_scales", "biases", "norms")
     refused("something to be trained", *(f"--rate={group}=0" for group in groups))
+    refused("absent is not a folder", "--data", tmp_path / "absent")
     (tmp_path / "file").write_text("")
     refused("must be a folder to write in: Not a directory", "--tensorboard", tmp_path / "file")
     monkeypatch.setattr(processes, "is_tensorboard_available", lambda: False)
