@@ -179,6 +179,13 @@ _LADDER = (
         TUNED,
         against=("branch-16", "lora"),
     ),
+    Recipe(
+        "branch-16-talora-2",
+        "split + branch of rank 16 + TALoRA, h = 2",
+        _refined(split_inputs=True, branch_rank=16),
+        TWO_HUBS,
+        against=("branch-16-lora",),
+    ),
 )
 RECIPES = {recipe.name: recipe for recipe in _LADDER}
 """The ladder: every recipe by name, each step after those that it builds on."""
