@@ -12,6 +12,7 @@ from torch import nn
 from msfp.block_layers import refuse_block_layers
 from msfp.errors import InputError
 from msfp.open_layers import untrained_layers
+from msfp.outputs import check_folder
 from msfp.quantization import seal
 from msfp.talora import routing_of
 from msfp.time_conditioning import TimeConditioning, time_conditioning
@@ -83,6 +84,8 @@ def finetune(
     objective = Objective(weights, config.branches, config.branch_rows)
     file = None if file is None else Path(file)
     _check_file(file, resume=resume)
+    if tensorboard is not None:
+        check_folder("tensorboard", Path(tensorboard))
     _check_needs(denoiser, config, held_out, own_path)
     _check_choices(denoiser, config, trajectories.timesteps)
     run = {}

@@ -54,7 +54,7 @@ class _Refiner:
         matrix = as_matrix(layer, layer.weight.float())
         centred = meeting.name in self.biased and layer.bias is not None
         second = damped(moments.second(centred=centred), config.damping)
-        upper = upper_factor(second)
+        upper = _upper_factor(second, meeting.name, config.damping)
         if config.match_inputs:
             matrix = matched_matrix(matrix, moments, upper, centred=centred)
         if config.scales != "weight":
@@ -93,6 +93,17 @@ class _Refiner:
 def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     """Return values as a parameter of the shape and dtype of another."""
     return nn.Parameter(values.reshape(like.shape).to(like.dtype), requires_grad=False)
+
+
+def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tensor:
+    """Return the upper factor of what a layer's second moments are with some damping."""
+    try:
+        return upper_factor(second)
+    except torch.linalg.LinAlgError as error:
+        raise InputError(
+            f"damping must be larger than {damping}: the features that layer {name!r} reads "
+            "depend on each other"
+        ) from error
 
 
 def _check_finite(meeting: Meeting) -> None:

@@ -237,6 +237,14 @@ def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer(tiny, 
         refine(tiny(), replace(paths, samples=samples), RefinementConfig())
 
 
+def test_features_that_depend_on_each_other_are_named_where_damping_is_too_small(tiny, paths):
+    samples = 1000 * torch.ones_like(paths.samples)
+    few = RefinementConfig(damping=1e-6, samples=1)
+    message = r"damping must be larger than 1e-06: the features that layer 'conv_in' reads"
+    with pytest.raises(InputError, match=message):
+        refine(tiny(), replace(paths, samples=samples), few)
+
+
 @pytest.mark.parametrize("scales", ["diagonal", "output"])
 def test_scales_can_be_searched_by_the_output(tiny, scales):
     plain, searched = tiny(), tiny({"scales": scales})

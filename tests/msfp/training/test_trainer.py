@@ -391,6 +391,7 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "there is no state to resume from", file=tmp_path / "s", resume=True)
     refused(student, path, "resume needs the file", resume=True)
     (tmp_path / "old").write_text("")
+    refused(student, path, "tensorboard .*old must be a folder", tensorboard=tmp_path / "old")
     refused(student, path, "holds the state of a run: resume it", file=tmp_path / "old")
 
 
