@@ -37,7 +37,8 @@ def everything(folder, student, path, held_out, factors):
 
 
 def plain(folder, student, path):
-    config = FinetuneConfig(**SHORT | {"steps": 3}, hub=2)
+    place = "beside" if "--beside" in sys.argv else "inside"
+    config = FinetuneConfig(**SHORT | {"steps": 3}, hub=2, place=place)
     material = Material(path, Objective(torch.ones(4), (1.0,)), Teacher(student.unet))
     add_hubs(student.unet, config, path.timesteps)
     trainer = Trainer(student.unet, material, config)

@@ -46,9 +46,10 @@ def pair(tmp_path, name, *arguments):
     return folders
 
 
-def test_two_processes_follow_one_at_the_same_global_batch(tmp_path):
-    folders = pair(tmp_path, "two", "--plain")
-    Script(tmp_path / "one", "--plain").finish()
+@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
+def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, place):
+    folders = pair(tmp_path, "two", "--plain", f"--{place}")
+    Script(tmp_path / "one", "--plain", f"--{place}").finish()
     alone = load_file(tmp_path / "one" / "trained.safetensors")
     first, second = (load_file(folder / "trained.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
