@@ -21,8 +21,9 @@ INGREDIENTS = (
     ("lora", "fixed-lora"), ("long-lora", "lora"), ("branch-16-lora", "branch-16"),
     ("segments-2", "lora"), ("talora-2", "lora"), ("talora-4", "lora"), ("dfa-1", "lora"),
     ("dfa-2", "lora"), ("svd-lora", "lora"), ("own-path-lora", "lora"),
-    ("annealed-talora-2", "talora-2"), ("narrow-talora-2", "narrow-lora"),
-    ("long-talora-2", "long-lora"),
+    ("matched-lora", "lora"), ("branch-16-talora-2", "branch-16-lora"),
+    ("conditioned-talora-2", "talora-2"), ("annealed-talora-2", "talora-2"),
+    ("narrow-talora-2", "narrow-lora"), ("long-talora-2", "long-lora"),
 )  # fmt: skip
 """What is added in fine-tuning, and to what: first what helps, then what was hoped to."""
 COLUMNS = dict(zip(MODELS, ("digits", "transformer", "photographs"), strict=True))
