@@ -15,7 +15,7 @@ from msfp.open_layers import untrained_layers
 from msfp.outputs import check_folder
 from msfp.quantization import seal
 from msfp.talora import routing_of
-from msfp.time_conditioning import TimeConditioning, time_conditioning
+from msfp.time_conditioning import TimeConditioning, time_conditioning, time_scale
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, loss_weights
 from msfp.training.parameters import add_hubs, check_rates
@@ -104,7 +104,8 @@ def finetune(
     processes = accelerator(
         trajectories.samples.device, config.precision, material.tensorboard
     ).num_processes
-    add_hubs(denoiser, config, trajectories.timesteps, _conditioning(original, config))
+    reads = _conditioning(original, config, trajectories)
+    add_hubs(denoiser, config, trajectories.timesteps, reads)
     if config.shard and processes > 1:
         material.teacher.shard()
     trainer = Trainer(denoiser, material, config)
@@ -152,8 +153,7 @@ def _check_needs(
 def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
     """Raise InputError unless something is trained, and each LoRA of it at some timestep."""
     check_rates(denoiser, config)
-    if config.routing == "denoiser":
-        time_conditioning(denoiser)
+    check_routing(denoiser, config)
     steps = len(timesteps.unique())
     if config.routing == "segments" and config.hub > steps:
         raise InputError(
@@ -162,12 +162,20 @@ def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch
         )
 
 
-def _conditioning(teacher: Teacher, config: FinetuneConfig) -> TimeConditioning | None:
+def check_routing(denoiser: nn.Module, config: FinetuneConfig) -> None:
+    """Raise InputError where a router is to read what the denoiser does not have."""
+    if config.is_routed and config.routing == "denoiser":
+        time_conditioning(denoiser)
+
+
+def _conditioning(
+    teacher: Teacher, config: FinetuneConfig, trajectories: Trajectories
+) -> tuple[TimeConditioning, float] | None:
     """Return what a router reads of the full-precision denoiser, if it reads that."""
-    if config.routing != "denoiser":
+    if not config.is_routed or config.routing != "denoiser":
         return None
     with teacher.active() as denoiser:
-        return time_conditioning(denoiser)
+        return time_conditioning(denoiser), time_scale(denoiser, trajectories)
 
 
 def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:

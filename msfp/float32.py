@@ -13,5 +13,10 @@ class Float32Module(nn.Module):
     """A module whose parameters follow `.to(device)`, but stay float32 under `.half()` and such."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: _moved(tensor, fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device, an empty one where it has no numbers yet."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

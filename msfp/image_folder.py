@@ -47,9 +47,11 @@ def read_image(file: Path, size: int, resize: Resize = "bicubic") -> torch.Tenso
     """
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            mode, image = opened.mode, opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"image {file} cannot be read: {error}") from error
+    if mode[0] in "IF":  # which Pillow clips at 255
+        raise InputError(f"image {file} must have 8 bits for each colour; Pillow says {mode}")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32)

@@ -99,7 +99,7 @@ def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tens
     """Return the upper factor of what a layer's second moments are with some damping."""
     try:
         return upper_factor(second)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             f"damping must be larger than {damping}: the features that layer {name!r} reads "
             "depend on each other"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from torch import nn
 
 from msfp.errors import InputError
+from msfp.trajectories import Trajectories
 
 PROJECTIONS = (Timesteps, GaussianFourierProjection)
 
@@ -32,7 +34,7 @@ class TimeConditioning(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return embeddings of mean 0 and variance 1, shape (n, width), of timesteps (n,)."""
-        embedding = self.embedding(self.projection(timesteps))
+        embedding = self.embedding(self.projection(timesteps.float()))
         return nn.functional.layer_norm(embedding, (self.width,))
 
 
@@ -59,25 +61,65 @@ def time_conditioning(denoiser: nn.Module) -> TimeConditioning:
     return conditioning.float().requires_grad_(False)
 
 
+def time_scale(denoiser: nn.Module, trajectories: Trajectories) -> float:
+    """Return what a denoiser multiplies timesteps by before it embeds them.
+
+    Args:
+        denoiser: Has an embedding of the timestep.
+        trajectories: Such as it can be asked again.
+
+    Raises:
+        InputError: If it does not embed the timestep that it is given.
+    """
+    read: list[float] = []
+    projection, _ = _parts(denoiser)
+    handle = projection.register_forward_pre_hook(
+        lambda _module, args: read.append(args[0].flatten()[0].item())
+    )
+    step = trajectories.timesteps.abs().argmax().reshape(1)
+    try:
+        with torch.no_grad():
+            trajectories.predict(denoiser, step, torch.zeros_like(step))
+    finally:
+        handle.remove()
+    ratio = (read or [0.0])[0] / trajectories.timesteps[step].item()
+    if ratio <= 0:
+        raise _no_embedding(denoiser)
+    return 10.0 ** round(math.log10(ratio))  # Flux multiplies by 1000, in bfloat16 less exactly
+
+
 def _parts(denoiser: nn.Module) -> tuple[nn.Module, TimestepEmbedding]:
-    """Return the first sinusoid of the timestep that stands beside a perceptron, and that."""
-    for module in denoiser.modules():
+    """Return the sinusoid of the timestep that stands beside a perceptron, and that.
+
+    Of several, such as one for the text alone, it is the one that is least deep in the denoiser.
+    """
+    modules = sorted(denoiser.named_modules(), key=lambda named: named[0].count("."))
+    for _, module in modules:
         parts = list(module.children())
         projection = next((part for part in parts if isinstance(part, PROJECTIONS)), None)
         embedding = next((part for part in parts if isinstance(part, TimestepEmbedding)), None)
         if projection is not None and embedding is not None:
             return projection, embedding
-    raise InputError(
-        f"routing must be learned or segments: {type(denoiser).__name__} has no TimestepEmbedding "
-        "that a router could read"
+    raise _no_embedding(denoiser)
+
+
+def _no_embedding(denoiser: nn.Module) -> InputError:
+    """Return what to say of a denoiser that has none, or one of another kind."""
+    return InputError(
+        f"routing must be learned or segments: {type(denoiser).__name__} has no embedding of the "
+        "timestep that a router could read"
     )
 
 
 def _plain(layer: nn.Linear) -> nn.Linear:
-    """Return a plain copy of a layer, which may be an open one."""
+    """Return a plain copy of a layer, which may be an open one with a branch."""
     rows, columns = layer.weight.shape
     plain = nn.Linear(columns, rows, layer.bias is not None, "meta")  # takes no random numbers
-    plain.weight = nn.Parameter(layer.weight.detach().clone())
+    weight = layer.weight.detach().clone()
+    down, up = (getattr(layer, name, None) for name in ("branch_down", "branch_up"))
+    if down is not None and up is not None:
+        weight += up.detach() @ down.detach()
+    plain.weight = nn.Parameter(weight)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from msfp.clean_images import clean_images
+from msfp.clean_images import chosen_files, clean_images
 from msfp.comparison import check_pair
 from msfp.denoiser import denoiser_of
 from msfp.dfa import denoising_factors
 from msfp.errors import InputError
 from msfp.evaluate import noise_errors, paired_psnr
-from msfp.fine_tuning import check_checkpointing, finetune
+from msfp.fine_tuning import check_checkpointing, check_routing, finetune
 from msfp.first_question import first_question
 from msfp.noised_images import data_trajectories
 from msfp.progress import Advance, counted
@@ -89,6 +89,7 @@ class Tuning:
         if config is not None:
             power = config.denoising_power
             check_checkpointing(denoiser_of(quantized), config)
+            check_routing(denoiser_of(full), config)
             _check_rates(config)
             _check_power(power, unknown)
         self.branches, self.branch_rows = guidance_branches(full, sampler, self.rows_at_once)
@@ -104,12 +105,12 @@ class Tuning:
 
     def _path_of(self, data: Path) -> Trajectories:
         """Return the trajectories of noised images."""
-        count, seed = self.extent.trajectories, self.extent.seed
-        images = clean_images(
-            self.full, data, count, in_order=bool(self.sampler.conditions),
-            progress=counted(self.advance, "reading images", count),
-        )  # fmt: skip
-        calls = self.sampler.calls(count, seed)
+        seed = self.extent.seed
+        calls = self.sampler.calls(self.extent.trajectories, seed)
+        places = len(calls) * self.sampler.batch  # the last call is a whole batch as well
+        files = chosen_files(data, places, len(self.sampler.conditions))
+        reading = counted(self.advance, "reading images", len(files))
+        images = clean_images(self.full, files, reading)
         progress = counted(self.advance, "recording noised images", len(calls))
         return data_trajectories(self.full, calls, images, seed=seed, progress=progress)
 

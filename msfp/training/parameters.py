@@ -27,7 +27,7 @@ def add_hubs(
     denoiser: nn.Module,
     config: FinetuneConfig,
     timesteps: torch.Tensor,
-    conditioning: TimeConditioning | None = None,
+    reads: tuple[TimeConditioning, float] | None = None,
 ) -> None:
     """Give every open layer a hub of LoRAs, and the denoiser a router where there is a choice.
 
@@ -35,7 +35,8 @@ def add_hubs(
         denoiser: Quantized and open; changed in place.
         config: Hub, rank, place, initialisation, kind of routing and seed.
         timesteps: What the sampler gives the denoiser.
-        conditioning: What a router reads that reads the denoiser's embedding of the timestep.
+        reads: What a router reads that reads the denoiser's embedding of the timestep, and what
+            timesteps are multiplied by for that.
     """
     layers = open_layers(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
@@ -43,7 +44,7 @@ def add_hubs(
         layer.hub = _hub(layer, config, generator)
     if config.hub > 1:
         device = next(iter(layers.values())).weight.device
-        router = _router(len(layers), config, timesteps, generator, conditioning)
+        router = _router(len(layers), config, timesteps, generator, reads)
         add_router(denoiser, router.to(device))
 
 
@@ -65,14 +66,17 @@ def _router(
     config: FinetuneConfig,
     timesteps: torch.Tensor,
     generator: torch.Generator,
-    conditioning: TimeConditioning | None,
+    reads: tuple[TimeConditioning, float] | None,
 ) -> Router:
     """Return the router that a config asks for."""
     if config.routing == "segments":
         return SegmentRouter.evenly(layers, config.hub, timesteps.cpu())
+    if reads is not None:
+        conditioning, scale = reads
+        return LearnedRouter(layers, config.hub, generator, scale, conditioning)
     # Flow models are given times from 0 to 1.
     scale = float(TRAINING_TIMESTEPS) if timesteps.max() <= 1 else 1.0
-    return LearnedRouter(layers, config.hub, generator, scale, conditioning)
+    return LearnedRouter(layers, config.hub, generator, scale)
 
 
 def quantizers(layer: OpenLayer) -> list[Quantizer]:

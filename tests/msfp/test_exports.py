@@ -1,5 +1,6 @@
 import json
 
+import families
 import pytest
 import torch
 from families import pipeline
@@ -66,6 +67,14 @@ def test_hub_and_router_travel_with_the_pipeline(with_hub, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert {layer.entries for layer in sealed_layers(loaded.unet).values()} == {2}
     assert torch.equal(call(loaded), call(with_hub))
+
+
+def test_hub_and_router_travel_into_a_network_that_is_there(with_hub, tmp_path):
+    save(with_hub.unet, tmp_path / "saved")
+    loaded = load(tmp_path / "saved", into=families.make("conditional_unet"))
+    with torch.no_grad():
+        assert torch.equal(families.call(loaded, 3), families.call(with_hub.unet, 3))
+        assert torch.equal(families.call(loaded, 900), families.call(with_hub.unet, 900))
 
 
 def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):

@@ -102,3 +102,9 @@ def test_a_folder_of_png_files_goes_on_with_its_own_settings_alone(tmp_path):
     saved(tmp_path / "mine" / "a.png", noise(4, 4, 3))
     with pytest.raises(InputError, match="must be a new folder, or one to go on with"):
         PngFolder(tmp_path / "mine", {})
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="must have 8 bits for each colour; Pillow says I;16"):
+        read_image(tmp_path / "deep.png", 8)

@@ -2,13 +2,16 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
-from families import call, make
+from diffusers import UNet2DModel
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from families import call, images, make, pipeline
 from torch import nn
 
-from msfp import InputError, QuantizationConfig, quantize
+from msfp import InputError, QuantizationConfig, quantize, record_trajectories
+from msfp.branches import add_branches
+from msfp.denoiser import denoiser_of
 from msfp.routers import LearnedRouter, router_for
-from msfp.time_conditioning import time_conditioning
+from msfp.time_conditioning import time_conditioning, time_scale
 
 OWN = {
     "unet": "time_embedding",
@@ -49,6 +52,47 @@ def test_that_of_an_open_denoiser_is_plain_and_frozen_and_float32():
     assert {(p.dtype, p.requires_grad) for p in narrow} == {(torch.float32, False)}
 
 
+def test_that_of_an_open_denoiser_has_the_branches_of_its_layers():
+    torch.manual_seed(0)
+    denoiser = UNet2DModel(
+        sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    times = torch.tensor([3, 700])
+    expected = time_conditioning(denoiser)(times)
+    quantize(denoiser, QuantizationConfig(refine=None), calibration=call)
+    add_branches(denoiser, 8)
+    assert torch.allclose(time_conditioning(denoiser)(times), expected, atol=1e-4)
+
+
+def test_of_several_it_is_the_one_that_is_least_deep():
+    class Part(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.proj = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)
+            self.embedder = TimestepEmbedding(8, width)
+
+    denoiser = nn.ModuleDict({"text": nn.ModuleDict({"refiner": Part(4)}), "time": Part(16)})
+    assert time_conditioning(denoiser).width == 16
+
+
+@pytest.mark.parametrize(("family", "scale"), [("unet", 1.0), ("dit", 1.0), ("flux", 1000.0)])
+def test_the_scale_of_timesteps_is_what_the_denoiser_makes_of_them(family, scale, tmp_path):
+    pipe = pipeline(family, tmp_path)
+    path = record_trajectories(pipe, images)
+    assert time_scale(denoiser_of(pipe), path) == scale
+
+
+def test_times_that_are_not_embedded_are_refused(tmp_path):
+    pipe = pipeline("unet", tmp_path)
+    path = record_trajectories(pipe, images)
+    spare = nn.Module()
+    spare.time_proj, spare.time_embedding = make("unet").time_proj, make("unet").time_embedding
+    spare.forward = denoiser_of(pipe).forward
+    with pytest.raises(InputError, match="Module has no embedding of the timestep"):
+        time_scale(spare, path)
+
+
 def test_a_copy_takes_no_random_numbers_and_leaves_the_denoiser_alone():
     denoiser = make("unet")
     before, state = copy.deepcopy(denoiser.state_dict()), torch.get_rng_state()
@@ -70,7 +114,9 @@ def test_a_condition_beside_the_timestep_is_left_out():
 
 
 def test_a_denoiser_without_one_is_refused():
-    with pytest.raises(InputError, match="routing must be learned or segments: Linear has no"):
+    with pytest.raises(
+        InputError, match="routing must be learned or segments: Linear has no embedding"
+    ):
         time_conditioning(nn.Linear(1, 1))
 
 
