@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_trainer import EVERYTHING, SHORT
-from tiny import SAMPLER, tiny_pipeline, tiny_quantized
+from tiny import EVERYTHING, SAMPLER, SHORT, tiny_pipeline, tiny_quantized
 
 from msfp import FinetuneConfig, denoising_factors, finetune, record_trajectories
 from msfp.training.objective import Objective

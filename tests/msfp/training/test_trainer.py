@@ -7,21 +7,16 @@ from typing import ClassVar
 
 import pytest
 import torch
-from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny import SAMPLER
+from tiny import SAMPLER, SHORT, tuned
 
 from msfp import (
     FinetuneConfig,
     InputError,
-    QuantizationConfig,
-    denoising_factors,
     finetune,
-    quantize,
     record_trajectories,
 )
 from msfp.open_layers import open_layers
@@ -32,19 +27,6 @@ from msfp.training.parameters import add_hubs
 from msfp.training.state import KEY, History
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Trainer
-
-SHORT = {"rank": 2, "steps": 6, "batch": 8}
-EVERYTHING = {
-    **SHORT, "hub": 2, "temperature": (2.0, 0.5), "ema": 0.5, "student_every": 2,
-    "evaluate_every": 2, "save_every": 1, "clip": 0.1, "denoising_power": 1.0,
-}  # fmt: skip
-
-
-def tuned(pipe, path, config, **more):
-    """The state of a copy of a pipeline's denoiser after fine-tuning, and the history."""
-    pipe = copy.deepcopy(pipe)
-    history = finetune(pipe.unet, path, config, **more)
-    return pipe.unet.state_dict(), history
 
 
 def trained(pipe, path, config, **more):
@@ -346,155 +328,6 @@ def test_a_layer_that_gives_nan_on_held_out_trajectories_is_named(student, path,
         trained(student, path, config, held_out=path_of_5)
 
 
-def refused(student, path, message, config=None, **more):
-    before = copy.deepcopy(student.unet.state_dict())
-    with pytest.raises(InputError, match=message):
-        finetune(student.unet, path, config or FinetuneConfig(**SHORT), **more)
-    after = student.unet.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
-
-
-def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, path, tmp_path):
-    power = FinetuneConfig(**SHORT, denoising_power=1.0)
-    factors = denoising_factors(full.scheduler, 5)
-    refused(student, path, "factors must be given for every recorded timestep", power)
-    refused(student, path, "with the sampler and step count", power, factors=factors)
-    own = FinetuneConfig(**SHORT, student_every=2)
-    refused(student, path, "own_path must be given", own)
-    evaluated = FinetuneConfig(**SHORT, evaluate_every=2)
-    refused(student, path, "held_out must be given", evaluated)
-    other = record_trajectories(full, replace(SAMPLER, steps=2).calls(4, seed=0))
-    refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
-    double = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
-    refused(student, path, "held_out must be of a denoiser like this", evaluated, held_out=double)
-    nan = replace(path, predictions=path.predictions.clone())
-    nan.predictions[1, 2] = torch.nan
-    refused(student, nan, "trajectories must have finite predictions")
-    frozen = dict.fromkeys(("adapters", "weight_scales", "input_scales", "biases", "norms"), 0)
-    nothing = FinetuneConfig(**SHORT, rates=frozen)  # but a router that a hub of 1 does not have
-    refused(student, path, "rates must leave something to be trained", nothing)
-    segments = FinetuneConfig(**SHORT, hub=5, routing="segments")
-    refused(student, path, "hub must be at most 4 where routing is by segments", segments)
-    refused(student, path, "precision must be 'no'", FinetuneConfig(**SHORT, precision="fp16"))
-    network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
-    with pytest.raises(InputError, match="routing must be learned or segments: Sequential has no"):
-        finetune(network, path, FinetuneConfig(**SHORT, hub=2, routing="denoiser"))
-    with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
-        finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
-    wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
-    refused(student, wide, "must be of a denoiser like this one")
-    small = replace(path, predictions=path.predictions[..., :4])
-    refused(student, small, r"their predictions have the shape \(1, 8, 4\), its own \(1, 8, 8\)")
-    nowhere = tmp_path / "absent" / "state.safetensors"
-    refused(student, path, "absent is not a folder to write in", file=nowhere)
-    refused(student, path, "there is no state to resume from", file=tmp_path / "s", resume=True)
-    refused(student, path, "resume needs the file", resume=True)
-    (tmp_path / "old").write_text("")
-    refused(student, path, "tensorboard .*old must be a folder", tensorboard=tmp_path / "old")
-    refused(student, path, "holds the state of a run: resume it", file=tmp_path / "old")
-
-
-def other_weights(pipe):
-    """A copy of a pipeline, quantized or not, with other weights."""
-    other = copy.deepcopy(pipe)
-    for name, value in other.unet.named_parameters():
-        if name.endswith("conv1.weight"):
-            value.data *= 1.5
-    return other
-
-
-def test_trajectories_of_another_model_are_refused(full, student, path):
-    own = record_trajectories(other_weights(full), SAMPLER.calls(8, seed=5))
-    refused(student, own, r"trajectories must have been recorded from the teacher.* \d+\.\d % off")
-    config = FinetuneConfig(**SHORT, evaluate_every=2)
-    refused(student, path, "held_out must have been recorded from", config, held_out=own)
-
-
-def test_a_refined_denoiser_takes_its_own_trajectories_and_not_just_any(full, path):
-    """It does not hold the full-precision weights any more."""
-    pipe = copy.deepcopy(full)
-    quantize(pipe, QuantizationConfig(refine={"samples": 8}), calibration=SAMPLER.calls(4, seed=1))
-    negative = replace(path, predictions=-path.predictions)
-    refused(pipe, negative, "trajectories must have been recorded from the teacher")
-    asked = FinetuneConfig(**SHORT, cache_teacher=False)
-    refused(pipe, path, "trajectories must have been recorded from the teacher", asked)
-    _, history = tuned(pipe, path, FinetuneConfig(**SHORT))
-    assert len(history.losses) == 6
-
-
-def test_the_state_of_a_run_with_other_inputs_is_refused_by_the_input(
-    full, student, path, held_out, tmp_path
-):
-    file = tmp_path / "state.safetensors"
-    config = FinetuneConfig(**SHORT, evaluate_every=3, denoising_power=1.0)
-    factors = denoising_factors(full.scheduler, 4)
-    given = {"held_out": held_out, "factors": factors}
-    _, history = tuned(student, path, config, file=file, **given)
-    by_other_kernels = replace(path, predictions=path.predictions * (1 + 1e-4))
-    _, resumed = tuned(student, by_other_kernels, config, file=file, resume=True, **given)
-    assert resumed == history
-
-    def differs(message, path=path, student=student, **more):
-        message = f"is the state of another run: its {message}"
-        refused(student, path, message, config, file=file, resume=True, **given | more)
-
-    differs("trajectories are others", record_trajectories(full, SAMPLER.calls(8, seed=6)))
-    more = record_trajectories(full, SAMPLER.calls(8, seed=77))
-    differs("held-out rows is 4, not 8", held_out=more)
-    other = record_trajectories(full, SAMPLER.calls(4, seed=78))
-    differs("trajectories held out are others", held_out=other)
-    differs("loss weights is", factors=factors | {0: 1.0})
-    changed = other_weights(student)
-    differs("weights is", student=changed)
-    scaled = copy.deepcopy(student)
-    scaled.unet.conv_in.weight_quantizer.scale.data *= 1.01
-    differs("weights is", student=scaled)
-
-
-def test_the_state_of_an_earlier_version_is_refused(student, path, tmp_path):
-    file = tmp_path / "state.safetensors"
-    config = FinetuneConfig(**SHORT)
-    tuned(student, path, config, file=file)
-    with safe_open(file, framework="pt") as opened:
-        description = json.loads(opened.metadata()[KEY])
-    del description["run"]["trajectories"]
-    save_file(load_file(file), file, metadata={KEY: json.dumps(description)})
-    message = "it does not say its trajectories, as one of an earlier version"
-    refused(student, path, message, config, file=file, resume=True)
-
-
-def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_path):
-    file = tmp_path / "state.safetensors"
-    tuned(student, path, FinetuneConfig(**SHORT), file=file)
-    wide = FinetuneConfig(**SHORT | {"rank": 3})
-    refused(student, path, "state of another run: its rank is 2", wide, file=file, resume=True)
-    other = copy.deepcopy(student)
-    layer = other.unet.mid_block.resnets[0].conv1
-    layer.input_quantizer = None
-    name = "layer mid_block.resnets.0.conv1"
-    refused(
-        other,
-        path,
-        f"its {name} is weight=E1M2, input=E2M2U",
-        FinetuneConfig(**SHORT),
-        file=file,
-        resume=True,
-    )
-    file.write_bytes(b"something else")
-    refused(student, path, "is not a state of fine-tuning", file=file, resume=True)
-
-
-def test_a_state_is_that_of_the_same_run_whether_weights_are_shared_out_or_not(
-    student, path, tmp_path
-):
-    file = tmp_path / "state.safetensors"
-    config = FinetuneConfig(**SHORT)
-    _, history = tuned(student, path, config, file=file)
-    _, resumed = tuned(student, path, replace(config, shard=True), file=file, resume=True)
-    assert resumed.losses == history.losses
-
-
 def test_progress_tells_step_loss_error_and_time_left(student, path, held_out):
     seen = []
     config = FinetuneConfig(**SHORT, evaluate_every=3)
@@ -510,18 +343,6 @@ def test_the_best_of_a_history_is_its_lowest_error():
     history = History([], {0: 3.0, 5: 1.0, 10: 2.0, 15: 2.5})
     assert history.best == 5
     assert history.evaluations_since_best() == 2
-
-
-@pytest.mark.parametrize("wrapper", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_launches_that_wrap_the_denoiser_are_refused(student, path, monkeypatch, wrapper):
-    found = property(lambda _self: DistributedType[wrapper])
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", found)
-    refused(student, path, f"launched without {wrapper}, which wraps what is trained")
-
-
-def test_logs_without_tensorboard_are_refused(student, path, tmp_path, monkeypatch):
-    monkeypatch.setattr("msfp.training.processes.is_tensorboard_available", lambda: False)
-    refused(student, path, "tensorboard must be installed", tensorboard=tmp_path)
 
 
 class KeptLogs(GeneralTracker):

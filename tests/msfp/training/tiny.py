@@ -6,9 +6,14 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.models import UNet2DModel
 
-from msfp import QuantizationConfig, Sampler, quantize
+from msfp import QuantizationConfig, Sampler, finetune, quantize
 
 SAMPLER = Sampler(steps=4, batch=4)
+SHORT = {"rank": 2, "steps": 6, "batch": 8}
+EVERYTHING = {
+    **SHORT, "hub": 2, "temperature": (2.0, 0.5), "ema": 0.5, "student_every": 2,
+    "evaluate_every": 2, "save_every": 1, "clip": 0.1, "denoising_power": 1.0,
+}  # fmt: skip
 
 
 def tiny_pipeline():
@@ -35,3 +40,10 @@ def tiny_quantized(pipe):
     pipe = copy.deepcopy(pipe)
     quantize(pipe, QuantizationConfig(refine=None), calibration=SAMPLER.calls(4, seed=1))
     return pipe
+
+
+def tuned(pipe, path, config, **more):
+    """The state of a copy of a pipeline's denoiser after fine-tuning, and the history."""
+    pipe = copy.deepcopy(pipe)
+    history = finetune(pipe.unet, path, config, **more)
+    return pipe.unet.state_dict(), history
