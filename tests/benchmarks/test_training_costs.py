@@ -25,7 +25,9 @@ WAYS = {
     "one LoRA beside": {"place": "beside"},
     "hub of 2, segments": {"hub": 2, "routing": "segments"},
     "hub of 2, learned": {"hub": 2},
+    "hub of 2, learned, teacher asked": {"hub": 2, "cache_teacher": False},
     "hub of 4, learned": {"hub": 4},
+    "hub of 4, learned, teacher asked": {"hub": 4, "cache_teacher": False},
 }
 
 
