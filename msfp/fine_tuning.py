@@ -164,7 +164,7 @@ def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch
 
 def check_routing(denoiser: nn.Module, config: FinetuneConfig) -> None:
     """Raise InputError where a router is to read what the denoiser does not have."""
-    if config.is_routed and config.routing == "denoiser":
+    if config.reads_denoiser:
         time_conditioning(denoiser)
 
 
@@ -172,7 +172,7 @@ def _conditioning(
     teacher: Teacher, config: FinetuneConfig, trajectories: Trajectories
 ) -> tuple[TimeConditioning, float] | None:
     """Return what a router reads of the full-precision denoiser, if it reads that."""
-    if not config.is_routed or config.routing != "denoiser":
+    if not config.reads_denoiser:
         return None
     with teacher.active() as denoiser:
         return time_conditioning(denoiser), time_scale(denoiser, trajectories)

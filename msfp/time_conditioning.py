@@ -66,7 +66,7 @@ def time_scale(denoiser: nn.Module, trajectories: Trajectories) -> float:
 
     Args:
         denoiser: Has an embedding of the timestep.
-        trajectories: Such as it can be asked again.
+        trajectories: Of the denoiser, which is asked once more at the largest timestep of them.
 
     Raises:
         InputError: If it does not embed the timestep that it is given.
@@ -82,8 +82,8 @@ def time_scale(denoiser: nn.Module, trajectories: Trajectories) -> float:
             trajectories.predict(denoiser, step, torch.zeros_like(step))
     finally:
         handle.remove()
-    ratio = (read or [0.0])[0] / trajectories.timesteps[step].item()
-    if ratio <= 0:
+    ratio = (read or [0.0])[0] / (trajectories.timesteps[step].item() or 1.0)
+    if ratio <= 0:  # it read nothing, or there is no time but 0 to tell by
         raise _no_embedding(denoiser)
     return 10.0 ** round(math.log10(ratio))  # Flux multiplies by 1000, in bfloat16 less exactly
 

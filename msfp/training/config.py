@@ -193,6 +193,11 @@ class FinetuneConfig:
         """Whether a router that is trained chooses among several LoRAs."""
         return self.hub > 1 and self.routing != "segments"
 
+    @property
+    def reads_denoiser(self) -> bool:
+        """Whether that router reads the denoiser's embedding of the timestep."""
+        return self.is_routed and self.routing == "denoiser"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,9 @@ def test_times_that_are_not_embedded_are_refused(tmp_path):
     spare.forward = denoiser_of(pipe).forward
     with pytest.raises(InputError, match="Module has no embedding of the timestep"):
         time_scale(spare, path)
+    at_zero = replace(path, timesteps=torch.zeros_like(path.timesteps))
+    with pytest.raises(InputError, match="UNet2DModel has no embedding of the timestep"):
+        time_scale(denoiser_of(pipe), at_zero)
 
 
 def test_a_copy_takes_no_random_numbers_and_leaves_the_denoiser_alone():

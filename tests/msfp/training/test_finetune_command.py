@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from tiny import tiny_pipeline
 
-from msfp import fine_tuning, load, tuning
+from msfp import fine_tuning, load, time_conditioning, tuning
 from msfp.cli import main
 from msfp.layers import sealed_layers
 from msfp.reference.digits import digits
@@ -318,6 +318,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_recorded(
     refused("must be a folder to write in: Not a directory", "--tensorboard", tmp_path / "file")
     monkeypatch.setattr(processes, "is_tensorboard_available", lambda: False)
     refused("tensorboard must be installed", "--compare", "--tensorboard", tmp_path / "logs")
+    monkeypatch.setattr(time_conditioning, "PROJECTIONS", ())
+    reads = ("--hub", "2", "--routing", "denoiser")
+    refused("routing must be learned or segments: UNet2DModel has no embedding", *reads)
     monkeypatch.setattr(UNet2DModel, "_supports_gradient_checkpointing", False)
     refused("checkpointing must be False", "--checkpointing")
 
