@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,58 +19,20 @@ from fpformats.sketch import Sketch
 from msfp.checkpoint import packed_size
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
-from msfp.evaluate import PairedMeasures
-from msfp.feature_statistics import (
-    FeatureMoments,
-    FeatureStatistics,
-    checked_features,
-    frechet_distance,
-)
 from msfp.features import Features
-from msfp.image_folder import eight_bits
+from msfp.image_measures import ImageMeasures, ReferenceDistances
 from msfp.layers import quantized_layers
 from msfp.observation import calibrate
 from msfp.post_training import sqnr
 from msfp.progress import Advance, counted
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
+from msfp.saved_runs import described, digest, save_run, saved_tensors
 from msfp.trajectories import Trajectories, record_trajectories
 
-KEPT_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class ReferenceDistances:
-    """Frechet distances from a data set's images.
-
-    Attributes:
-        quantized: Of the quantized model's images.
-        full: Of the full-precision ones that start from equal noise.
-        other: Of full-precision ones of another seed; what it differs from `full` by is noise.
-        count: Images of the data set.
-        features: Name of the feature network.
-        size: Height and width that the data set's images were brought to.
-    """
-
-    quantized: float
-    full: float
-    other: float
-    count: int
-    features: str
-    size: int
-
-    def table(self, count: int) -> list[tuple[str, str, str]]:
-        """Return rows as `Comparison.table` does; `count` is that of the images of each set."""
-        of = f"{count} images, from {self.count} of the reference"
-        return [
-            ("Frechet distance from the reference", f"{self.quantized:.4g}", of),
-            ("the same in full precision", f"{self.full:.4g}", "from equal noise"),
-            (
-                "and of another seed",
-                f"{self.other:.4g}",
-                "what it differs by from the line above is noise",
-            ),
-        ]
+KIND = "a state of msfp evaluate"
+SAVE_SECONDS = 60
+"""Time between states that are saved."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +145,13 @@ def compare(
     seed: int,
     features: Features,
     reference: ReferenceStatistics | None = None,
+    state: Path | None = None,
     advance: Advance = lambda *_: None,
 ) -> Comparison:
     """Sample both pipelines from equal noise, and ask both denoisers the same.
 
-    Images are compared batch by batch, so that their number is not limited by memory.
+    Images are compared batch by batch, so that their number is not limited by memory. On a CPU a
+    comparison that goes on from its state has the bits of one that was never stopped.
 
     Args:
         full: The pipeline in full precision.
@@ -195,11 +162,14 @@ def compare(
             after it for the trajectories.
         features: In which Frechet distances are measured.
         reference: Of a data set, in the same features; images of one channel count as RGB then.
+        state: A safetensors file that is gone on from if it exists, and written anew each minute;
+            it is left for the caller to remove.
         advance: Told of the progress of each stage.
 
     Raises:
         InputError: If the second is not the first one quantized, a pipeline takes other
-            conditions, or the reference is of other features or of images of another size.
+            conditions, the reference is of other features or of images of another size, or the
+            state is of another comparison.
     """
     check_pair(denoiser_of(full), denoiser_of(quantized))
     sampler.arguments(full)
@@ -207,16 +177,19 @@ def compare(
         raise InputError(f"count must be at least 2, not {count}")
     if reference is not None:
         reference.check_features(features)
-    measures = _ImageMeasures(features, reference)
+    measures = ImageMeasures(features, reference)
+    calls = [(quantized, seed), (full, seed), (full, seed + 1)]
+    file = None if state is None else _StateFile(state, _run(calls, sampler, count, reference))
+    if file is not None:
+        file.restore(measures)
     progress = counted(advance, "images of both, and of another seed", count)
-    for images, paired, other in zip(
-        sampler.batches(quantized, count, seed),
-        sampler.batches(full, count, seed),
-        sampler.batches(full, count, seed + 1),
-        strict=True,
-    ):
-        measures.update(images, paired, other)
-        progress(len(images))
+    progress(measures.count)
+    batches = [sampler.batches(pipe, count, noise, measures.count) for pipe, noise in calls]
+    for sets in zip(*batches, strict=True):
+        measures.update(*sets)
+        if file is not None and measures.count < count:
+            file.save(measures)
+        progress(len(sets[0]))
     paths, inputs = _observed(full, sampler, seed + 2)
     return Comparison(
         sampler=sampler,
@@ -231,63 +204,69 @@ def compare(
     )
 
 
-class _ImageMeasures:
-    """What is measured of the images of both pipelines, which come in batches."""
+class _StateFile:
+    """The file that a comparison goes on from.
 
-    def __init__(self, features: Features, reference: ReferenceStatistics | None) -> None:
-        self.features, self.reference = features, reference
-        self.pairs = PairedMeasures()
-        self.moments = FeatureMoments(), FeatureMoments(), FeatureMoments()
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    Args:
+        path: A safetensors file, which may exist.
+        run: What makes a comparison another one.
+    """
 
-    def update(self, *sets: torch.Tensor) -> None:
-        """Add images of the quantized pipeline, their pairs, and those of another seed."""
-        images, paired, _ = sets
-        self.pairs.update(images, paired)
-        for moments, each in zip(self.moments, sets, strict=True):
-            moments.update(checked_features(self.features, self._as_saved(each)))
-        if sum(len(some) for some, _ in self.kept) < KEPT_IMAGES:
-            self.kept.append((paired, images))
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self._path, self._run = path, run
+        self._saved = time.monotonic()
 
-    def _as_saved(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images as they would be read from a file; RGB beside a reference."""
-        if self.reference is None:
-            return eight_bits(images)
-        size = self.reference.size
-        if images.shape[2:] != (size, size):
-            height, width = images.shape[2:]
-            raise InputError(
-                f"reference must be of images as large as the model's, {height}x{width}, not "
-                f"{size}x{size}"
-            )
-        return eight_bits(images).expand(-1, 3, -1, -1)
+    def restore(self, measures: ImageMeasures) -> None:
+        """Take what was measured from the file, if there is one.
 
-    def found(self) -> dict[str, Any]:
-        """Return fields of a `Comparison`."""
-        quantized, full, other = (moments.statistics() for moments in self.moments)
-        shown = [torch.cat(sets)[:KEPT_IMAGES] for sets in zip(*self.kept, strict=True)]
-        return {
-            "psnr": self.pairs.psnr,
-            "ssim": self.pairs.ssim,
-            "sqnr": self.pairs.sqnr,
-            "frechet": frechet_distance(quantized, other),
-            "frechet_floor": frechet_distance(full, other),
-            "reference": _from_reference(self.reference, quantized, full, other),
-            "images": tuple(shown),
-        }
+        Raises:
+            InputError: If it is something else, or of another comparison.
+        """
+        if self._path.exists():
+            described(self._path, KIND, self._run)
+            measures.restore(saved_tensors(self._path))
+
+    def save(self, measures: ImageMeasures) -> None:
+        """Write what was measured, unless that was done in the last minute."""
+        if time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        save_run(self._path, KIND, measures.tensors(), {"run": self._run})
+        self._saved = time.monotonic()
 
 
-def _from_reference(
-    reference: ReferenceStatistics | None, *sets: FeatureStatistics
-) -> ReferenceDistances | None:
-    """Return the distances of the three sets from a data set, where there is one."""
-    if reference is None:
-        return None
-    real = reference.statistics
-    quantized, full, other = (frechet_distance(each, real) for each in sets)
-    return ReferenceDistances(
-        quantized, full, other, real.count, reference.features, reference.size
-    )
+def _run(
+    calls: list[tuple[DiffusionPipeline, int]],
+    sampler: Sampler,
+    count: int,
+    reference: ReferenceStatistics | None,
+) -> dict[str, Any]:
+    """Return what makes a comparison another one, as JSON gives it back."""
+    (quantized, seed), (full, _), _ = calls
+    layers = quantized_layers(denoiser_of(quantized))
+    real = {} if reference is None else vars(reference.statistics)
+    return {
+        "count": count,
+        "seed": seed,
+        **asdict(sampler),
+        "conditions": list(sampler.conditions),
+        "full-precision pipeline": _told(full),
+        "quantized pipeline": _told(quantized),
+        "formats": [str(layer.formats) for layer in layers.values()],
+        "reference": digest((name, torch.as_tensor(value)) for name, value in real.items()),
+    }
+
+
+def _told(pipe: DiffusionPipeline) -> str:
+    """Return digits that tell pipelines apart: by their networks and the sampler's settings."""
+    settings = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode()
+    networks = {
+        f"{part}.{name}": value
+        for part, network in pipe.components.items()
+        if isinstance(network, nn.Module)
+        for name, value in network.state_dict().items()
+    }
+    scheduler = {"settings": torch.tensor(list(settings), dtype=torch.uint8)}
+    return digest(sorted((networks | scheduler).items()))
 
 
 def check_pair(full: nn.Module, quantized: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from msfp.feature_statistics import (
 )
 from msfp.features import Features
 from msfp.post_training import sqnr
+from msfp.saved_runs import part
 from msfp.trajectories import Trajectories
 
 SSIM_WINDOW = 11
@@ -109,6 +111,8 @@ class PairedMeasures:
     def __init__(self) -> None:
         self._psnr = PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
         self._ssim = StructuralSimilarityIndexMeasure(data_range=1.0).set_dtype(torch.float64)
+        for metric in (self._psnr, self._ssim):
+            metric.persistent(True)
         self._energy = self._noise = 0.0
         self._has_ssim = True
 
@@ -121,6 +125,21 @@ class PairedMeasures:
         self._has_ssim = min(images.shape[2:]) >= SSIM_WINDOW
         if self._has_ssim:
             self._ssim.update(images, reference)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all that `restore` needs to go on with the batches after these."""
+        sums = torch.tensor([self._energy, self._noise], dtype=torch.float64)
+        return {
+            **{f"psnr/{name}": each for name, each in self._psnr.state_dict().items()},
+            **{f"ssim/{name}": each for name, each in self._ssim.state_dict().items()},
+            "sqnr/sums": sums,
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what `tensors` gave; a batch must follow before anything is measured."""
+        self._psnr.load_state_dict(part("psnr", tensors))
+        self._ssim.load_state_dict(part("ssim", tensors))
+        self._energy, self._noise = tensors["sqnr/sums"].tolist()
 
     @property
     def psnr(self) -> float:

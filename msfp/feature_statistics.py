@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,16 @@ class FeatureMoments:
         self.count += len(features)
         self._sum = self._sum + features.sum(dim=0)
         self._products = self._products + features.T @ features
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all that `restore` needs to go on with the images after these."""
+        count = torch.tensor(self.count)
+        return {"count": count, "sum": self._sum, "products": self._products}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what `tensors` gave."""
+        self.count = int(tensors["count"])
+        self._sum, self._products = tensors["sum"], tensors["products"]
 
     def statistics(self) -> FeatureStatistics:
         """Return mean and covariance of what was added.

@@ -14,6 +14,7 @@ from msfp.errors import InputError
 from msfp.open_layers import untrained_layers
 from msfp.outputs import check_folder
 from msfp.quantization import seal
+from msfp.saved_runs import described
 from msfp.talora import routing_of
 from msfp.time_conditioning import TimeConditioning, time_conditioning, time_scale
 from msfp.training.config import FinetuneConfig
@@ -21,7 +22,7 @@ from msfp.training.objective import Objective, loss_weights
 from msfp.training.parameters import add_hubs, check_rates
 from msfp.training.processes import accelerator
 from msfp.training.run_facts import run_facts
-from msfp.training.state import History, described
+from msfp.training.state import KIND, History
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Status, Trainer
 from msfp.trajectories import Trajectories
@@ -92,7 +93,7 @@ def finetune(
     if file is not None:
         run = run_facts(denoiser, trajectories, config, weights, held_out)
     if file is not None and resume:
-        described(file, run)
+        described(file, KIND, run)
     original = Teacher(denoiser, teacher)
     asked = bool(config.student_every) or not config.cache_teacher
     _check_trajectories(original, objective, trajectories, held_out, asked=asked)

@@ -44,8 +44,7 @@ class ReferenceStatistics:
     def check_features(self, network: Features) -> None:
         """Raise InputError unless a network is the one that the statistics are of."""
         given = checked_features(network, probe_images(self.size)).float()
-        known = self.probe
-        if given.shape != known.shape or (given - known).norm() > TOLERANCE * known.norm():
+        if not same_features(given, self.probe):
             raise InputError(
                 f"features must be those of the reference, {self.features}: they differ for the "
                 "same image"
@@ -90,6 +89,11 @@ class ReferenceStatistics:
             return cls(statistics, told["features"], told["size"], told["resize"], tensors["probe"])
         except (OSError, SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"reference {file} is not a file of msfp statistics") from error
+
+
+def same_features(given: torch.Tensor, known: torch.Tensor) -> bool:
+    """Return whether features of the same images are those of one network."""
+    return given.shape == known.shape and bool((given - known).norm() <= TOLERANCE * known.norm())
 
 
 def probe_images(size: int) -> torch.Tensor:

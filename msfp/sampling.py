@@ -73,9 +73,18 @@ class Sampler:
                 progress(len(some))
         return torch.cat(images)
 
-    def batches(self, pipe: DiffusionPipeline, count: int, seed: int) -> Iterator[torch.Tensor]:
-        """Yield the same images batch by batch, of which one is held at a time."""
-        for start in range(0, count, self.batch):
+    def batches(
+        self, pipe: DiffusionPipeline, count: int, seed: int, done: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """Yield the same images batch by batch, of which one is held at a time.
+
+        Args:
+            pipe: What to call.
+            count: Images in all.
+            seed: Of their noise.
+            done: Images of whole batches that are left out at the beginning.
+        """
+        for start in range(done, count, self.batch):
             yield self.one_batch(pipe, seed, start)[: count - start]
 
     def calls(self, count: int, seed: int) -> list[PipelineCall]:

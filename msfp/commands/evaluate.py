@@ -35,6 +35,10 @@ def add(commands: Any) -> None:
         "--json", type=Path, metavar="FILE", help="a new .json file, or - for standard output"
     )
     options.add_report(evaluate)
+    evaluate.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="a .safetensors file: written each minute, gone on from, and removed at the end",
+    )  # fmt: skip
     # Other noise than that of calibration.
     options.add_sampling(evaluate, count=64, first_seed=1000)
     evaluate.set_defaults(run=run)
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.reference_statistics import ReferenceStatistics
 
     options.check_files(arguments, json=".json", report=".html")
+    options.check_state(arguments.state)
     if arguments.count < 2:
         raise InputError("count must be at least 2: a Frechet distance is one between sets")
     sampler = options.check_sampling(arguments)
@@ -64,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     with stages() as advance:
         found = compare(
             full, quantized, sampler, count=arguments.count, seed=arguments.seed,
-            features=features, reference=reference, advance=advance,
+            features=features, reference=reference, state=arguments.state, advance=advance,
         )  # fmt: skip
     if arguments.json is not None:
         description = {"checkpoint": str(arguments.checkpoint), "against": arguments.against}
@@ -74,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
         _print(found, name)
     if arguments.report is not None:
         options.write_text(arguments.report, _report(arguments, found, full, quantized, name))
+    if arguments.state is not None:
+        arguments.state.unlink(missing_ok=True)
 
 
 def _default_features(arguments: argparse.Namespace, reference: ReferenceStatistics | None) -> str:

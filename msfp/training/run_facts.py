@@ -7,23 +7,19 @@ differ by rounding.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from msfp.open_layers import OpenLayer, open_layers
+from msfp.saved_runs import digest
 from msfp.training.config import FinetuneConfig
 from msfp.trajectories import Trajectories
 
-CHUNK = 1 << 24
-"""Numbers that are hashed at once."""
 ROWS, VALUES = 512, 8
 """The most rows of a path that are told apart, and numbers of each."""
-MAX_ROUNDING = 0.02
-"""How far numbers of one path may be from each other, relative to them: bfloat16's rounding."""
 
 
 def run_facts(
@@ -73,24 +69,6 @@ def _numbers(denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the first 16 digits of the SHA-256 of named tensors.
-
-    Example:
-        >>> digest([("a", torch.zeros(2))]) == digest([("a", torch.zeros(2))])
-        True
-        >>> digest([("a", torch.zeros(2))]) == digest([("b", torch.zeros(2))])
-        False
-    """
-    found = hashlib.sha256()
-    for name, value in tensors:
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        for part in value.detach().reshape(-1).split(CHUNK):
-            found.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
-
-@torch.no_grad()
 def some_numbers(path: Trajectories) -> list[float]:
     """Return some numbers of each row's prediction at the last step, spread over the row."""
     last = path.predictions[-1].flatten(1)
@@ -98,21 +76,3 @@ def some_numbers(path: Trajectories) -> list[float]:
     columns = torch.linspace(0, last.shape[1] - 1, min(VALUES, last.shape[1])).round().long()
     numbers: list[float] = last[rows.to(last.device)][:, columns.to(last.device)].flatten().tolist()
     return numbers
-
-
-def same(one: Any, other: Any) -> bool:
-    """Return whether two facts are one, lists of numbers up to `MAX_ROUNDING`.
-
-    Example:
-        >>> same([1.0, 2.0], [1.0, 2.001]), same([1.0, 2.0], [1.0, 2.1]), same(1, None)
-        (True, False, False)
-    """
-    if one == other:
-        return True
-    lists = all(isinstance(each, list) and each for each in (one, other))
-    if not lists or len(one) != len(other):
-        return False
-    if not all(isinstance(each, float) for each in (*one, *other)):
-        return False
-    first, second = torch.tensor(one), torch.tensor(other)
-    return bool((first - second).norm() <= MAX_ROUNDING * first.norm())

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.outputs import sync_folder
-from msfp.training.run_facts import same
+from msfp.saved_runs import described, save_run, saved_tensors
 
-KEY = "msfp_training"
-MOST_SHOWN = 8
-"""Numbers that a message shows of a list."""
+KIND = "a state of fine-tuning"
 Named = dict[str, torch.Tensor]
 
 
@@ -116,7 +109,7 @@ class TrainingState:
             **facts: More to write down, as plain JSON types.
         """
         tensors = {
-            f"{part}/{name}": value.contiguous()
+            f"{part}/{name}": value
             for part, named in self._parts().items()
             for name, value in named.items()
         }
@@ -126,12 +119,7 @@ class TrainingState:
             "errors": {str(step): error for step, error in self.history.errors.items()},
             **facts,
         }
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={KEY: json.dumps(description)})
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-        sync_folder(file.parent)
+        save_run(file, KIND, tensors, description)
 
     def load(self, file: Path) -> dict[str, Any]:
         """Take the state from a file; return what was written down.
@@ -139,13 +127,11 @@ class TrainingState:
         Raises:
             InputError: If the file is not a state, or that of another run.
         """
-        description = described(file, self.run)
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        description = described(file, KIND, self.run)
         errors = {int(step): error for step, error in description["errors"].items()}
         self.history = History(description["losses"], errors)
         parts: dict[str, Named] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in saved_tensors(file).items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         _check_alike(file, parts["parameters"], self.parameters)
@@ -164,39 +150,6 @@ class TrainingState:
 def _on(device: torch.device) -> Callable[[Named], Named]:
     """Return what moves tensors to a device."""
     return lambda named: {name: value.to(device) for name, value in named.items()}
-
-
-def described(file: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return what a file says of itself.
-
-    Args:
-        file: Of a state.
-        run: What makes a run another run.
-
-    Raises:
-        InputError: If the file is not a state, or that of another run.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            description: dict[str, Any] = json.loads((opened.metadata() or {})[KEY])
-            saved = description["run"]
-    except (OSError, SafetensorError, LookupError, ValueError) as error:
-        raise InputError(f"{file} is not a state of fine-tuning: {error}") from error
-    for key in sorted(run.keys() | saved.keys()):
-        if not same(saved.get(key), run.get(key)):
-            raise InputError(f"{file} is the state of another run: {_difference(key, saved, run)}")
-    return description
-
-
-def _difference(key: str, saved: dict[str, Any], run: dict[str, Any]) -> str:
-    """Say how a fact of two runs differs."""
-    if key not in saved:
-        return f"it does not say its {key}, as one of an earlier version"
-    if key not in run:
-        return f"its {key} is {saved[key]}, which this one does not have"
-    if isinstance(saved[key], list) and len(saved[key]) > MOST_SHOWN:
-        return f"its {key} are others"
-    return f"its {key} is {saved[key]}, not {run[key]}"
 
 
 def _check_alike(file: Path, saved: Named, parameters: dict[str, nn.Parameter]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from msfp import Calibration, InputError, inspect_layers, load
 from msfp.attention import OPERANDS
 from msfp.cli import main
+from msfp.image_measures import ImageMeasures
 from msfp.inspection import inspect_products
 
 QUICK = ("--steps", 2, "--count", 4, "--batch", 4)
@@ -224,6 +225,29 @@ def test_evaluate_writes_json_alone_to_standard_output(digits, capsys):
     assert found["timesteps"] == [999, 499]
 
 
+def test_an_interrupted_evaluation_goes_on_from_its_state(digits, tmp_path, monkeypatch):
+    state, file = tmp_path / "e.safetensors", tmp_path / "e.json"
+    words = ("evaluate", digits / "model", "--against", "digits", "--steps", 2, "--count", 6,
+             "--batch", 2, "--json", file, "--state", state)  # fmt: skip
+    updates = []
+    update = ImageMeasures.update
+
+    def stopped_at_the_second(self, *sets):
+        updates.append(len(sets[0]))
+        if len(updates) == 2:
+            raise KeyboardInterrupt
+        update(self, *sets)
+
+    monkeypatch.setattr(ImageMeasures, "update", stopped_at_the_second)
+    monkeypatch.setattr("msfp.comparison.SAVE_SECONDS", 0)
+    assert msfp(*words) == 130
+    assert [each.name for each in tmp_path.iterdir()] == [state.name]
+    assert msfp(*words) == 0
+    assert updates == [2] * (2 + 2)
+    assert json.loads(file.read_text())["count"] == 6
+    assert not state.exists()
+
+
 def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
     state = tmp_path / "c.safetensors"
     words = ("quantize", "digits", "--steps", "3", "--count", "400", "--batch", "2",
@@ -390,6 +414,14 @@ BAD = {
     "one image": (
         lambda _, model: ["evaluate", model, "--against", "digits", "--count", 1],
         "count must be at least 2",
+    ),
+    "state": (
+        lambda t, model: ["evaluate", model, "--against", "digits", "--state", t / "state"],
+        r"state .* must be a new \.safetensors file",
+    ),
+    "no state": (
+        lambda t, model: ["evaluate", model, "--against", "digits", "--state", written(t, "kept")],
+        "is not a state of msfp evaluate",
     ),
     "against itself": (
         lambda _, model: ["evaluate", model, "--against", model],

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,3 +142,98 @@ def test_what_cannot_be_compared_is_refused(reference, sealed, sampler):
     other = copy.deepcopy(reference)
     other.unet = make("unet")
     refused(other, sealed, "different models: layer")
+
+
+def compared(full, quantized, sampler, file, monkeypatch, **options):
+    """What a comparison of four batches found, with a state after each, and the rows it asked."""
+    monkeypatch.setattr("msfp.comparison.SAVE_SECONDS", 0)
+    starts = []
+    one_batch = Sampler.one_batch
+
+    def noted(self, pipe, seed, start):
+        starts.append((seed, start))
+        return one_batch(self, pipe, seed, start)
+
+    monkeypatch.setattr(Sampler, "one_batch", noted)
+    settings = {"count": 14, "seed": SEED, "features": pixels} | options
+    try:
+        return compare(full, quantized, sampler, state=file, **settings), starts
+    finally:
+        monkeypatch.undo()
+
+
+def stopped_after(images):
+    def advance(stage, done, _total):
+        if stage.startswith("images") and done >= images:
+            raise KeyboardInterrupt
+
+    return advance
+
+
+@pytest.fixture(scope="module")
+def short(sampler):
+    return replace(sampler, steps=2, batch=4)
+
+
+def test_a_comparison_that_was_stopped_goes_on_to_the_same_bits(
+    reference, sealed, short, tmp_path, monkeypatch
+):
+    file = tmp_path / "e.safetensors"
+    whole, _ = compared(reference, sealed, short, None, monkeypatch)
+    for images in (4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            compared(reference, sealed, short, file, monkeypatch, advance=stopped_after(images))
+    assert sorted(each.name for each in tmp_path.iterdir()) == [file.name]
+    found, starts = compared(reference, sealed, short, file, monkeypatch)
+    assert {start for seed, start in starts if seed == SEED} == {8, 12}
+    assert found.to_dict() == whole.to_dict()
+    assert all(torch.equal(*each) for each in zip(found.images, whole.images, strict=True))
+
+
+def test_a_comparison_stopped_after_its_images_is_not_begun_anew(
+    reference, sealed, short, tmp_path, monkeypatch, recwarn
+):
+    file = tmp_path / "e.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        compared(reference, sealed, short, file, monkeypatch, advance=stopped_after(14))
+    found, starts = compared(reference, sealed, short, file, monkeypatch)
+    assert {start for seed, start in starts if seed == SEED} == {12}
+    assert found.psnr > 0
+    assert not [each for each in recwarn if "update" in str(each.message)]
+
+
+def other_features(images):
+    return pixels(images) + 1
+
+
+OTHER_COMPARISONS = {
+    "seed": ({"seed": 4}, {}, 0, "its seed is 3, not 4"),
+    "count": ({"count": 13}, {}, 0, "its count is 14, not 13"),
+    "features": ({"features": other_features}, {}, 0, "features must be those of the state"),
+    "sampler": ({}, {"steps": 3}, 0, "its steps is 2, not 3"),
+    "pipeline": ({}, {}, 1, "its quantized pipeline is "),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_COMPARISONS)
+def test_the_state_of_another_comparison_is_refused(
+    case, reference, sealed, short, tmp_path, monkeypatch
+):
+    options, call, bias, message = OTHER_COMPARISONS[case]
+    file = tmp_path / "e.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        compared(reference, sealed, short, file, monkeypatch, advance=stopped_after(4))
+    before = file.read_bytes()
+    other = copy.deepcopy(sealed)
+    other.unet.conv_out.bias.data += bias
+    with pytest.raises(InputError, match=message):
+        compared(reference, other, replace(short, **call), file, monkeypatch, **options)
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_is_no_state_is_refused(reference, sealed, short, tmp_path):
+    file = tmp_path / "e.safetensors"
+    file.write_bytes(b"something else")
+    with pytest.raises(InputError, match="is not a state of msfp evaluate"):
+        compare(reference, sealed, short, count=4, seed=0, features=pixels, state=file)
+    assert file.read_bytes() == b"something else"

@@ -18,7 +18,7 @@ from msfp import (
     quantize,
     record_trajectories,
 )
-from msfp.training.state import KEY
+from msfp.training.state import KIND
 
 
 def refused(student, path, message, config=None, **more):
@@ -132,9 +132,9 @@ def test_the_state_of_an_earlier_version_is_refused(student, path, tmp_path):
     config = FinetuneConfig(**SHORT)
     tuned(student, path, config, file=file)
     with safe_open(file, framework="pt") as opened:
-        description = json.loads(opened.metadata()[KEY])
+        description = json.loads(opened.metadata()[KIND])
     del description["run"]["trajectories"]
-    save_file(load_file(file), file, metadata={KEY: json.dumps(description)})
+    save_file(load_file(file), file, metadata={KIND: json.dumps(description)})
     message = "it does not say its trajectories, as one of an earlier version"
     refused(student, path, message, config, file=file, resume=True)
 

@@ -24,7 +24,7 @@ from msfp.time_conditioning import time_conditioning
 from msfp.training import state
 from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
-from msfp.training.state import KEY, History
+from msfp.training.state import KIND, History
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Trainer
 
@@ -74,7 +74,7 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
         tuned(student, path, config, file=file)
     monkeypatch.undo()
     with safe_open(file, framework="pt") as opened:
-        steps = len(json.loads(opened.metadata()[KEY])["losses"])
+        steps = len(json.loads(opened.metadata()[KIND])["losses"])
     assert steps == (4 if point == "fsync after" else 2)
     resumed, _ = tuned(student, path, config, file=file, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
