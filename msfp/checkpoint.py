@@ -24,9 +24,9 @@ from msfp.diffusers_plugin import MSFPConfig, MSFPMethod, attach, check_keys
 from msfp.empty_layers import make_room
 from msfp.errors import InputError
 from msfp.integrity import verify
-from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
 from msfp.outputs import atomic_folder
+from msfp.quantized_layer import quantized_layers
 from msfp.schedulers import restore_sampler
 from msfp.stored_tensors import as_stored
 

@@ -21,10 +21,10 @@ from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
 from msfp.features import Features
 from msfp.image_measures import ImageMeasures, ReferenceDistances
-from msfp.layers import quantized_layers
 from msfp.observation import calibrate
 from msfp.post_training import sqnr
 from msfp.progress import Advance, counted
+from msfp.quantized_layer import quantized_layers
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
 from msfp.saved_runs import described, digest, save_run, saved_tensors

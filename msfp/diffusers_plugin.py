@@ -42,8 +42,9 @@ from msfp.errors import InputError
 from msfp.float32 import Float32Module
 from msfp.integrity import FORMAT_VERSION, check_version, metadata, verify
 from msfp.layer_formats import BlockFormats, LayerFormats, narrow_format, read_formats
-from msfp.layers import dequantized, quantized_layers, sealed_layers
+from msfp.layers import dequantized, sealed_layers
 from msfp.post_training import pack_layer
+from msfp.quantized_layer import quantized_layers
 from msfp.routers import RouterKind
 from msfp.stored_tensors import as_stored
 from msfp.summary import LayerSummary

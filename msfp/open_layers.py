@@ -12,15 +12,8 @@ from torch.nn.utils import parametrize
 
 from msfp.errors import InputError
 from msfp.layer_formats import LayerFormats
-from msfp.layers import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantizedLayer,
-    QuantLinear,
-    ScaledLayer,
-    SealedLayer,
-    adopt,
-)
+from msfp.layers import QuantConv1d, QuantConv2d, QuantLinear, ScaledLayer, SealedLayer, adopt
+from msfp.quantized_layer import QuantizedLayer
 from msfp.quantizer import Quantizer
 from msfp.talora import LoRAHub
 

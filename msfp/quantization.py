@@ -28,10 +28,10 @@ from msfp.denoiser import (
 )
 from msfp.diffusers_plugin import attach
 from msfp.errors import InputError
-from msfp.layers import quantized_layers
 from msfp.observation import calibrate
 from msfp.open_layers import OpenLayer, open_layers
 from msfp.post_training import quantize_layer
+from msfp.quantized_layer import quantized_layers
 from msfp.refinement import refine
 from msfp.runtime import release_memory
 from msfp.sampling import PipelineCall

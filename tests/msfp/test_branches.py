@@ -6,8 +6,8 @@ import torch
 from msfp import InputError
 from msfp.branches import add_branches
 from msfp.config import RefinementConfig
-from msfp.layers import quantized_layers
 from msfp.paired import meet_layers
+from msfp.quantized_layer import quantized_layers
 from msfp.refinement import refine
 
 

@@ -9,7 +9,7 @@ from families import call, make, quantized
 from peft import LoraConfig
 
 from msfp import InputError, QuantConv2d, QuantLinear, cache_weights
-from msfp.layers import quantized_layers
+from msfp.quantized_layer import quantized_layers
 
 TARGETS = ["to_q", "conv1", "conv_in", "proj_in", "linear_1"]
 

@@ -18,7 +18,7 @@ from msfp.evaluate import (
     paired_ssim,
 )
 from msfp.features import pixels
-from msfp.layers import quantized_layers
+from msfp.quantized_layer import quantized_layers
 
 COUNT, SEED = 8, 3
 

@@ -13,7 +13,7 @@ from msfp import (
     seal,
 )
 from msfp.evaluate import noise_errors
-from msfp.layers import quantized_layers
+from msfp.quantized_layer import quantized_layers
 
 SHORT = {"rank": 4, "steps": 12, "batch": 8}
 

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from fpformats import E2M1, E2M2U, E3M2, FloatFormat, Specials, decode, quantize_scaled, unpack
 from msfp import InputError, QuantConv1d, QuantConv2d, QuantLinear, cache_weights, seal
 from msfp.denoiser import replace_layers
-from msfp.layers import SCALED_LAYERS, quantized_layers
+from msfp.layers import SCALED_LAYERS
 from msfp.open_layers import OPEN_LAYERS, OpenConv2d, OpenLinear
+from msfp.quantized_layer import quantized_layers
 from msfp.quantizer import Quantizer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from msfp import InputError, seal
-from msfp.layers import quantized_layers
 from msfp.paired import meet_layers
+from msfp.quantized_layer import quantized_layers
 
 STEP, ROW = torch.tensor([0, 1, 3]).repeat_interleave(3), torch.arange(3).repeat(3)
 

@@ -26,8 +26,8 @@ from msfp import (
 from msfp.attention import OPERANDS, attention_products
 from msfp.block_layers import BlockLayer, block_layers
 from msfp.denoiser import denoiser_name, denoiser_of, quantizable_layers
-from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
+from msfp.quantized_layer import quantized_layers
 
 GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"), 2) | {"dit": 4}
 """Samples in a forward of each family's fixed call: both branches of classifier-free guidance.

@@ -21,9 +21,9 @@ from msfp.adaround import adaround
 from msfp.config import RefinementConfig
 from msfp.denoiser import denoiser_of
 from msfp.evaluate import noise_errors
-from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
 from msfp.paired import meet_layers
+from msfp.quantized_layer import quantized_layers
 from msfp.refinement import refine
 from msfp.trajectories import spread_batch
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from msfp import FinetuneConfig, QuantizationConfig, finetune, quantize, record_trajectories
-from msfp.layers import quantized_layers
 from msfp.post_training import float_formats
+from msfp.quantized_layer import quantized_layers
 from msfp.split import concatenated_inputs, split_inputs, split_quantizer
 
 STEP, ROW = torch.arange(4), torch.zeros(4, dtype=torch.int64)

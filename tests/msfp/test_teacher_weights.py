@@ -11,8 +11,8 @@ from msfp import InputError, QuantizationConfig, RefinementConfig, seal
 from msfp.branches import add_branches
 from msfp.cli import main
 from msfp.denoiser import PLAIN_LAYERS
-from msfp.layers import quantized_layers
 from msfp.open_layers import open_layers
+from msfp.quantized_layer import quantized_layers
 from msfp.reopening import reopen
 from msfp.teacher_weights import check_weights
 
