@@ -35,12 +35,16 @@ def save_run(
         tensors: By name.
         description: Plain JSON types; what makes a run another run as its `run`.
     """
-    partial = file.with_suffix(".partial")
+    # Of one name, so that a process which was killed leaves one such file and the next takes it.
+    partial = file.with_name(f".{file.name}.partial")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, partial, metadata={kind: json.dumps(description)})
-    with partial.open("rb+") as written:
-        os.fsync(written.fileno())
-    partial.replace(file)
+    try:
+        save_file(whole, partial, metadata={kind: json.dumps(description)})
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(file.parent)
 
 
