@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from torch import nn
 
 from fpformats.sketch import Sketch
 from msfp.checkpoint import packed_size
+from msfp.comparison_state import ComparisonState, comparison_facts
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
 from msfp.features import Features
@@ -27,12 +26,7 @@ from msfp.progress import Advance, counted
 from msfp.quantized_layer import quantized_layers
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
-from msfp.saved_runs import described, digest, save_run, saved_tensors
 from msfp.trajectories import Trajectories, record_trajectories
-
-KIND = "a state of msfp evaluate"
-SAVE_SECONDS = 60
-"""Time between states that are saved."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +156,14 @@ def compare(
             after it for the trajectories.
         features: In which Frechet distances are measured.
         reference: Of a data set, in the same features; images of one channel count as RGB then.
-        state: A safetensors file that is gone on from if it exists, and written anew each minute;
-            it is left for the caller to remove.
+        state: A safetensors file that is gone on from if it exists, and written anew each minute,
+            or less often where that takes long; it is left for the caller to remove.
         advance: Told of the progress of each stage.
 
     Raises:
         InputError: If the second is not the first one quantized, a pipeline takes other
             conditions, the reference is of other features or of images of another size, or the
-            state is of another comparison.
+            state is of another comparison or cannot be written.
     """
     check_pair(denoiser_of(full), denoiser_of(quantized))
     sampler.arguments(full)
@@ -179,8 +173,9 @@ def compare(
         reference.check_features(features)
     measures = ImageMeasures(features, reference)
     calls = [(quantized, seed), (full, seed), (full, seed + 1)]
-    file = None if state is None else _StateFile(state, _run(calls, sampler, count, reference))
-    if file is not None:
+    file = None
+    if state is not None:
+        file = ComparisonState(state, comparison_facts(calls, sampler, count, reference))
         file.restore(measures)
     progress = counted(advance, "images of both, and of another seed", count)
     progress(measures.count)
@@ -202,71 +197,6 @@ def compare(
         **measures.found(),
         **_errors(denoiser_of(full), denoiser_of(quantized), paths, advance),
     )
-
-
-class _StateFile:
-    """The file that a comparison goes on from.
-
-    Args:
-        path: A safetensors file, which may exist.
-        run: What makes a comparison another one.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        self._path, self._run = path, run
-        self._saved = time.monotonic()
-
-    def restore(self, measures: ImageMeasures) -> None:
-        """Take what was measured from the file, if there is one.
-
-        Raises:
-            InputError: If it is something else, or of another comparison.
-        """
-        if self._path.exists():
-            described(self._path, KIND, self._run)
-            measures.restore(saved_tensors(self._path))
-
-    def save(self, measures: ImageMeasures) -> None:
-        """Write what was measured, unless that was done in the last minute."""
-        if time.monotonic() - self._saved < SAVE_SECONDS:
-            return
-        save_run(self._path, KIND, measures.tensors(), {"run": self._run})
-        self._saved = time.monotonic()
-
-
-def _run(
-    calls: list[tuple[DiffusionPipeline, int]],
-    sampler: Sampler,
-    count: int,
-    reference: ReferenceStatistics | None,
-) -> dict[str, Any]:
-    """Return what makes a comparison another one, as JSON gives it back."""
-    (quantized, seed), (full, _), _ = calls
-    layers = quantized_layers(denoiser_of(quantized))
-    real = {} if reference is None else vars(reference.statistics)
-    return {
-        "count": count,
-        "seed": seed,
-        **asdict(sampler),
-        "conditions": list(sampler.conditions),
-        "full-precision pipeline": _told(full),
-        "quantized pipeline": _told(quantized),
-        "formats": [str(layer.formats) for layer in layers.values()],
-        "reference": digest((name, torch.as_tensor(value)) for name, value in real.items()),
-    }
-
-
-def _told(pipe: DiffusionPipeline) -> str:
-    """Return digits that tell pipelines apart: by their networks and the sampler's settings."""
-    settings = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode()
-    networks = {
-        f"{part}.{name}": value
-        for part, network in pipe.components.items()
-        if isinstance(network, nn.Module)
-        for name, value in network.state_dict().items()
-    }
-    scheduler = {"settings": torch.tensor(list(settings), dtype=torch.uint8)}
-    return digest(sorted((networks | scheduler).items()))
 
 
 def check_pair(full: nn.Module, quantized: nn.Module) -> None:

@@ -80,8 +80,9 @@ class ImageMeasures:
         self.pairs.update(images, paired)
         for moments, each in zip(self.moments, sets, strict=True):
             moments.update(checked_features(self.features, self._as_saved(each)))
-        if sum(len(some) for some, _ in self.kept) < KEPT_IMAGES:
-            self.kept.append((paired, images))
+        left = KEPT_IMAGES - sum(len(some) for some, _ in self.kept)
+        if left > 0:
+            self.kept.append((paired[:left], images[:left]))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all that `restore` needs to go on with the batches after these."""
@@ -98,7 +99,9 @@ class ImageMeasures:
         Raises:
             InputError: If these are of other features.
         """
-        if not same_features(self._probe(tensors["full"]), tensors["probe"]):
+        # Images may have NaN, of which features are NaN as well.
+        probes = (self._probe(tensors["full"]), tensors["probe"])
+        if not same_features(*(probe.nan_to_num() for probe in probes)):
             raise InputError("features must be those of the state: they differ for the same image")
         self.kept = [(tensors["full"], tensors["quantized"])]
         self.pairs.restore(part("pairs", tensors))
@@ -125,7 +128,7 @@ class ImageMeasures:
     def found(self) -> dict[str, Any]:
         """Return fields of a `Comparison`."""
         quantized, full, other = (moments.statistics() for moments in self.moments)
-        shown = [torch.cat(sets)[:KEPT_IMAGES] for sets in zip(*self.kept, strict=True)]
+        shown = [torch.cat(sets) for sets in zip(*self.kept, strict=True)]
         return {
             "psnr": self.pairs.psnr,
             "ssim": self.pairs.ssim,

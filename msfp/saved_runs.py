@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,52 @@ def save_run(
         kind: What it is, as "a state of fine-tuning".
         tensors: By name.
         description: Plain JSON types; what makes a run another run as its `run`.
+
+    Raises:
+        InputError: If the file cannot be written.
     """
-    # Of one name, so that a process which was killed leaves one such file and the next takes it.
-    partial = file.with_name(f".{file.name}.partial")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Of one name, so that what a killed process leaves, safetensors' own files included, goes with
+    # the next one.
+    folder = file.with_name(f".{file.name}.partial")
+    partial = folder / file.name
     try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         save_file(whole, partial, metadata={kind: json.dumps(description)})
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     sync_folder(file.parent)
 
 
-def described(file: Path, kind: str, run: dict[str, Any]) -> dict[str, Any]:
+def description_of(file: Path, kind: str) -> dict[str, Any]:
     """Return what a file says of itself.
+
+    Args:
+        file: That `save_run` wrote.
+        kind: What it must be.
+
+    Raises:
+        InputError: If the file is something else.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            told = (opened.metadata() or {}).get(kind)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is not {kind}: {error}") from error
+    if told is None:
+        raise InputError(f"{file} is not {kind}, or of an earlier version")
+    description: dict[str, Any] = json.loads(told)
+    return description
+
+
+def described(file: Path, kind: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file says of itself, if that is of a run.
 
     Args:
         file: That `save_run` wrote.
@@ -59,12 +90,8 @@ def described(file: Path, kind: str, run: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: If the file is something else, or of another run.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            description: dict[str, Any] = json.loads((opened.metadata() or {})[kind])
-            saved = description["run"]
-    except (OSError, SafetensorError, LookupError, ValueError) as error:
-        raise InputError(f"{file} is not {kind}: {error}") from error
+    description = description_of(file, kind)
+    saved = description["run"]
     for key in sorted(run.keys() | saved.keys()):
         if not same(saved.get(key), run.get(key)):
             raise InputError(f"{file} is the state of another run: {_difference(key, saved, run)}")

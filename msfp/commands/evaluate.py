@@ -47,13 +47,15 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print a table, and write what was asked for."""
     from msfp.comparison import compare
+    from msfp.comparison_state import check_state
     from msfp.errors import InputError
     from msfp.features import feature_network
     from msfp.progress import stages
     from msfp.reference_statistics import ReferenceStatistics
 
     options.check_files(arguments, json=".json", report=".html")
-    options.check_state(arguments.state)
+    if arguments.state is not None:
+        check_state(arguments.state)
     if arguments.count < 2:
         raise InputError("count must be at least 2: a Frechet distance is one between sets")
     sampler = options.check_sampling(arguments)
@@ -71,14 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
             full, quantized, sampler, count=arguments.count, seed=arguments.seed,
             features=features, reference=reference, state=arguments.state, advance=advance,
         )  # fmt: skip
+    report = None if arguments.report is None else _report(arguments, found, full, quantized, name)
     if arguments.json is not None:
         description = {"checkpoint": str(arguments.checkpoint), "against": arguments.against}
         values = description | {"features": name} | found.to_dict()
         options.write_text(arguments.json, json.dumps(values, indent=1) + "\n")
     if arguments.json != options.STANDARD_OUTPUT:
         _print(found, name)
-    if arguments.report is not None:
-        options.write_text(arguments.report, _report(arguments, found, full, quantized, name))
+    if report is not None:
+        options.write_text(arguments.report, report)
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
 

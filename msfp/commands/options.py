@@ -237,18 +237,6 @@ def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
             check_new_file(argument, path, suffix)
 
 
-def check_state(path: Path | None) -> None:
-    """Check a file that a command is to go on from, or to write, where it was asked for.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    from msfp.outputs import check_new_file
-
-    if path is not None and not path.is_file():
-        check_new_file("state", path, ".safetensors")
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file, or to standard output."""
     from msfp.outputs import atomic_file

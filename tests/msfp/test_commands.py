@@ -239,7 +239,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_state(digits, tmp_path, monk
         update(self, *sets)
 
     monkeypatch.setattr(ImageMeasures, "update", stopped_at_the_second)
-    monkeypatch.setattr("msfp.comparison.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.comparison_state.SAVE_SECONDS", 0)
     assert msfp(*words) == 130
     assert [each.name for each in tmp_path.iterdir()] == [state.name]
     assert msfp(*words) == 0

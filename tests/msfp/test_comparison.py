@@ -1,7 +1,11 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from families import make, pipeline
 import msfp
 from msfp import FinetuneConfig, InputError, QuantizationConfig, Sampler
 from msfp.comparison import compare
+from msfp.comparison_state import KIND, pipeline_digest
 from msfp.evaluate import (
     PairedMeasures,
     noise_errors,
@@ -18,7 +23,10 @@ from msfp.evaluate import (
     paired_ssim,
 )
 from msfp.features import pixels
+from msfp.image_measures import ImageMeasures
 from msfp.quantized_layer import quantized_layers
+from msfp.saved_runs import save_run, saved_tensors
+from msfp.schedulers import use_sampler
 
 COUNT, SEED = 8, 3
 
@@ -146,7 +154,7 @@ def test_what_cannot_be_compared_is_refused(reference, sealed, sampler):
 
 def compared(full, quantized, sampler, file, monkeypatch, **options):
     """What a comparison of four batches found, with a state after each, and the rows it asked."""
-    monkeypatch.setattr("msfp.comparison.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.comparison_state.SAVE_SECONDS", 0)
     starts = []
     one_batch = Sampler.one_batch
 
@@ -229,6 +237,65 @@ def test_the_state_of_another_comparison_is_refused(
     with pytest.raises(InputError, match=message):
         compared(reference, other, replace(short, **call), file, monkeypatch, **options)
     assert file.read_bytes() == before
+
+
+def test_features_that_are_not_numbers_can_be_gone_on_with(tmp_path):
+    file = tmp_path / "e.safetensors"
+    one, other = (
+        ImageMeasures(lambda images: pixels(images) + float("nan"), None) for _ in range(2)
+    )
+    images = torch.rand(4, 1, 16, 16)
+    one.update(images, images, images)
+    save_run(file, KIND, one.tensors(), {"run": {}})
+    other.restore(saved_tensors(file))
+    assert other.count == 4
+
+
+def test_what_tells_pipelines_apart_is_equal_in_every_process():
+    code = (
+        "from msfp.comparison_state import pipeline_digest; "
+        "from msfp.reference import ddim_pipeline; "
+        "from msfp.schedulers import use_sampler; pipe = ddim_pipeline(); "
+        "use_sampler(pipe, 'dpm++'); print(pipeline_digest(pipe))"
+    )
+    told = {
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "012"
+    }
+    assert len(told) == 1
+    assert told != {""}
+
+
+def test_samplers_and_weights_of_other_settings_are_told_apart(reference):
+    told = set()
+    for change in (
+        lambda _: None,
+        lambda pipe: pipe.scheduler.register_to_config(clip_sample_range=2.0),
+        lambda pipe: use_sampler(pipe, "plms"),
+        lambda pipe: pipe.unet.conv_out.bias.data.add_(1),
+    ):
+        pipe = copy.deepcopy(reference)
+        change(pipe)
+        told.add(pipeline_digest(pipe))
+    assert len(told) == 4
+    with pytest.raises(InputError, match="state must be of pipelines in memory"):
+        pipeline_digest(SimpleNamespace(components={"unet": make("unet").to("meta")}))
+
+
+def test_where_no_state_can_be_written_is_refused_before_anything_is_sampled(
+    reference, sealed, short, tmp_path
+):
+    for name in ("missing/e.safetensors", "e.bin"):
+        with pytest.raises(InputError, match=r"state .* must be a new .safetensors file"):
+            compare(
+                reference, sealed, short, count=4, seed=0, features=pixels, state=tmp_path / name
+            )
 
 
 def test_a_file_that_is_no_state_is_refused(reference, sealed, short, tmp_path):

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
@@ -34,6 +38,27 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(failing, tmp_p
             save_run(file, KIND, {"x": torch.ones(2)}, {"run": {}})
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == before
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_save(tmp_path):
+    file = tmp_path / "s.safetensors"
+    code = (
+        "import sys, torch; from pathlib import Path; from msfp.saved_runs import save_run\n"
+        "tensors = {'x': torch.zeros(1 << 25)}\n"
+        "print('ready', flush=True)\n"
+        "while True: save_run(Path(sys.argv[1]), 'kind', tensors, {'run': {}})"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:  # noqa: S603
+        process.stdout.readline()
+        started = time.monotonic()
+        while not list(tmp_path.glob(".*/*")) and time.monotonic() < started + 60:
+            pass
+        process.kill()
+    assert list(tmp_path.glob(".*/*"))
+    save_run(file, KIND, {"x": torch.zeros(2)}, {"run": {}})
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+    assert described(file, KIND, {}) == {"run": {}}
 
 
 REFUSED = {

@@ -1,0 +1,130 @@
+"""The file that a comparison of two pipelines goes on from."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from msfp.denoiser import denoiser_of
+from msfp.errors import InputError
+from msfp.image_measures import ImageMeasures
+from msfp.outputs import check_folder, check_new_file
+from msfp.quantized_layer import quantized_layers
+from msfp.reference_statistics import ReferenceStatistics
+from msfp.sampling import Sampler
+from msfp.saved_runs import described, description_of, digest, save_run, saved_tensors
+
+KIND = "a state of msfp evaluate"
+VERSION = 1
+"""Of what the tensors mean."""
+SAVE_SECONDS, SAVE_SHARE = 60, 0.05
+"""Least time between states that are saved, and the largest share of time that goes into saving."""
+
+
+def check_state(path: Path) -> None:
+    """Raise InputError unless a path is that of a state, or of a new file that can be written."""
+    if not path.exists():
+        check_new_file("state", path, ".safetensors")
+        return
+    description_of(path, KIND)
+    check_folder("state", path.absolute().parent)
+
+
+class ComparisonState:
+    """What was measured of a comparison, in a file.
+
+    Args:
+        path: A safetensors file, which may exist.
+        run: What makes a comparison another one.
+
+    Raises:
+        InputError: If the file is something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        check_state(path)
+        self._path, self._run = path, run
+        self._next = time.monotonic() + SAVE_SECONDS
+
+    def restore(self, measures: ImageMeasures) -> None:
+        """Take what was measured from the file, if there is one.
+
+        Raises:
+            InputError: If it is of another comparison.
+        """
+        if self._path.exists():
+            described(self._path, KIND, self._run)
+            measures.restore(saved_tensors(self._path))
+
+    def save(self, measures: ImageMeasures) -> None:
+        """Write what was measured, unless that was done not long ago."""
+        started = time.monotonic()
+        if started < self._next:
+            return
+        save_run(self._path, KIND, measures.tensors(), {"run": self._run})
+        now = time.monotonic()
+        self._next = now + max(SAVE_SECONDS, (now - started) / SAVE_SHARE)
+
+
+def comparison_facts(
+    calls: list[tuple[DiffusionPipeline, int]],
+    sampler: Sampler,
+    count: int,
+    reference: ReferenceStatistics | None,
+) -> dict[str, Any]:
+    """Return what makes a comparison another one, as JSON gives it back.
+
+    Args:
+        calls: The quantized pipeline and the full-precision one, each with the seed of its noise.
+        sampler: How they are called.
+        count: Images of each set.
+        reference: Of a data set, or None.
+
+    Raises:
+        InputError: If the weights of a pipeline are not in memory.
+    """
+    (quantized, seed), (full, _), *_ = calls
+    layers = quantized_layers(denoiser_of(quantized))
+    real = {} if reference is None else vars(reference.statistics)
+    return {
+        "version": VERSION,
+        "count": int(count),
+        "seed": int(seed),
+        **asdict(sampler),
+        "conditions": list(sampler.conditions),
+        "full-precision pipeline": pipeline_digest(full),
+        "quantized pipeline": pipeline_digest(quantized),
+        "formats": [str(layer.formats) for layer in layers.values()],
+        "reference": digest((name, torch.as_tensor(value)) for name, value in real.items()),
+    }
+
+
+def pipeline_digest(pipe: DiffusionPipeline) -> str:
+    """Return digits that tell pipelines apart: by their networks and the sampler's settings."""
+    tensors = {
+        f"{part}.{name}": value
+        for part, network in pipe.components.items()
+        if isinstance(network, nn.Module)
+        for name, value in network.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    away = next((name for name, value in tensors.items() if value.is_meta), None)
+    if away is not None:
+        raise InputError(f"state must be of pipelines in memory, and {away} is not")
+    scheduler = getattr(pipe, "scheduler", None)
+    # Others are notes of diffusers, some of them in another order in each process.
+    settings = {
+        key: value
+        for key, value in getattr(scheduler, "config", {}).items()
+        if not key.startswith("_")
+    }
+    text = json.dumps([type(scheduler).__name__, settings], sort_keys=True, default=str)
+    said = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return digest([("scheduler", said), *sorted(tensors.items())])
