@@ -14,11 +14,12 @@ from msfp.study.tables import MARGINS, cell, label, markdown_table, verdict
 DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
-    "matched", "split", "branch-4", "branch-16",
+    "matched", "split", "branch-4", "branch-16", "samples-256",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
     ("lora", "fixed-lora"), ("long-lora", "lora"), ("branch-16-lora", "branch-16"),
+    ("samples-256-lora", "samples-256"),
     ("segments-2", "lora"), ("talora-2", "lora"), ("talora-4", "lora"), ("dfa-1", "lora"),
     ("dfa-2", "lora"), ("svd-lora", "lora"), ("own-path-lora", "lora"),
     ("matched-lora", "lora"), ("branch-16-talora-2", "branch-16-lora"),

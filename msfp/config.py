@@ -98,7 +98,9 @@ class RefinementConfig:
             for none.
         damping: Strength of the pull towards the full-precision weights, and of the diagonal that
             GPTQ adds to the second moments, in units of their mean diagonal.
-        samples: Noisy samples in the one forward, at most; it holds each of them twice.
+        samples: Noisy samples in the one forward, at most; it holds each of them twice. None for
+            256, but fewer where samples are large: not over 2^20 numbers in all, nor under 64
+            samples.
         positions: Pixels or tokens, drawn from these samples, that moments are taken over at most.
         seed: Seed of the draws.
 
@@ -108,7 +110,7 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', sweeps=0, scales='weight', match_inputs=True,
-            correct_bias='all', split_inputs=True, branch_rank=0, damping=0.03, samples=64,
+            correct_bias='all', split_inputs=True, branch_rank=0, damping=0.03, samples=None,
             positions=16384, seed=0)
     """
 
@@ -120,7 +122,7 @@ class RefinementConfig:
     split_inputs: bool = True
     branch_rank: int = 16
     damping: float = 0.03
-    samples: int = 64
+    samples: int | None = None
     positions: int = 16384
     seed: int = 0
 
@@ -131,7 +133,8 @@ class RefinementConfig:
         check_range("sweeps", self.sweeps, 0, 100)
         check_range("branch_rank", self.branch_rank, 0, MAX_RANK)
         check_range("damping", self.damping, 1e-6, 1e3)
-        check_range("samples", self.samples, 1, 10**6)
+        if self.samples is not None:
+            check_range("samples", self.samples, 1, 10**6)
         check_range("positions", self.positions, 1, 10**9)
 
     def to_dict(self) -> dict[str, Any]:

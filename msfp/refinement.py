@@ -23,6 +23,9 @@ from msfp.split import split_inputs
 from msfp.trajectories import Trajectories, spread_batch
 from msfp.weight_search import search_scales
 
+FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
+"""Samples in one forward where none are asked for, and the most numbers in all of them."""
+
 
 class _Refiner:
     """Refines each layer that it meets; all is computed in float32, whatever the dtype.
@@ -142,15 +145,22 @@ def refine(
             branches already where it is to get some, or numbers are not finite.
     """
     untrained_layers(denoiser)
+    samples = config.samples or _samples(trajectories)
     if config.branch_rank:
         add_branches(denoiser, config.branch_rank)
     if config.split_inputs:
-        split_inputs(denoiser, trajectories, samples=config.samples, seed=config.seed)
+        split_inputs(denoiser, trajectories, samples=samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     steps, rows = trajectories.samples.shape[:2]
-    step, row = spread_batch(steps, rows, config.samples, generator)
+    step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
     meet_layers(denoiser, trajectories, step, row, _Refiner(config, biased, progress))
+
+
+def _samples(trajectories: Trajectories) -> int:
+    """Return as many samples as moments want, or fewer where these are large."""
+    numbers = trajectories.samples[0, 0].numel()
+    return max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_NUMBERS // numbers))
 
 
 def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementConfig) -> set[str]:

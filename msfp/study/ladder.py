@@ -45,7 +45,7 @@ FULL_PRECISION = "full-precision"
 
 
 def _refined(**options: Any) -> dict[str, Any]:
-    return {"refine": {"split_inputs": False, "branch_rank": 0} | options}
+    return {"refine": {"split_inputs": False, "branch_rank": 0, "samples": 64} | options}
 
 
 def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
@@ -101,6 +101,12 @@ _LADDER = (
         "split + branch of rank 16",
         _refined(split_inputs=True, branch_rank=16),
         against=("branch-4", "mixup"),
+    ),
+    Recipe(
+        "samples-256",
+        "split + branch of rank 16, 256 samples",
+        _refined(split_inputs=True, branch_rank=16, samples=None),
+        against=("branch-16", "mixup"),
     ),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
@@ -186,6 +192,13 @@ _LADDER = (
         TWO_HUBS,
         against=("branch-16-lora",),
     ),
+    Recipe(
+        "samples-256-lora",
+        "split + branch of rank 16, 256 samples + LoRA",
+        _refined(split_inputs=True, branch_rank=16, samples=None),
+        TUNED,
+        against=("samples-256", "branch-16-lora", "lora"),
+    ),
 )
 RECIPES = {recipe.name: recipe for recipe in _LADDER}
 """The ladder: every recipe by name, each step after those that it builds on."""
@@ -210,7 +223,7 @@ ENDS = {
 
 FOLLOWED = (
     FULL_PRECISION, "signed", "mixup", "matched", "branch-16", "branch-16-lora",
-    "lora", "segments-2", "talora-2", "dfa-1",
+    "samples-256", "samples-256-lora", "lora", "segments-2", "talora-2", "dfa-1",
 )  # fmt: skip
 """Recipes that are followed to other bits, samplers and full-precision models."""
 SAMPLERS = tuple((name, steps) for name in ("ddim", "plms", "dpm++") for steps in (10, 20, 50, 100))

@@ -69,7 +69,16 @@ What is measured:
   forward of the denoiser on the held-out rows. Products of 4-bit numbers are emulated in float32;
   the row of full precision is the real forward, and no CPU has kernels for 4-bit ones to time.
 """
-CURVES = ("int-mse", "nvfp4", "mixup", "matched", "lora", "talora-2", "branch-16", "branch-16-lora")
+CURVES = (
+    "int-mse",
+    "nvfp4",
+    "mixup",
+    "matched",
+    "lora",
+    "talora-2",
+    "samples-256",
+    "samples-256-lora",
+)
 """Recipes whose errors are drawn for each timestep."""
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
 like all others, in `x8` their weights have 4 and their inputs 8.
@@ -78,9 +87,19 @@ LADDER_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
 """What the ladder's own setting is called among others; its tests have a table of their own."""
 UNTOLD = ("code", "date")
 """What differs from record to record of one machine."""
-SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "branch-16", "branch-16-lora")
+SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
 """Recipes that the page begins with."""
-NAMED = ("int-mse", "nvfp4", "mixup", "gptq", "branch-16", "lora", "long-lora", "branch-16-lora")
+NAMED = (
+    "int-mse",
+    "nvfp4",
+    "mixup",
+    "gptq",
+    "branch-16",
+    "lora",
+    "long-lora",
+    "samples-256",
+    "samples-256-lora",
+)
 """Recipes whose names are written into the plot over time."""
 
 

@@ -18,7 +18,7 @@ DISTANCES = {
     "frechet_sampled": "images of the full-precision model from other noise",
 }
 """Frechet distances by measure, and what they are from."""
-DEFAULT = "branch-16"
+DEFAULT = "samples-256"
 """The recipe that `msfp quantize` follows unless told otherwise."""
 
 

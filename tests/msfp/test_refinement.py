@@ -25,7 +25,7 @@ from msfp.open_layers import open_layers
 from msfp.paired import meet_layers
 from msfp.quantized_layer import quantized_layers
 from msfp.refinement import refine
-from msfp.trajectories import spread_batch
+from msfp.trajectories import Trajectories, spread_batch
 
 SMALL = {"samples": 16, "positions": 2048, "split_inputs": False, "branch_rank": 0}
 
@@ -290,3 +290,18 @@ def test_concatenated_inputs_are_split_on_request(quantized, trajectories):
 def test_values_out_of_range_are_refused_by_name(name, value, allowed):
     with pytest.raises(InputError, match=rf"{name} must be {allowed}.*not {value!r}"):
         RefinementConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((1, 16, 16), 256), ((3, 32, 32), 256), ((3, 64, 64), 85), ((4, 64, 64), 64)],
+)
+def test_as_many_samples_are_met_as_their_size_allows(shape, most, tiny, monkeypatch):
+    rows = torch.zeros(1).expand(2, 200, *shape)
+    given = Trajectories(torch.tensor([9, 1]), rows, rows)
+    met = []
+    monkeypatch.setattr("msfp.refinement.meet_layers", lambda *words: met.append(len(words[2])))
+    config = RefinementConfig(branch_rank=0, split_inputs=False)
+    refine(tiny(), given, config)
+    refine(tiny(), given, replace(config, samples=5))
+    assert met == [most, 5]
