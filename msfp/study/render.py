@@ -40,7 +40,8 @@ READING = """## How to read the tables
 **INT** are integers with a scale for each channel of the weights and one for the inputs, **MX** and
 **NVFP4** blocks with a scale each, **signed** and **mixup-sign** floating point whose format is
 searched layer by layer. What GPTQ, matching, splitting and branches are is on the page "Beyond the
-paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning".
+paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". They meet 64
+samples where nothing else is said.
 
 One seed stands for one whole run: its own calibration, trajectories, fine-tuning and noise. Tables
 give means over seeds with 95% confidence intervals by Student's t; of errors geometric means, and
@@ -89,17 +90,9 @@ UNTOLD = ("code", "date")
 """What differs from record to record of one machine."""
 SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
 """Recipes that the page begins with."""
-NAMED = (
-    "int-mse",
-    "nvfp4",
-    "mixup",
-    "gptq",
-    "branch-16",
-    "lora",
-    "long-lora",
-    "samples-256",
-    "samples-256-lora",
-)
+SHORT = {"samples-256": "default", "samples-256-lora": "default + LoRA"}
+"""What the plot over time calls recipes whose names are too long for it."""
+NAMED = ("int-mse", "nvfp4", "mixup", "gptq", "lora", *SHORT)
 """Recipes whose names are written into the plot over time."""
 
 
@@ -269,7 +262,7 @@ def _timed(group: Group) -> list[Timed]:
         psnr = group.mean(recipe, "psnr")
         seconds = [group.seconds(recipe, stage) or 0.0 for stage in ("quantize", "finetune")]
         if psnr is not None:
-            name = RECIPES[recipe].label if recipe in NAMED else ""
+            name = SHORT.get(recipe, RECIPES[recipe].label) if recipe in NAMED else ""
             found.append(Timed(name, _kind(recipe), sum(seconds), psnr))
     return found
 
