@@ -40,8 +40,8 @@ READING = """## How to read the tables
 **INT** are integers with a scale for each channel of the weights and one for the inputs, **MX** and
 **NVFP4** blocks with a scale each, **signed** and **mixup-sign** floating point whose format is
 searched layer by layer. What GPTQ, matching, splitting and branches are is on the page "Beyond the
-paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". What is refined
-before, or in place of, fine-tuning is so on 64 samples where nothing else is said.
+paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". What is
+refined before fine-tuning, or in its place, is so on 64 samples where nothing else is said.
 
 One seed stands for one whole run: its own calibration, trajectories, fine-tuning and noise. Tables
 give means over seeds with 95% confidence intervals by Student's t; of errors geometric means, and
