@@ -90,7 +90,7 @@ UNTOLD = ("code", "date")
 """What differs from record to record of one machine."""
 SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
 """Recipes that the page begins with."""
-SHORT = {"samples-256": "default", "samples-256-lora": "default + LoRA"}
+SHORT = {DEFAULT: "default", f"{DEFAULT}-lora": "default + LoRA"}
 """What the plot over time calls recipes whose names are too long for it."""
 NAMED = ("int-mse", "nvfp4", "mixup", "gptq", "lora", *SHORT)
 """Recipes whose names are written into the plot over time."""

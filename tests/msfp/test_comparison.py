@@ -14,7 +14,7 @@ from families import make, pipeline
 import msfp
 from msfp import FinetuneConfig, InputError, QuantizationConfig, Sampler
 from msfp.comparison import compare
-from msfp.comparison_state import KIND, pipeline_digest
+from msfp.comparison_state import KIND, SAVE_SECONDS, ComparisonState, pipeline_digest
 from msfp.evaluate import (
     PairedMeasures,
     noise_errors,
@@ -23,7 +23,7 @@ from msfp.evaluate import (
     paired_ssim,
 )
 from msfp.features import pixels
-from msfp.image_measures import ImageMeasures
+from msfp.image_measures import KEPT_IMAGES, ImageMeasures
 from msfp.quantized_layer import quantized_layers
 from msfp.saved_runs import save_run, saved_tensors
 from msfp.schedulers import use_sampler
@@ -304,3 +304,32 @@ def test_a_file_that_is_no_state_is_refused(reference, sealed, short, tmp_path):
     with pytest.raises(InputError, match="is not a state of msfp evaluate"):
         compare(reference, sealed, short, count=4, seed=0, features=pixels, state=file)
     assert file.read_bytes() == b"something else"
+
+
+def test_no_more_images_are_kept_than_are_shown():
+    measures = ImageMeasures(pixels, None)
+    for _ in range(2):
+        images = torch.rand(50, 1, 16, 16)
+        measures.update(images, images, images)
+    kept = measures.tensors()
+    assert len(kept["full"]) == len(kept["quantized"]) == KEPT_IMAGES
+    assert measures.count == 100
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now, saves = [0.0], []
+
+    def slow(*_):
+        saves.append(now[0])
+        now[0] += 10.0
+
+    monkeypatch.setattr("msfp.comparison_state.save_run", slow)
+    monkeypatch.setattr("msfp.comparison_state.time.monotonic", lambda: now[0])
+    state, measures = ComparisonState(tmp_path / "e.safetensors", {}), ImageMeasures(pixels, None)
+    images = torch.rand(2, 1, 16, 16)
+    measures.update(images, images, images)
+    while now[0] < 1000:
+        state.save(measures)
+        now[0] += 1.0
+    assert saves[0] == SAVE_SECONDS
+    assert 10.0 * len(saves) < 0.06 * now[0]
