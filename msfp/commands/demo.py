@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     """Describe the command."""
     demo = commands.add_parser("demo", help="quantize and recover the reference model; report")
     demo.add_argument("--output", type=Path, default=Path("msfp-demo"), help="a new folder")
-    demo.add_argument("--quick", action="store_true", help="a small run of under 90 seconds")
+    demo.add_argument("--quick", action="store_true", help="a small run of about two minutes")
     demo.add_argument("--seed", type=seed, default=0)
     add_bits(demo)
     demo.set_defaults(run=run)
