@@ -266,7 +266,7 @@ def test_what_tells_pipelines_apart_is_equal_in_every_process():
             text=True,
             check=True,
         ).stdout
-        for seed in "012"
+        for seed in "01"
     }
     assert len(told) == 1
     assert told != {""}

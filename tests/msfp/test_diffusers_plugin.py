@@ -63,7 +63,7 @@ def load_pipeline(folder, **arguments):
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     """A folder, and a pipeline of each family that was saved to it, quantized in every way."""
-    every = RefinementConfig(split_inputs=True, branch_rank=1)
+    every = RefinementConfig(split_inputs=True, branch_rank=1, samples=32)
     folder = tmp_path_factory.mktemp("families")
     pipes = {}
     for family in FAMILIES:

@@ -108,7 +108,7 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
 def test_a_denoiser_of_any_family_comes_closer_to_full_precision(family, tmp_path):
     paths = record_trajectories(families.pipeline(family, tmp_path), families.images)
     errors = []
-    for refinement in (None, RefinementConfig()):
+    for refinement in (None, RefinementConfig(samples=32)):
         pipe = families.pipeline(family, tmp_path)
         quantize(pipe, QuantizationConfig(refine=refinement), calibration=families.images)
         errors.append(mean_error(denoiser_of(pipe), paths))
@@ -136,7 +136,7 @@ def test_convolutions_along_one_dimension_are_refined_and_layers_that_run_twice_
 
     time = torch.ones(1).expand(8)
     errors, met = [], []
-    for refinement in (None, RefinementConfig()):
+    for refinement in (None, RefinementConfig(samples=32)):
         network = Network()
         paths = record_trajectories(network, call)
         config = QuantizationConfig(first_last=4, refine=refinement)
