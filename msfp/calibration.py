@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from fpformats.sketch import Sketch
 from msfp.errors import InputError
+from msfp.outputs import atomic_file
 
 FORMAT_VERSION = 1
 KEY = "msfp_calibration"
@@ -146,14 +146,11 @@ class Calibration:
             "total": self.total,
             "description": self.description,
         }
-        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
         try:
-            save_file(tensors, partial, metadata={KEY: json.dumps(description)})
-            partial.replace(file)
+            with atomic_file(file) as partial:
+                save_file(tensors, partial, metadata={KEY: json.dumps(description)})
         except (OSError, SafetensorError) as error:
             raise InputError(f"calibration {file} cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: str | Path) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,19 @@ def check_folder(argument: str, path: Path) -> None:
         ) from error
 
 
+def usual_mode(folder: Path) -> int:
+    """Return the permissions that new files have, known by making one in a folder of one's own.
+
+    Temporary folders, and files that safetensors writes, are closed to all but their owner.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the given name once the block ends without an error."""
@@ -70,7 +84,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"output {folder} cannot be made: {error.strerror}") from error
     try:
         yield partial
-        partial.chmod(0o755)
+        mode = usual_mode(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+        partial.chmod(mode | (mode & 0o444) >> 2)  # who may read it may enter it
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,4 +129,5 @@ def atomic_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         yield partial
+        partial.chmod(usual_mode(partial.parent))
         partial.replace(path)

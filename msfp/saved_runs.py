@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msfp.errors import InputError
-from msfp.outputs import sync_folder
+from msfp.outputs import sync_folder, usual_mode
 
 CHUNK = 1 << 24
 """Numbers that are hashed at once."""
@@ -50,6 +50,7 @@ def save_run(
         save_file(whole, partial, metadata={kind: json.dumps(description)})
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
+        partial.chmod(usual_mode(folder))
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be written: {error}") from error

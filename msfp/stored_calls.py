@@ -19,6 +19,7 @@ from torch import nn
 
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
+from msfp.outputs import atomic_file
 from msfp.sampling import PipelineCall
 
 KEY = "msfp_call"
@@ -56,9 +57,9 @@ def store_calls(
         tensors: dict[str, torch.Tensor] = {}
         tree = _stripped({"args": list(args), "kwargs": kwargs}, "", tensors)
         file = folder / f"{first + len(files):05d}.safetensors"
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={KEY: json.dumps(tree)})
-        files.append(partial.replace(file))
+        with atomic_file(file) as partial:
+            save_file(tensors, partial, metadata={KEY: json.dumps(tree)})
+        files.append(file)
 
     handle = denoiser_of(pipe).register_forward_pre_hook(write, with_kwargs=True)
     try:

@@ -1,9 +1,13 @@
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from msfp import InputError
+from msfp import Calibration, InputError
 from msfp.outputs import atomic_file, atomic_folder, check_folder, check_new_file, check_output
+from msfp.saved_runs import save_run
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -60,3 +64,25 @@ def test_a_folder_to_write_in_may_be_there_or_not(tmp_path):
         with pytest.raises(InputError, match=r"logs .* must be a folder to write in"):
             check_folder("logs", path)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def mask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_who_may_read_new_files_may_read_what_is_written(tmp_path, mask):
+    tensors = {"a": torch.ones(1)}
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "unet").mkdir()
+        save_file(tensors, folder / "unet" / "weights.safetensors")
+    with atomic_file(tmp_path / "b.safetensors") as partial:
+        save_file(tensors, partial)
+    save_run(tmp_path / "c.safetensors", "a test", tensors, {})
+    Calibration({}).save(tmp_path / "d.safetensors")
+    for path in tmp_path.rglob("*"):
+        usual = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == usual & ~mask, path
