@@ -15,7 +15,7 @@ from torch import nn
 
 from fpformats.sketch import Sketch
 from msfp.checkpoint import packed_size
-from msfp.comparison_state import ComparisonState, comparison_facts
+from msfp.comparison_facts import KIND, comparison_facts
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
 from msfp.features import Features
@@ -26,6 +26,7 @@ from msfp.progress import Advance, counted
 from msfp.quantized_layer import quantized_layers
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
+from msfp.timed_state import TimedState
 from msfp.trajectories import Trajectories, record_trajectories
 
 
@@ -175,7 +176,7 @@ def compare(
     calls = [(quantized, seed), (full, seed), (full, seed + 1)]
     file = None
     if state is not None:
-        file = ComparisonState(state, comparison_facts(calls, sampler, count, reference))
+        file = TimedState(state, KIND, comparison_facts(calls, sampler, count, reference))
         file.restore(measures)
     progress = counted(advance, "images of both, and of another seed", count)
     progress(measures.count)

@@ -35,10 +35,7 @@ def add(commands: Any) -> None:
         "--json", type=Path, metavar="FILE", help="a new .json file, or - for standard output"
     )
     options.add_report(evaluate)
-    evaluate.add_argument(
-        "--state", type=Path, metavar="FILE",
-        help="a .safetensors file: written each minute, gone on from, and removed at the end",
-    )  # fmt: skip
+    options.add_state(evaluate)
     # Other noise than that of calibration.
     options.add_sampling(evaluate, count=64, first_seed=1000)
     evaluate.set_defaults(run=run)
@@ -47,15 +44,16 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print a table, and write what was asked for."""
     from msfp.comparison import compare
-    from msfp.comparison_state import check_state
+    from msfp.comparison_facts import KIND
     from msfp.errors import InputError
     from msfp.features import feature_network
     from msfp.progress import stages
     from msfp.reference_statistics import ReferenceStatistics
+    from msfp.timed_state import check_state
 
     options.check_files(arguments, json=".json", report=".html")
     if arguments.state is not None:
-        check_state(arguments.state)
+        check_state(arguments.state, KIND)
     if arguments.count < 2:
         raise InputError("count must be at least 2: a Frechet distance is one between sets")
     sampler = options.check_sampling(arguments)

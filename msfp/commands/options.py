@@ -222,6 +222,14 @@ def add_report(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_state(command: argparse.ArgumentParser) -> None:
+    """Add the file that an interrupted run goes on from."""
+    command.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="a .safetensors file: written each minute, gone on from, and removed at the end",
+    )  # fmt: skip
+
+
 def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
     """Check files that a command is to write, where they were asked for.
 

@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
         help="antialiasing filter (default: bicubic)",
     )  # fmt: skip
     statistics.add_argument("--output", type=Path, required=True, help="a new .safetensors file")
+    options.add_state(statistics)
     statistics.add_argument("--device", help="of the network (default: cuda where there is one)")
     statistics.set_defaults(run=run)
 
@@ -35,18 +36,24 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.image_folder import image_files
     from msfp.outputs import atomic_file
     from msfp.progress import counted, stages
-    from msfp.reference_statistics import reference_statistics
+    from msfp.reference_statistics import KIND, reference_statistics
+    from msfp.timed_state import check_state
 
     options.check_files(arguments, output=".safetensors")
+    if arguments.state is not None:
+        check_state(arguments.state, KIND)
     network = feature_network(arguments.features, options.device(arguments))
     count = len(image_files(arguments.images))
     with stages() as advance:
         found = reference_statistics(
             arguments.images, network, name=arguments.features, size=arguments.size,
-            resize=arguments.resize, progress=counted(advance, "images", count),
+            resize=arguments.resize, state=arguments.state,
+            progress=counted(advance, "images", count),
         )  # fmt: skip
     with atomic_file(arguments.output) as partial:
         found.save(partial)
+    if arguments.state is not None:
+        arguments.state.unlink(missing_ok=True)
     features = len(found.statistics.mean)
     print(f"{count} images, {features} features: {arguments.output}")
     if count <= features:

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -239,7 +240,8 @@ def test_an_interrupted_evaluation_goes_on_from_its_state(digits, tmp_path, monk
         update(self, *sets)
 
     monkeypatch.setattr(ImageMeasures, "update", stopped_at_the_second)
-    monkeypatch.setattr("msfp.comparison_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SHARE", math.inf)
     assert msfp(*words) == 130
     assert [each.name for each in tmp_path.iterdir()] == [state.name]
     assert msfp(*words) == 0

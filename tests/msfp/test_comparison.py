@@ -14,7 +14,7 @@ from families import make, pipeline
 import msfp
 from msfp import FinetuneConfig, InputError, QuantizationConfig, Sampler
 from msfp.comparison import compare
-from msfp.comparison_state import KIND, SAVE_SECONDS, ComparisonState, pipeline_digest
+from msfp.comparison_facts import KIND, pipeline_digest
 from msfp.evaluate import (
     PairedMeasures,
     noise_errors,
@@ -154,7 +154,8 @@ def test_what_cannot_be_compared_is_refused(reference, sealed, sampler):
 
 def compared(full, quantized, sampler, file, monkeypatch, **options):
     """What a comparison of four batches found, with a state after each, and the rows it asked."""
-    monkeypatch.setattr("msfp.comparison_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SHARE", math.inf)
     starts = []
     one_batch = Sampler.one_batch
 
@@ -253,7 +254,7 @@ def test_features_that_are_not_numbers_can_be_gone_on_with(tmp_path):
 
 def test_what_tells_pipelines_apart_is_equal_in_every_process():
     code = (
-        "from msfp.comparison_state import pipeline_digest; "
+        "from msfp.comparison_facts import pipeline_digest; "
         "from msfp.reference import ddim_pipeline; "
         "from msfp.schedulers import use_sampler; pipe = ddim_pipeline(); "
         "use_sampler(pipe, 'dpm++'); print(pipeline_digest(pipe))"
@@ -314,22 +315,3 @@ def test_no_more_images_are_kept_than_are_shown():
     kept = measures.tensors()
     assert len(kept["full"]) == len(kept["quantized"]) == KEPT_IMAGES
     assert measures.count == 100
-
-
-def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
-    now, saves = [0.0], []
-
-    def slow(*_):
-        saves.append(now[0])
-        now[0] += 10.0
-
-    monkeypatch.setattr("msfp.comparison_state.save_run", slow)
-    monkeypatch.setattr("msfp.comparison_state.time.monotonic", lambda: now[0])
-    state, measures = ComparisonState(tmp_path / "e.safetensors", {}), ImageMeasures(pixels, None)
-    images = torch.rand(2, 1, 16, 16)
-    measures.update(images, images, images)
-    while now[0] < 1000:
-        state.save(measures)
-        now[0] += 1.0
-    assert saves[0] == SAVE_SECONDS
-    assert 10.0 * len(saves) < 0.06 * now[0]

@@ -1,6 +1,7 @@
 """The settings of docs/external-models.md, from a pipeline folder to the table, on stand-ins."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from refusals import assert_refused
 
 from msfp import inspect_layers, load
 from msfp.cli import main
-from msfp.feature_statistics import frechet_distance
+from msfp.feature_statistics import FeatureMoments, frechet_distance
 from msfp.image_folder import PngFolder
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.talora import routing_of
@@ -195,6 +196,33 @@ def digits_at_four_bits(tmp_path):
     words = ("--activations", "none", "--no-refine", "--output", tmp_path / "w4")
     assert msfp("quantize", "digits", *words) == 0
     return tmp_path / "w4"
+
+
+def test_interrupted_statistics_go_on_from_their_state(tmp_path, monkeypatch, capsys):
+    file, state = reference(tmp_path / "images"), tmp_path / "s.safetensors"
+    words = ("statistics", tmp_path / "images", "--features", "pixels", "--size", 16,
+             "--output", tmp_path / "again.safetensors", "--state", state)  # fmt: skip
+    monkeypatch.setattr("msfp.timed_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("msfp.image_folder.READ_AT_ONCE", 1)
+    update = FeatureMoments.update
+
+    def stopped_after_one(self, features):
+        if self.count == 1:
+            raise KeyboardInterrupt
+        update(self, features)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureMoments, "update", stopped_after_one)
+        assert msfp(*words) == 130
+    assert {each.name for each in tmp_path.iterdir()} == {"images", state.name}
+    assert msfp(*words) == 0
+    assert not state.exists()
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    (tmp_path / "other.safetensors").write_bytes(file.read_bytes())
+    new = ("--output", tmp_path / "new.safetensors", "--state", tmp_path / "other.safetensors")
+    assert msfp(*words[:6], *new) == 2
+    assert "other.safetensors is not a state of msfp statistics" in capsys.readouterr().err
 
 
 BAD = {

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,67 @@ def test_statistics_of_a_folder_are_those_of_its_images(tmp_path):
     expected = FrechetDistance(pixels, images)(others)
     of_others = reference_of(others)
     assert frechet_distance(of_others, found.statistics) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.fixture
+def each_batch_is_saved(monkeypatch):
+    monkeypatch.setattr("msfp.timed_state.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.timed_state.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("msfp.image_folder.READ_AT_ONCE", 4)
+
+
+def stopped_after(images):
+    def features(given):
+        stopped_after.asked += len(given)
+        if stopped_after.asked > images:
+            raise KeyboardInterrupt
+        return pixels(given)
+
+    stopped_after.asked = -2  # for the probe
+    return features
+
+
+@pytest.mark.usefixtures("each_batch_is_saved")
+def test_statistics_that_were_stopped_go_on_to_the_same_bits(tmp_path):
+    folder, state, seen = folder_of(tmp_path, count=11), tmp_path / "s.safetensors", []
+    settings = {"name": "pixels", "size": 16}
+    whole = reference_statistics(folder, pixels, **settings)
+    for images in (6, 5):
+        with pytest.raises(KeyboardInterrupt):
+            reference_statistics(folder, stopped_after(images), **settings, state=state)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["images", "s.safetensors"]
+    found = reference_statistics(folder, pixels, **settings, state=state, progress=seen.append)
+    assert seen == [8, 3]
+    assert torch.equal(found.statistics.mean, whole.statistics.mean)
+    assert torch.equal(found.statistics.covariance, whole.statistics.covariance)
+    assert found.description() == whole.description()
+    again = reference_statistics(folder, pixels, **settings, state=state)
+    assert torch.equal(again.statistics.covariance, whole.statistics.covariance)
+
+
+OTHER_RUNS = {
+    "size": ({"size": 8}, "its size is 16, not 8"),
+    "filter": ({"resize": "lanczos"}, "its resize is bicubic, not lanczos"),
+    "network": (
+        {"network": lambda images: pixels(images) + 1},
+        "its values of features are others",
+    ),
+    "images": ({}, "its images is 6, .*, not 7, "),
+}
+
+
+@pytest.mark.usefixtures("each_batch_is_saved")
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_the_state_of_other_statistics_is_refused(tmp_path, case):
+    folder, state = folder_of(tmp_path), tmp_path / "s.safetensors"
+    settings = {"network": pixels, "name": "pixels", "size": 16, "state": state}
+    reference_statistics(folder, **settings)
+    before, (change, message) = state.read_bytes(), OTHER_RUNS[case]
+    if case == "images":
+        (folder / "another.png").write_bytes((folder / "0.png").read_bytes())
+    with pytest.raises(InputError, match=message):
+        reference_statistics(folder, **settings | change)
+    assert state.read_bytes() == before
 
 
 def test_a_file_holds_all_that_there_is_to_know(tmp_path):

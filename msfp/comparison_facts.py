@@ -1,11 +1,9 @@
-"""The file that a comparison of two pipelines goes on from."""
+"""What tells one comparison of two pipelines from another, by which a state is known."""
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,63 +12,14 @@ from torch import nn
 
 from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
-from msfp.image_measures import ImageMeasures
-from msfp.outputs import check_folder, check_new_file
 from msfp.quantized_layer import quantized_layers
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.sampling import Sampler
-from msfp.saved_runs import described, description_of, digest, save_run, saved_tensors
+from msfp.saved_runs import digest
 
 KIND = "a state of msfp evaluate"
 VERSION = 1
 """Of what the tensors mean."""
-SAVE_SECONDS, SAVE_SHARE = 60, 0.05
-"""Least time between states that are saved, and the largest share of time that goes into saving."""
-
-
-def check_state(path: Path) -> None:
-    """Raise InputError unless a path is that of a state, or of a new file that can be written."""
-    if not path.exists():
-        check_new_file("state", path, ".safetensors")
-        return
-    description_of(path, KIND)
-    check_folder("state", path.absolute().parent)
-
-
-class ComparisonState:
-    """What was measured of a comparison, in a file.
-
-    Args:
-        path: A safetensors file, which may exist.
-        run: What makes a comparison another one.
-
-    Raises:
-        InputError: If the file is something else, or cannot be written.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        check_state(path)
-        self._path, self._run = path, run
-        self._next = time.monotonic() + SAVE_SECONDS
-
-    def restore(self, measures: ImageMeasures) -> None:
-        """Take what was measured from the file, if there is one.
-
-        Raises:
-            InputError: If it is of another comparison.
-        """
-        if self._path.exists():
-            described(self._path, KIND, self._run)
-            measures.restore(saved_tensors(self._path))
-
-    def save(self, measures: ImageMeasures) -> None:
-        """Write what was measured, unless that was done not long ago."""
-        started = time.monotonic()
-        if started < self._next:
-            return
-        save_run(self._path, KIND, measures.tensors(), {"run": self._run})
-        now = time.monotonic()
-        self._next = now + max(SAVE_SECONDS, (now - started) / SAVE_SHARE)
 
 
 def comparison_facts(
