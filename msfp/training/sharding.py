@@ -30,7 +30,10 @@ class Gathered(nn.Module):
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         """Return the weight; every process has to ask for it."""
         whole = part.new_empty(distributed.get_world_size() * len(part))
-        distributed.all_gather_into_tensor(whole, part)
+        # torch 2.13 gave it another name.
+        renamed = hasattr(distributed, "all_gather_single")
+        gather = getattr(distributed, "all_gather_single" if renamed else "all_gather_into_tensor")
+        gather(whole, part)
         return whole[: self.shape.numel()].view(self.shape)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
