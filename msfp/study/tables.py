@@ -41,6 +41,8 @@ def verdict(difference: Difference | None, measure: str) -> str:
         '**-18%** [-26, -10], p = 0.001'
         >>> verdict(Difference(0.1, -0.2, 0.4, 0.4), "psnr")
         'tie: +0.1 dB [-0.2, +0.4]'
+        >>> verdict(Difference(0.7, 0.1, 1.3, 0.047), "psnr")
+        '**+0.7 dB** [+0.1, +1.3], p = 0.047'
     """
     if difference is None:
         return ""
@@ -54,7 +56,8 @@ def verdict(difference: Difference | None, measure: str) -> str:
     if kind == "tie":
         return f"tie: {change} {interval}"
     p = difference.p or 0.0
-    note = "p < 0.001" if p < 0.001 else f"p = {p:.1g}"
+    digits = 2 if f"{p:.1g}" == "0.05" else 1  # on which side of the threshold it is must show
+    note = "p < 0.001" if p < 0.001 else f"p = {p:.{digits}g}"
     if kind == "open":
         return f"open: {change} {interval}, {note}"
     return f"**{change}** {interval}, {note}"
