@@ -56,7 +56,7 @@ def verdict(difference: Difference | None, measure: str) -> str:
     if kind == "tie":
         return f"tie: {change} {interval}"
     p = difference.p or 0.0
-    digits = 2 if f"{p:.1g}" == "0.05" else 1  # on which side of the threshold it is must show
+    digits = 3 if f"{p:.1g}" == "0.05" else 1  # on which side of the threshold it is must show
     note = "p < 0.001" if p < 0.001 else f"p = {p:.{digits}g}"
     if kind == "open":
         return f"open: {change} {interval}, {note}"
