@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,15 @@ def image_files(folder: Path) -> list[Path]:
             f"images {folder} must hold at least 2 files of {', '.join(SUFFIXES)}, not {len(files)}"
         )
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def listed(folder: Path) -> str:
+    """Return how many images a folder holds, and digits that tell them by places and sizes."""
+    files = [
+        (file.relative_to(folder).as_posix(), file.stat().st_size) for file in image_files(folder)
+    ]
+    digits = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    return f"{len(files)} images ({digits})"
 
 
 def read_image(file: Path, size: int, resize: Resize = "bicubic") -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from msfp.errors import InputError
 from msfp.feature_statistics import FeatureMoments, FeatureStatistics, checked_features
 from msfp.features import Features
-from msfp.image_folder import Resize, image_files, read_batches
+from msfp.image_folder import Resize, image_files, listed, read_batches
 from msfp.sampling import Progress
 from msfp.timed_state import TimedState
 from msfp.version import __version__
@@ -137,7 +136,7 @@ def reference_statistics(
     moments, saved = FeatureMoments(), None
     if state is not None:
         run = {"size": size, "resize": resize, "values of features": probe.flatten().tolist()}
-        saved = TimedState(state, KIND, run | {"images": _files_digest(folder, files)})
+        saved = TimedState(state, KIND, run | {"images": listed(folder)})
         saved.restore(moments)
     if progress is not None and moments.count:
         progress(moments.count)
@@ -148,11 +147,3 @@ def reference_statistics(
         if progress is not None:
             progress(len(images))
     return ReferenceStatistics(moments.statistics(), name, size, resize, probe)
-
-
-def _files_digest(folder: Path, files: list[Path]) -> str:
-    """Return digits that tell lists of files apart, by their places in a folder and their sizes."""
-    found = hashlib.sha256()
-    for file in files:
-        found.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
-    return f"{len(files)}, {found.hexdigest()[:16]}"

@@ -188,26 +188,20 @@ def _state_folder(arguments: argparse.Namespace) -> Path:
 
 def _record(arguments: argparse.Namespace, sampler: Sampler) -> TuningRecord:
     """Return the record of the run, read where it is resumed."""
+    from msfp.image_folder import listed
     from msfp.tuning_record import TuningRecord
 
     settings = {key: value for key, value in vars(arguments).items() if key not in NO_SETTINGS}
     facts = {f"--{key.replace('_', '-')}": value for key, value in settings.items()}
     facts["--labels" if arguments.labels else "--prompts"] = sampler.conditions
-    facts["--data"] = None if arguments.data is None else _listed(arguments.data)
+    if arguments.data is not None:
+        data = arguments.data.absolute()
+        facts["--data"] = f"{data} with {listed(data)}"
     facts["checkpoint"] = _digest(arguments.checkpoint)
     record = TuningRecord(arguments.state, facts, writes=_main_process())
     if arguments.resume:
         record.resume()
     return record
-
-
-def _listed(data: Path) -> str:
-    """Return a folder, and a few digits that tell the images in it by their names and sizes."""
-    from msfp.image_folder import image_files
-
-    files = [(str(file), file.stat().st_size) for file in image_files(data.absolute())]
-    digits = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
-    return f"{data.absolute()} with {len(files)} images ({digits})"
 
 
 def _digest(checkpoint: Path) -> str:

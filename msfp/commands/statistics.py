@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read every image, and write mean and covariance of their features."""
+    from msfp.errors import InputError
     from msfp.features import feature_network
     from msfp.image_folder import image_files
     from msfp.outputs import atomic_file
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_files(arguments, output=".safetensors")
     if arguments.state is not None:
         check_state(arguments.state, KIND)
+        if arguments.state.absolute() == arguments.output.absolute():
+            raise InputError(f"state must be another file than output, {arguments.output}")
     network = feature_network(arguments.features, options.device(arguments))
     count = len(image_files(arguments.images))
     with stages() as advance:

@@ -245,6 +245,11 @@ BAD = {
         lambda t: ["evaluate", t, "--against", "digits", "--reference", t / "none"],
         "is not a file of msfp statistics",
     ),
+    "state": (
+        lambda t: ["statistics", reference(t / "r").parent, "--features", "pixels", "--size", 16,
+                   "--output", t / "x.safetensors", "--state", t / "x.safetensors"],
+        "state must be another file than output",
+    ),
     "no images": (
         lambda t: ["statistics", t, "--features", "pixels", "--size", 16,
                    "--output", t / "x.safetensors"],

@@ -83,7 +83,7 @@ OTHER_RUNS = {
         {"network": lambda images: pixels(images) + 1},
         "its values of features are others",
     ),
-    "images": ({}, "its images is 6, .*, not 7, "),
+    "images": ({}, "its images is 6 images .*, not 7 images "),
 }
 
 
