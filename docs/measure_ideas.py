@@ -13,16 +13,19 @@ many evaluations of the denoiser as one step takes otherwise.
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 from torch import nn
 
 from fpformats import quantize_scaled
+from msfp.config import QuantizationConfig
 from msfp.denoiser import denoiser_of
 from msfp.dfa import denoising_factors
 from msfp.evaluate import noise_errors, paired_psnr
-from msfp.open_layers import OpenLayer, open_layers
+from msfp.open_layers import open_layers
 from msfp.quantization import quantize, seal
+from msfp.quantizer import Quantizer
 from msfp.study.bench import Bench
 from msfp.study.ladder import Row
 from msfp.training.config import FinetuneConfig
@@ -34,6 +37,8 @@ from msfp.trajectories import Trajectories
 
 SCALES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
 ZERO_POINTS = (0.5, 0.75, 1.0, 1.25, 1.5)
+BITS = 4
+CONFIG = QuantizationConfig(weights=BITS, activations=BITS, refine=None)
 ROWS = 32
 NUMBERS = 20_000
 """Numbers of a layer's input at a step, at most, whose error is measured."""
@@ -62,9 +67,8 @@ def inputs_by_step(denoiser: nn.Module, path: Trajectories) -> dict[str, list[to
     return inputs
 
 
-def errors(layer: OpenLayer, x: torch.Tensor) -> list[float]:
+def errors(quantizer: Quantizer, x: torch.Tensor) -> list[float]:
     """Return the squared errors of an input by every scale and zero point that is tried."""
-    quantizer = layer.input_quantizer
     scale, zero = quantizer.scale.detach(), quantizer.zero_point
     pairs = [
         (scale * a, None if zero is None else zero.detach() * b)
@@ -79,16 +83,16 @@ def errors(layer: OpenLayer, x: torch.Tensor) -> list[float]:
 def time_dependent_scales(row: Row, bench: Bench) -> None:
     """Print the errors of inputs with the best scales of each step, relative to one for all."""
     pipe = bench.open()
-    quantize(pipe, row.quantization(), calibration=bench.calibration)
+    quantize(pipe, CONFIG, calibration=bench.calibration)
     denoiser = denoiser_of(pipe)
     inputs, by_step, by_quarter, weights = inputs_by_step(denoiser, bench.held_out), [], [], []
     for name, layer in open_layers(denoiser).items():
         quantizer = layer.input_quantizer
-        if quantizer is None or quantizer.format.bits > row.quantization().activations:
+        if quantizer is None or quantizer.format.bits > BITS:
             continue
         if quantizer.scale.dim():
             continue  # has a scale for each channel
-        found = torch.tensor([errors(layer, x) for x in inputs[name]])
+        found = torch.tensor([errors(quantizer, x) for x in inputs[name]])
         one = found.mean(0).min()
         by_step.append((found.min(1).values.mean() / one).item())
         quarters = [part.mean(0).min().item() for part in found.chunk(4)]
@@ -103,13 +107,13 @@ def time_dependent_scales(row: Row, bench: Bench) -> None:
 class PathObjective(Objective):
     """The squared distance from the full-precision path some DDIM steps on."""
 
-    def __init__(self, steps: int, scheduler: object) -> None:
+    def __init__(self, steps: int, scheduler: Any) -> None:
         super().__init__(torch.ones(steps))
         factors = denoising_factors(scheduler, steps)
         self.slopes = torch.tensor([factors[t.item()] for t in scheduler.timesteps])
         alphas = scheduler.alphas_cumprod[scheduler.timesteps].sqrt()
         after = torch.cat([alphas[1:], scheduler.final_alpha_cumprod.sqrt()[None]])
-        self.keeps = after / alphas
+        self.keeps: torch.Tensor = after / alphas
 
     def moved(self, step: torch.Tensor, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the sampler's next samples."""
@@ -140,7 +144,7 @@ class PathObjective(Objective):
 def path_matching(row: Row, bench: Bench) -> None:
     """Print what training by the path gives."""
     pipe = bench.open()
-    quantize(pipe, row.quantization(), calibration=bench.calibration)
+    quantize(pipe, CONFIG, calibration=bench.calibration)
     denoiser, path = denoiser_of(pipe), bench.training
     config = FinetuneConfig(steps=160, batch=32 // AHEAD, seed=row.seed)
     pipe.scheduler.set_timesteps(row.steps)

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -17,13 +18,13 @@ PAGE = DOCS / "performance.md"
 WHATS = ("x a copy", "x fpformats")
 
 
-def by_table(run: dict[str, object], table: str) -> list[dict[str, object]]:
+def by_table(run: dict[str, Any], table: str) -> list[dict[str, Any]]:
     """Return the records of a table, in the order of the run."""
     records = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
     return [record for record in records if record.get("table") == table]
 
 
-def passes(run: dict[str, object]) -> str:
+def passes(run: dict[str, Any]) -> str:
     """Return ratios to a copy, by operation, instruction set and size."""
     records = by_table(run, "passes")
     heads = [f"{r['backend']}, {r['size']:.0e}".replace("e+0", "e") for r in records]
@@ -37,7 +38,7 @@ def passes(run: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def peers(run: dict[str, object]) -> str:
+def peers(run: dict[str, Any]) -> str:
     """Return ratios to a copy and to the kernel here, by library and number of elements."""
     records = by_table(run, "peers")
     sizes = sorted({record["size"] for record in records})
@@ -58,7 +59,7 @@ def peers(run: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def calls(run: dict[str, object]) -> str:
+def calls(run: dict[str, Any]) -> str:
     """Return the time of one call on ten thousand elements."""
     (record,) = by_table(run, "call")
     times = record["microseconds"]
@@ -66,7 +67,7 @@ def calls(run: dict[str, object]) -> str:
     return "\n".join([*lines, *(f"| {name} | {times[name]:.1f} |" for name in times)])
 
 
-def searches(run: dict[str, object]) -> str:
+def searches(run: dict[str, Any]) -> str:
     """Return how often faster the search is than a loop that quantizes."""
     lines = ["| search | loop in torch, ms | search, ms | faster |", "|---|--:|--:|--:|"]
     for record in by_table(run, "search"):
@@ -75,14 +76,16 @@ def searches(run: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def picture(run: dict[str, object]) -> None:
+def picture(run: dict[str, Any]) -> None:
     """Draw the ratios of all libraries, on a logarithmic axis."""
     records = [record for record in by_table(run, "peers") if record["size"] == 1_000_000]
-    bars = {list(r["ratios"])[-1]: list(r["ratios"].values())[-1] for r in records}
+    bars: dict[str, float] = {
+        list(r["ratios"])[-1]: list(r["ratios"].values())[-1] for r in records
+    }
     own = records[0]["ratios"]
     bars |= {"fpformats, whole-array": own["fpformats, whole-array"], "fpformats": own["fpformats"]}
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    names = sorted(bars, key=bars.get, reverse=True)
+    names = sorted(bars, key=bars.__getitem__, reverse=True)
     colors = ["tab:blue" if name.startswith("fpformats") else "silver" for name in names]
     drawn = axes.barh(names, [bars[name] for name in names], color=colors)
     axes.bar_label(drawn, [f"{bars[name]:.3g}" for name in names], padding=3)
@@ -93,7 +96,7 @@ def picture(run: dict[str, object]) -> None:
     figure.savefig(DOCS / "pictures" / "speed.png", dpi=150)
 
 
-def machine(run: dict[str, object]) -> str:
+def machine(run: dict[str, Any]) -> str:
     """Return what the run was made on."""
     info = run["machine_info"]
     cpu = info["cpu"].get("brand_raw", platform.processor())
@@ -108,9 +111,9 @@ def main() -> None:
     run = json.loads(Path(sys.argv[1]).read_text())
     text = PAGE.read_text()
     for make in (machine, calls, passes, peers, searches):
-        pattern = rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)"
-        content = make(run)
-        text = re.sub(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
+        pattern = rf"(?<=<!-- {make.__name__} -->\n).*?(?=<!-- end -->)"
+        content = f"{make(run)}\n".replace("\\", r"\\")
+        text = re.sub(pattern, content, text, flags=re.DOTALL)
     PAGE.write_text(text)
     picture(run)
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 PICTURES = ("images", "distribution", "errors", "errors_by_timestep", "routing")
@@ -17,7 +18,7 @@ HEADER = (
 )
 
 
-def table(results: dict[str, object]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return the demo's table in Markdown."""
     lines = [HEADER]
     for row in results["rows"]:

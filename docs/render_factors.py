@@ -58,7 +58,7 @@ def curve(
     """Draw the weights of one scheduler along its grid."""
     weights = timestep_weights(denoising_factors(scheduler, STEPS, **step), power=1)
     visible = {timestep: weight for timestep, weight in weights.items() if weight > 0}
-    axes.plot(visible.keys(), visible.values(), ".-", color=color, label=label, linewidth=1.2)
+    axes.plot(list(visible), list(visible.values()), ".-", color=color, label=label, linewidth=1.2)
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ METHODS = (
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
-    ("lora", "fixed-lora"), ("long-lora", "lora"), ("branch-16-lora", "branch-16"),
-    ("samples-256-lora", "samples-256"),
+    ("lora", "mixup"), ("lora", "fixed-lora"), ("long-lora", "lora"),
+    ("branch-16-lora", "branch-16"), ("samples-256-lora", "samples-256"),
     ("segments-2", "lora"), ("talora-2", "lora"), ("talora-4", "lora"), ("dfa-1", "lora"),
     ("dfa-2", "lora"), ("svd-lora", "lora"), ("own-path-lora", "lora"),
     ("matched-lora", "lora"), ("branch-16-talora-2", "branch-16-lora"),
@@ -27,7 +27,8 @@ INGREDIENTS = (
     ("narrow-talora-2", "narrow-lora"), ("long-talora-2", "long-lora"),
 )  # fmt: skip
 """What is added in fine-tuning, and to what: first what helps, then what was hoped to."""
-COLUMNS = dict(zip(MODELS, ("digits", "transformer", "photographs"), strict=True))
+COLUMNS = ("digits", "transformer", "photographs")
+"""What the reference models are called."""
 
 
 def ladder(model: str) -> Group:
@@ -58,20 +59,14 @@ def methods() -> str:
 
 def ingredients() -> str:
     """Return the table of what each ingredient of fine-tuning changes."""
-    groups = {COLUMNS[model]: ladder(model) for model in MODELS}
-    found = {
-        key: each
-        for key, each in comparisons(groups, tuple(MARGINS)).items()
-        if key[:2] in INGREDIENTS and each.p is not None
-    }
+    # Each model's tests are a family by themselves, as on the page of results.
+    found = [comparisons({"": ladder(model)}, tuple(MARGINS)) for model in MODELS]
     rows = []
     for recipe, against in INGREDIENTS:
         for measure, name in ((ERROR, "error"), ("psnr", "PSNR")):
-            cells = [
-                verdict(found.get((recipe, against, column, measure)), measure) for column in groups
-            ]
+            cells = [verdict(tests.get((recipe, against, "", measure)), measure) for tests in found]
             rows.append([RECIPES[recipe].label, RECIPES[against].label, name, *cells])
-    return markdown_table(("recipe", "against", "of", *groups), rows)
+    return markdown_table(("recipe", "against", "of", *COLUMNS), rows)
 
 
 def main() -> None:

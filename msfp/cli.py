@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,12 @@ def _left_behind(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for input that cannot be used, 130 when interrupted."""
+    """Run a command.
+
+    Returns:
+        0, 1 where nobody reads the output any more, 2 for input that cannot be used, 130 when
+        interrupted.
+    """
     arguments = parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -59,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         keep_memory()
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except InputError as error:
         print(f"msfp: {error}", file=sys.stderr)
         return 2

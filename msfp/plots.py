@@ -120,12 +120,14 @@ def _plain_decades(axis: Axis) -> None:
 
 
 def errors_by_timestep(
-    timesteps: Sequence[float], rows: Sequence[tuple[str, Sequence[float]]]
+    timesteps: Sequence[float],
+    rows: Sequence[tuple[str, Sequence[float]]],
+    shades: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the noise-prediction error of each method against the timestep."""
+    """Draw the noise-prediction error of each method against the timestep, in colours if given."""
     picture = figure(7.2, 3.8)
     axes = axes_of(picture)
-    for (label, errors), colour in zip(rows, colours(len(rows)), strict=True):
+    for (label, errors), colour in zip(rows, shades or colours(len(rows)), strict=True):
         axes.plot(timesteps, errors, marker="o", markersize=3, label=label, color=colour)
     axes.set_yscale("log")
     _plain_decades(axes.yaxis)

@@ -32,10 +32,10 @@ class TuningRecord:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "tuned.state"
-        >>> record = TuningRecord(folder, {"--steps": 240})
+        >>> record = TuningRecord(folder, {"--steps": 160})
         >>> record.begin()
         >>> record.spent("single LoRA", 12.5)
-        >>> again = TuningRecord(folder, {"--steps": 240})
+        >>> again = TuningRecord(folder, {"--steps": 160})
         >>> again.resume()
         >>> again.seconds
         {'single LoRA': 12.5}

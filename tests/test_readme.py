@@ -4,7 +4,11 @@ from pathlib import Path
 from msfp.reference import ddim_pipeline
 
 README = Path(__file__).parent.parent / "README.md"
-SMALLER = {"steps=20": "steps=2", "calls(256": "calls(64", "steps=160": "steps=2"}
+SMALLER = {
+    "steps=20": "steps=2",
+    "calls(256": "calls(64",
+    "FinetuneConfig()": "FinetuneConfig(steps=2)",
+}
 
 
 def test_the_example_runs(tmp_path, monkeypatch):

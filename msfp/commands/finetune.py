@@ -84,7 +84,7 @@ def _add_training(finetune: argparse.ArgumentParser) -> None:
     for name, parse, default, text in (
         ("hub", options.whole(1, 16), 1, "LoRAs for each layer"),
         ("rank", options.whole(1, 256), 16, "rank of each"),
-        ("steps", count, 240, "steps of training"),
+        ("steps", count, 160, "steps of training"),
         ("batch", count, 32, "samples in a step, over all processes"),
         ("accumulate", count, 1, "parts that a process takes its batch in"),
         ("student-every", options.whole(0, 10**9), 0, "steps between recordings of its own path"),

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.errors import InputError
     from msfp.progress import counted, stages
     from msfp.study.render import render
-    from msfp.study.run import chosen_rows, missing_rows, run_rows
+    from msfp.study.run import chosen_rows, missing_rows, run_rows, valid_records
     from msfp.study.store import Store
     from msfp.study.subjects import has_model
 
@@ -54,4 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
             run_rows(rows, arguments.output, arguments.models, lambda _row: progress(1))
     if not store.records():
         raise InputError(f"output {arguments.output} has no results.jsonl to render")
-    print(f"{len(store.records())} rows: {render(arguments.output)}")
+    valid, count = len(valid_records(store)), len(store.records())
+    others = f" ({count - valid} of other settings are left out)" if valid < count else ""
+    print(f"{valid} rows{others}: {render(arguments.output)}")

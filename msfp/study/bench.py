@@ -31,7 +31,7 @@ from msfp.observation import calibrate
 from msfp.open_layers import open_layers
 from msfp.quantization import quantize, seal
 from msfp.sampling import PipelineCall
-from msfp.study.ladder import FULL_PRECISION, Row
+from msfp.study.ladder import FULL_PRECISION, REVISION, Row
 from msfp.study.machine import forget_peak, machine, peak_bytes
 from msfp.study.store import Record
 from msfp.study.subjects import SUBJECTS, full_precision
@@ -91,27 +91,28 @@ class Bench:
     @functools.cached_property
     def reference(self) -> torch.Tensor:
         """The images of the full-precision model, from the noise that every row's start from."""
-        return self.images(self.open(), self._noise(4))
+        return self.images(self.open())
 
     @functools.cached_property
     def sampled_distance(self) -> FrechetDistance:
         """Frechet distance from images of the full-precision model, from other noise."""
-        return FrechetDistance(self.subject.features, self.images(self.open(), self._noise(5)))
+        return FrechetDistance(self.subject.features, self.images(self.open(), 5))
 
-    def images(self, pipe: DiffusionPipeline, noise: int) -> torch.Tensor:
-        """Return the images of a pipeline from noise of a seed."""
-        return self.sampler(pipe, self.settings.images, noise)
+    def images(self, pipe: DiffusionPipeline, purpose: int = 4) -> torch.Tensor:
+        """Return the images of a pipeline, from the noise of those that are compared in pairs."""
+        return self.sampler(pipe, self.settings.images, self._noise(purpose))
 
     def run(self, row: Row) -> tuple[Record, torch.Tensor]:
         """Quantize, fine-tune and measure as a row asks; return its record and its images."""
         pipe = self.open()
         seconds, peak = self._prepare(pipe, row)
         full = row.recipe == FULL_PRECISION
-        images = self.reference if full else self.images(pipe, self._noise(4))
+        images = self.reference if full else self.images(pipe)
         quantization, tune = row.quantization(), self.subject.finetune(row)
         record = {
             "name": row.name,
             "row": asdict(row),
+            "revision": REVISION,
             "settings": asdict(self.settings),
             "quantization": None if quantization is None else quantization.to_dict(),
             "finetune": None if tune is None else tune.to_dict(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msfp.study.ladder import FULL_PRECISION, RECIPES
 from msfp.study.statistics import Difference, Mean, compare, geometric_mean, mean
@@ -54,11 +54,24 @@ class Group:
             return None
         return geometric_mean(values) if measure == ERROR else mean(values)
 
+    def timed(self, recipe: str) -> list[Record]:
+        """Return the records whose times tell, all of them if none do.
+
+        Those of earlier code, which do not name it, took longer.
+        """
+        records = list(self.by_recipe[recipe].values())
+        return [each for each in records if "code" in each["versions"]] or records
+
     def seconds(self, recipe: str, stage: str) -> float | None:
         """Return the mean CPU seconds of a stage, None where it was not timed."""
-        records = self.by_recipe[recipe].values()
-        found = [r["seconds"][stage] for r in records if r["seconds"].get(stage) is not None]
-        return sum(found) / len(found) if found else None
+        found = [each["seconds"].get(stage) for each in self.timed(recipe)]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) / len(known) if known else None
+
+    def smallest(self, recipe: str, measure: Callable[[Record], float | None]) -> float | None:
+        """Return the smallest of what the records have of a measure, None where none has it."""
+        found = [measure(record) for record in self.by_recipe[recipe].values()]
+        return min((each for each in found if each), default=None)
 
     def against(self, recipe: str) -> list[str]:
         """Return the recipes that one is tested against.

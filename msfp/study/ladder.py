@@ -15,6 +15,8 @@ TRAININGS = range(3)
 """Independently trained full-precision models; 0 is the one that ships."""
 SETTING = ("W4A4", "ddim", 20)
 """Bits, sampler and steps of the ladder itself."""
+REVISION = 1
+"""Raised when rows of equal settings are to give other numbers; records of others count no more."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ TUNED: dict[str, Any] = {"steps": 160}
 FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
 TWO_HUBS = TUNED | {"hub": 2}
 FULL_PRECISION = "full-precision"
+DEFAULT = "samples-256"
+"""The recipe that `msfp quantize` follows unless told otherwise."""
 
 
 def _refined(**options: Any) -> dict[str, Any]:
@@ -67,7 +71,7 @@ _LADDER = (
     Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against=("int-mse",)),
     Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against=("mx",)),
     Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against=("int-mse",)),
-    Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed",)),
+    Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed", "nvfp4")),
     Recipe(
         "last-bias",
         "mixup, bias of the last layer",
@@ -103,10 +107,10 @@ _LADDER = (
         against=("branch-4", "mixup"),
     ),
     Recipe(
-        "samples-256",
+        DEFAULT,
         "split + branch of rank 16, 256 samples",
         _refined(split_inputs=True, branch_rank=16, samples=None),
-        against=("branch-16", "mixup"),
+        against=("branch-16", "mixup", "nvfp4"),
     ),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
@@ -114,7 +118,7 @@ _LADDER = (
     Recipe(
         "fixed-lora", "mixup + LoRA, scales fixed", PLAIN, TUNED | FIXED_SCALES, against=("mixup",)
     ),
-    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against=("fixed-lora",)),
+    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against=("fixed-lora", "mixup", DEFAULT)),
     Recipe(
         "segments-2",
         "mixup + LoRA by segment, h = 2",

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from msfp.plots import errors_by_timestep
+from msfp.plots import DISTINCT, GREY, INK, errors_by_timestep
 from msfp.report import png
 from msfp.study.groups import ERROR, Group
-from msfp.study.ladder import BITS, MODELS, RECIPES, SETTING, Row
+from msfp.study.ladder import BITS, DEFAULT, FULL_PRECISION, MODELS, RECIPES, SETTING, Row
 from msfp.study.pictures import Timed, against_time, ladder_points, lines, strips
-from msfp.study.run import picture_file
+from msfp.study.run import picture_file, valid_records
 from msfp.study.statistics import Mean
 from msfp.study.store import Record, Store
 from msfp.study.subjects import SUBJECTS
 from msfp.study.tables import (
-    DEFAULT,
     cell,
     comparison_table,
     cost_table,
@@ -32,8 +31,9 @@ from msfp.study.tables import (
 INTRODUCTION = """# Results
 
 Every number on this page is computed from the records in `results.jsonl` beside it, which hold
-each row's settings, seeds, versions and machine. `msfp study` runs the rows and writes this
-page; `msfp study --list` names those that are missing.
+each row's settings, seeds and versions, and all but the oldest what machine and code ran it.
+`msfp study` runs the rows and writes this page; with the folder of the records as its `--output`,
+`--list` names those that are missing.
 """
 READING = """## How to read the tables
 
@@ -66,21 +66,22 @@ What is measured:
   precision, wherever an error undoes what guidance or the sampler did; the distance from samples of
   the full-precision model cannot be fooled so. Both are to be compared with full precision's own.
 - **search, tuning**: CPU seconds of one thread to quantize and to fine-tune. **peak**: the most
-  memory that the process had meanwhile, with all it had loaded. **forward**: CPU time of one
+  memory that the process had meanwhile, with all that it held before, in that seed for which it is
+  least. **forward**: CPU time of one
   forward of the denoiser on the held-out rows. Products of 4-bit numbers are emulated in float32;
   the row of full precision is the real forward, and no CPU has kernels for 4-bit ones to time.
 """
-CURVES = (
-    "int-mse",
-    "nvfp4",
-    "mixup",
-    "matched",
-    "lora",
-    "talora-2",
-    "samples-256",
-    "samples-256-lora",
-)
-"""Recipes whose errors are drawn for each timestep."""
+SHADES = {
+    "int-mse": GREY,
+    "nvfp4": DISTINCT[3],
+    "mixup": DISTINCT[0],
+    "matched": DISTINCT[5],
+    DEFAULT: DISTINCT[2],
+    "lora": DISTINCT[4],
+    "talora-2": DISTINCT[1],
+    f"{DEFAULT}-lora": INK,
+}
+"""Recipes that plots follow, and whose images are shown, each with its colour in all plots."""
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
 like all others, in `x8` their weights have 4 and their inputs 8.
 """
@@ -90,10 +91,18 @@ UNTOLD = ("code", "date")
 """What differs from record to record of one machine."""
 SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
 """Recipes that the page begins with."""
-SHORT = {DEFAULT: "default", f"{DEFAULT}-lora": "default + LoRA"}
-"""What the plot over time calls recipes whose names are too long for it."""
-NAMED = ("int-mse", "nvfp4", "mixup", "gptq", "lora", *SHORT)
-"""Recipes whose names are written into the plot over time."""
+NAMED = {
+    "int-mse": ("INT, clip", "below"),
+    "nvfp4": ("NVFP4", "above"),
+    "mixup": ("mixup-sign", "below"),
+    "gptq": ("GPTQ", "left"),
+    "lora": ("LoRA", "below"),
+    "long-lora": ("LoRA, 640 steps", "below"),
+    "branch-4": ("branch of rank 4", "left"),
+    DEFAULT: ("default", "above"),
+    f"{DEFAULT}-lora": ("default + LoRA", "above"),
+}
+"""What the plot over time calls some recipes, and on which side of their points."""
 
 
 class Page:
@@ -121,7 +130,7 @@ class Page:
 
 def render(folder: Path) -> Path:
     """Write `results.md` and `plots/` into the folder of a study; return the page's file."""
-    records, page = list(Store(folder).records().values()), Page(folder)
+    records, page = valid_records(Store(folder)), Page(folder)
     of_models = {
         model: [record for record in records if record["row"]["model"] == model] for model in MODELS
     }
@@ -199,10 +208,9 @@ def _setting(record: Record) -> tuple[str, str, int]:
 
 def _provenance(records: Sequence[Record]) -> str:
     """Return how much was taken of everything, and what ran it."""
-    untold = ("code", "date")  # which differ from row to row
     kinds = dict.fromkeys(
         ", ".join(
-            f"{key} {value}" for key, value in record["versions"].items() if key not in untold
+            f"{key} {value}" for key, value in record["versions"].items() if key not in UNTOLD
         )
         for record in records
     )
@@ -216,15 +224,16 @@ def _provenance(records: Sequence[Record]) -> str:
 def _add_ladder_plots(page: Page, model: str, group: Group) -> None:
     """Add the plots of the ladder."""
     means = {recipe: group.mean(recipe, ERROR) for recipe in group.quantized()}
-    points = [
-        (RECIPES[recipe].label, each, list(group.values(recipe, ERROR).values()))
-        for recipe, each in means.items()
-        if each is not None
-    ]
+    points: dict[str, list[tuple[str, Mean, list[float]]]] = defaultdict(list)
+    for recipe, each in means.items():
+        if each is not None:
+            values = list(group.values(recipe, ERROR).values())
+            points[_kind(recipe)].append((_plotted(recipe), each, values))
     page.add_plot(
         f"{model}-errors",
         ladder_points(points, "error of the prediction x 1000"),
-        "Error of the prediction by recipe: every seed, the geometric mean and its 95% interval.",
+        "Error of the prediction by recipe: every seed, the geometric mean and its 95% interval. "
+        "Each part has its own axis.",
     )
     page.add_plot(
         f"{model}-time",
@@ -233,22 +242,23 @@ def _add_ladder_plots(page: Page, model: str, group: Group) -> None:
     )
     firsts = {recipe: group.first(recipe) for recipe in group.quantized()}
     curves = [
-        (RECIPES[recipe].label, each["noise_errors"])
+        (_plotted(recipe), each["noise_errors"])
         for recipe, each in firsts.items()
-        if recipe in CURVES
+        if recipe in SHADES
     ]
     if curves:
+        shades = [SHADES[recipe] for recipe in firsts if recipe in SHADES]
         page.add_plot(
             f"{model}-timesteps",
-            errors_by_timestep(next(iter(firsts.values()))["timesteps"], curves),
+            errors_by_timestep(next(iter(firsts.values()))["timesteps"], curves, shades),
             "Error of the prediction of some recipes at each timestep, first seed.",
         )
     files = {
         recipe: picture_file(page.folder, group.by_recipe[recipe][0]["name"])
         for recipe in group.recipes()
-        if 0 in group.by_recipe[recipe]
+        if 0 in group.by_recipe[recipe] and recipe in (FULL_PRECISION, *SHADES)
     }
-    shown = [(RECIPES[recipe].label, file) for recipe, file in files.items() if file.exists()]
+    shown = [(_plotted(recipe), file) for recipe, file in files.items() if file.exists()]
     if shown:
         page.add_plot(
             f"{model}-images", strips(shown), "Every column starts from the same noise, seed 0."
@@ -262,13 +272,17 @@ def _timed(group: Group) -> list[Timed]:
         psnr = group.mean(recipe, "psnr")
         seconds = [group.seconds(recipe, stage) or 0.0 for stage in ("quantize", "finetune")]
         if psnr is not None:
-            name = SHORT.get(recipe, RECIPES[recipe].label) if recipe in NAMED else ""
-            found.append(Timed(name, _kind(recipe), sum(seconds), psnr))
+            found.append(Timed(*NAMED.get(recipe, ("", "")), _kind(recipe), sum(seconds), psnr))
     return found
 
 
+def _plotted(recipe: str) -> str:
+    """Return what plots call a recipe."""
+    return RECIPES[recipe].label + (" (default)" if recipe == DEFAULT else "")
+
+
 def _kind(recipe: str) -> str:
-    """Return what a recipe does, in the plot over time."""
+    """Return what a recipe does."""
     quantization, finetune = RECIPES[recipe].quantization or {}, RECIPES[recipe].finetune
     refined = quantization.get("refine") is not None
     if finetune is not None:
@@ -290,19 +304,22 @@ def _add_settings(
     page.add(settings_table(present, "psnr", 1))
     page.add("Noise error:\n")
     page.add(settings_table(present, ERROR, 2))
+    page.add("Frechet distance from real images:\n")
+    page.add(settings_table(present, "frechet", 2))
     page.add("Each against what it builds on:\n")
     others = {name: group for name, group in present.items() if name not in LADDER_NAMES}
     page.add(settings_tests(others))
     series: dict[str, dict[str, Mean]] = defaultdict(dict)
-    for name, group in present.items():
-        for recipe in group.quantized():
+    for recipe in SHADES:
+        for name, group in present.items():
             value = group.mean(recipe, "psnr")
             if value is not None:
-                series[RECIPES[recipe].label][name] = value
-    labels = [recipe.label for recipe in RECIPES.values()]
-    followed = {label: series[label] for label in labels if len(series[label]) > 1}
+                series[recipe][name] = value
+    followed = {_plotted(recipe): means for recipe, means in series.items() if len(means) > 1}
+    shades = {_plotted(recipe): shade for recipe, shade in SHADES.items()}
+    joined = axis == "sampler-steps"
     page.add_plot(
         f"{model}-{axis}",
-        lines(followed, list(present), "paired PSNR, dB", axis, joined=axis == "sampler-steps"),
+        lines(followed, shades, list(present), "paired PSNR, dB", axis, joined=joined),
         f"Paired PSNR by {axis}, with 95% intervals.",
     )

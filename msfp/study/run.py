@@ -11,7 +11,7 @@ from typing import Any
 from msfp.errors import InputError
 from msfp.plots import save_image_grid
 from msfp.study.bench import Bench
-from msfp.study.ladder import Row, ladder
+from msfp.study.ladder import REVISION, Row, ladder
 from msfp.study.store import Record, Store
 from msfp.study.subjects import SUBJECTS, model_folder
 from msfp.training.config import FinetuneConfig
@@ -45,9 +45,16 @@ def missing_rows(rows: Sequence[Row], store: Store) -> list[Row]:
     return [row for row in rows if not _is_of(records.get(row.name), row)]
 
 
+def valid_records(store: Store) -> list[Record]:
+    """Return the records that say what their rows would find now."""
+    rows = {row.name: row for row in ladder()}
+    records = store.records().items()
+    return [each for name, each in records if name in rows and _is_of(each, rows[name])]
+
+
 def _is_of(record: Record | None, row: Row) -> bool:
     """Return whether a record says what a row would find now."""
-    if record is None:
+    if record is None or record.get("revision", 1) != REVISION:
         return False
     subject = SUBJECTS[row.model]
     quantization, tuning = row.quantization(), subject.finetune(row)

@@ -88,12 +88,27 @@ class Difference:
         high: Upper end.
         p: Of Student's paired t-test, adjusted for the others of its family; None where there are
             too few pairs.
+        count: Pairs.
     """
 
     change: float
     low: float
     high: float
     p: float | None
+    count: int
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether all pairs are equal."""
+        return self.change == self.low == self.high == 0
+
+    def is_within(self, margin: float) -> bool:
+        """Return whether the whole interval is within a margin in either direction."""
+        return -margin <= self.low and self.high <= margin
+
+    def is_outside(self, margin: float) -> bool:
+        """Return whether the whole interval is beyond a margin, in one direction."""
+        return self.low > margin or self.high < -margin
 
     def verdict(self, margin: float) -> Verdict:
         """Return what the seeds say.
@@ -106,18 +121,18 @@ class Difference:
         """
         if self.p is None:
             return "few"
-        if self.change == self.low == self.high == 0:
+        if self.is_identical:
             return "identical"
         if self.p < 1 - CONFIDENCE:
             return "different"
-        return "tie" if -margin <= self.low and self.high <= margin else "open"
+        return "tie" if self.is_within(margin) else "open"
 
 
 def compare(pairs: Mapping[Key, Sequence[tuple[float, float]]]) -> dict[Key, Difference]:
     """Test every family member's pairs of (first, second) values for a difference.
 
     p-values are adjusted for the number of comparisons (Benjamini and Hochberg, 1995): of those
-    called different, 5% may be expected to be none.
+    called different, 5% may be expected to be none. Pairs that are all equal count for none.
 
     Args:
         pairs: By comparison, the values of equal seeds; comparisons without any are left out.
@@ -128,10 +143,11 @@ def compare(pairs: Mapping[Key, Sequence[tuple[float, float]]]) -> dict[Key, Dif
         ('different', 'few')
     """
     found = {name: _difference(each) for name, each in pairs.items() if each}
-    raw = {name: each.p for name, each in found.items() if each.p is not None}
+    family = {name: each for name, each in found.items() if not each.is_identical}
+    raw = {name: each.p for name, each in family.items() if each.p is not None}
     adjusted = stats.false_discovery_control(list(raw.values())) if raw else []
     p = {name: float(value) for name, value in zip(raw, adjusted, strict=True)}
-    return {name: replace(each, p=p.get(name)) for name, each in found.items()}
+    return {name: replace(each, p=p.get(name, each.p)) for name, each in found.items()}
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> Difference:
@@ -139,8 +155,9 @@ def _difference(pairs: Sequence[tuple[float, float]]) -> Difference:
     changes = [second - first for first, second in pairs]
     change = mean(changes)
     if len(pairs) < MIN_PAIRS:
-        return Difference(change.value, change.low, change.high, None)
+        return Difference(change.value, change.low, change.high, None, len(pairs))
     if math.isclose(min(changes), max(changes)):  # the test divides by how far they differ
-        return Difference(change.value, change.value, change.value, float(change.value == 0))
+        p = float(change.value == 0)
+        return Difference(change.value, change.value, change.value, p, len(pairs))
     p = float(stats.ttest_1samp(changes, 0.0).pvalue)
-    return Difference(change.value, change.low, change.high, p)
+    return Difference(change.value, change.low, change.high, p, len(pairs))

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from msfp.study.groups import ERROR, Group, comparisons
-from msfp.study.ladder import FULL_PRECISION, RECIPES
-from msfp.study.statistics import Difference, Mean
+from msfp.study.ladder import DEFAULT, FULL_PRECISION, RECIPES
+from msfp.study.statistics import MIN_PAIRS, Difference, Mean
+from msfp.study.store import Record
 
 MARGINS = {ERROR: math.log(1.05), "psnr": 1.0}
 """Changes that nobody minds: 5% of the error, 1 dB."""
@@ -18,8 +19,6 @@ DISTANCES = {
     "frechet_sampled": "images of the full-precision model from other noise",
 }
 """Frechet distances by measure, and what they are from."""
-DEFAULT = "samples-256"
-"""The recipe that `msfp quantize` follows unless told otherwise."""
 
 
 def label(recipe: str) -> str:
@@ -37,11 +36,11 @@ def verdict(difference: Difference | None, measure: str) -> str:
     """Return what a test found as a cell of a table.
 
     Example:
-        >>> verdict(Difference(-0.2, -0.3, -0.1, 0.001), "noise_error")
+        >>> verdict(Difference(-0.2, -0.3, -0.1, 0.001, 5), "noise_error")
         '**-18%** [-26, -10], p = 0.001'
-        >>> verdict(Difference(0.1, -0.2, 0.4, 0.4), "psnr")
+        >>> verdict(Difference(0.1, -0.2, 0.4, 0.4, 5), "psnr")
         'tie: +0.1 dB [-0.2, +0.4]'
-        >>> verdict(Difference(0.7, 0.1, 1.3, 0.047), "psnr")
+        >>> verdict(Difference(0.7, 0.1, 1.3, 0.047, 5), "psnr")
         '**+0.7 dB** [+0.1, +1.3], p = 0.047'
     """
     if difference is None:
@@ -122,14 +121,17 @@ def _change(difference: Difference | None) -> str:
 def _distance_note(group: Group, measure: str, changes: Mapping[str, Difference]) -> str:
     """Return which recipes change a distance by less than another seed of the noise does."""
     full = list(group.values(FULL_PRECISION, measure).values())
-    if len(full) < 2:
+    if len(full) < MIN_PAIRS:
         return ""
     spread = statistics.stdev(full)
-    within = [label(name) for name, each in changes.items() if abs(each.change) <= spread]
+    tested = {label(name): each for name, each in changes.items() if each.count >= MIN_PAIRS}
+    inside = [name for name, each in tested.items() if each.is_within(spread)]
+    outside = [name for name, each in tested.items() if each.is_outside(spread)]
     return (
         f"\nFrom {DISTANCES[measure]}: over {len(full)} seeds the distance of full precision has a "
-        f"standard deviation of {spread:.2f}. A smaller change, in either direction, have: "
-        f"{', '.join(within) or 'none'}.\n"
+        f"standard deviation of {spread:.2f}. The whole interval of the change is smaller, in "
+        f"either direction, for: {'; '.join(inside) or 'none'}. It is larger for: "
+        f"{'; '.join(outside) or 'none'}. Of the others so many seeds do not tell.\n"
     )
 
 
@@ -137,63 +139,77 @@ def comparison_table(group: Group) -> str:
     """Return the table of what each recipe changes against those that it is tested against."""
     found = comparisons({"": group}, (ERROR, "psnr"))
     pairs = dict.fromkeys((recipe, against) for recipe, against, _, _ in found)
-    rows = [
-        [
-            label(recipe),
-            label(against),
-            verdict(found.get((recipe, against, "", ERROR)), ERROR),
-            verdict(found.get((recipe, against, "", "psnr")), "psnr"),
-        ]
-        for recipe, against in pairs
-    ]
-    return markdown_table(("recipe", "against", "noise error", "PSNR"), rows)
+    rows = []
+    for recipe, against in pairs:
+        tests = {each: found.get((recipe, against, "", each)) for each in (ERROR, "psnr")}
+        count = max(each.count for each in tests.values() if each is not None)
+        cells = [verdict(each, measure) for measure, each in tests.items()]
+        rows.append([label(recipe), label(against), *cells, str(count)])
+    return markdown_table(("recipe", "against", "noise error", "PSNR", "pairs"), rows)
 
 
 def cost_table(group: Group) -> str:
     """Return the table of what each recipe takes."""
-    rows, earlier = [], False
+    rows = []
     for recipe in group.recipes():
-        first = group.first(recipe)
-        mark = " *" if "shard" not in (first.get("finetune") or {"shard"}) else ""
-        earlier = earlier or bool(mark)
-        peaks = [each for each in first.get("peak_bytes", {}).values() if each]
+        mark = (
+            " *"
+            if any("shard" not in (r.get("finetune") or {"shard"}) for r in group.timed(recipe))
+            else ""
+        )
+        file, peak = (group.smallest(recipe, of) for of in (_file, _peak))
         rows.append(
             [
                 label(recipe),
-                f"{first['bytes'] / 1000:.0f}",
-                f"{first['file_bytes'] / 1000:.0f}" if "file_bytes" in first else "",
+                f"{group.first(recipe)['bytes'] / 1000:.0f}",
+                f"{file / 1000:.0f}" if file else "",
                 f"{group.seconds(recipe, 'quantize') or 0.0:.1f}",
                 f"{group.seconds(recipe, 'finetune') or 0.0:.0f}{mark}",
-                f"{max(peaks) / 1e6:.0f}" if peaks else "",
+                f"{peak / 1e6:.0f}" if peak else "",
                 f"{1000 * (group.seconds(recipe, 'forward') or math.nan):.0f}",
             ]
         )
     header = (
         "recipe", "tensors, KB", "files, KB", "search, s", "tuning, s", "peak, MB", "forward, ms",
     )  # fmt: skip
-    note = "\n\\* timed when gradients were not compiled yet, which take less.\n" if earlier else ""
-    return markdown_table(header, rows) + note + _shared_note(group)
+    note = "\n\\* timed when gradients were not compiled yet, which take less.\n"
+    table = markdown_table(header, rows)
+    return table + (note if " * |" in table else "") + _shared_note(group)
+
+
+def _file(record: Record) -> float | None:
+    return record.get("file_bytes")
+
+
+def _peak(record: Record) -> float | None:
+    """Return the most memory of all stages."""
+    return max((each for each in record.get("peak_bytes", {}).values() if each), default=None)
 
 
 def _shared_note(group: Group) -> str:
     """Return what rows of a seed share, and how long it took."""
     stages = {"calibrate": "calibration", "record": "recording the trajectories to train on"}
     times: dict[str, float] = {}
-    for recipe in group.quantized():
-        for stage, name in stages.items():
-            seconds = group.seconds(recipe, stage)
-            if seconds is not None:
-                times[name] = seconds
+    for stage, name in stages.items():
+        found = [group.seconds(recipe, stage) for recipe in group.quantized()]
+        if known := [seconds for seconds in found if seconds is not None]:
+            times[name] = statistics.mean(known)
     if not times:
         return ""
     told = " and ".join(f"{seconds:.0f} s for {name}" for name, seconds in times.items())
-    return f"\nBefore that come {told}, which the rows of a seed share.\n"
+    return (
+        f"\nBefore that come {told}, which the rows of a seed share: the first for all that are "
+        "quantized, the second for all that are refined or fine-tuned.\n"
+    )
 
 
 def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> str:
     """Return a table of one measure: settings across, and down the recipes of several of them."""
     counts = Counter(recipe for group in groups.values() for recipe in group.quantized())
-    recipes = [recipe for recipe in RECIPES if counts[recipe] > 1]
+    several = {recipe for recipe in RECIPES if counts[recipe] > 1}
+    if measure in DISTANCES:  # which says nothing without that of full precision
+        several |= {FULL_PRECISION}
+    recipes = [recipe for recipe in RECIPES if recipe in several]
     rows = [
         [label(recipe)] + [cell(group.mean(recipe, measure), digits) for group in groups.values()]
         for recipe in recipes

@@ -122,7 +122,7 @@ class FinetuneConfig:
 
     hub: int = 1
     rank: int = 16
-    steps: int = 240
+    steps: int = 160
     batch: int = 32
     rates: LearningRates = field(default_factory=LearningRates)
     denoising_power: float = 0.0

@@ -72,14 +72,15 @@ def ldm_class():
     return ClassConditionalLDMPipeline(vq_autoencoder(), unet.eval(), latent_schedule())
 
 
+PIPELINES = {"stable-diffusion": "conditional_unet", "dit": "dit"}
 MAKERS = {"ddpm": ddpm, "ddim": ddim, "ldm-vq": ldm_vq, "ldm-kl": ldm_kl, "ldm-class": ldm_class}
 
 
 def stand_in(setting, folder):
     """A pipeline of a setting; a folder is needed to write a vocabulary to."""
     torch.manual_seed(0)
-    if setting == "stable-diffusion":
-        return pipeline("conditional_unet", folder)
+    if setting in PIPELINES:
+        return pipeline(PIPELINES[setting], folder)
     pipe = MAKERS[setting]()
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from external import stand_in
+from families import ENDS
 from PIL import Image
 from refusals import assert_refused
 
 from msfp import inspect_layers, load
 from msfp.cli import main
+from msfp.denoiser import denoiser_of
 from msfp.feature_statistics import FeatureMoments, frechet_distance
 from msfp.image_folder import PngFolder
 from msfp.reference_statistics import ReferenceStatistics
 from msfp.talora import routing_of
 
-SIZES = {"ddpm": 8, "ldm-vq": 16, "ldm-kl": 16, "ldm-class": 16, "stable-diffusion": 16}
+SIZES = {"ddpm": 8, "ldm-vq": 16, "ldm-kl": 16, "ldm-class": 16, "dit": 16, "stable-diffusion": 16}
 SAMPLING = ("--count", 5, "--seed", 7)
 
 
@@ -32,6 +34,7 @@ def calls(setting, folder):
         "ldm-vq": ("--sampler", "dpm++"),
         "ldm-kl": (),
         "ldm-class": ("--labels", 0, 3, "--guidance-scale", 3),
+        "dit": ("--labels", 0, 3, "--guidance-scale", 4, "--sampler", "ddim"),
         "stable-diffusion": (
             "--prompts", folder / "prompts.txt", "--guidance-scale", 7.5, "--sampler", "plms",
         ),
@@ -45,6 +48,7 @@ SETTINGS = [
     "ddpm", "ldm-vq", "stable-diffusion",
     pytest.param("ldm-kl", marks=pytest.mark.slow),
     pytest.param("ldm-class", marks=pytest.mark.slow),
+    pytest.param("dit", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -105,9 +109,10 @@ def test_a_setting_ends_in_a_table_of_distances_from_the_reference(walked, capsy
 
 
 def test_the_first_and_last_layers_have_eight_bits_and_others_four(walked):
-    _, folder = walked
+    setting, folder = walked
     facts = {each.layer: each.weight.bits for each in inspect_layers(folder / "w4a4")}
-    assert {name for name, bits in facts.items() if bits == 8} == {"conv_in", "conv_out"}
+    ends = ENDS["dit" if setting == "dit" else "unet"]
+    assert {name for name, bits in facts.items() if bits == 8} == ends
     assert set(facts.values()) == {4, 8}
     assert "encoder_hid_proj" not in facts
     assert any(name.endswith("to_q") for name in facts)
@@ -115,8 +120,8 @@ def test_the_first_and_last_layers_have_eight_bits_and_others_four(walked):
 
 def test_fine_tuning_adds_a_router_among_two_loras(walked):
     _, folder = walked
-    assert routing_of(load(folder / "w4a4").unet) is None
-    assert routing_of(load(folder / "tuned").unet) is not None
+    assert routing_of(denoiser_of(load(folder / "w4a4"))) is None
+    assert routing_of(denoiser_of(load(folder / "tuned"))) is not None
 
 
 def test_sampling_goes_on_where_it_stopped(walked):

@@ -13,13 +13,28 @@ from msfp.errors import InputError
 from msfp.study import run as study_run
 from msfp.study.bench import Bench
 from msfp.study.groups import Group, comparisons
-from msfp.study.ladder import BITS, FULL_PRECISION, MODELS, RECIPES, Row, ladder
+from msfp.study.ladder import (
+    BITS,
+    DEFAULT,
+    FULL_PRECISION,
+    MODELS,
+    RECIPES,
+    REVISION,
+    Row,
+    ladder,
+)
 from msfp.study.render import render
-from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows
+from msfp.study.run import chosen_rows, missing_rows, picture_file, run_rows, valid_records
 from msfp.study.statistics import compare, geometric_mean, mean
 from msfp.study.store import Store
 from msfp.study.subjects import SUBJECTS, Settings, model_folder
-from msfp.study.tables import DEFAULT, comparison_table, distance_table, settings_tests, verdict
+from msfp.study.tables import (
+    comparison_table,
+    cost_table,
+    distance_table,
+    settings_tests,
+    verdict,
+)
 from msfp.training.config import FinetuneConfig
 
 SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
@@ -43,11 +58,14 @@ def small(monkeypatch):
 
 def record(recipe, seed, error, psnr=20.0):
     """A record as the bench writes it, of made-up numbers."""
-    made = row(recipe, seed, steps=20)
+    made, subject = row(recipe, seed, steps=20), SUBJECTS["digits-ddpm"]
+    quantization, tuning = made.quantization(), subject.finetune(made)
     return {
         "name": made.name,
         "row": dataclasses.asdict(made),
-        "settings": dataclasses.asdict(SMALL),
+        "settings": dataclasses.asdict(subject.settings),
+        "quantization": quantization and quantization.to_dict(),
+        "finetune": tuning and tuning.to_dict(),
         "versions": {"msfp": "0"},
         "seconds": {"quantize": 1.0, "finetune": 0.5, "forward": 2.0},
         "bytes": 1000,
@@ -199,9 +217,20 @@ def test_a_record_without_a_setting_that_came_later_still_counts(tmp_path):
     store = Store(tmp_path)
     store.append(made)
     assert missing_rows([asked], store) == []
-    made["finetune"]["rank"] = 3
-    store.append(made)
-    assert missing_rows([asked], store) == [asked]
+    for other in ({"finetune": made["finetune"] | {"rank": 3}}, {"revision": REVISION + 1}):
+        store.append(made | other)
+        assert missing_rows([asked], store) == [asked]
+
+
+def test_a_page_leaves_out_what_rows_would_not_find_now(tmp_path, capsys):
+    store = Store(tmp_path)
+    for seed in range(3):
+        store.append(record("mixup", seed, 0.004))
+    store.append(record("mixup", 3, 0.004) | {"settings": dataclasses.asdict(SMALL)})
+    store.append(record("mixup", 4, 0.004) | {"name": "digits-ddpm/0/older/W4A4/ddim-20/4"})
+    assert [each["row"]["seed"] for each in valid_records(store)] == [0, 1, 2]
+    assert main(["study", "--output", str(tmp_path), "--render"]) == 0
+    assert "3 rows (2 of other settings are left out)" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("small")
@@ -247,7 +276,7 @@ def test_a_better_recipe_is_named_and_an_equal_one_is_a_tie(tmp_path):
         + [record("mixup", s, 0.005 + 1e-5 * draw.random()) for s in range(5)]
     )
     assert "| mixup-sign FP | signed FP | tie: " in comparison_table(same)
-    assert comparison_table(same).endswith("| identical |\n")
+    assert comparison_table(same).endswith("| identical | 5 |\n")
 
 
 def test_a_recipe_is_tested_against_the_nearest_that_was_run_and_its_other_rivals():
@@ -285,12 +314,42 @@ def test_all_cells_of_a_table_are_one_family():
     assert together[key].low == alone[key].low
 
 
-def test_a_distance_inside_the_seed_noise_is_named_and_one_far_below_is_not():
-    full = [record(FULL_PRECISION, seed, None) | {"frechet": 1.0 + 0.1 * seed} for seed in range(3)]
-    near = [record("mixup", seed, 0.004) | {"frechet": 1.05 + 0.1 * seed} for seed in range(3)]
-    below = [record("lora", seed, 0.002) | {"frechet": 0.5 + 0.1 * seed} for seed in range(3)]
-    note = distance_table(Group([*full, *near, *below])).splitlines()[-1]
-    assert note.endswith("have: mixup-sign FP.")
+def test_a_distance_is_inside_the_seed_noise_only_by_its_whole_interval():
+    def records(recipe, *shifts):
+        return [
+            record(recipe, seed, None) | {"frechet": 1.0 + 0.1 * seed + shift}
+            for seed, shift in enumerate(shifts)
+        ]
+
+    group = [
+        *records(FULL_PRECISION, 0, 0, 0),
+        *records("mixup", 0.05, 0.06, 0.05),
+        *records("signed", 0.0, 0.2, -0.05),  # inside by its mean alone
+        *records("lora", -0.5, -0.51, -0.5),
+        *records("nvfp4", 0.05, 0.06),  # too few to tell
+    ]
+    note = distance_table(Group(group)).splitlines()[-1]
+    assert "for: mixup-sign FP. It is larger for: mixup + LoRA. " in note
+
+
+def test_equal_pairs_are_no_member_of_the_family():
+    draw = random.Random(0)
+    pairs = {str(i): [(0.0, draw.gauss(1, 1)) for _ in range(4)] for i in range(4)}
+    equal = {"equal": [(1.0, 1.0)] * 4}
+    alone, together = compare(pairs), compare(pairs | equal)
+    assert together["equal"].verdict(0.1) == "identical"
+    assert {name: each for name, each in together.items() if name != "equal"} == alone
+
+
+def test_costs_are_of_the_records_that_tell_them():
+    old = record("lora", 0, 0.002)
+    del old["finetune"]["shard"]
+    old["seconds"]["finetune"] = 90.0
+    assert "| 90 * |" in cost_table(Group([old]))
+    new = record("lora", 1, 0.002) | {"file_bytes": 2000, "peak_bytes": {"finetune": 3e6}}
+    new["versions"] = new["versions"] | {"code": "abc"}
+    new["seconds"]["finetune"] = 60.0
+    assert "| 1 | 2 | 1.0 | 60 | 3 | 2000 |" in cost_table(Group([old, new]))
 
 
 def test_the_default_of_the_tables_is_the_default_of_the_package():

@@ -1,0 +1,31 @@
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from msfp.study import render as rendering
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "table"), [("methods", "methods"), ("fine-tuning", "ingredients")]
+)
+def test_tables_of_the_pages_are_those_of_the_records(page, table):
+    made = getattr(script("render_tables"), table)()
+    assert f"<!-- table -->\n{made}<!-- end -->" in (DOCS / f"{page}.md").read_text()
+
+
+def test_the_page_of_results_is_that_of_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "png", lambda _picture: b"")
+    shutil.copy(DOCS / "results" / "results.jsonl", tmp_path)
+    shutil.copytree(DOCS / "results" / "images", tmp_path / "images")
+    assert rendering.render(tmp_path).read_text() == (DOCS / "results" / "results.md").read_text()
