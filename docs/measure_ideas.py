@@ -1,4 +1,4 @@
-"""Measure two ideas for fine-tuning that were not kept, on a reference model.
+"""Measure two ideas for fine-tuning that were not kept; records are in docs/results/ideas.
 
 python docs/measure_ideas.py [digits-ddpm | digits-dit | colour-ddpm] [--matching SEEDS]
 
@@ -13,6 +13,7 @@ many evaluations of the denoiser as one step takes otherwise.
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from msfp.quantization import quantize, seal
 from msfp.quantizer import Quantizer
 from msfp.study.bench import Bench
 from msfp.study.ladder import Row
+from msfp.study.machine import machine
+from msfp.study.store import Store
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, Predict
 from msfp.training.parameters import add_hubs
@@ -37,6 +40,7 @@ from msfp.trajectories import Trajectories
 
 SCALES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
 ZERO_POINTS = (0.5, 0.75, 1.0, 1.25, 1.5)
+RECORDS = Store(Path(__file__).parent / "results" / "ideas")
 BITS = 4
 CONFIG = QuantizationConfig(weights=BITS, activations=BITS, refine=None)
 ROWS = 32
@@ -80,8 +84,15 @@ def errors(quantizer: Quantizer, x: torch.Tensor) -> list[float]:
     ]
 
 
+def record(row: Row, idea: str, found: dict[str, float]) -> None:
+    """Print what was found, and keep it."""
+    name = f"{row.model}/{idea}/{row.seed}"
+    RECORDS.append({"name": name, "versions": machine()} | found)
+    print(name, found)
+
+
 def time_dependent_scales(row: Row, bench: Bench) -> None:
-    """Print the errors of inputs with the best scales of each step, relative to one for all."""
+    """Measure the errors of inputs with the best scales of each step, relative to one for all."""
     pipe = bench.open()
     quantize(pipe, CONFIG, calibration=bench.calibration)
     denoiser = denoiser_of(pipe)
@@ -99,9 +110,9 @@ def time_dependent_scales(row: Row, bench: Bench) -> None:
         by_quarter.append(statistics.mean(quarters) / one.item())
         power = statistics.mean(x.square().mean().item() for x in inputs[name])
         weights.append(one.item() / power)
-    for label, ratios in (("quarter of the steps", by_quarter), ("step", by_step)):
-        mean = statistics.fmean(ratios, weights)
-        print(f"{row.model}: own scales for each {label}: {mean:.3f} of the error of the inputs")
+    ratios = {"by_quarter": by_quarter, "by_step": by_step}
+    means = {name: statistics.fmean(each, weights) for name, each in ratios.items()}
+    record(row, "time-dependent-scales", means)
 
 
 class PathObjective(Objective):
@@ -142,7 +153,7 @@ class PathObjective(Objective):
 
 
 def path_matching(row: Row, bench: Bench) -> None:
-    """Print what training by the path gives."""
+    """Measure what training by the path gives."""
     pipe = bench.open()
     quantize(pipe, CONFIG, calibration=bench.calibration)
     denoiser, path = denoiser_of(pipe), bench.training
@@ -155,11 +166,11 @@ def path_matching(row: Row, bench: Bench) -> None:
     seal(denoiser)
     error = statistics.mean(noise_errors(denoiser, bench.held_out))
     psnr = paired_psnr(bench.images(pipe), bench.reference)
-    print(f"seed {row.seed}, path of {AHEAD} steps: error {error:.5f}, PSNR {psnr:.1f} dB")
+    record(row, f"path-of-{AHEAD}-steps", {"noise_error": error, "psnr": psnr})
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="digits-ddpm")
     parser.add_argument("--matching", type=int, default=0, help="how often to train, for minutes")
