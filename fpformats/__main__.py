@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of this process.
 
     Returns:
-        The exit code: 0, or 2 where a format cannot be shown.
+        The exit code: 0, 1 where nobody reads the output to its end, or 2 where a format cannot be
+        shown.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -29,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, OverflowError, ValueError) as error:
         print(f"fpformats: {error}", file=sys.stderr)
         return 2
-    print(text, end="" if text.endswith("\n") else "\n")
+    try:
+        print(text, end="" if text.endswith("\n") else "\n", flush=True)
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     return 0
 
 
@@ -43,6 +49,8 @@ def _run(options: argparse.Namespace) -> str:
         return csv(formats[0])
     from fpformats.plots import plot_grid, plot_rounding
 
+    if options.rounding and len(formats) > 1:
+        raise ValueError(f"--rounding draws one format, and {len(formats)} are given")
     if options.rounding:
         return str(plot_rounding(formats[0], options.output, options.rounding))
     return str(plot_grid(formats, options.output))

@@ -21,10 +21,12 @@ from fpformats import convert
 from fpformats.formats import FloatFormat
 from fpformats.names import parse
 from fpformats.operands import (
+    carrier_for,
     carrier_named,
     carrier_of,
     cast,
     check_codes,
+    is_hidden,
     is_tensor,
     library_of,
     needs_gradient,
@@ -34,6 +36,7 @@ from fpformats.operands import (
     widened,
     working_carrier,
 )
+from fpformats.rounding import FINITE, NEAREST
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -85,6 +88,7 @@ class BlockFormat:
             integers, as in MXINT8.
 
     Raises:
+        TypeError: If element or scale is not a format.
         ValueError: If the size is not a positive integer, the rule is unknown, or two's
             complement is asked of an element that is not signed and uniform.
 
@@ -103,6 +107,9 @@ class BlockFormat:
     twos_complement: bool = False
 
     def __post_init__(self) -> None:
+        for name, fmt in (("element", self.element), ("scale", self.scale)):
+            if not isinstance(fmt, FloatFormat):
+                raise TypeError(f"{name} is {fmt!r}; it must be a FloatFormat, as parse gives")
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"size is {self.size!r}; it must be a positive integer")
         if self.rule not in list(ScaleRule):
@@ -135,24 +142,36 @@ MXINT8 = BlockFormat(parse("E0M7"), parse("E8M0"), 32, twos_complement=True)
 NVFP4 = BlockFormat(parse("E2M1"), parse("E4M3"), 16, ScaleRule.Max, tensor_scale=True)
 
 
-def encode_blocks(x: Any, fmt: BlockFormat, axis: int = -1, **policy: Any) -> Blocks:
+def encode_blocks(
+    x: Any,
+    fmt: BlockFormat,
+    axis: int = -1,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+) -> Blocks:
     """Round to the codes of blocks and their scales.
 
     A last block that is shorter than the others has a scale of its own. NaN in a block makes its
-    scale NaN where the scale format has it, and so the whole block; infinity makes the scale the
-    largest there is.
+    scale NaN where the scale format has it, and so the whole block, but no other; infinity makes
+    the scale the largest there is.
 
     Args:
         x: Array or tensor of float16, bfloat16, float32 or float64, of at least one dimension.
         fmt: The block format.
         axis: The axis that blocks lie along.
-        **policy: Rounding of the elements, as in `fpformats.quantize`.
+        rounding: Of the elements, as in `fpformats.quantize`.
+        saturation: Of the elements, as in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
 
     Returns:
         Codes and scales, of the library and device of `x`.
 
     Raises:
-        TypeError: If `x` is not a floating-point array.
+        TypeError: If `x` is not a floating-point array, or `fmt` not a block format.
         ValueError: If `axis` is out of range, the formats do not fit into the dtype of the
             operations, or NaN meets a scale format that has none.
 
@@ -161,14 +180,23 @@ def encode_blocks(x: Any, fmt: BlockFormat, axis: int = -1, **policy: Any) -> Bl
         >>> blocks.codes.tolist(), blocks.scales.tolist()
         ([[4, 15, 1], [0, 1, 7]], [[126], [131]])
     """
-    axis = _checked_axis(x, axis)
+    axis = _checked_axis(x, axis, fmt)
     working = working_carrier(carrier_of(x)).name
     xp, tensor_scale, scales, divisors = _scales(x, fmt, axis, working)
+    if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
+        raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
     with quiet():
         v = widened(x, carrier_named(working)) / divisors
         # The scale has the NaN already: any code will do where the element has none.
-        nan = None if fmt.element.has_nan or not fmt.scale.has_nan else 0
-        codes = convert.encode(v, fmt.element, nan=nan, **policy)
+        codes = convert.encode(
+            v,
+            fmt.element,
+            rounding=rounding,
+            saturation=saturation,
+            random=random,
+            random_bits=random_bits,
+            nan=None if fmt.element.has_nan or not fmt.scale.has_nan else 0,
+        )
     if fmt.twos_complement:
         codes = _twos_complement(xp, codes, fmt.element)
     return Blocks(codes, convert.encode(scales, fmt.scale), tensor_scale)
@@ -187,17 +215,21 @@ def decode_blocks(blocks: Blocks, fmt: BlockFormat, axis: int = -1, dtype: Any =
         Values of the dtype, of the shape, library and device of the codes.
 
     Raises:
-        TypeError: If codes or scales are not integers.
-        ValueError: If one is out of range, `axis` is out of range, or there are not as many
-            scales as blocks.
+        TypeError: If codes or scales are not integers, or `fmt` is not a block format.
+        ValueError: If one is out of range, `axis` is out of range, there are not as many scales
+            as blocks, or a scale of the whole tensor where the format has none, or none where it
+            has one.
 
     Example:
         >>> blocks = encode_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
         >>> decode_blocks(blocks, MXFP4)
         array([ 1.  , -3.  ,  0.25], dtype=float32)
     """
-    axis = _checked_axis(blocks.codes, axis)
-    working = working_carrier(carrier_named(dtype)).name
+    axis = _checked_axis(blocks.codes, axis, fmt)
+    working = working_carrier(carrier_for(dtype, blocks.codes)).name
+    if (blocks.tensor_scale is not None) != fmt.tensor_scale:
+        has, needs = ("one", "none") if blocks.tensor_scale is not None else ("none", "one")
+        raise ValueError(f"blocks.tensor_scale: there is {has}, and the format has {needs}")
     expected = list(blocks.codes.shape)
     expected[axis] = -(-expected[axis] // fmt.size)
     if list(blocks.scales.shape) != expected:
@@ -212,7 +244,16 @@ def decode_blocks(blocks: Blocks, fmt: BlockFormat, axis: int = -1, dtype: Any =
         return cast(values, carrier_named(dtype).name)
 
 
-def quantize_blocks(x: Any, fmt: BlockFormat, axis: int = -1, **policy: Any) -> Any:
+def quantize_blocks(
+    x: Any,
+    fmt: BlockFormat,
+    axis: int = -1,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+) -> Any:
     """Round to what `decode_blocks` gives of `encode_blocks`, in the same carrier.
 
     The gradient passes straight through to a tensor that requires one.
@@ -221,7 +262,10 @@ def quantize_blocks(x: Any, fmt: BlockFormat, axis: int = -1, **policy: Any) -> 
         x: As in `encode_blocks`.
         fmt: The block format.
         axis: The axis that blocks lie along.
-        **policy: Rounding of the elements, as in `fpformats.quantize`.
+        rounding: Of the elements, as in `fpformats.quantize`.
+        saturation: Of the elements, as in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
 
     Returns:
         Values of the shape, dtype, library and device of `x`.
@@ -234,12 +278,19 @@ def quantize_blocks(x: Any, fmt: BlockFormat, axis: int = -1, **policy: Any) -> 
         >>> quantize_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
         array([ 1.  , -3.  ,  0.25])
     """
-    axis = _checked_axis(x, axis)
+    axis = _checked_axis(x, axis, fmt)
     carrier = carrier_of(x)
     working = working_carrier(carrier)
     _, _, _, divisors = _scales(x, fmt, axis, working.name)
     with quiet():
-        q = convert.quantize(widened(x, working) / divisors, fmt.element, **policy)
+        q = convert.quantize(
+            widened(x, working) / divisors,
+            fmt.element,
+            rounding=rounding,
+            saturation=saturation,
+            random=random,
+            random_bits=random_bits,
+        )
         # A scale of zero divided everything to zero, by infinity, which must not come back.
         y = cast(q * _where_finite(divisors), carrier.name)
     if needs_gradient(x, out=None):
@@ -276,6 +327,7 @@ def _tensor_scale(xp: ModuleType, largest: Any, fmt: BlockFormat) -> Any:
         return xp.ones_like(largest, dtype=xp.float32).sum() + 1
     # Products with a scale must stay finite, for infinity in the data too.
     limit = float(np.finfo(np.float32).max) / fmt.scale.max
+    largest = xp.where(xp.isnan(largest), 0.0, largest)  # NaN is its block's alone
     scale = xp.clip(largest.max() / (fmt.element.max * fmt.scale.max), None, limit)
     rounded = xp.asarray(scale, dtype=xp.float32)
     return xp.where(rounded == 0, xp.ones_like(rounded), rounded)
@@ -311,7 +363,9 @@ def _element_values(codes: Any, fmt: BlockFormat, working: str) -> Any:
     return cast(signed, working) * fmt.element.smallest
 
 
-def _checked_axis(x: Any, axis: int) -> int:
+def _checked_axis(x: Any, axis: int, fmt: BlockFormat) -> int:
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"fmt is {fmt!r}; it must be a BlockFormat, such as MXFP4")
     if not (is_tensor(x) or isinstance(x, np.ndarray)):
         raise TypeError(f"x is a {type(x).__name__}; it must be a NumPy array or a torch tensor")
     dimensions: int = x.ndim

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from numbers import Rational
 from typing import TYPE_CHECKING
 
 from fpformats.formats import Specials
@@ -25,6 +26,11 @@ NAN = math.nan
 INFINITY = math.inf
 NEGATIVE_ZERO = -0.0
 """What fractions cannot express stays a float."""
+ROUNDINGS = (
+    "TowardZero", "TowardPositive", "TowardNegative", "NearestTiesToAway", "NearestTiesToEven",
+    "ToOdd", "StochasticA", "StochasticB", "StochasticC",
+)  # fmt: skip
+SATURATIONS = ("SatFinite", "SatPropagate", "SatNone", "OverflowNaN")
 
 
 def decode(code: int, fmt: FloatFormat) -> Fraction | float:
@@ -103,6 +109,9 @@ def quantize(
         A value of the format as a fraction, or one of the floats NaN, infinity, -infinity and
         -0.0. NaN may be the result of saturation even where the format has none.
 
+    Raises:
+        ValueError: If a mode is unknown, or the word or its number of bits out of range.
+
     Example:
         >>> from fpformats import E2M1, E4M0U
         >>> quantize(Fraction(5, 4), E2M1), quantize(-3, E4M0U), quantize(math.inf, E2M1)
@@ -114,6 +123,8 @@ def quantize(
         >>> quantize(0.375, E2M1, "StochasticA", word=64, random_bits=8)
         Fraction(1, 2)
     """
+    _check_modes(rounding, saturation, word, random_bits)
+    x = x if isinstance(x, Rational) else float(x)  # of NumPy's numbers too
     if x != x:
         return NAN
     if not is_finite(x):
@@ -203,6 +214,19 @@ def _round_to_precision(
     return below + step if away else below
 
 
+def _check_modes(rounding: str, saturation: str, word: int, random_bits: int) -> None:
+    for argument, mode, modes in (
+        ("rounding", rounding, ROUNDINGS),
+        ("saturation", saturation, SATURATIONS),
+    ):
+        if mode not in modes:
+            raise ValueError(f"{argument} is {mode!r}; allowed: {', '.join(modes)}")
+    if not 1 <= random_bits <= 32:
+        raise ValueError(f"random_bits is {random_bits}; allowed: 1 to 32")
+    if not 0 <= word < 1 << random_bits:
+        raise ValueError(f"word is {word}; words of {random_bits} bits are allowed")
+
+
 def _rounds_away(
     v: Fraction, negative: bool, even: bool, rounding: str, word: int, words: int
 ) -> bool:
@@ -224,9 +248,7 @@ def _rounds_away(
             return math.floor(v * words) + word >= words
         case "StochasticB":
             return math.floor(v * 2 * words) + 2 * word + 1 >= 2 * words
-        case "StochasticC":
-            return round(v * words) + word >= words  # Python rounds ties to even
-    raise ValueError(f"rounding is {rounding!r}")
+    return round(v * words) + word >= words  # StochasticC; Python rounds ties to even
 
 
 def _saturate(

@@ -94,6 +94,9 @@ class FloatFormat(_Hashed):
         _check_width("mantissa_bits", self.mantissa_bits, MAX_MANTISSA_BITS)
         if not isinstance(self.specials, Specials):
             raise ValueError(f"specials is {self.specials!r}; allowed: {list(Specials)}")
+        for name in ("signed", "subnormals", "zero"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         bias: object = self.bias
         if bias is None:
             object.__setattr__(self, "bias", default_bias(self.exponent_bits, self.specials))
@@ -344,7 +347,11 @@ def default_bias(exponent_bits: int, specials: Specials) -> int:
 
     Returns:
         2**(E-1) - 1, or 2**(E-1) under FNUZ and EXTENDED; 0 for E = 0.
+
+    Raises:
+        ValueError: If the width is no format's.
     """
+    _check_width("exponent_bits", exponent_bits, MAX_EXPONENT_BITS)
     half = (1 << exponent_bits) >> 1
     return half if specials in (Specials.FNUZ, Specials.EXTENDED) else max(0, half - 1)
 

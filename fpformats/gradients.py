@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fpformats import dispatch, fused
-from fpformats.operands import carrier_of, is_plain_tensor, learns, narrowed, quiet, widened
+from fpformats.operands import (
+    carrier_of,
+    cast,
+    in_forward_mode,
+    is_dual,
+    is_plain_tensor,
+    learns,
+    narrowed,
+    quiet,
+    widened,
+)
 from fpformats.scales import repeat
 
 if TYPE_CHECKING:
@@ -77,7 +87,7 @@ class _Surrogate(torch.autograd.Function):
         clamped: Tensor | None,
     ) -> Tensor:
         del x, scale, zero_point, passes, slope, clamped
-        return result.view_as(result)
+        return result.detach()  # not a view, which could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -93,7 +103,27 @@ class _Surrogate(torch.autograd.Function):
         return (None, *_multiplied(grad, ctx.saved_tensors, ctx.like, needs), None, None, None)
 
 
-_apply: Callable[..., Tensor] = _Surrogate.apply
+class _DualSurrogate(_Surrogate):
+    """The same in forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _Surrogate.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[4:])
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        factors = zip(tangents[1:4], ctx.saved_tensors, strict=True)
+        parts = [t if factor is None else t * factor for t, factor in factors if t is not None]
+        return sum(parts[1:], parts[0]).to(ctx.dtype)
+
+
+def _apply(*inputs: Tensor | None) -> Tensor:
+    """Give the first input the derivatives that the others say."""
+    surrogate: Any = _DualSurrogate if in_forward_mode() else _Surrogate
+    result: Tensor = surrogate.apply(*inputs)
+    return result
 
 
 class _Fused(torch.autograd.Function):
@@ -167,23 +197,49 @@ def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
     Returns:
         Rounded values, differentiable towards those of the three that require a gradient.
     """
-    shape, block_size = tuple(x.shape), step.scales.block_size
-    learned = [
-        repeat(given, shape, block_size) if isinstance(given, Tensor) else None
-        for given in (scale, zero_point)
-    ]
+    learned = _repeated(scale, zero_point, x, step.scales)
     if (kernel := _kernel_of(x, step)) is not None:
         return _apply_fused(x, *learned, step, kernel)
     v, q = step.rounded(x)
     with quiet():
         y = narrowed(dispatch.rescaled(q.clone(), step.scales), x)
-    factors = step.factors(v, q, (learns(learned[0]), learns(learned[1])))
+    wanted = [learns(each) or is_dual(each) for each in learned]
+    factors = step.factors(v, q, (wanted[0], wanted[1]))
     return _apply(y, x, *learned, *factors)
+
+
+def rescaled_step(
+    values: Tensor, scale: Any, zero_point: Any, scales: Scales, carrier: Carrier
+) -> Tensor:
+    """Scale and shift values of a format, with the gradients of both.
+
+    Args:
+        values: Values of the format, in the carrier of the operations.
+        scale: As it was given.
+        zero_point: Likewise, or None.
+        scales: Both, checked.
+        carrier: Of the result.
+
+    Returns:
+        s * q + z, differentiable towards those of the two that require a gradient.
+    """
+    with quiet():
+        y = cast(dispatch.rescaled(values.clone(), scales), carrier.name)
+    learned = _repeated(scale, zero_point, values, scales)
+    return _apply(y, values, *learned, None, values, None)
+
+
+def _repeated(scale: Any, zero_point: Any, x: Tensor, scales: Scales) -> list[Tensor | None]:
+    """Return the scale and the zero point that may learn, for the elements of their blocks."""
+    return [
+        repeat(each, tuple(x.shape), scales.block_size) if isinstance(each, Tensor) else None
+        for each in (scale, zero_point)
+    ]
 
 
 def _kernel_of(x: Tensor, step: Step) -> Any:
     """Return the compiled kernel that rounds a tensor and gives its gradients, or None."""
-    if x.dtype not in FUSED or torch._C._are_functorch_transforms_active():
+    if x.dtype not in FUSED or torch._C._are_functorch_transforms_active() or in_forward_mode():
         return None
     return fused.kernel_of(x, step.fmt, carrier_of(x), step.policy, step.scales)
 

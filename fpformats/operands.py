@@ -48,6 +48,7 @@ def is_unwatched_tensor(x: Any) -> bool:
     internals = torch._C
     return (
         not torch.compiler.is_compiling()
+        and torch.autograd.forward_ad._current_level < 0
         and x.layout is torch.strided
         and not internals._functorch.is_functorch_wrapped_tensor(x)
         and not internals._len_torch_dispatch_stack()
@@ -315,13 +316,27 @@ def learns(x: object) -> bool:
     return is_tensor(x) and any(level.requires_grad for level in _levels(x))
 
 
+def in_forward_mode() -> bool:
+    """Tell whether tensors may have tangents, of forward-mode differentiation."""
+    return not is_compiling() and sys.modules["torch"].autograd.forward_ad._current_level >= 0
+
+
+def is_dual(x: object) -> bool:
+    """Tell whether `x` is a tensor with a tangent, at any level of torch.func."""
+    if not is_tensor(x) or not in_forward_mode():
+        return False
+    unpack = sys.modules["torch"].autograd.forward_ad.unpack_dual
+    return any(unpack(level).tangent is not None for level in _levels(x))
+
+
 def needs_gradient(*inputs: Any, out: Any) -> bool:
-    """Tell whether a gradient has to be carried to one of the inputs.
+    """Tell whether a gradient, or a tangent, has to be carried between an input and the result.
 
     Raises:
         ValueError: If one has, and a result in `out` would cut it off.
     """
-    if not any(map(learns, inputs)) or not sys.modules["torch"].is_grad_enabled():
+    learning = any(map(learns, inputs)) and sys.modules["torch"].is_grad_enabled()
+    if not learning and not any(map(is_dual, inputs)):
         return False
     if out is not None:
         raise ValueError("out is given, but an input requires a gradient; leave out= away")

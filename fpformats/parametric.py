@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fpformats.kernels.grid import CARRIERS
 from fpformats.kernels.plan import make_plan
-from fpformats.operands import carrier_of, grid_of, is_tensor
+from fpformats.operands import carrier_of, grid_of, is_tensor, needs_gradient
 from fpformats.rounding import FINITE, NEAREST
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def quantize_parametric(x: Tensor, parameters: Tensor) -> Tensor:
             f"parameters is of {dtype} and shape {shape}; format_parameters makes them"
         )
     rounded = _round(x.detach().to(torch.float32), parameters).to(x.dtype)
-    if not x.requires_grad or not torch.is_grad_enabled():
+    if not needs_gradient(x, out=None):
         return rounded
     from fpformats.gradients import straight_through
 

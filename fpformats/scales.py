@@ -18,6 +18,7 @@ from fpformats.operands import (
     carrier_of,
     cast,
     contiguous,
+    is_compiling,
     is_hidden,
     is_plain_tensor,
     is_tensor,
@@ -186,6 +187,9 @@ def _parameter(
 ) -> Any:
     """Give a scale or zero point as an array in the carrier, checked against `x`."""
     if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
+        if is_compiling():  # which traces NumPy's operations on constants too
+            _check_number(argument, float(value))
+            return _full(float(value), x, carrier)
         number = np.asarray(value, dtype=carrier.name)
         _check_range(argument, number)
         return _full(float(number), x, carrier) if is_tensor(x) else number
@@ -234,3 +238,10 @@ def _check_range(argument: str, array: Any) -> None:
             raise ValueError("scale must be positive and finite everywhere")
     elif not bool((abs(array) < math.inf).all()):
         raise ValueError("zero_point must be finite everywhere")
+
+
+def _check_number(argument: str, value: float) -> None:
+    if argument == "scale" and not 0 < value < math.inf:
+        raise ValueError(f"scale is {value}; it must be positive and finite")
+    if not abs(value) < math.inf:
+        raise ValueError(f"zero_point is {value}; it must be finite")

@@ -167,6 +167,8 @@ def decode_scaled(
 ) -> Any:
     """Give the values of codes, times the scale, plus the zero point.
 
+    Scales and zero points that require a gradient get it.
+
     Args:
         codes: Array or tensor of any integer dtype and any shape, or an int.
         fmt: The format.
@@ -195,4 +197,9 @@ def decode_scaled(
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
     scales = make_scales(codes, scale, zero_point, block_size, working, wanted)
     check_target(out, codes, carrier.name, wanted)
+    if needs_gradient(scale, zero_point, out=out):
+        from fpformats.gradients import rescaled_step
+
+        values = dispatch.decode(codes, fmt, grid, working, wanted)
+        return rescaled_step(values, scale, zero_point, scales, carrier)
     return dispatch.decode(codes, fmt, grid, carrier, wanted, scales, out)

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fpformats.formats import FloatFormat
 from fpformats.granularity import as_rows, block_sizes
 from fpformats.kernels.grid import CARRIERS
 from fpformats.objective import CHUNK, Histogram, QuantizedRows, SortedRow, sorting_pays
@@ -28,11 +30,10 @@ from fpformats.scaling import quantize_scaled
 from fpformats.sketch import Sketch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from fpformats.formats import FloatFormat
     from fpformats.kernels.grid import Carrier
     from fpformats.objective import Objective, Sums
 
@@ -116,7 +117,8 @@ def search(
         The choice with the least error over all data; of equal ones, the first in `formats`.
 
     Raises:
-        TypeError: If `x` is not floating point, or a sketch comes with weights or blocks.
+        TypeError: If `x` is not floating point, `formats` holds something else, or a sketch comes
+            with weights or blocks.
         ValueError: If the data are empty or not finite, or an argument is out of range.
 
     Warns:
@@ -338,9 +340,14 @@ def _choice(
 
 
 def _check_formats(formats: Sequence[FloatFormat], carrier: Carrier) -> None:
+    given: object = formats
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"formats is {formats!r}; it must be a sequence of formats")
     if not formats:
         raise ValueError("formats must hold at least one format")
     for fmt in formats:
+        if not isinstance(fmt, FloatFormat):
+            raise TypeError(f"formats has {fmt!r}; it must hold formats, as fpformats.parse gives")
         if fmt.bits > MAX_BITS:
             raise ValueError(
                 f"formats has {fmt} of {fmt.bits} bits; at most {MAX_BITS} are allowed"

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 _WIDTHS: dict[str, Literal[16, 32, 64]] = {"float16": 16, "float32": 32, "float64": 64}
 
 
+def _kind(dtype: str) -> Any:
+    """Return NumPy's type of a dtype's numbers."""
+    if dtype not in _WIDTHS:
+        raise ValueError(f"dtype is {dtype!r}; NumPy numbers are drawn of {', '.join(_WIDTHS)}")
+    return np.dtype(dtype).type
+
+
 class _Shape(NamedTuple):
     """Everything of a format but its bias, and the biases with which a carrier holds it."""
 
@@ -74,7 +81,12 @@ def formats(draw: DrawFn, carrier: str = "float64", max_bits: int = 64) -> Float
 
     Returns:
         A format with at least two finite values.
+
+    Raises:
+        ValueError: If there is no such carrier.
     """
+    if carrier not in CARRIERS:
+        raise ValueError(f"carrier is {carrier!r}; allowed: {', '.join(CARRIERS)}")
     holder = CARRIERS[carrier]
     exponents = holder.bias - holder.min_exponent + holder.mantissa_bits
     widest = min(exponents.bit_length() - 1, MAX_EXPONENT_BITS, max_bits - 1)
@@ -156,9 +168,12 @@ def near_ties(draw: DrawFn, fmt: FloatFormat, dtype: str = "float32") -> Any:
 
     Returns:
         A NumPy scalar of the dtype.
+
+    Raises:
+        ValueError: If the dtype is another.
     """
-    middle = draw(ties(fmt) | values_of(fmt))
-    number = np.dtype(dtype).type(float(middle))
+    kind = _kind(dtype)
+    number = kind(float(draw(ties(fmt) | values_of(fmt))))
     direction = number.dtype.type(draw(st.sampled_from([-math.inf, math.inf])))
     for _ in range(draw(st.integers(0, 2))):
         number = np.nextafter(number, direction)
@@ -173,8 +188,11 @@ def floats(dtype: str = "float32") -> SearchStrategy[Any]:
 
     Returns:
         Strategy of NumPy scalars: zeros, subnormals, infinities and NaN included.
+
+    Raises:
+        ValueError: If the dtype is another.
     """
-    kind = np.dtype(dtype).type
+    kind = _kind(dtype)
     info = np.finfo(dtype)
     lowest = int(info.minexp) - int(info.nmant)
     powers = st.integers(lowest, int(info.maxexp) - 1).map(lambda e: kind(math.ldexp(1.0, e)))

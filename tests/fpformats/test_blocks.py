@@ -142,19 +142,40 @@ def test_zeros_nan_and_infinity(name):
     assert encode_blocks(np.zeros((2, 0), np.float32), fmt).codes.shape == (2, 0)
     x = zeros + 1
     x[0] = math.nan
-    if not fmt.tensor_scale:  # there NaN reaches every block through the tensor's scale
-        for array in (x, torch.from_numpy(x)):
-            decoded = np.asarray(decode_blocks(encode_blocks(array, fmt), fmt))
-            assert np.isnan(decoded[: fmt.size]).all()
-            assert (decoded[fmt.size :] == 1).all()
+    ones = quantize_blocks(zeros + 1, fmt)
+    for array in (x, torch.from_numpy(x)):
+        decoded = np.asarray(decode_blocks(encode_blocks(array, fmt), fmt))
+        assert np.isnan(decoded[: fmt.size]).all()
+        assert (decoded[fmt.size :] == ones[fmt.size :]).all()
     x[0] = math.inf
     assert not np.isnan(quantize_blocks(x, fmt)).any()
 
 
 def test_nan_without_a_code_anywhere_is_refused():
     fmt = BlockFormat(parse("E2M1"), parse("E4M3U"), 16)
-    with pytest.raises(ValueError, match="x contains NaN"):
+    with pytest.raises(ValueError, match="x contains NaN, which the scales' format E4M3U"):
         encode_blocks(np.full(16, math.nan), fmt)
+
+
+def test_what_blocks_cannot_do_is_refused():
+    x = np.ones(32, np.float32)
+    for words in ({"out": x}, {"packed": True}, {"clip_gradient": True}):
+        for function in (quantize_blocks, encode_blocks):
+            with pytest.raises(TypeError, match="unexpected keyword"):
+                function(x, MXFP4, **words)
+    for call in (
+        lambda: quantize_blocks(x, "E2M1"),
+        lambda: encode_blocks(x, parse("E2M1")),
+        lambda: BlockFormat("E2M1", parse("E8M0"), 32),
+    ):
+        with pytest.raises(TypeError, match=r"'E2M1'|E2M1: 4 bits"):
+            call()
+    with pytest.raises(ValueError, match="there is one, and the format has none"):
+        decode_blocks(encode_blocks(x[:16], NVFP4), MXFP4)
+    with pytest.raises(ValueError, match="there is none, and the format has one"):
+        decode_blocks(encode_blocks(x[:16], MXFP4), NVFP4)
+    with pytest.raises(TypeError, match="bfloat16, which NumPy does not have"):
+        decode_blocks(encode_blocks(x, MXFP4), MXFP4, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import gfloat
 import gfloat.formats
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,3 +67,24 @@ def test_specials():
         exact.encode(math.nan, parse("E2M1"))
     with pytest.raises(ValueError, match="code is 16; E2M1 has 4 bits"):
         exact.decode(16, parse("E2M1"))
+
+
+def test_numbers_of_numpy_are_taken_exactly():
+    fmt = parse("E2M1")
+    for kind in (np.float16, np.float32, np.float64):
+        assert exact.quantize(kind(1.27), fmt) == Fraction(3, 2)
+        assert math.copysign(1, exact.quantize(kind(-0.0), fmt)) == -1
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"rounding": "nearest"}, "rounding is 'nearest'; allowed: TowardZero"),
+        ({"saturation": "nope"}, "saturation is 'nope'; allowed: SatFinite"),
+        ({"word": 256, "random_bits": 8}, "word is 256; words of 8 bits"),
+        ({"random_bits": 33}, "random_bits is 33; allowed: 1 to 32"),
+    ],
+)
+def test_unknown_modes_and_words_are_refused(words, match):
+    with pytest.raises(ValueError, match=match):
+        exact.quantize(1.3, parse("E2M1"), **words)

@@ -143,6 +143,12 @@ def test_impossible_formats_of_p3109_are_refused(arguments, message):
         ),
         ({"exponent_bits": 2, "mantissa_bits": 1, "zero": False}, "zero is False; that needs sub"),
         (
+            {"exponent_bits": 2, "mantissa_bits": 1, "signed": 2},
+            "signed is 2; allowed: True, False",
+        ),
+        ({"exponent_bits": 2, "mantissa_bits": 1, "subnormals": None}, "subnormals is None"),
+        ({"exponent_bits": 10**11, "mantissa_bits": 1}, "exponent_bits is 100000000000; it must"),
+        (
             {
                 "exponent_bits": 2,
                 "mantissa_bits": 1,

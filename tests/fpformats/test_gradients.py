@@ -2,17 +2,22 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 from fpformats import (
     E2M1,
+    E2M1U,
     MXFP4,
     backends,
     decode,
+    decode_scaled,
     encode,
+    format_parameters,
     parse,
     quantize,
     quantize_blocks,
+    quantize_parametric,
     quantize_scaled,
 )
 
@@ -263,3 +268,50 @@ def test_what_is_saved_in_a_narrow_dtype_gives_the_gradients_of_what_is_left():
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(33))
     assert scale.grad.isfinite()
+
+
+ROUNDINGS = {
+    "plain": lambda x, *_: quantize(x, E2M1),
+    "clipped": lambda x, *_: quantize(x, E2M1, clip_gradient=True),
+    "scaled": lambda x, scale, zero: quantize_scaled(x, E2M1U, scale, zero),
+    "blocks": lambda x, *_: quantize_blocks(x, MXFP4),
+    "parametric": lambda x, *_: quantize_parametric(x, format_parameters(E2M1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_forward_mode_gives_the_derivatives_of_reverse_mode(name, dtype):
+    x = torch.tensor([0.3, 1.2, -2.0, 9.0]).to(dtype)
+    inputs = (x, torch.tensor([0.7]), torch.tensor([0.1]))
+    forward = torch.func.jacfwd(ROUNDINGS[name], argnums=(0, 1, 2))(*inputs)
+    reverse = torch.func.jacrev(ROUNDINGS[name], argnums=(0, 1, 2))(*inputs)
+    for one, other in zip(forward, reverse, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        value, tangent = forward_ad.unpack_dual(ROUNDINGS[name](dual, *inputs[1:]))
+        assert torch.equal(tangent, forward[0].sum(1))
+    assert torch.equal(value, ROUNDINGS[name](*inputs))
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_a_result_may_be_changed_in_place(name):
+    x = torch.tensor([0.3, 1.2, -2.0, 9.0], dtype=torch.bfloat16, requires_grad=True)
+    y = ROUNDINGS[name](x, torch.tensor(0.7), torch.tensor(0.1))
+    y.mul_(2.0).sum().backward()
+    inside = torch.ones(4) if name != "clipped" else torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert torch.equal(x.grad.float(), 2 * inside)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scales_of_codes_learn(dtype):
+    codes = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 9]])
+    scale = torch.tensor([[0.5], [0.3]], requires_grad=True)
+    zero = torch.tensor([[0.1], [0.2]], requires_grad=True)
+    y = decode_scaled(codes, E2M1, scale, zero, dtype, block_size=(1, 4))
+    plain = decode_scaled(codes, E2M1, scale.detach(), zero.detach(), dtype, block_size=(1, 4))
+    assert torch.equal(y, plain)
+    y.sum().backward()
+    assert torch.equal(scale.grad, decode(codes, E2M1).sum(1, keepdim=True))
+    assert torch.equal(zero.grad, torch.full((2, 1), 4.0))

@@ -438,6 +438,13 @@ def test_bad_arguments_are_refused_by_name():
     }.items():
         with pytest.raises(ValueError, match=match):
             search(x, **{"formats": [E2M1], **options})
+    for formats, match in (
+        (E2M1, "sequence of formats"),
+        ("E2M1", "sequence"),
+        (["E2M1"], "holds?"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            search(np.ones(3), formats)
     with pytest.raises(TypeError, match="x has dtype int64"):
         search(np.arange(3), [E2M1])
     with pytest.raises(TypeError, match="weights is a Tensor; x is a ndarray"):

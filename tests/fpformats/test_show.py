@@ -39,7 +39,7 @@ def test_the_command_prints_the_description(capsys):
     assert capsys.readouterr().out == describe(parse("E2M1U")) + "\n"
 
 
-@pytest.mark.parametrize("name", ["E2M1X", "E8M23", "E2M1B5000", "E2M1BN5000"])
+@pytest.mark.parametrize("name", ["E2M1X", "E8M23", "E2M1B5000", "E2M1BN5000", "E99999999999M2"])
 def test_a_bad_name_is_one_sentence_and_exit_code_2(name, capsys):
     assert main(["show", name]) == 2
     captured = capsys.readouterr()
@@ -52,6 +52,21 @@ def test_the_module_runs():
     command = [sys.executable, "-m", "fpformats", "show", "E1M1U"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     assert "E1M1U" in result.stdout
+
+
+def test_output_that_nobody_reads_is_no_error():
+    command = [sys.executable, "-m", "fpformats", "show", "E2M1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # noqa: S603
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_rounding_is_drawn_of_one_format(capsys, tmp_path):
+    words = ["plot", "E2M1", "E3M0", "--rounding", "ToOdd", "--output", str(tmp_path / "no.png")]
+    assert main(words) == 2
+    assert "--rounding draws one format, and 2 are given" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_notebooks_show_the_facts():

@@ -69,3 +69,15 @@ def test_inputs_near_ties_and_edges_are_of_the_dtype(dtype):
     assert found(strategies.near_ties(fmt, dtype), lambda x: x == kind(-1.25)) == -1.25
     assert np.isnan(found(strategies.floats(dtype), np.isnan))
     assert type(found(strategies.floats(dtype), is_just_below_a_power_of_two)) is kind
+
+
+def test_dtypes_that_numpy_does_not_have_are_refused():
+    for strategy in (
+        lambda: strategies.floats("bfloat16"),
+        lambda: strategies.near_ties(parse("E2M1"), "bfloat16"),
+        lambda: strategies.formats("f8"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"(dtype is 'bfloat16'; NumPy|carrier is 'f8'; allow)"
+        ):
+            find(strategy(), lambda _: True)
