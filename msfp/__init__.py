@@ -4,7 +4,7 @@ The method is that of "Pioneering 4-Bit FP Quantization for Diffusion Models: Mi
 Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505.21591).
 """
 
-from msfp.attention import quantize_attention
+from msfp.attention_search import quantize_attention
 from msfp.branches import add_branches
 from msfp.calibration import Calibration
 from msfp.checkpoint import load, save

@@ -17,13 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fpformats import FloatFormat, parse
-from fpformats.search import Choice, search
-from fpformats.sketch import Sketch
 from msfp.errors import InputError
-from msfp.open_layers import untrained_layers
-from msfp.post_training import float_formats, search_input
 from msfp.quantizer import Quantizer
-from msfp.trajectories import Trajectories, spread_batch
 
 OPERANDS = ("query", "key", "probabilities", "value")
 
@@ -96,7 +91,7 @@ class _Products(TorchFunctionMode):
         return attention(query, key, value, attn_mask, scale, self.round_operand)
 
 
-class _Switch:
+class Switch:
     """Turns rounding on while one attention module runs, by hooks around its forward."""
 
     def __init__(self, module: nn.Module, round_operand: RoundOperand) -> None:
@@ -123,7 +118,7 @@ class _Switch:
 class AttentionProducts(nn.ModuleDict):
     """The quantizers of one attention module, one for each of `OPERANDS`."""
 
-    switch: _Switch
+    switch: Switch
     quantizing: bool = True
 
     def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +131,7 @@ class AttentionProducts(nn.ModuleDict):
     def attach(self, module: nn.Module) -> None:
         """Become part of an attention module and round its operands."""
         module.add_module("products", self)
-        self.switch = _Switch(module, self.round_operand)
+        self.switch = Switch(module, self.round_operand)
 
 
 def attention_products(denoiser: nn.Module) -> dict[str, AttentionProducts]:
@@ -185,40 +180,15 @@ def make_room_for_products(denoiser: nn.Module, formats: dict[str, dict[str, str
         for operand in OPERANDS:
             fmt = parse(named[operand])
             zero, scale = (torch.zeros((), device=device) for _ in range(2))
-            quantizers[operand] = Quantizer(fmt, scale, zero if _shifted(operand, fmt) else None)
+            quantizers[operand] = Quantizer(
+                fmt, scale, zero if has_zero_point(operand, fmt) else None
+            )
         AttentionProducts(quantizers).attach(modules[name])
 
 
-def _shifted(operand: str, fmt: FloatFormat) -> bool:
+def has_zero_point(operand: str, fmt: FloatFormat) -> bool:
     """Return whether an operand has a zero point: where unsigned, but for probabilities."""
     return not fmt.signed and operand != "probabilities"
-
-
-class _Recorder:
-    """Sketches the operands and leaves them as they are."""
-
-    def __init__(self) -> None:
-        self.sketches = {name: Sketch() for name in OPERANDS}
-
-    def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return an operand as it is."""
-        self.sketches[name].update(x.detach())
-        return x
-
-    def products(self, bits: int) -> AttentionProducts:
-        """Return the quantizers with the formats that fit the operands best."""
-        quantizers = {}
-        for name in OPERANDS:
-            choice = _search(name, self.sketches[name], bits)
-            zero = torch.tensor(choice.zero_point) if _shifted(name, choice.format) else None
-            quantizers[name] = Quantizer(choice.format, torch.tensor(choice.scale), zero)
-        return AttentionProducts(quantizers)
-
-
-def _search(name: str, sketch: Sketch, bits: int) -> Choice:
-    if name == "probabilities":
-        return search(sketch, float_formats(bits, signed=False))
-    return search_input(sketch, bits, "mixup")[0]
 
 
 def attention_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -228,45 +198,3 @@ def attention_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
         for name, module in denoiser.named_modules()
         if hasattr(module, "processor") and hasattr(module, "set_processor")
     }
-
-
-@torch.no_grad()
-def quantize_attention(
-    denoiser: nn.Module, trajectories: Trajectories, bits: int, *, samples: int = 64, seed: int = 0
-) -> None:
-    """Quantize the products of every attention module, by what one forward shows of them.
-
-    Args:
-        denoiser: Quantized by `quantize`, open; changed in place.
-        trajectories: Recorded from the full-precision denoiser.
-        bits: Of all four operands.
-        samples: Noisy samples in the forward, at most.
-        seed: Seed of the draws.
-
-    Raises:
-        InputError: If the denoiser is not quantized, or is sealed, or there is no attention, or a
-            processor does not call scaled dot-product attention. The denoiser is then as it was.
-    """
-    untrained_layers(denoiser)
-    if attention_products(denoiser):
-        raise InputError("the products of attention are quantized already")
-    modules = attention_modules(denoiser)
-    if not modules:
-        raise InputError(f"{type(denoiser).__name__} has no attention module with a processor")
-    recorders = {name: _Recorder() for name in modules}
-    generator = torch.Generator().manual_seed(seed)
-    steps, rows = trajectories.samples.shape[:2]
-    step, row = spread_batch(steps, rows, samples, generator)
-    switches = [_Switch(modules[name], recorders[name].round_operand) for name in modules]
-    try:
-        trajectories.predict(denoiser, step, row)
-    finally:
-        for switch in switches:
-            switch.remove()
-    for name, recorder in recorders.items():
-        if not recorder.sketches["query"].count:
-            kind = type(modules[name].processor).__name__
-            raise InputError(f"{kind} does not call scaled dot-product attention")
-    device = next(denoiser.parameters()).device
-    for name, recorder in recorders.items():
-        recorder.products(bits).to(device).attach(modules[name])

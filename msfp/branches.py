@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fpformats.search import search
-from msfp.config import MAX_BITS, MAX_RANK, check_range
+from msfp.config import MAX_BITS, MAX_RANK, check_whole
 from msfp.errors import InputError
 from msfp.low_rank import low_rank
 from msfp.open_layers import OpenLayer, untrained_layers
@@ -34,7 +34,7 @@ def add_branches(denoiser: nn.Module, rank: int) -> list[str]:
         InputError: If the denoiser has no quantized layer, one that is sealed or has LoRAs, or
             branches already, or the rank is below 1.
     """
-    check_range("rank", rank, 1, MAX_RANK)
+    check_whole("rank", rank, 1, MAX_RANK)
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
         raise InputError("the denoiser has branches already")

@@ -26,7 +26,7 @@ from msfp.errors import InputError
 from msfp.integrity import verify
 from msfp.open_layers import open_layers
 from msfp.outputs import atomic_folder
-from msfp.quantized_layer import quantized_layers
+from msfp.quantized_layer import quantized_layers, refuse_quantized
 from msfp.schedulers import restore_sampler
 from msfp.stored_tensors import as_stored
 
@@ -83,9 +83,13 @@ def load(folder: str | Path, into: nn.Module | None = None) -> Any:
         The pipeline, whose samples are bit-equal to those of the saved one, or the network.
 
     Raises:
-        InputError: If the folder is not a checkpoint, is of another version or is corrupt.
+        InputError: If the folder is not a checkpoint, is of another version or is corrupt, or
+            there is none, or it is of a network by itself and there is none to read it into, or
+            that is quantized already.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} cannot be loaded: it is not a folder")
     try:
         return _load_pipeline(folder) if into is None else _load_network(folder, into)
     except (
@@ -118,7 +122,7 @@ def _load_pipeline(folder: Path) -> DiffusionPipeline:
     """Load a pipeline through diffusers; nothing is imported that a folder names."""
     name = quantized_component(folder)
     if name is None:
-        raise InputError(f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp")
+        raise InputError(_why_no_pipeline(folder))
     library = json.loads((folder / "model_index.json").read_text())[name][0]
     if library != "diffusers":
         raise InputError(f"the denoiser must be a class of diffusers, not of {library}")
@@ -127,10 +131,21 @@ def _load_pipeline(folder: Path) -> DiffusionPipeline:
     return pipe
 
 
+def _why_no_pipeline(folder: Path) -> str:
+    """Return what is wrong with a folder without a quantized denoiser in a folder of its own."""
+    if not _is_packed(folder):
+        return f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp"
+    kind = json.loads((folder / CONFIG_FILE).read_text()).get("_class_name")
+    if kind is None:
+        return "it is of a network by itself: into must be one of its architecture"
+    return f"it is of a denoiser by itself: read it with {kind}.from_pretrained"
+
+
 def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     """Fill a plain network from its two files."""
     if not _is_packed(folder):
         raise InputError(f"its {CONFIG_FILE} has no quantization config of msfp")
+    refuse_quantized("into", network)
     description = json.loads((folder / CONFIG_FILE).read_text())
     config = MSFPConfig(**description["quantization_config"])
     verify([folder / TENSOR_FILE], config.to_dict())

@@ -22,20 +22,49 @@ BLOCK_SCHEMES: dict[str, dict[int, str]] = {
 }
 """The formats of the schemes whose blocks of elements share a scale, by their width."""
 MAX_HUB, MAX_RANK = 16, 256
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+"""What generators of torch take."""
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
 """What diffusers' denoisers call the layer that reads the sample and the one that writes it."""
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise InputError unless low <= value <= high."""
-    if not isinstance(value, int | float) or not low <= value <= high:
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise InputError unless a number, which a truth value is not, lies between two others."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a number, not {value!r}")
+    _check_between(name, value, low, high)
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise InputError unless a whole number, one that JSON can hold, lies between two others."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, not {value!r}")
+    _check_between(name, value, low, high)
+
+
+def _check_between(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= value <= high:
         raise InputError(f"{name} must be between {low} and {high}, not {value}")
 
 
-def check_names(name: str, value: Iterable[str]) -> tuple[str, ...]:
+def check_truth(name: str, value: Any) -> None:
+    """Raise InputError unless a value is True or False."""
+    if value is not True and value is not False:
+        raise InputError(f"{name} must be True or False, not {value!r}")
+
+
+def check_type(name: str, value: object, allowed: type) -> None:
+    """Raise InputError unless a value is of a class."""
+    if not isinstance(value, allowed):
+        given = type(value).__name__
+        raise InputError(f"{name} must be of the type {allowed.__name__}, not {given}")
+
+
+def check_names(name: str, value: Any) -> tuple[str, ...]:
     """Return names or globs as a tuple; raise InputError unless they are a sequence of strings."""
-    if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    if not listed or not all(isinstance(each, str) for each in value):
         raise InputError(f"{name} must be a list of names or globs, not {value!r}")
     return tuple(value)
 
@@ -64,7 +93,7 @@ class LayerSettings(NamedTuple):
 
 def check_bits(name: str, bits: Any, scheme: str) -> None:
     """Raise InputError unless a scheme has formats of a width."""
-    check_range(name, bits, MIN_BITS, MAX_BITS)
+    check_whole(name, bits, MIN_BITS, MAX_BITS)
     allowed = BLOCK_SCHEMES.get(scheme)
     if allowed is not None and bits not in allowed:
         raise InputError(
@@ -105,7 +134,7 @@ class RefinementConfig:
         seed: Seed of the draws.
 
     Raises:
-        InputError: If a value is out of range.
+        InputError: If a value is out of range or of another type.
 
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
@@ -130,12 +159,15 @@ class RefinementConfig:
         check_choice("rounding", self.rounding, get_args(Rounding))
         check_choice("scales", self.scales, get_args(ScaleSearch))
         check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
-        check_range("sweeps", self.sweeps, 0, 100)
-        check_range("branch_rank", self.branch_rank, 0, MAX_RANK)
-        check_range("damping", self.damping, 1e-6, 1e3)
+        for name in ("match_inputs", "split_inputs"):
+            check_truth(name, getattr(self, name))
+        check_whole("sweeps", self.sweeps, 0, 100)
+        check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
+        check_number("damping", self.damping, 1e-6, 1e3)
         if self.samples is not None:
-            check_range("samples", self.samples, 1, 10**6)
-        check_range("positions", self.positions, 1, 10**9)
+            check_whole("samples", self.samples, 1, 10**6)
+        check_whole("positions", self.positions, 1, 10**9)
+        check_whole("seed", self.seed, MIN_SEED, MAX_SEED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
@@ -171,7 +203,7 @@ class QuantizationConfig:
         attention: Bits of the operands of attention's products, or None to leave them as they are.
 
     Raises:
-        InputError: If a value is out of range.
+        InputError: If a value is out of range or of another type.
 
     Example:
         >>> QuantizationConfig(weights=4, activations=6).bits("first")
@@ -199,7 +231,7 @@ class QuantizationConfig:
         check_overrides(self.overrides)
         object.__setattr__(self, "refine", _refinement(self.refine))
         if self.attention is not None:
-            check_range("attention", self.attention, MIN_BITS, MAX_BITS)
+            check_whole("attention", self.attention, MIN_BITS, MAX_BITS)
 
     def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int | None]:
         """Return the bits of weights and inputs of a layer at a position."""

@@ -36,7 +36,11 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
 
 
 def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
-    """Return the network of a pipeline that predicts the noise, or the network itself."""
+    """Return the network of a pipeline that predicts the noise, or the network itself.
+
+    Raises:
+        InputError: If it is a pipeline that has none, or something else.
+    """
     if isinstance(pipe, nn.Module):
         return pipe
     network: nn.Module = getattr(pipe, denoiser_name(pipe))
@@ -67,12 +71,16 @@ def settings_by_layer(
         By name, in definition order.
 
     Raises:
-        InputError: If a glob of `include`, `exclude` or `overrides` matches no layer, no layer is
-            chosen, an override is out of range, or the first or last layer is to have other bits
-            and is not found.
+        InputError: If the network is a layer itself, a glob of `include`, `exclude` or `overrides`
+            matches no layer, no layer is chosen, an override is out of range, or the first or last
+            layer is to have other bits and is not found.
     """
     layers = list(quantizable_layers(denoiser))
     kind = type(denoiser).__name__
+    if "" in layers:  # the root itself, which no other layer can take the place of
+        raise InputError(
+            f"the network must hold its layers in a module, such as Sequential: it is a {kind}"
+        )
     chosen = _matching(layers, "include", config.include, kind)
     chosen -= _matching(layers, "exclude", config.exclude, kind)
     if not chosen:

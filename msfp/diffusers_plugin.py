@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any, get_args
 
@@ -123,8 +124,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         check_version("quantization_config has", format_version)
-        if kwargs.keys() - {"quant_method"}:
-            raise InputError(f"quantization_config has unknown keys: {sorted(kwargs)}")
+        unknown = kwargs.keys() - {"quant_method"}
+        if unknown:
+            raise InputError(f"quantization_config has unknown keys: {sorted(unknown)}")
         if type(entries) is not int or entries < 1:
             raise InputError(f"entries must be a positive integer, not {entries!r}")
         self.quant_method = MSFPMethod.MSFP
@@ -364,18 +366,32 @@ def attach(
     """
     layers = quantized_layers(denoiser)
     entries = max((layer.choices for layer in layers.values()), default=1)
-    formats = {name: layer.formats.to_dict() for name, layer in layers.items() if layer.formats}
+    formats = {name: layer.formats for name, layer in layers.items() if layer.formats}
     router = router_of(denoiser).kind if entries > 1 else "learned"
     config = MSFPConfig(
-        **request.to_dict(), layers=formats, entries=entries, router=router,
+        **request.to_dict(), entries=entries, router=router,
+        layers={name: each.to_dict() for name, each in formats.items()},
         products=product_formats(denoiser),
-        summaries=[summary.to_dict() for summary in summaries],
+        summaries=[each.with_formats(formats.get(each.name)).to_dict() for each in summaries],
     )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     denoiser.hf_quantizer = quantizer
     if isinstance(denoiser, ConfigMixin):
         denoiser.register_to_config(quantization_config=config)
+
+
+def attach_anew(denoiser: nn.Module, **changes: Any) -> None:
+    """Tell diffusers how a denoiser is quantized now, where it was told before.
+
+    Args:
+        denoiser: A network whose quantized layers or products have changed.
+        **changes: Fields of the request that are others now.
+    """
+    quantizer: MSFPQuantizer | None = getattr(denoiser, "hf_quantizer", None)
+    if quantizer is not None:
+        config = quantizer.quantization_config
+        attach(denoiser, replace(config.request, **changes), summaries=config.summaries)
 
 
 def detach(denoiser: nn.Module) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -13,6 +14,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
 from msfp.feature_statistics import (
     FeatureMoments,
@@ -31,7 +33,7 @@ SSIM_WINDOW = 11
 
 @torch.no_grad()
 def noise_errors(
-    denoiser: nn.Module, trajectories: Trajectories, *, batch: int = 64
+    denoiser: DiffusionPipeline | nn.Module, trajectories: Trajectories, *, batch: int = 64
 ) -> list[float]:
     """Return the mean squared error of the prediction at each timestep of held-out trajectories.
 
@@ -39,13 +41,14 @@ def noise_errors(
     beside it, such as a variance, does not count.
 
     Args:
-        denoiser: Asked what the one that made the trajectories was asked.
+        denoiser: Asked what the one that made the trajectories was asked; or a pipeline with it.
         trajectories: All rows of each timestep count.
         batch: The most rows in one forward. The errors depend on it by rounding alone.
 
     Raises:
-        InputError: If `batch` is less than 1.
+        InputError: If `batch` is less than 1, or it is a pipeline without a denoiser.
     """
+    denoiser = denoiser_of(denoiser)
     if batch < 1:
         raise InputError(f"batch must be at least 1, not {batch}")
     rows = torch.arange(trajectories.samples.shape[1])

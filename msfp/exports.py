@@ -19,7 +19,7 @@ from torch import nn
 
 from msfp.checkpoint import save
 from msfp.denoiser import denoiser_name, denoiser_of
-from msfp.diffusers_plugin import attach
+from msfp.diffusers_plugin import attach_anew
 from msfp.errors import InputError
 from msfp.layer_formats import LayerFormats
 from msfp.layers import SealedLayer, sealed_layers
@@ -80,7 +80,7 @@ def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
         if isinstance(layer.formats, LayerFormats):
             layer.formats = replace(layer.formats, branch_rank=0)
             layer.branch_down = layer.branch_up = None
-    _attach_anew(bare)
+    attach_anew(bare)
     folder = Path(folder)
     with atomic_folder(folder) as partial:
         with _in_place_of(pipe, bare):
@@ -122,7 +122,7 @@ def _single(denoiser: nn.Module, entry: int) -> nn.Module:
     for layer in sealed_layers(single).values():
         _keep_entry(layer, entry)
     remove_router(single)
-    _attach_anew(single)
+    attach_anew(single)
     return single
 
 
@@ -147,12 +147,6 @@ def _keep_branch(layer: SealedLayer, entry: int) -> None:
     for name in ("branch_down", "branch_up"):
         factor = getattr(layer, name)[entry].clone()
         setattr(layer, name, nn.Parameter(factor, requires_grad=False))
-
-
-def _attach_anew(denoiser: nn.Module) -> None:
-    """Write down how a denoiser is quantized that was changed."""
-    config = denoiser.hf_quantizer.quantization_config  # type: ignore[union-attr]
-    attach(denoiser, config.request, summaries=config.summaries)  # type: ignore[arg-type, union-attr]
 
 
 @contextmanager

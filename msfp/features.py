@@ -34,9 +34,10 @@ def feature_network(name: str, device: str = "cpu") -> Features:
     """Return the features of a name.
 
     Args:
-        name: "pixels"; "digits", the classifier that ships with the reference model; the file of
-            a TorchScript module; or `module:function` of a Python module that can be imported
-            from here. The last two are given images in [0, 1] and must return (n, features).
+        name: "pixels"; "digits", the classifier that ships with the reference model, which reads
+            the mean of the channels; the file of a TorchScript module; or `module:function` of a
+            Python module that can be imported from here. The last two are given images in [0, 1]
+            and must return (n, features).
         device: Where a TorchScript module computes them; all are given and return host memory.
 
     Raises:

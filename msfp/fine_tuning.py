@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.block_layers import refuse_block_layers
+from msfp.config import check_type
+from msfp.denoiser import denoiser_of
 from msfp.errors import InputError
 from msfp.open_layers import untrained_layers
 from msfp.outputs import check_folder
@@ -34,13 +37,13 @@ ASKED = 4
 
 
 def finetune(
-    denoiser: nn.Module,
+    denoiser: DiffusionPipeline | nn.Module,
     trajectories: Trajectories,
     config: FinetuneConfig,
     *,
     factors: dict[float, float] | None = None,
     held_out: Trajectories | None = None,
-    teacher: nn.Module | None = None,
+    teacher: DiffusionPipeline | nn.Module | None = None,
     own_path: Callable[[], Trajectories] | None = None,
     file: str | Path | None = None,
     resume: bool = False,
@@ -56,13 +59,14 @@ def finetune(
     norms.
 
     Args:
-        denoiser: Quantized by `quantize` or opened by `reopen`, and open; changed in place.
+        denoiser: Quantized by `quantize` or opened by `reopen`, and open, or a pipeline with one;
+            changed in place.
         trajectories: Recorded from the full-precision denoiser.
         config: What is trained and how.
         factors: The sampler's `denoising_factors`; needed unless their power is 0.
         held_out: Other trajectories of the same sampler, to measure the error on.
-        teacher: The full-precision denoiser, where the open one does not hold its weights any
-            more. None where `quantize` made the open one.
+        teacher: The full-precision denoiser, or a pipeline with it, where the open one does not
+            hold its weights any more. None where `quantize` made the open one.
         own_path: Records the path of the denoiser as it is when called, by the calls that
             recorded the trajectories; needed where the config has `student_every`.
         file: A safetensors file to save the state to from time to time.
@@ -79,6 +83,10 @@ def finetune(
             denoiser or sampler, the file cannot be written or is the state of another run; all
             before anything is changed. Or if the loss or a held-out error is not finite.
     """
+    denoiser = denoiser_of(denoiser)
+    teacher = None if teacher is None else denoiser_of(teacher)
+    check_type("trajectories", trajectories, Trajectories)
+    check_type("config", config, FinetuneConfig)
     refuse_block_layers(denoiser)
     untrained_layers(denoiser)
     weights = loss_weights(trajectories.timesteps, factors, config.denoising_power)

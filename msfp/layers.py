@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from fpformats import decode_scaled, encode_scaled, quantize_scaled
-from msfp.denoiser import PLAIN_LAYERS
+from msfp.denoiser import PLAIN_LAYERS, denoiser_of
 from msfp.errors import InputError
 from msfp.layer_formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.quantized_layer import QuantizedLayer, quantized_layers
@@ -321,14 +322,17 @@ def sealed_layers(denoiser: nn.Module) -> dict[str, SealedLayer]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, SealedLayer)}
 
 
-def cache_weights(denoiser: nn.Module, enabled: bool = True) -> None:
+def cache_weights(denoiser: DiffusionPipeline | nn.Module, enabled: bool = True) -> None:
     """Keep dequantized weights in memory for speed, or dequantize at each forward.
 
     Outputs are the same bits either way. What is cached is not saved.
 
     Args:
-        denoiser: A network with sealed layers.
+        denoiser: A network with sealed layers, or a pipeline with one.
         enabled: Whether to keep them.
+
+    Raises:
+        InputError: If it is a pipeline without a denoiser.
 
     Example:
         >>> import msfp
@@ -337,7 +341,7 @@ def cache_weights(denoiser: nn.Module, enabled: bool = True) -> None:
         >>> msfp.seal(network)
         >>> cache_weights(network)
     """
-    for layer in sealed_layers(denoiser).values():
+    for layer in sealed_layers(denoiser_of(denoiser)).values():
         layer.cache_weight(enabled)
 
 

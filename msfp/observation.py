@@ -21,7 +21,8 @@ from msfp.calibration import Calibration
 from msfp.denoiser import denoiser_of, quantizable_layers, timestep_or_none
 from msfp.errors import InputError
 from msfp.integer_weights import integer_weights, weight_at
-from msfp.sampling import PipelineCall, Progress
+from msfp.quantized_layer import refuse_quantized
+from msfp.sampling import PipelineCall, Progress, check_calls
 
 SAMPLES_PER_CALL = 4096
 """Numbers drawn from a larger input of a layer, to which its extremes are added."""
@@ -158,8 +159,9 @@ def calibrate(
         What was seen.
 
     Raises:
-        InputError: If there is no denoiser or no call, a call does not run the denoiser, a
-            timestep has no factor, or the file is the state of another calibration.
+        InputError: If there is no denoiser, or one that is quantized already, or no call, a call
+            does not run the denoiser, a timestep has no factor, or the file is the state of
+            another calibration.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1))
@@ -168,9 +170,8 @@ def calibrate(
         (Sketch(4 numbers from 1 to 1), {'2': 'SiLU'})
     """
     denoiser = denoiser_of(pipe)
-    calls = [calls] if callable(calls) else list(calls)
-    if not calls:
-        raise InputError("calls must hold at least one function of the pipeline")
+    refuse_quantized("the denoiser", denoiser)
+    calls = check_calls("calls", calls)
     calibration = Calibration(
         {name: Sketch() for name in quantizable_layers(denoiser)},
         weights=None if factors is None else integer_weights(factors),

@@ -9,8 +9,8 @@ from dataclasses import replace
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.attention import attention_modules, quantize_attention
-from msfp.block_layers import BlockLayer
+from msfp.attention import attention_modules
+from msfp.attention_search import quantize_attention
 from msfp.calibration import Calibration
 from msfp.config import (
     BLOCK_SCHEMES,
@@ -18,6 +18,7 @@ from msfp.config import (
     LayerSettings,
     QuantizationConfig,
     RefinementConfig,
+    check_type,
 )
 from msfp.denoiser import (
     denoiser_of,
@@ -26,15 +27,15 @@ from msfp.denoiser import (
     replace_layers,
     settings_by_layer,
 )
-from msfp.diffusers_plugin import attach
+from msfp.diffusers_plugin import attach, attach_anew
 from msfp.errors import InputError
 from msfp.observation import calibrate
-from msfp.open_layers import OpenLayer, open_layers
+from msfp.open_layers import open_layers
 from msfp.post_training import quantize_layer
-from msfp.quantized_layer import quantized_layers
+from msfp.quantized_layer import refuse_quantized
 from msfp.refinement import refine
 from msfp.runtime import release_memory
-from msfp.sampling import PipelineCall
+from msfp.sampling import PipelineCall, check_calls
 from msfp.summary import LayerSummary
 from msfp.trajectories import Recording, Trajectories
 
@@ -64,11 +65,11 @@ def quantize(
         What was chosen, one summary for each layer.
 
     Raises:
-        InputError: If the pipeline has no denoiser or one that is quantized already, no layer is
-            the first or last though they are to have other bits, a glob matches nothing, the
-            calibration is missing or of another denoiser, there is nothing to refine by though the
-            config asks for it, or a weight or an input is not finite, or a weight offloaded. The
-            denoiser is then as it was.
+        InputError: If the pipeline has no denoiser, or one that is quantized already or is a layer
+            itself, an argument is of another type, no layer is the first or last though they are
+            to have other bits, a glob matches nothing, the calibration is missing or of another
+            denoiser, there is nothing to refine by though the config asks for it, or a weight or an
+            input is not finite, or a weight offloaded. The denoiser is then as it was.
 
     Warns:
         UserWarning: If layers never ran during calibration, which are left in full precision, or
@@ -81,8 +82,12 @@ def quantize(
         ['0', '2']
     """
     denoiser = denoiser_of(pipe)
-    if quantized_layers(denoiser):
-        raise InputError("the denoiser is quantized already: quantize a full-precision one")
+    check_type("config", config, QuantizationConfig)
+    if trajectories is not None:
+        check_type("trajectories", trajectories, Trajectories)
+    if not isinstance(calibration, Calibration | None):
+        calibration = check_calls("calibration", calibration, " or what msfp.calibrate returned")
+    refuse_quantized("the denoiser", denoiser)
     plain = quantizable_layers(denoiser)
     settings = settings_by_layer(denoiser, config, plain)
     seen = calibration if isinstance(calibration, Calibration) else None
@@ -117,7 +122,7 @@ def quantize(
     except BaseException:
         replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
         raise
-    summaries = [_as_refined(summary, layer) for layer, summary in searched.values()]
+    summaries = [summary.with_formats(layer.formats) for layer, summary in searched.values()]
     attach(denoiser, replace(config, refine=refinement), summaries=summaries)
     return summaries
 
@@ -169,19 +174,6 @@ def _recorded(
         return None
 
 
-def _as_refined(summary: LayerSummary, layer: OpenLayer | BlockLayer) -> LayerSummary:
-    """Return a summary with the formats that a layer has, which refinement may have changed."""
-    if isinstance(layer, BlockLayer):
-        return summary
-    weight, inputs = str(layer.formats.weight), layer.formats.input
-    return replace(
-        summary,
-        weight_format=weight,
-        weight_sqnr=summary.weight_choices[weight],
-        input_format=None if inputs is None else str(inputs),
-    )
-
-
 def _settings(
     denoiser: nn.Module, config: QuantizationConfig, calibration: Calibration | None
 ) -> dict[str, LayerSettings]:
@@ -224,13 +216,18 @@ def _check_input(name: str, calibration: Calibration) -> None:
         )
 
 
-def seal(denoiser: nn.Module) -> None:
-    """Pack the weights of every open layer of a denoiser, which then can be saved."""
+def seal(denoiser: DiffusionPipeline | nn.Module) -> None:
+    """Pack the weights of every open layer of a denoiser, which then can be saved.
+
+    Args:
+        denoiser: Quantized by `quantize`, or a pipeline with one; changed in place.
+
+    Raises:
+        InputError: If it is a pipeline without a denoiser.
+    """
+    denoiser = denoiser_of(denoiser)
     layers = list(open_layers(denoiser).values())
     while layers:  # one by one, so that no full-precision weight stays longer than it must
         layer = layers.pop()
         replace_layers(denoiser, {layer: layer.seal()})
-    quantizer = getattr(denoiser, "hf_quantizer", None)
-    if quantizer is not None:
-        config = quantizer.quantization_config
-        attach(denoiser, config.request, summaries=config.summaries)
+    attach_anew(denoiser)

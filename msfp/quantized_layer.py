@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layer_formats import BlockFormats, LayerFormats
 from msfp.talora import Routing
 
@@ -177,3 +178,9 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
         for name, module in denoiser.named_modules()
         if isinstance(module, QuantizedLayer) and module.formats is not None
     }
+
+
+def refuse_quantized(name: str, network: nn.Module) -> None:
+    """Raise InputError if a network, which an argument holds, has quantized layers."""
+    if quantized_layers(network):
+        raise InputError(f"{name} is quantized already: give one in full precision")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from fpformats import quantize_scaled
 from msfp.adaround import adaround
 from msfp.branches import add_branches
-from msfp.config import RefinementConfig
+from msfp.config import RefinementConfig, check_type
 from msfp.correction import matched_bias, matched_matrix
+from msfp.denoiser import denoiser_of
+from msfp.diffusers_plugin import attach_anew
 from msfp.errors import InputError
 from msfp.gptq import damped, gptq, upper_factor
 from msfp.moments import as_matrix, layer_moments
@@ -120,7 +123,7 @@ def _check_finite(meeting: Meeting) -> None:
 
 
 def refine(
-    denoiser: nn.Module,
+    denoiser: DiffusionPipeline | nn.Module,
     trajectories: Trajectories,
     config: RefinementConfig,
     *,
@@ -133,8 +136,8 @@ def refine(
     where its config has a `RefinementConfig`.
 
     Args:
-        denoiser: Quantized by `quantize` to the nearest values, open; changed in place. Its weights
-            become values of their grids, and stay open to `finetune`.
+        denoiser: Quantized by `quantize` to the nearest values, open, or a pipeline with one;
+            changed in place. Its weights become values of their grids, and stay open to `finetune`.
         trajectories: Recorded from the full-precision denoiser. Samples are drawn from all
             timesteps alike.
         config: What is corrected and how.
@@ -144,6 +147,9 @@ def refine(
         InputError: If the denoiser has no quantized layer, one that is sealed or has LoRAs, or
             branches already where it is to get some, or numbers are not finite.
     """
+    denoiser = denoiser_of(denoiser)
+    check_type("trajectories", trajectories, Trajectories)
+    check_type("config", config, RefinementConfig)
     untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
@@ -155,6 +161,7 @@ def refine(
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
     meet_layers(denoiser, trajectories, step, row, _Refiner(config, biased, progress))
+    attach_anew(denoiser, refine=config)
 
 
 def _samples(trajectories: Trajectories) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.block_layers import refuse_block_layers
-from msfp.denoiser import replace_layers
+from msfp.denoiser import denoiser_of, replace_layers
 from msfp.errors import InputError
 from msfp.layers import ScaledLayer, sealed_layers
 from msfp.open_layers import OPEN_LAYERS, OpenLayer
@@ -14,7 +15,9 @@ from msfp.teacher_weights import check_weights
 
 
 @torch.no_grad()
-def reopen(denoiser: nn.Module, original: nn.Module) -> None:
+def reopen(
+    denoiser: DiffusionPipeline | nn.Module, original: DiffusionPipeline | nn.Module
+) -> None:
     """Make the sealed layers of a denoiser open ones that give the same outputs.
 
     Formats and scales are those of the sealed layers. A weight is the full-precision one where
@@ -22,9 +25,10 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
     correction made another of it.
 
     Args:
-        denoiser: Quantized and sealed, as loaded from a checkpoint; changed in place.
-        original: The full-precision denoiser that it was made from. What both have alike is
-            shared from then on.
+        denoiser: Quantized and sealed, as loaded from a checkpoint, or a pipeline with one;
+            changed in place.
+        original: The full-precision denoiser that it was made from, or a pipeline with that. What
+            both have alike is shared from then on.
 
     Raises:
         InputError: If the denoiser is not sealed, has layers in block formats or was fine-tuned
@@ -41,6 +45,7 @@ def reopen(denoiser: nn.Module, original: nn.Module) -> None:
         >>> type(packed[0]).__name__
         'OpenLinear'
     """
+    denoiser, original = denoiser_of(denoiser), denoiser_of(original)
     layers = check_reopening(denoiser, original)
     plain = dict(original.named_modules())
     opened: dict[nn.Module, nn.Module] = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from fpformats import parse
 from msfp.errors import InputError
+from msfp.layer_formats import BlockFormats, LayerFormats
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ class LayerSummary:
         if not self.asymmetric:
             return None
         return "data" if self.activation is None else self.activation
+
+    def with_formats(self, formats: LayerFormats | BlockFormats | None) -> Self:
+        """Return the summary with the formats that its layer has now; None leaves it as it is.
+
+        Example:
+            >>> summary = LayerSummary("a", "E2M1", 20.0, {"E2M1": 20.0, "E3M0": 15.0})
+            >>> summary.with_formats(LayerFormats(parse("E3M0"))).weight_sqnr
+            15.0
+        """
+        if formats is None:
+            return self
+        weight, inputs = str(formats.weight), formats.input
+        same = weight == self.weight_format
+        return replace(
+            self,
+            weight_format=weight,
+            weight_sqnr=self.weight_sqnr if same else self.weight_choices.get(weight, math.nan),
+            input_format=None if inputs is None else str(inputs),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types, None for NaN."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.denoiser import timestep_of
+from msfp.denoiser import denoiser_of, timestep_of
 from msfp.low_rank import low_rank
 from msfp.routers import Router
 
@@ -208,16 +209,22 @@ def remove_router(denoiser: nn.Module) -> None:
 
 
 @torch.no_grad()
-def precompute_routing(denoiser: nn.Module, timesteps: Sequence[float] | torch.Tensor) -> None:
+def precompute_routing(
+    denoiser: DiffusionPipeline | nn.Module, timesteps: Sequence[float] | torch.Tensor
+) -> None:
     """Ask the router once for each timestep of a sampler, so that sampling need not.
 
     Sampling does so by itself when it comes to a timestep for the first time; this is for who wants
     it done before. Outputs are the same bits.
 
     Args:
-        denoiser: With a router, or without one, which has nothing to precompute.
+        denoiser: With a router, or without one, which has nothing to precompute; or a pipeline.
         timesteps: What the denoiser will be given, such as `scheduler.timesteps`.
+
+    Raises:
+        InputError: If it is a pipeline without a denoiser.
     """
+    denoiser = denoiser_of(denoiser)
     routing = routing_of(denoiser)
     if routing is None:
         return

@@ -14,7 +14,7 @@ from torch import nn
 
 from msfp.denoiser import denoiser_of, timestep_or_none
 from msfp.errors import InputError
-from msfp.sampling import PipelineCall, Progress
+from msfp.sampling import PipelineCall, Progress, check_calls
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Recording:
     """
 
     def __init__(self, calls: PipelineCall | Sequence[PipelineCall]) -> None:
-        given = [calls] if callable(calls) else list(calls)
+        given = check_calls("calls", calls)
         self.calls = [self._recorded(index, call) for index, call in enumerate(given)]
         self._forwards: dict[int, list[_Forward]] = {}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msfp.commands import options
+from msfp.errors import InputError
 
 if TYPE_CHECKING:
     from msfp.inspection import LayerFacts, ProductFacts
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
         product_cells,
     )
 
+    if arguments.json == arguments.csv == options.STANDARD_OUTPUT:
+        raise InputError("json and csv must not both be -: standard output takes one of them")
     options.check_files(arguments, json=".json", csv=".csv")
     found: list[LayerFacts | ProductFacts] = [
         *in_order(inspect_layers(arguments.checkpoint), arguments.sort),

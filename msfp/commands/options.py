@@ -73,7 +73,8 @@ def add_features(command: argparse.ArgumentParser, *, required: bool = False) ->
     default = "" if required else " (default: of the reference; else digits for digits, or pixels)"
     command.add_argument(
         "--features", required=required, metavar="NETWORK",
-        help="of the Frechet distance: pixels, digits, a TorchScript file or module:function"
+        help="of the Frechet distance: pixels, digits (16 x 16 pixels, of the mean of colours), a "
+        "TorchScript file or module:function"
         + default,
     )  # fmt: skip
 

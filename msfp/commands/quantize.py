@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.commands import options
 from msfp.config import FLOAT_SCHEMES, Granularity, QuantizationConfig, Scheme
+from msfp.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
         help="a .safetensors file that keeps the calibration, and goes on from where it was",
     )  # fmt: skip
     quantize.add_argument(
-        "--refine", action=argparse.BooleanOptionalAction, default=True,
+        "--refine", action=argparse.BooleanOptionalAction,
         help="round the weights anew, by what they do to outputs (default; of floating point)",
     )  # fmt: skip
     quantize.add_argument(
@@ -90,6 +91,12 @@ def _title(arguments: argparse.Namespace) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> QuantizationConfig:
+    floats = arguments.scheme in FLOAT_SCHEMES
+    if arguments.refine and not floats:
+        raise InputError(
+            f"refine needs a scheme of floating point, {' or '.join(FLOAT_SCHEMES)}, not "
+            f"{arguments.scheme}"
+        )
     return QuantizationConfig(
         arguments.weights,
         arguments.activations,
@@ -98,7 +105,7 @@ def _config(arguments: argparse.Namespace) -> QuantizationConfig:
         include=tuple(arguments.include or ("*",)),
         exclude=tuple(arguments.exclude),
         granularity=arguments.granularity,
-        refine="auto" if arguments.refine and arguments.scheme in FLOAT_SCHEMES else None,
+        refine=None if arguments.refine is False or not floats else "auto",
         attention=arguments.attention,
     )
 

@@ -105,8 +105,11 @@ def _photograph_classifier() -> ImageClassifier:
 
 
 def digit_features(images: torch.Tensor) -> torch.Tensor:
-    """Return the classifier's features of images in [0, 1], in which Frechet distances are."""
-    return _digit_classifier().features(images * 2 - 1)
+    """Return the classifier's features of images in [0, 1], in which Frechet distances are.
+
+    It takes grey images: those in colour are of the mean of their channels.
+    """
+    return _digit_classifier().features(images.mean(dim=1, keepdim=True) * 2 - 1)
 
 
 def photograph_features(images: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal, get_args
 
-from msfp.config import MAX_HUB, MAX_RANK, check_choice, check_range
+from msfp.config import (
+    MAX_HUB,
+    MAX_RANK,
+    MAX_SEED,
+    MIN_SEED,
+    check_choice,
+    check_number,
+    check_truth,
+    check_whole,
+)
 from msfp.errors import InputError
 from msfp.routers import RouterKind
 
@@ -42,21 +50,7 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         for name, rate in dataclasses.asdict(self).items():
-            _check_number(f"rate of {name}", rate, 0, 1)
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise InputError unless a number, which a truth value is not, lies between two others."""
-    if isinstance(value, bool):
-        raise InputError(f"{name} must be a number, not {value}")
-    check_range(name, value, low, high)
-
-
-def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    """Raise InputError unless a whole number lies between two others."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputError(f"{name} must be a whole number, not {value!r}")
-    check_range(name, int(value), low, high)
+            check_number(f"rate of {name}", rate, 0, 1)
 
 
 def _learning_rates(rates: Any) -> LearningRates:
@@ -152,23 +146,25 @@ class FinetuneConfig:
             if not isinstance(value, Iterable) or isinstance(value, str):
                 raise InputError(f"{name} must be a list of numbers, not {value!r}")
             object.__setattr__(self, name, tuple(value))
-        _check_whole("hub", self.hub, 1, MAX_HUB)
-        _check_whole("rank", self.rank, 1, MAX_RANK)
-        _check_whole("seed", self.seed, -(2**63), 2**63 - 1)
+        check_whole("hub", self.hub, 1, MAX_HUB)
+        check_whole("rank", self.rank, 1, MAX_RANK)
+        check_whole("seed", self.seed, MIN_SEED, MAX_SEED)
         for name in ("steps", "save_every"):
-            _check_whole(name, getattr(self, name), 1, 10**9)
+            check_whole(name, getattr(self, name), 1, 10**9)
         for name in ("batch", "branch_rows", "accumulation"):
-            _check_whole(name, getattr(self, name), 1, 10**6)
+            check_whole(name, getattr(self, name), 1, 10**6)
         for name in ("student_every", "evaluate_every", "patience"):
-            _check_whole(name, getattr(self, name), 0, 10**9)
-        _check_number("denoising_power", self.denoising_power, 0, 4)
-        _check_number("ema", self.ema, 0, 0.999999)
+            check_whole(name, getattr(self, name), 0, 10**9)
+        for name in ("checkpointing", "shard", "cache_teacher"):
+            check_truth(name, getattr(self, name))
+        check_number("denoising_power", self.denoising_power, 0, 4)
+        check_number("ema", self.ema, 0, 0.999999)
         if self.clip is not None:
-            _check_number("clip", self.clip, 1e-12, 1e12)
+            check_number("clip", self.clip, 1e-12, 1e12)
         for temperature in self.temperature:
-            _check_number("temperature", temperature, 1e-3, 1e3)
+            check_number("temperature", temperature, 1e-3, 1e3)
         for coefficient in self.branches:
-            _check_number("branches", coefficient, -1e6, 1e6)
+            check_number("branches", coefficient, -1e6, 1e6)
         check_choice("routing", self.routing, get_args(RouterKind))
         check_choice("place", self.place, get_args(Place))
         check_choice("initial", self.initial, get_args(Initial))

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
-from msfp import InputError, QuantizationConfig, quantize
-from msfp.attention import OPERANDS, attention, attention_modules, quantize_attention
+from msfp import InputError, QuantizationConfig, quantize, quantize_attention
+from msfp.attention import OPERANDS, attention, attention_modules
 
 
 def as_given(_name, x):
@@ -119,6 +119,20 @@ def test_a_copy_has_quantizers_of_its_own(quantized, trajectories):
             module.products["value"].scale.mul_(1.5)
         assert not torch.equal(twin(*call).sample, before)
         assert torch.equal(denoiser(*call).sample, before)
+
+
+def test_the_config_that_is_saved_says_that_products_were_quantized(quantized, trajectories):
+    pipe = quantized()[0]
+    quantize_attention(pipe, trajectories, 5, samples=2)
+    config = pipe.unet.hf_quantizer.quantization_config
+    assert config.request.attention == pipe.unet.config.quantization_config.request.attention == 5
+    assert config.products.keys() == attention_modules(pipe.unet).keys()
+
+
+@pytest.mark.parametrize("bits", [2, 4.0])
+def test_products_of_bits_that_cannot_be_are_refused(bits, quantized, trajectories):
+    with pytest.raises(InputError, match=f"bits must be .* not {bits}"):
+        quantize_attention(quantized()[0].unet, trajectories, bits)
 
 
 def test_a_denoiser_without_attention_quantized_twice_or_not_at_all_is_refused(

@@ -169,6 +169,22 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         load(tmp_path, into=Network())
 
 
+def test_the_folder_of_a_network_by_itself_says_how_it_is_read(saved, network, tmp_path):
+    with pytest.raises(InputError, match=r"by itself: read it with UNet2DModel\.from_pretrained"):
+        load(saved / "unet")
+    save(network, tmp_path / "network")
+    with pytest.raises(InputError, match="by itself: into must be one of its architecture"):
+        load(tmp_path / "network")
+    with pytest.raises(InputError, match="into is quantized already"):
+        load(tmp_path / "network", into=network)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    for arguments in ({}, {"into": Network()}):
+        with pytest.raises(InputError, match="nowhere cannot be loaded: it is not a folder"):
+            load(tmp_path / "nowhere", **arguments)
+
+
 def header(file):
     with safe_open(file, "pt") as opened:
         return opened.metadata()
@@ -255,7 +271,7 @@ DAMAGE = {
     "a list": (lambda folder: (folder / "unet" / "config.json").write_text("[]"), "no unet"),
     "version": (damage_json(lambda d: d.update(format_version=99)), "format version 99"),
     "library": (other_library, "must be a class of diffusers, not of antigravity"),
-    "unknown key": (damage_json(lambda d: d.update(colour=1)), r"unknown keys: \['colour'"),
+    "unknown key": (damage_json(lambda d: d.update(colour=1)), r"unknown keys: \['colour'\]"),
     "format": (formats_of("conv_in", weight_format="E9"), "layer 'conv_in'.*'E9' is not a format"),
     "wide format": (formats_of("conv_in", weight_format="E5M10"), "has 16 bits, more than 8"),
     "granularity": (

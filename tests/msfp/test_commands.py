@@ -409,6 +409,14 @@ BAD = {
         lambda t, model: ["inspect", model, "--json", written(t, "kept")],
         r"must be a new \.json file",
     ),
+    "json and csv": (
+        lambda _, model: ["inspect", model, "--json", "-", "--csv", "-"],
+        "json and csv must not both be -",
+    ),
+    "refine": (
+        lambda t, _: ["quantize", "digits", "--refine", "--scheme", "int_mse", "--output", t / "x"],
+        "refine needs a scheme of floating point, mixup or signed, not int_mse",
+    ),
     "features": (
         lambda _, model: ["evaluate", model, "--against", "digits", "--features", "vgg"],
         "features must be pixels, digits",

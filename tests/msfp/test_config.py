@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from msfp import FinetuneConfig, InputError, QuantizationConfig
+from msfp import FinetuneConfig, InputError, MSFPConfig, QuantizationConfig, RefinementConfig
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "first_last"])
@@ -35,9 +35,10 @@ def test_finetune_values_out_of_range_are_refused(name, value):
         ({"steps": 2.5}, r"steps must be a whole number, not 2\.5"),
         ({"batch": True}, "batch must be a whole number, not True"),
         ({"ema": True}, "ema must be a number, not True"),
-        ({"clip": "1"}, "clip must be between .* not 1"),
+        ({"clip": "1"}, "clip must be a number, not '1'"),
+        ({"shard": "no"}, "shard must be True or False, not 'no'"),
         ({"temperature": 1.0}, r"temperature must be a list of numbers, not 1\.0"),
-        ({"branches": ("a",)}, "branches must be between .* not a"),
+        ({"branches": ("a",)}, "branches must be a number, not 'a'"),
         ({"rates": {"lora": 1}}, r"rates has no group 'lora': it may have adapters, router, "),
         ({"rates": {"norms": False}}, "rate of norms must be a number, not False"),
         ({"rates": 0.1}, r"rates must be LearningRates or a table of them, not 0\.1"),
@@ -46,6 +47,28 @@ def test_finetune_values_out_of_range_are_refused(name, value):
 def test_finetune_values_of_another_type_are_refused(config, message):
     with pytest.raises(InputError, match=message):
         FinetuneConfig(**config)
+
+
+@pytest.mark.parametrize("config", [QuantizationConfig, MSFPConfig])
+@pytest.mark.parametrize("name", ["weights", "activations", "first_last", "attention"])
+@pytest.mark.parametrize("bits", [4.5, 4.0, True, "4"])
+def test_bits_that_are_no_whole_number_are_refused(config, name, bits):
+    with pytest.raises(InputError, match=f"^{name} must be a whole number, not {bits!r}$"):
+        config(**{name: bits})
+
+
+@pytest.mark.parametrize("name", ["sweeps", "samples", "branch_rank", "positions", "seed"])
+@pytest.mark.parametrize("value", [1.5, False, "a"])
+def test_counts_of_refinement_that_are_no_whole_number_are_refused(name, value):
+    with pytest.raises(InputError, match=f"^{name} must be a whole number, not {value!r}$"):
+        RefinementConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["match_inputs", "split_inputs"])
+def test_what_refinement_does_or_not_is_true_or_false(name):
+    for value in ("no", 1, None):
+        with pytest.raises(InputError, match=f"^{name} must be True or False, not {value!r}$"):
+            RefinementConfig(**{name: value})
 
 
 def test_configs_survive_json():
@@ -69,6 +92,8 @@ def test_configs_survive_json():
         ({"scheme": "nvfp4", "first_last": 6}, r"first_last must be one of \(4, 8\)"),
         ({"overrides": {"conv*": {"bits": 4}}}, r"overrides has 'bits' for 'conv\*': it may have"),
         ({"overrides": [4]}, "overrides must be a table of settings by glob"),
+        ({"exclude": None}, "exclude must be a list of names or globs, not None"),
+        ({"include": (1,)}, r"include must be a list of names or globs, not \(1,\)"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(config, message):

@@ -20,6 +20,12 @@ def test_digits_are_the_features_of_the_classifier():
     assert torch.equal(feature_network("digits")(images), expected)
 
 
+def test_digits_in_colour_are_those_of_the_mean_of_the_channels():
+    images = torch.rand(3, 3, 16, 16)
+    features = feature_network("digits")
+    assert torch.equal(features(images), features(images.mean(1, keepdim=True)))
+
+
 def test_a_torchscript_file_and_a_function_of_a_module_are_loaded(tmp_path, monkeypatch):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
     torch.jit.script(network).save(tmp_path / "network.pt")

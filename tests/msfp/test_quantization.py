@@ -12,20 +12,29 @@ from fpformats import quantize_blocks
 from fpformats.blocks import MXFP4, MXFP8_E4M3, NVFP4
 from msfp import (
     Calibration,
+    FinetuneConfig,
     InputError,
+    MSFPConfig,
     QuantizationConfig,
     RefinementConfig,
     Sampler,
+    Trajectories,
+    cache_weights,
     calibrate,
+    finetune,
+    precompute_routing,
     prompt_calls,
     quantize,
     record_trajectories,
+    refine,
+    reopen,
     save,
     seal,
 )
 from msfp.attention import OPERANDS, attention_products
 from msfp.block_layers import BlockLayer, block_layers
 from msfp.denoiser import denoiser_name, denoiser_of, quantizable_layers
+from msfp.evaluate import noise_errors
 from msfp.open_layers import open_layers
 from msfp.quantized_layer import quantized_layers
 
@@ -381,3 +390,58 @@ def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(referenc
         copy.deepcopy(reference), QuantizationConfig(), calibration=Calibration.load(file)
     )
     assert again == done
+
+
+def test_a_layer_that_no_module_holds_is_refused():
+    with pytest.raises(InputError, match=r"must hold its layers in a module.*: it is a Linear"):
+        quantize(nn.Linear(3, 3), QuantizationConfig(activations=None, first_last=4))
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"weights": 4}, {}, "config must be of the type QuantizationConfig, not dict"),
+        (MSFPConfig(), {}, "config must be of the type QuantizationConfig, not MSFPConfig"),
+        (
+            QuantizationConfig(),
+            {"calibration": "x.safetensors"},
+            r"calibration must be .* or what msfp\.calibrate returned, not 'x.safetensors'",
+        ),
+        (
+            QuantizationConfig(),
+            {"calibration": Trajectories(*torch.zeros(3, 1))},
+            r"calibration must be .* or what msfp\.calibrate returned, not Trajectories",
+        ),
+        (
+            QuantizationConfig(),
+            {"trajectories": Calibration({})},
+            "trajectories must be of the type Trajectories, not Calibration",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(config, arguments, message):
+    with pytest.raises(InputError, match=message):
+        quantize(families.make("unet"), config, **arguments)
+
+
+def test_a_pipeline_stands_for_its_denoiser_everywhere(reference):
+    pipe, tuned = copy.deepcopy(reference), copy.deepcopy(reference)
+    calls = Sampler(2, 2).calls(4, seed=0)
+    trajectories = record_trajectories(reference, calls)
+    calibration = calibrate(pipe, calls)
+    for each in (pipe, tuned):
+        quantize(each, QuantizationConfig(refine=None), calibration=calibration)
+    refine(pipe, trajectories, RefinementConfig(samples=2, positions=64, branch_rank=0))
+    seal(pipe)
+    cache_weights(pipe)
+    precompute_routing(pipe, trajectories.timesteps)
+    assert noise_errors(pipe, trajectories) == noise_errors(pipe.unet, trajectories)
+    reopen(pipe, reference)
+    assert open_layers(pipe.unet)
+    finetune(tuned, trajectories, FinetuneConfig(steps=1, batch=2, rank=1), teacher=reference)
+    assert not open_layers(tuned.unet)
+
+
+def test_a_denoiser_that_is_quantized_is_not_calibrated(quantized, sampler):
+    with pytest.raises(InputError, match="the denoiser is quantized already"):
+        calibrate(quantized()[0], sampler.calls(8, seed=0))

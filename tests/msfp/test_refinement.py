@@ -245,6 +245,25 @@ def test_features_that_depend_on_each_other_are_named_where_damping_is_too_small
         refine(tiny(), replace(paths, samples=samples), few)
 
 
+def test_the_config_that_is_saved_says_how_weights_were_refined(tiny, paths):
+    denoiser, refinement = tiny(), RefinementConfig(**SMALL, scales="output")
+    refine(denoiser, paths, refinement)
+    config = denoiser.hf_quantizer.quantization_config
+    assert config.request.refine == denoiser.config.quantization_config.request.refine == refinement
+    formats = {name: str(layer.formats.weight) for name, layer in open_layers(denoiser).items()}
+    assert {each.name: each.weight_format for each in config.summaries} == formats
+    assert all(
+        each.weight_sqnr == each.weight_choices[each.weight_format] for each in config.summaries
+    )
+
+
+def test_what_is_no_config_and_no_path_is_refused(tiny, paths):
+    with pytest.raises(InputError, match="config must be of the type RefinementConfig, not dict"):
+        refine(tiny(), paths, {"sweeps": 1})
+    with pytest.raises(InputError, match="trajectories must be of the type Trajectories, not list"):
+        refine(tiny(), [], RefinementConfig())
+
+
 @pytest.mark.parametrize("scales", ["diagonal", "output"])
 def test_scales_can_be_searched_by_the_output(tiny, scales):
     plain, searched = tiny(), tiny({"scales": scales})

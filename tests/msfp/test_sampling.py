@@ -1,10 +1,20 @@
+import copy
 import json
 
 import pytest
 import torch
 from families import images, pipeline, safety_checker
 
-from msfp import InputError, QuantizationConfig, Sampler, load, quantize, save, seal
+from msfp import (
+    InputError,
+    QuantizationConfig,
+    Sampler,
+    load,
+    prompt_calls,
+    quantize,
+    save,
+    seal,
+)
 
 
 def test_an_image_depends_on_the_seed_and_not_on_how_many_are_sampled(reference):
@@ -106,3 +116,75 @@ class Upscaler:
 def test_a_sampler_that_does_not_fit_the_pipeline_is_refused(pipe, sampler, message):
     with pytest.raises(InputError, match=message):
         sampler(pipe, 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": -1}, "steps must be between 1 and .* not -1"),
+        ({"steps": 0}, "steps must be between 1 and .* not 0"),
+        ({"steps": 2.5}, r"steps must be a whole number, not 2\.5"),
+        ({"batch": 0}, "batch must be between 1 and .* not 0"),
+        ({"batch": True}, "batch must be a whole number, not True"),
+        ({"conditions": "fox"}, "conditions must be a list of prompts or labels, not 'fox'"),
+        ({"conditions": ("a", 1)}, r"conditions must be a list .*, not \('a', 1\)"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number, not '5'"),
+    ],
+)
+def test_a_sampler_of_values_that_cannot_be_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(**values)
+
+
+@pytest.mark.parametrize(
+    ("count", "seed", "message"),
+    [
+        (0, 0, "count must be between 1 and .* not 0"),
+        (2.0, 0, r"count must be a whole number, not 2\.0"),
+        (2, None, "seed must be a whole number, not None"),
+        (2, 2**50, f"seed must be between .* not {2**50}"),
+    ],
+)
+def test_counts_and_seeds_that_cannot_be_are_refused_before_a_call(count, seed, message):
+    sampler, pipe = Sampler(2, 2), Unconditional()
+    for sample in (sampler.calls, lambda *given: sampler(pipe, *given)):
+        with pytest.raises(InputError, match=message):
+            sample(count, seed)
+
+
+def test_the_largest_seeds_give_images(reference):
+    for seed in (-(2**42), 2**42):
+        assert Sampler(1, 1)(reference, 1, seed=seed).isfinite().all()
+
+
+def test_a_dtype_that_a_pipeline_cannot_sample_in_is_refused(reference):
+    pipe = copy.deepcopy(reference).to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"float32 or float16 for DDIMPipeline .* not bfloat16"):
+        Sampler(2, 2)(pipe, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "values", "message"),
+    [
+        (["a", 1], {}, r"conditions must be a list of prompts or labels, not \['a', 1\]"),
+        ([], {}, r"conditions must hold at least one prompt or label, not \[\]"),
+        (["a"], {"steps": 0}, "steps must be between 1 and .* not 0"),
+        (["a"], {"seed": None}, "seed must be a whole number, not None"),
+    ],
+)
+def test_prompt_calls_of_values_that_cannot_be_are_refused(conditions, values, message):
+    with pytest.raises(InputError, match=message):
+        prompt_calls(conditions, **values)
+
+
+@pytest.mark.parametrize(
+    ("pipe", "conditions", "message"),
+    [
+        (Unconditional(), ["fox"], "Unconditional is unconditional: prompts and labels must not"),
+        (Labelled(), ["fox"], "Labelled takes labels, not 'fox'"),
+        (Conditional(), [1], "Conditional takes prompts, not 1"),
+    ],
+)
+def test_prompt_calls_that_do_not_fit_the_pipeline_are_refused(pipe, conditions, message):
+    with pytest.raises(InputError, match=message):
+        prompt_calls(conditions)[0](pipe)

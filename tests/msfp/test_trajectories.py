@@ -124,7 +124,7 @@ def test_conditions_may_differ_by_row_and_by_step():
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ([], "calls must run the denoiser at least once"),
+        ([], "calls must be one or more functions of the pipeline"),
         ([lambda _: None], "calls must run the denoiser at least once"),
         ([(2, 1), (2, 2)], "all calls must take the sampler through the same timesteps"),
         ([(2, 1), (3, 1, 2.0)], "conditions.factor must be the same in all calls"),
