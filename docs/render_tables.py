@@ -41,20 +41,16 @@ def ladder(model: str) -> Group:
 
 def methods() -> str:
     """Return the table of what is done to weights before fine-tuning."""
-    group = ladder("digits-ddpm")
-    rows = [
-        [
-            label(recipe),
-            cell(group.mean(recipe, ERROR), 2),
-            cell(group.mean(recipe, "psnr"), 1),
-            cell(group.mean(recipe, "frechet"), 2),
-            f"{group.seconds(recipe, 'quantize'):.1f}",
-            str(len(group.by_recipe[recipe])),
-        ]
-        for recipe in METHODS
-    ]
-    header = ("method", "noise error", "PSNR, dB", "Frechet distance", "CPU seconds", "seeds")
-    return markdown_table(header, rows)
+    groups = [ladder(model) for model in MODELS]
+    rows = []
+    for recipe in METHODS:
+        means = [cell(group.mean(recipe, ERROR), 2) for group in groups]
+        means += [cell(group.mean(recipe, "psnr"), 1) for group in groups]
+        counts = [str(len(group.values(recipe, ERROR)) or "-") for group in groups]
+        seconds = f"{groups[0].seconds(recipe, 'quantize'):.1f}"
+        rows.append([label(recipe), *means, seconds, ", ".join(counts)])
+    columns = [f"{of}, {name}" for of in ("error", "PSNR") for name in COLUMNS]
+    return markdown_table(("method", *columns, "CPU seconds, digits", "seeds"), rows)
 
 
 def ingredients() -> str:
