@@ -64,10 +64,12 @@ def test_a_variance_that_is_predicted_beside_the_noise_does_not_count():
     asked = replace(path, predictions=torch.randn(2, 4, 6, 8, 8))
 
     def errors(channels):
-        def denoiser(x, timestep):
-            step = (asked.timesteps == timestep[0]).nonzero().item()
-            return asked.predictions[step][: len(x), :channels]
+        class Denoiser(torch.nn.Module):
+            def forward(self, x, timestep):
+                step = (asked.timesteps == timestep[0]).nonzero().item()
+                return asked.predictions[step][: len(x), :channels]
 
+        denoiser = Denoiser()
         some = replace(path, predictions=path.predictions[:, :, :channels])
         objective = Objective(torch.ones(2), (-1.0, 2.0))
         return noise_errors(denoiser, some), objective.held_out_error(denoiser, some, 2, range(2))

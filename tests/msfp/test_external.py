@@ -241,9 +241,9 @@ BAD = {
                    "torch:square", "--reference", reference(t / "r")],
         r"features must have shape",
     ),
-    "channels": (
-        lambda t: ["statistics", reference(t / "r").parent, "--features", "digits", "--size", 16,
-                   "--output", t / "x.safetensors"],
+    "function": (
+        lambda t: ["statistics", reference(t / "r").parent, "--features", "torch:trace", "--size",
+                   16, "--output", t / "x.safetensors"],
         "features cannot be computed of images of shape",
     ),
     "reference": (
