@@ -152,7 +152,10 @@ def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
     def counted(call):
         return lambda pipe: (made.append(call), call(pipe))
 
-    config = QuantizationConfig(attention=5, refine=RefinementConfig(samples=8))
+    config = QuantizationConfig(
+        include=["mid_block", "up_blocks.0"], first_last=4, attention=5,
+        refine=RefinementConfig(samples=8),
+    )  # fmt: skip
     once, twice = (copy.deepcopy(reference) for _ in range(2))
     found = quantize(once, config, calibration=[counted(call) for call in calls])
     assert made == calls
@@ -429,8 +432,9 @@ def test_a_pipeline_stands_for_its_denoiser_everywhere(reference):
     calls = Sampler(2, 2).calls(4, seed=0)
     trajectories = record_trajectories(reference, calls)
     calibration = calibrate(pipe, calls)
+    some = QuantizationConfig(include=["mid_block"], first_last=4, refine=None)
     for each in (pipe, tuned):
-        quantize(each, QuantizationConfig(refine=None), calibration=calibration)
+        quantize(each, some, calibration=calibration)
     refine(pipe, trajectories, RefinementConfig(samples=2, positions=64, branch_rank=0))
     seal(pipe)
     cache_weights(pipe)
