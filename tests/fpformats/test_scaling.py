@@ -164,3 +164,14 @@ def test_bad_blocks_are_refused():
             quantize_scaled(x, fmt, x, block_size=block_size)
     with pytest.raises(ValueError, match=r"scale has shape \(6, 9\); blocks of \(1, 4\) need"):
         quantize_scaled(x, fmt, x, block_size=(1, 4))
+
+
+def test_a_number_as_scale_is_compiled_whole():
+    x, fmt = torch.tensor([0.3, 1.2, 9.0]), parse("E2M1")
+
+    def both(x):
+        y = quantize_scaled(x, fmt, 0.7, 0.1)
+        return y, decode_scaled(encode_scaled(x, fmt, 0.7, nan=0), fmt, 0.7)
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    assert all(torch.equal(*pair) for pair in zip(compiled(x), both(x), strict=True))
