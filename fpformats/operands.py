@@ -318,6 +318,7 @@ def learns(x: object) -> bool:
 
 def in_forward_mode() -> bool:
     """Tell whether tensors may have tangents, of forward-mode differentiation."""
+    # There is no public way to ask.
     return not is_compiling() and sys.modules["torch"].autograd.forward_ad._current_level >= 0
 
 

@@ -150,13 +150,10 @@ def comparison_table(group: Group) -> str:
 
 def cost_table(group: Group) -> str:
     """Return the table of what each recipe takes."""
-    rows = []
+    rows, earlier = [], False
     for recipe in group.recipes():
-        mark = (
-            " *"
-            if any("shard" not in (r.get("finetune") or {"shard"}) for r in group.timed(recipe))
-            else ""
-        )
+        mark = " *" if any(map(_is_uncompiled, group.timed(recipe))) else ""
+        earlier = earlier or bool(mark)
         file, peak = (group.smallest(recipe, of) for of in (_file, _peak))
         rows.append(
             [
@@ -172,9 +169,14 @@ def cost_table(group: Group) -> str:
     header = (
         "recipe", "tensors, KB", "files, KB", "search, s", "tuning, s", "peak, MB", "forward, ms",
     )  # fmt: skip
-    note = "\n\\* timed when gradients were not compiled yet, which take less.\n"
-    table = markdown_table(header, rows)
-    return table + (note if " * |" in table else "") + _shared_note(group)
+    note = "\n\\* timed when gradients were not compiled yet, which take less.\n" if earlier else ""
+    return markdown_table(header, rows) + note + _shared_note(group)
+
+
+def _is_uncompiled(record: Record) -> bool:
+    """Tell whether a record is of training before gradients were compiled."""
+    tuning = record.get("finetune")
+    return tuning is not None and "shard" not in tuning  # a setting that came with them
 
 
 def _file(record: Record) -> float | None:
