@@ -15,10 +15,10 @@ from torch.nn.functional import gelu, silu
 
 import msfp
 from fpformats import FloatFormat, parse
-from fpformats.search import ZERO_POINTS, Choice, search
-from fpformats.sketch import Sketch
-from msfp.post_training import float_formats, sqnr
-from msfp.reference import ddim_pipeline
+from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.search import ZERO_POINTS, Choice, search
+from msfp.experiments.reference import ddim_pipeline
+from msfp.search.layer_search import float_formats, sqnr
 
 COUNT = 1_000_000
 FORMATS = {

@@ -21,22 +21,22 @@ from torch import nn
 
 from fpformats import quantize_scaled
 from msfp.config import QuantizationConfig
-from msfp.denoiser import denoiser_of
-from msfp.dfa import denoising_factors
-from msfp.evaluate import noise_errors, paired_psnr
-from msfp.open_layers import open_layers
-from msfp.quantization import quantize, seal
-from msfp.quantizer import Quantizer
-from msfp.study.bench import Bench
-from msfp.study.ladder import Row
-from msfp.study.machine import machine
-from msfp.study.store import Store
+from msfp.evaluation.metrics import noise_errors, paired_psnr
+from msfp.experiments.study.bench import Bench
+from msfp.experiments.study.ladder import Row
+from msfp.experiments.study.machine import machine
+from msfp.experiments.study.store import Store
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.trajectories import Trajectories
+from msfp.ptq.quantization import quantize, seal
+from msfp.schedulers.denoising_factors import denoising_factors
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, Predict
 from msfp.training.parameters import add_hubs
 from msfp.training.teacher import Teacher
 from msfp.training.trainer import Material, Trainer
-from msfp.trajectories import Trajectories
 
 SCALES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
 ZERO_POINTS = (0.5, 0.75, 1.0, 1.25, 1.5)

@@ -19,9 +19,9 @@ from diffusers import (
 from rich.console import Console
 from rich.table import Table
 
-from msfp.evaluate import paired_psnr
-from msfp.reference import ddim_pipeline
-from msfp.schedulers import use_sampler
+from msfp.evaluation.metrics import paired_psnr
+from msfp.experiments.reference import ddim_pipeline
+from msfp.schedulers.samplers import use_sampler
 
 IMAGES = 32
 SAMPLERS = ("ddim", "dpm++", "plms")

@@ -6,10 +6,10 @@ python docs/render_tables.py
 import re
 from pathlib import Path
 
-from msfp.study.groups import ERROR, Group, comparisons
-from msfp.study.ladder import MODELS, RECIPES, SETTING
-from msfp.study.store import Store
-from msfp.study.tables import MARGINS, cell, label, markdown_table, verdict
+from msfp.experiments.study.groups import ERROR, Group, comparisons
+from msfp.experiments.study.ladder import MODELS, RECIPES, SETTING
+from msfp.experiments.study.store import Store
+from msfp.experiments.study.tables import MARGINS, cell, label, markdown_table, verdict
 
 DOCS = Path(__file__).parent
 METHODS = (

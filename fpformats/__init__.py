@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fpformats.backends import show_backends
-from fpformats.blocks import (
+from fpformats.engine.backends import show_backends
+from fpformats.engine.bit_packing import pack, unpack
+from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.search import Choice
+from fpformats.formats import FloatFormat, Specials, p3109
+from fpformats.ops.blocks import (
     MXFP4,
     MXFP6_E2M3,
     MXFP6_E3M2,
@@ -29,17 +33,13 @@ from fpformats.blocks import (
     encode_blocks,
     quantize_blocks,
 )
-from fpformats.convert import decode, encode, quantize, values
-from fpformats.formats import FloatFormat, Specials, p3109
-from fpformats.names import dtype_of, format_name, parse
-from fpformats.packing import pack, unpack
+from fpformats.ops.elementwise import decode, encode, quantize, values
+from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
+from fpformats.parsing import dtype_of, format_name, parse
 from fpformats.rounding import Rounding, Saturation
-from fpformats.scaling import decode_scaled, encode_scaled, quantize_scaled
-from fpformats.search import Choice
-from fpformats.sketch import Sketch
 
 if TYPE_CHECKING:
-    from fpformats.parametric import format_parameters, quantize_parametric
+    from fpformats.ops.parametric import format_parameters, quantize_parametric
 
 __all__ = [
     "MXFP4",
@@ -83,7 +83,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Resolve a format name, as in ``from fpformats import E2M1U``, and what needs torch."""
     if name in ("format_parameters", "quantize_parametric"):
-        from fpformats import parametric
+        from fpformats.ops import parametric
 
         return getattr(parametric, name)
     try:

@@ -7,9 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fpformats.names import parse
-from fpformats.show import compare, describe
-from fpformats.tables import csv
+from fpformats.parsing import parse
+from fpformats.show.csv_table import csv
+from fpformats.show.text import compare, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> str:
         return compare(formats)
     if options.command == "csv":
         return csv(formats[0])
-    from fpformats.plots import plot_grid, plot_rounding
+    from fpformats.show.figures import plot_grid, plot_rounding
 
     if options.rounding and len(formats) > 1:
         raise ValueError(f"--rounding draws one format, and {len(formats)} are given")

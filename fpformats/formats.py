@@ -129,7 +129,7 @@ class FloatFormat(_Hashed):
             return hash(known)
 
     def __str__(self) -> str:
-        from fpformats.names import format_name
+        from fpformats.parsing import format_name
 
         return format_name(self)
 
@@ -142,7 +142,7 @@ class FloatFormat(_Hashed):
         )
 
     def _repr_html_(self) -> str:
-        from fpformats.show import html
+        from fpformats.show.text import html
 
         return html(self)
 
@@ -282,25 +282,25 @@ class FloatFormat(_Hashed):
 
     def quantize(self, x: Any, **options: Any) -> Any:
         """Round `x` to this format: `fpformats.quantize` with this format."""
-        from fpformats.convert import quantize
+        from fpformats.ops.elementwise import quantize
 
         return quantize(x, self, **options)
 
     def encode(self, x: Any, **options: Any) -> Any:
         """Round `x` to this format's codes: `fpformats.encode` with this format."""
-        from fpformats.convert import encode
+        from fpformats.ops.elementwise import encode
 
         return encode(x, self, **options)
 
     def decode(self, codes: Any, dtype: Any = "float32", **options: Any) -> Any:
         """Give the values of `codes`: `fpformats.decode` with this format."""
-        from fpformats.convert import decode
+        from fpformats.ops.elementwise import decode
 
         return decode(codes, self, dtype, **options)
 
     def values(self) -> NDArray[np.float64]:
         """List the distinct finite values in ascending order: `fpformats.values`."""
-        from fpformats.convert import values
+        from fpformats.ops.elementwise import values
 
         return values(self)
 

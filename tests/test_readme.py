@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from msfp.reference import ddim_pipeline
+from msfp.experiments.reference import ddim_pipeline
 
 README = Path(__file__).parent.parent / "README.md"
 SMALLER = {

@@ -18,7 +18,7 @@ from msfp.config import (
     check_whole,
 )
 from msfp.errors import InputError
-from msfp.routers import RouterKind
+from msfp.layers.lora.routers import RouterKind
 
 Place = Literal["inside", "beside"]
 Initial = Literal["zero", "svd"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from msfp.open_layers import OpenLayer, open_layers
+from msfp.layers.trainable import OpenLayer, open_layers
 
 
 def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str | None:

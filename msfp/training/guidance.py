@@ -6,8 +6,8 @@ import inspect
 
 from diffusers import DiffusionPipeline, DiTPipeline
 
-from msfp.class_pipeline import ClassPipeline
-from msfp.sampling import Sampler
+from msfp.pipelines.class_conditional import ClassPipeline
+from msfp.pipelines.sampler import Sampler
 
 
 def guidance_branches(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from msfp.dfa import Normalisation, timestep_weights
 from msfp.errors import InputError
-from msfp.routers import TRAINING_TIMESTEPS
-from msfp.trajectories import Trajectories
+from msfp.layers.lora.routers import TRAINING_TIMESTEPS
+from msfp.pipelines.trajectories import Trajectories
+from msfp.schedulers.denoising_factors import Normalisation, timestep_weights
 
 OWN_ERRORS = 0.2
 """Weight of the branches' own squared errors, in units of what the sum makes of independent ones.

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.layers import add_router
-from msfp.open_layers import OpenLayer, open_layers
-from msfp.quantizer import Quantizer
-from msfp.routers import TRAINING_TIMESTEPS, LearnedRouter, Router, SegmentRouter
-from msfp.talora import LoRAHub
-from msfp.time_conditioning import TimeConditioning
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.lora.routers import TRAINING_TIMESTEPS, LearnedRouter, Router, SegmentRouter
+from msfp.layers.lora.talora import LoRAHub
+from msfp.layers.lora.time_embedding import TimeConditioning
+from msfp.layers.packed import add_router
+from msfp.layers.trainable import OpenLayer, open_layers
 from msfp.training.config import FinetuneConfig, LearningRates
 
 MIN_SCALE = 0.1

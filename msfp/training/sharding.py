@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.utils import parametrize
 
-from msfp.open_layers import open_layers
+from msfp.layers.trainable import open_layers
 
 
 class Gathered(nn.Module):

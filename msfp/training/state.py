@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.saved_runs import described, save_run, saved_tensors
+from msfp.support.run_files import described, save_run, saved_tensors
 
 KIND = "a state of fine-tuning"
 Named = dict[str, torch.Tensor]

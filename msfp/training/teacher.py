@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from msfp.attention import AttentionProducts
 from msfp.errors import InputError
-from msfp.open_layers import OpenLayer, open_layers
-from msfp.talora import RouterHook
+from msfp.layers.attention import AttentionProducts
+from msfp.layers.lora.talora import RouterHook
+from msfp.layers.trainable import OpenLayer, open_layers
+from msfp.pipelines.trajectories import Trajectories
 from msfp.training.sharding import shard_weights
-from msfp.trajectories import Trajectories
 
 
 class Teacher:

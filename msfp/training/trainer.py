@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.routers import LearnedRouter
-from msfp.talora import routing_of
+from msfp.layers.lora.routers import LearnedRouter
+from msfp.layers.lora.talora import routing_of
+from msfp.pipelines.trajectories import Trajectories, draw_batch
 from msfp.training.batches import shares
 from msfp.training.config import FinetuneConfig
 from msfp.training.diagnosis import first_nonfinite
@@ -23,7 +24,6 @@ from msfp.training.parameters import ScaleFloors, optimizer_groups, trained_para
 from msfp.training.processes import accelerator, sum_gradients, summed
 from msfp.training.state import History, TrainingState
 from msfp.training.teacher import Teacher
-from msfp.trajectories import Trajectories, draw_batch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from race import race
 
-from fpformats import backends, decode, encode, parse, quantize, quantize_scaled, unpack
+from fpformats import decode, encode, parse, quantize, quantize_scaled, unpack
+from fpformats.engine import backends
 
 E2M1, E4M3, BF16 = parse("E2M1"), parse("E4M3"), parse("BF16")
 SIZES = {10_000: (200, 20), 1_000_000: (40, 1), 64_000_000: (3, 1)}

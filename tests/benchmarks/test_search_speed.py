@@ -8,9 +8,10 @@ import pytest
 import torch
 from race import race
 
-from fpformats import backends, parse, quantize_scaled
-from fpformats.search import RATIOS, search
-from fpformats.sketch import Sketch
+from fpformats import parse, quantize_scaled
+from fpformats.engine import backends
+from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.search import RATIOS, search
 
 ROUNDS = 3
 FORMATS = {

@@ -16,7 +16,7 @@ from msfp import (
     quantize,
     record_trajectories,
 )
-from msfp.reference import ddim_pipeline
+from msfp.experiments.reference import ddim_pipeline
 
 BATCH = 32
 WAYS = {

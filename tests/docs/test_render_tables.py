@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msfp.study import render as rendering
+from msfp.experiments.study import render as rendering
 
 DOCS = Path(__file__).parents[2] / "docs"
 

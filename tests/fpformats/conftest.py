@@ -2,7 +2,7 @@
 
 import pytest
 
-from fpformats import backends
+from fpformats.engine import backends
 
 NAMES = backends.available()
 MIDDLE = "avx2" if "avx512" in NAMES else None

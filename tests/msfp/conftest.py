@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from msfp import QuantizationConfig, Sampler, calibrate, quantize, record_trajectories
-from msfp.reference import ddim_pipeline
+from msfp.experiments.reference import ddim_pipeline
 
 torch.manual_seed(0)
 

@@ -17,8 +17,8 @@ from original_names import attention_tensors, original_checkpoint
 from PIL import Image
 
 from msfp import Sampler
-from msfp.class_pipeline import ClassConditionalLDMPipeline, pipeline_class
-from msfp.image_folder import image_files, read_image
+from msfp.pipelines.class_conditional import ClassConditionalLDMPipeline, pipeline_class
+from msfp.support.image_files import image_files, read_image
 
 PAGE = Path(__file__).parents[2] / "docs" / "external-models.md"
 WIDTHS = (4, 8, 12, 16)

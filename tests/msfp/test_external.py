@@ -12,12 +12,12 @@ from PIL import Image
 from refusals import assert_refused
 
 from msfp import inspect_layers, load
-from msfp.cli import main
-from msfp.denoiser import denoiser_of
-from msfp.feature_statistics import FeatureMoments, frechet_distance
-from msfp.image_folder import PngFolder
-from msfp.reference_statistics import ReferenceStatistics
-from msfp.talora import routing_of
+from msfp.cli.main import main
+from msfp.evaluation.dataset_statistics import ReferenceStatistics
+from msfp.evaluation.frechet import FeatureMoments, frechet_distance
+from msfp.layers.lora.talora import routing_of
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.support.image_files import PngFolder
 
 SIZES = {"ddpm": 8, "ldm-vq": 16, "ldm-kl": 16, "ldm-class": 16, "dit": 16, "stable-diffusion": 16}
 SAMPLING = ("--count", 5, "--seed", 7)
@@ -207,9 +207,9 @@ def test_interrupted_statistics_go_on_from_their_state(tmp_path, monkeypatch, ca
     file, state = reference(tmp_path / "images"), tmp_path / "s.safetensors"
     words = ("statistics", tmp_path / "images", "--features", "pixels", "--size", 16,
              "--output", tmp_path / "again.safetensors", "--state", state)  # fmt: skip
-    monkeypatch.setattr("msfp.timed_state.SAVE_SECONDS", 0)
-    monkeypatch.setattr("msfp.timed_state.SAVE_SHARE", math.inf)
-    monkeypatch.setattr("msfp.image_folder.READ_AT_ONCE", 1)
+    monkeypatch.setattr("msfp.support.autosave.SAVE_SECONDS", 0)
+    monkeypatch.setattr("msfp.support.autosave.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("msfp.support.image_files.READ_AT_ONCE", 1)
     update = FeatureMoments.update
 
     def stopped_after_one(self, features):

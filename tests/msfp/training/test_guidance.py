@@ -3,7 +3,7 @@ import torch
 from external import ldm_class
 
 from msfp import Sampler
-from msfp.reference import digits_dit_pipeline
+from msfp.experiments.reference import digits_dit_pipeline
 from msfp.training.guidance import guidance_branches
 
 

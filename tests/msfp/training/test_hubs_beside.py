@@ -1,5 +1,5 @@
 from msfp import FinetuneConfig, finetune
-from msfp.layers import sealed_layers
+from msfp.layers.packed import sealed_layers
 
 
 def test_a_hub_of_branches_lowers_the_error_and_moves_its_router(student, path, held_out):

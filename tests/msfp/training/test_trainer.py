@@ -13,15 +13,10 @@ from accelerate.utils import LoggerType
 from safetensors import safe_open
 from tiny import SAMPLER, SHORT, tuned
 
-from msfp import (
-    FinetuneConfig,
-    InputError,
-    finetune,
-    record_trajectories,
-    saved_runs,
-)
-from msfp.open_layers import open_layers
-from msfp.time_conditioning import time_conditioning
+from msfp import FinetuneConfig, InputError, finetune, record_trajectories
+from msfp.layers.lora.time_embedding import time_conditioning
+from msfp.layers.trainable import open_layers
+from msfp.support import run_files
 from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
 from msfp.training.state import KIND, History
@@ -68,7 +63,7 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
         return made
 
     name = point.removesuffix(" after")
-    owner = {"save_file": saved_runs, "fsync": os, "replace": Path}[name]
+    owner = {"save_file": run_files, "fsync": os, "replace": Path}[name]
     monkeypatch.setattr(owner, name, dying(name, getattr(owner, name)))
     with pytest.raises(Died):
         tuned(student, path, config, file=file)

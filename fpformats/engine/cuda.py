@@ -1,0 +1,160 @@
+"""One pass over memory on a CUDA device: Triton's kernels on tensors there.
+
+`plan_of` gives None where they do not take the input, and the caller works with whole-array
+operations, which give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fpformats.engine import memory
+from fpformats.engine.arrays import cast, is_unwatched_tensor
+from fpformats.engine.scales import Scales, lay_out
+from fpformats.kernels.native import NAN_IN, NAN_OUT
+from fpformats.kernels.plan import Plan, make_plan
+from fpformats.rounding import DEFAULT, Policy
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+    from fpformats.kernels.grid import Carrier
+
+
+@functools.cache
+def launches() -> Any:
+    """Give the module that launches the kernels; None where Triton is missing or too old."""
+    try:
+        return importlib.import_module("fpformats.kernels.cuda")
+    except ImportError:
+        return None
+
+
+def packs(bits: int) -> bool:
+    """Tell whether the kernels pack codes of a width."""
+    return bits in launches().PACKED_BITS
+
+
+def is_there(x: Any) -> bool:
+    """Tell whether `x` is a tensor in the memory of a CUDA device of NVIDIA's."""
+    torch = sys.modules.get("torch")
+    return (
+        torch is not None
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.is_cuda
+        and torch.version.hip is None
+    )
+
+
+def plan_of(
+    x: Any,
+    fmt: FloatFormat,
+    carrier: Carrier,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+) -> Plan | None:
+    """Give the plan for values of a carrier, where the memory of `x` is, or None."""
+    others = [policy.random, *(scales[:2] if scales is not None else ())]
+    tensors = [x, *(t for t in others if hasattr(t, "shape"))]
+    if not all(is_there(t) and is_unwatched_tensor(t) for t in tensors) or launches() is None:
+        return None
+    return _plan_of(fmt, carrier, policy.rounding, policy.saturation)
+
+
+def quantize(
+    plan: Plan, x: Any, policy: Policy = DEFAULT, scales: Scales | None = None, out: Any = None
+) -> Any:
+    """Round the elements of a tensor.
+
+    Args:
+        plan: What `plan_of` gave for `x`.
+        x: Tensor of any strides.
+        policy: That of the plan.
+        scales: Scales and zero points, or None.
+        out: Tensor alike to write to; may be `x` or overlap it.
+
+    Returns:
+        `out`, or a new tensor.
+    """
+    source, operands = x.contiguous(), _operands(scales, policy, tuple(x.shape))
+    read = [*(operands["scaling"] or ())[:2], policy.random if is_there(policy.random) else None]
+    result = out
+    if not memory.may_write(out, source, read, in_place=True):
+        result = memory.empty_like(source)
+    launches().quantize(source, plan, result, **operands)
+    return memory.written(out, result)
+
+
+def encode(
+    plan: Plan,
+    x: Any,
+    nan_code: int | None,
+    packed_bits: int | None = None,
+    policy: Policy = DEFAULT,
+    scales: Scales | None = None,
+) -> tuple[Any, int]:
+    """Give the codes of the elements of a tensor.
+
+    Args:
+        plan: What `plan_of` gave for `x`.
+        x: Tensor of any strides.
+        nan_code: Code of NaN, None where there is none; the device is then waited for.
+        packed_bits: A width that `packs` to pack the codes, else None.
+        policy: That of the plan.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        The codes, and which of `NAN_IN` and `NAN_OUT` were met without a code.
+    """
+    codes, seen = launches().encode(
+        x.contiguous(),
+        plan,
+        nan_code,
+        packed_bits=packed_bits,
+        **_operands(scales, policy, tuple(x.shape)),
+    )
+    return codes, (0, NAN_OUT, NAN_IN)[0 if seen is None else int(seen)]
+
+
+def decode(
+    plan: Plan,
+    codes: Any,
+    carrier: Carrier,
+    shape: tuple[int, ...],
+    packed_bits: int | None = None,
+    scales: Scales | None = None,
+) -> Any:
+    """Give the values of codes that are in range.
+
+    Args:
+        plan: What `plan_of` gave for `codes`.
+        codes: Tensor of integers; where they are packed, of bytes.
+        carrier: Carrier of the result.
+        shape: Shape of the result.
+        packed_bits: Width of packed codes, None where they are not packed.
+        scales: Scales and zero points, or None.
+
+    Returns:
+        Values of the carrier.
+    """
+    source = codes.contiguous()
+    values = memory.empty(source, shape, carrier.name)
+    scaling = _operands(scales, DEFAULT, shape)["scaling"]
+    launches().decode(source, plan, values, packed_bits=packed_bits, scaling=scaling)
+    return values
+
+
+_plan_of = functools.lru_cache(maxsize=4096)(make_plan)
+
+
+def _operands(scales: Scales | None, policy: Policy, shape: tuple[int, ...]) -> dict[str, Any]:
+    scaling = None
+    if scales is not None and 0 not in shape:
+        scale, zero_point, layout = lay_out(scales, shape)
+        scaling = launches().Scaling(scale, zero_point, layout)
+    random = policy.random
+    if random is not None and not isinstance(random, int):
+        random = cast(random, "int64").contiguous()
+    return {"scaling": scaling, "random": random, "random_bits": policy.random_bits}

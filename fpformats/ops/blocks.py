@@ -1,0 +1,374 @@
+"""Block formats: elements of one format that share, block by block, a scale of another.
+
+A block of values v along one axis is stored as the code of a scale s and the codes of v / s, and
+stands for element * s. The scale is the block's largest magnitude m, divided by a power of two or
+by the largest element, and rounded to the scale format: the rules differ in these two choices
+only. MX (OCP MX 1.0) and NVFP4 (NVIDIA, cuDNN) are presets; any other composition works alike.
+
+The quotient that becomes a scale is one float64 operation; v / s and element * s are float32
+operations (float64 for float64 values), with true division.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fpformats.engine.arrays import (
+    carrier_for,
+    carrier_named,
+    carrier_of,
+    cast,
+    check_codes,
+    is_hidden,
+    is_tensor,
+    library_of,
+    needs_gradient,
+    padded,
+    quiet,
+    take_blocks,
+    widened,
+    working_carrier,
+)
+from fpformats.formats import FloatFormat
+from fpformats.ops import elementwise
+from fpformats.parsing import parse
+from fpformats.rounding import FINITE, NEAREST
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class ScaleRule(StrEnum):
+    """How the scale follows from the largest magnitude m of a block.
+
+    With E the exponent of the largest element (2**E <= max < 2**(E+1)):
+    """
+
+    Floor = "Floor"
+    """m / 2**E rounded down (OCP MX 1.0, 6.3): the largest values may saturate."""
+
+    Ceil = "Ceil"
+    """m / 2**E rounded up."""
+
+    Nearest = "Nearest"
+    """m / 2**E rounded to nearest, ties to even."""
+
+    RCeil = "RCeil"
+    """m / max rounded up: nothing saturates."""
+
+    Max = "Max"
+    """m / max rounded to nearest, ties to even (IEEE P3109, NVFP4)."""
+
+
+_ROUNDINGS = {
+    ScaleRule.Floor: "TowardZero",
+    ScaleRule.Ceil: "TowardPositive",
+    ScaleRule.Nearest: "NearestTiesToEven",
+    ScaleRule.RCeil: "TowardPositive",
+    ScaleRule.Max: "NearestTiesToEven",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """A composition of an element format and a scale format.
+
+    Attributes:
+        element: Format of the elements.
+        scale: Format of the scales.
+        size: Number of elements that share a scale.
+        rule: How a scale follows from its block.
+        tensor_scale: Whether scales are relative to one float32 scale of the whole tensor,
+            which puts the largest of them at the largest value of their format.
+        twos_complement: Whether the codes of a uniform element format are two's complement
+            integers, as in MXINT8.
+
+    Raises:
+        TypeError: If element or scale is not a format.
+        ValueError: If the size is not a positive integer, the rule is unknown, or two's
+            complement is asked of an element that is not signed and uniform.
+
+    Example:
+        >>> from fpformats import E2M1U, UE5M3
+        >>> ours = BlockFormat(E2M1U, UE5M3, 16, ScaleRule.Max)
+        >>> quantize_blocks(np.array([0.1, 0.5, 0.9, -0.2]), ours)
+        array([0.078125, 0.46875 , 0.9375  , 0.      ])
+    """
+
+    element: FloatFormat
+    scale: FloatFormat
+    size: int
+    rule: ScaleRule = ScaleRule.Floor
+    tensor_scale: bool = False
+    twos_complement: bool = False
+
+    def __post_init__(self) -> None:
+        for name, fmt in (("element", self.element), ("scale", self.scale)):
+            if not isinstance(fmt, FloatFormat):
+                raise TypeError(f"{name} is {fmt!r}; it must be a FloatFormat, as parse gives")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"size is {self.size!r}; it must be a positive integer")
+        if self.rule not in list(ScaleRule):
+            raise ValueError(f"rule is {self.rule!r}; allowed: {', '.join(ScaleRule)}")
+        uniform = self.element.exponent_bits == 0 and self.element.signed
+        if self.twos_complement and not uniform:
+            raise ValueError(f"element is {self.element}; two's complement is for signed E0My")
+
+
+class Blocks(NamedTuple):
+    """Encoded blocks.
+
+    Attributes:
+        codes: Codes of the elements, of the shape of the data.
+        scales: Codes of the scales; along the axis of the blocks, one for each block.
+        tensor_scale: The float32 scale of the whole tensor, None where there is none.
+    """
+
+    codes: Any
+    scales: Any
+    tensor_scale: Any
+
+
+MXFP8_E4M3 = BlockFormat(parse("E4M3"), parse("E8M0"), 32)
+MXFP8_E5M2 = BlockFormat(parse("E5M2"), parse("E8M0"), 32)
+MXFP6_E2M3 = BlockFormat(parse("E2M3"), parse("E8M0"), 32)
+MXFP6_E3M2 = BlockFormat(parse("E3M2"), parse("E8M0"), 32)
+MXFP4 = BlockFormat(parse("E2M1"), parse("E8M0"), 32)
+MXINT8 = BlockFormat(parse("E0M7"), parse("E8M0"), 32, twos_complement=True)
+NVFP4 = BlockFormat(parse("E2M1"), parse("E4M3"), 16, ScaleRule.Max, tensor_scale=True)
+
+
+def encode_blocks(
+    x: Any,
+    fmt: BlockFormat,
+    axis: int = -1,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+) -> Blocks:
+    """Round to the codes of blocks and their scales.
+
+    A last block that is shorter than the others has a scale of its own. NaN in a block makes its
+    scale NaN where the scale format has it, and so the whole block, but no other; infinity makes
+    the scale the largest there is.
+
+    Args:
+        x: Array or tensor of float16, bfloat16, float32 or float64, of at least one dimension.
+        fmt: The block format.
+        axis: The axis that blocks lie along.
+        rounding: Of the elements, as in `fpformats.quantize`.
+        saturation: Of the elements, as in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
+
+    Returns:
+        Codes and scales, of the library and device of `x`.
+
+    Raises:
+        TypeError: If `x` is not a floating-point array, or `fmt` not a block format.
+        ValueError: If `axis` is out of range, the formats do not fit into the dtype of the
+            operations, or NaN meets a scale format that has none.
+
+    Example:
+        >>> blocks = encode_blocks(np.array([[1.0, -3.0, 0.2], [0.0, 8.0, 100.0]]), MXFP4)
+        >>> blocks.codes.tolist(), blocks.scales.tolist()
+        ([[4, 15, 1], [0, 1, 7]], [[126], [131]])
+    """
+    axis = _checked_axis(x, axis, fmt)
+    working = working_carrier(carrier_of(x)).name
+    xp, tensor_scale, scales, divisors = _scales(x, fmt, axis, working)
+    if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
+        raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
+    with quiet():
+        v = widened(x, carrier_named(working)) / divisors
+        # The scale has the NaN already: any code will do where the element has none.
+        codes = elementwise.encode(
+            v,
+            fmt.element,
+            rounding=rounding,
+            saturation=saturation,
+            random=random,
+            random_bits=random_bits,
+            nan=None if fmt.element.has_nan or not fmt.scale.has_nan else 0,
+        )
+    if fmt.twos_complement:
+        codes = _twos_complement(xp, codes, fmt.element)
+    return Blocks(codes, elementwise.encode(scales, fmt.scale), tensor_scale)
+
+
+def decode_blocks(blocks: Blocks, fmt: BlockFormat, axis: int = -1, dtype: Any = "float32") -> Any:
+    """Give the values of encoded blocks.
+
+    Args:
+        blocks: What `encode_blocks` gave.
+        fmt: The block format.
+        axis: The axis that blocks lie along.
+        dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
+
+    Returns:
+        Values of the dtype, of the shape, library and device of the codes.
+
+    Raises:
+        TypeError: If codes or scales are not integers, or `fmt` is not a block format.
+        ValueError: If one is out of range, `axis` is out of range, there are not as many scales
+            as blocks, or a scale of the whole tensor where the format has none, or none where it
+            has one.
+
+    Example:
+        >>> blocks = encode_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
+        >>> decode_blocks(blocks, MXFP4)
+        array([ 1.  , -3.  ,  0.25], dtype=float32)
+    """
+    axis = _checked_axis(blocks.codes, axis, fmt)
+    working = working_carrier(carrier_for(dtype, blocks.codes)).name
+    if (blocks.tensor_scale is not None) != fmt.tensor_scale:
+        has, needs = ("one", "none") if blocks.tensor_scale is not None else ("none", "one")
+        raise ValueError(f"blocks.tensor_scale: there is {has}, and the format has {needs}")
+    expected = list(blocks.codes.shape)
+    expected[axis] = -(-expected[axis] // fmt.size)
+    if list(blocks.scales.shape) != expected:
+        shape = tuple(blocks.scales.shape)
+        raise ValueError(f"blocks.scales has shape {shape}; the codes need {tuple(expected)}")
+    scales = elementwise.decode(blocks.scales, fmt.scale, working)
+    if blocks.tensor_scale is not None:
+        scales = scales * blocks.tensor_scale
+    with quiet():
+        values = _element_values(blocks.codes, fmt, working)
+        values = values * take_blocks(scales, fmt.size, axis, blocks.codes.shape[axis])
+        return cast(values, carrier_named(dtype).name)
+
+
+def quantize_blocks(
+    x: Any,
+    fmt: BlockFormat,
+    axis: int = -1,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+) -> Any:
+    """Round to what `decode_blocks` gives of `encode_blocks`, in the same carrier.
+
+    The gradient passes straight through to a tensor that requires one.
+
+    Args:
+        x: As in `encode_blocks`.
+        fmt: The block format.
+        axis: The axis that blocks lie along.
+        rounding: Of the elements, as in `fpformats.quantize`.
+        saturation: Of the elements, as in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
+
+    Returns:
+        Values of the shape, dtype, library and device of `x`.
+
+    Raises:
+        TypeError: As in `encode_blocks`.
+        ValueError: As in `encode_blocks`.
+
+    Example:
+        >>> quantize_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
+        array([ 1.  , -3.  ,  0.25])
+    """
+    axis = _checked_axis(x, axis, fmt)
+    carrier = carrier_of(x)
+    working = working_carrier(carrier)
+    _, _, _, divisors = _scales(x, fmt, axis, working.name)
+    with quiet():
+        q = elementwise.quantize(
+            widened(x, working) / divisors,
+            fmt.element,
+            rounding=rounding,
+            saturation=saturation,
+            random=random,
+            random_bits=random_bits,
+        )
+        # A scale of zero divided everything to zero, by infinity, which must not come back.
+        y = cast(q * _where_finite(divisors), carrier.name)
+    if needs_gradient(x, out=None):
+        from fpformats.ops.gradients import straight_through
+
+        return straight_through(y, x, None)
+    return y
+
+
+def _scales(x: Any, fmt: BlockFormat, axis: int, working: str) -> tuple[ModuleType, Any, Any, Any]:
+    """Give the library, the tensor's scale, the blocks' scales, and what to divide `x` by."""
+    xp = library_of(x)
+    magnitudes = widened(x, carrier_named("float64"))
+    magnitudes = abs(magnitudes) if fmt.element.signed else xp.clip(magnitudes, 0.0, None)
+    largest = _block_maxima(xp, magnitudes, fmt.size, axis)
+    by_max = fmt.rule in (ScaleRule.RCeil, ScaleRule.Max)
+    quotients = largest / (fmt.element.max if by_max else 2.0**fmt.element.max_exponent)
+    tensor_scale = None
+    with quiet():
+        if fmt.tensor_scale:
+            tensor_scale = _tensor_scale(xp, largest, fmt)
+            quotients = quotients / tensor_scale
+        scales = elementwise.quantize(quotients, fmt.scale, rounding=_ROUNDINGS[fmt.rule])
+        totals = cast(scales, working)
+        if tensor_scale is not None:
+            totals = totals * cast(tensor_scale, working)
+    divisors = take_blocks(totals, fmt.size, axis, x.shape[axis])
+    return xp, tensor_scale, scales, xp.where(divisors == 0, float("inf"), divisors)
+
+
+def _tensor_scale(xp: ModuleType, largest: Any, fmt: BlockFormat) -> Any:
+    """Put the largest magnitude of a tensor at the largest value of a block with full scale."""
+    if 0 in largest.shape:
+        return xp.ones_like(largest, dtype=xp.float32).sum() + 1
+    # Products with a scale must stay finite, for infinity in the data too.
+    limit = float(np.finfo(np.float32).max) / fmt.scale.max
+    largest = xp.where(xp.isnan(largest), 0.0, largest)  # NaN is its block's alone
+    scale = xp.clip(largest.max() / (fmt.element.max * fmt.scale.max), None, limit)
+    rounded = xp.asarray(scale, dtype=xp.float32)
+    return xp.where(rounded == 0, xp.ones_like(rounded), rounded)
+
+
+def _block_maxima(xp: ModuleType, magnitudes: Any, size: int, axis: int) -> Any:
+    rows = padded(xp, xp.swapaxes(magnitudes, axis, -1), size)
+    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
+    largest = grouped.amax(-1) if is_tensor(grouped) else grouped.max(axis=-1)
+    return xp.swapaxes(largest, -1, axis)
+
+
+def _where_finite(divisors: Any) -> Any:
+    return library_of(divisors).where(divisors == float("inf"), 0.0, divisors)
+
+
+def _twos_complement(xp: ModuleType, codes: Any, element: FloatFormat) -> Any:
+    """Turn sign and magnitude into two's complement."""
+    wide = cast(codes, "int32")
+    magnitudes = wide & (element.code_count // 2 - 1)
+    negative = wide >> element.magnitude_bits == 1
+    wrapped = xp.where(negative, element.code_count - magnitudes, magnitudes)
+    name = str(codes.dtype).removeprefix("torch.")
+    return cast(wrapped & (element.code_count - 1), name)
+
+
+def _element_values(codes: Any, fmt: BlockFormat, working: str) -> Any:
+    if not fmt.twos_complement:
+        return elementwise.decode(codes, fmt.element, working)
+    check_codes(codes, fmt.element.bits, str(fmt.element))
+    wide = cast(codes, "int32")
+    signed = wide - (wide >> fmt.element.magnitude_bits) * fmt.element.code_count
+    return cast(signed, working) * fmt.element.smallest
+
+
+def _checked_axis(x: Any, axis: int, fmt: BlockFormat) -> int:
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"fmt is {fmt!r}; it must be a BlockFormat, such as MXFP4")
+    if not (is_tensor(x) or isinstance(x, np.ndarray)):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a NumPy array or a torch tensor")
+    dimensions: int = x.ndim
+    if type(axis) is not int or not -dimensions <= axis < dimensions:
+        raise ValueError(f"axis is {axis!r}; x has {dimensions} dimensions")
+    return axis % dimensions

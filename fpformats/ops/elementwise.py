@@ -1,0 +1,265 @@
+"""Between values of a carrier type, values of a format, and codes.
+
+All functions take NumPy arrays, torch tensors (on any device, of any shape and strides) and
+single Python numbers, and return the same kind. Every result is rounded once, exactly as the
+definition in `fpformats.exact` says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats.engine import cpu, dispatch
+from fpformats.engine.arrays import (
+    carrier_for,
+    carrier_of,
+    check_out,
+    check_target,
+    check_words,
+    grid_of,
+    needs_gradient,
+)
+from fpformats.engine.bit_packing import MAX_BITS, checked_packed
+from fpformats.kernels.plan import code_dtype
+from fpformats.rounding import DEFAULT, FINITE, NEAREST, make_policy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fpformats.formats import FloatFormat
+
+
+def quantize(
+    x: Any,
+    fmt: FloatFormat,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+    clip_gradient: bool = False,
+    out: Any = None,
+) -> Any:
+    """Round to the values of a format, in the same carrier type.
+
+    Rounding and saturation are IEEE P3109's (4.6): the value as given is rounded once, and what
+    then is beyond the range is saturated. By default it goes to the nearest value, ties to the
+    even code, and everything beyond the range, infinities too, becomes the nearest finite value.
+    So negative numbers become 0 in an unsigned format. NaN stays NaN, and -0.0 stays -0.0 where
+    the format has it.
+
+    Args:
+        x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
+        fmt: The format.
+        rounding: Name or member of `Rounding`.
+        saturation: Name or member of `Saturation`.
+        random: For the stochastic modes, a seed from 0 to 2**64 - 1, from which each element
+            takes the word of its place in row-major order, whatever the device; or the words
+            themselves, an array of integers of the library and shape of `x`.
+        random_bits: Width of the random words, 1 to 32.
+        clip_gradient: The gradient passes straight through to a tensor `x` that requires one;
+            if True, only where `x` is in the range of the format.
+        out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
+
+    Returns:
+        Rounded values of the kind, shape, dtype and device of `x`, or `out`.
+
+    Raises:
+        TypeError: If `x` is not floating point, or `out` is of another kind or dtype.
+        ValueError: If the dtype of `x` cannot hold every value of the format, a policy is
+            unknown, or `out` has another shape or device, or would cut off a gradient.
+
+    Example:
+        >>> from fpformats import E2M1, E2M1U
+        >>> import numpy as np
+        >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1)
+        array([ 0.5,  1. , -3. ,  6. ])
+        >>> quantize(np.array([0.3, 1.25, -2.6, 100.0]), E2M1U)
+        array([0.5, 1. , 0. , 6. ])
+    """
+    if rounding is NEAREST and saturation is FINITE and random is None and random_bits == 32:
+        policy = DEFAULT
+    else:
+        policy = make_policy(rounding, saturation, random, random_bits)
+    if policy is DEFAULT and (y := cpu.nearest(x, fmt, out)) is not None:
+        return y
+    grid = grid_of(fmt, carrier_of(x))
+    check_out(out, x)
+    check_words(policy.random, random_bits, x)
+    learning = needs_gradient(x, out=out)
+    y = dispatch.quantize(x, fmt, grid, policy, out=out)
+    if not learning:
+        return y
+    from fpformats.ops.gradients import straight_through
+
+    inside = (x >= grid.low) & (x <= grid.high) if clip_gradient else None
+    return straight_through(y, x, inside)
+
+
+def encode(
+    x: Any,
+    fmt: FloatFormat,
+    *,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+    nan: int | None = None,
+    packed: bool = False,
+    out: Any = None,
+) -> Any:
+    """Round to the codes of a format.
+
+    Args:
+        x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
+        fmt: The format.
+        rounding: As in `quantize`.
+        saturation: As in `quantize`.
+        random: As in `quantize`.
+        random_bits: As in `quantize`.
+        nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
+        packed: Whether to store the codes side by side, as `pack` does with all of an array of a
+            format of up to 16 bits.
+        out: Array or tensor of the shape and dtype of the result to write to. If an error is
+            raised for NaN, it has been written to.
+
+    Returns:
+        Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, of the kind, shape
+        and device of `x`; an int for a number. Packed, bytes in one dimension.
+
+    Raises:
+        TypeError: If `x` is not floating point, is a number and `packed` is True, or `out` is of
+            another kind or dtype than the result.
+        ValueError: If `x` contains NaN, the format has none and `nan` is None (where
+            torch.compile hides whether it does, `nan` is required instead); if the dtype of `x`
+            cannot hold every value of the format, an option is out of range, or `out` is of
+            another shape or device.
+
+    Example:
+        >>> from fpformats import E2M1, E4M3
+        >>> encode(-1.27, E2M1)
+        11
+        >>> encode(float("nan"), E4M3), encode(float("nan"), E2M1, nan=0)
+        (127, 0)
+        >>> import numpy as np
+        >>> encode(np.array([0.5, 1.0, 6.0]), E2M1, packed=True)
+        array([33,  7], dtype=uint8)
+    """
+    policy = make_policy(rounding, saturation, random, random_bits)
+    grid = grid_of(fmt, carrier_of(x))
+    nan_code = checked_nan_code(nan, fmt)
+    check_words(policy.random, random_bits, x)
+    check_packable(x, fmt, packed)
+    check_codes_target(out, x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, out=out)
+
+
+def decode(
+    codes: Any,
+    fmt: FloatFormat,
+    dtype: Any = "float32",
+    *,
+    shape: tuple[int, ...] | int | None = None,
+    out: Any = None,
+) -> Any:
+    """Give the values of codes.
+
+    Args:
+        codes: Array or tensor of any integer dtype and any shape, or an int.
+        fmt: The format.
+        dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
+            (torch only), float32 or float64.
+        shape: Where the codes are packed, the shape that they had.
+        out: Array or tensor of the shape and dtype of the result to write to. If an error is
+            raised for a code, it may have been written to.
+
+    Returns:
+        Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
+
+    Raises:
+        TypeError: If `codes` are not integers, `dtype` is not a carrier, or `out` is of another
+            kind or dtype.
+        ValueError: If a code is out of range (not looked at under torch.compile), there are not
+            as many packed bytes as `shape` takes, the dtype cannot hold every value, or `out` is
+            of another shape or device.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> import numpy as np
+        >>> decode(np.array([[0, 1], [7, 15]]), E2M1)
+        array([[ 0. ,  0.5],
+               [ 6. , -6. ]], dtype=float32)
+        >>> decode(np.array([33, 7], dtype=np.uint8), E2M1, shape=3)
+        array([0.5, 1. , 6. ], dtype=float32)
+    """
+    carrier = carrier_for(dtype, codes)
+    grid = grid_of(fmt, carrier)
+    wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
+    check_target(out, codes, carrier.name, wanted)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted, out=out)
+
+
+def values(fmt: FloatFormat) -> NDArray[np.float64]:
+    """List the distinct finite values of a format in ascending order.
+
+    Args:
+        fmt: A format of at most 24 bits.
+
+    Returns:
+        One-dimensional float64 array; zero is in it once, as +0.0.
+
+    Raises:
+        ValueError: If the format has more codes than can sensibly be listed, or float64 cannot
+            hold them all (`fpformats.exact.values` lists those as fractions).
+
+    Example:
+        >>> from fpformats import E3M0U
+        >>> values(E3M0U).tolist()
+        [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+    """
+    if fmt.bits > 24:
+        raise ValueError(f"{fmt} has 2**{fmt.bits} codes; values are listed up to 24 bits")
+    magnitudes = decode(np.arange(fmt.max_code + 1), fmt, "float64")
+    negative = -magnitudes[fmt.smallest_code :][::-1] if fmt.signed else magnitudes[:0]
+    listed: NDArray[np.float64] = np.concatenate([negative, magnitudes])
+    return listed
+
+
+def checked_nan_code(nan: int | None, fmt: FloatFormat) -> int | None:
+    """Give the code for NaN: that which is asked for, or the format's own if it has one.
+
+    Raises:
+        ValueError: If what is asked for is not a code.
+    """
+    if nan is not None and (type(nan) is not int or not 0 <= nan < fmt.code_count):
+        raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
+    return fmt.nan_code if nan is None else nan
+
+
+def check_packable(x: Any, fmt: FloatFormat, packed: bool) -> None:
+    """Check that codes for `x` can be packed, if that is asked for.
+
+    Raises:
+        TypeError: If `x` is a number.
+        ValueError: If codes are too wide.
+    """
+    if packed and not hasattr(x, "shape"):
+        raise TypeError(f"x is a {type(x).__name__}; only codes of an array or a tensor are packed")
+    if packed and not 1 <= fmt.bits <= MAX_BITS:
+        raise ValueError(f"packed is True; {fmt} has {fmt.bits} bits, and 1 to {MAX_BITS} pack")
+
+
+def check_codes_target(out: Any, x: Any, fmt: FloatFormat, packed: bool) -> None:
+    """Check that `out` can take the codes of `x`.
+
+    Raises:
+        TypeError: If it is of another kind or dtype than these.
+        ValueError: If its shape or device differ.
+    """
+    shape = tuple(getattr(x, "shape", ()))
+    if packed:
+        shape = (-(-math.prod(shape) * fmt.bits // 8),)
+    check_target(out, x, "uint8" if packed else code_dtype(fmt.bits), shape)

@@ -1,0 +1,261 @@
+"""Gradients of rounding: what training sees in place of a derivative that is zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpformats.engine import cpu, dispatch
+from fpformats.engine.arrays import (
+    carrier_of,
+    cast,
+    in_forward_mode,
+    is_dual,
+    is_plain_tensor,
+    learns,
+    narrowed,
+    quiet,
+    widened,
+)
+from fpformats.engine.scales import repeat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fpformats.engine.scales import Scales
+    from fpformats.formats import FloatFormat
+    from fpformats.kernels.grid import Carrier, Grid
+    from fpformats.rounding import Policy
+
+FUSED = (torch.float32, torch.float64)
+"""Carriers whose gradients the compiled kernels give; they are what these compute in."""
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a gradient is multiplied by for the input, the scale and the zero point; None where that
+gradient passes as it is, or is not wanted."""
+
+
+class Step(NamedTuple):
+    """How a tensor is scaled and rounded.
+
+    Attributes:
+        fmt: The format.
+        grid: The format as seen from `working`.
+        working: The carrier that the operations are in.
+        policy: How to round.
+        scales: Scales and zero points.
+        clip_gradient: Whether the gradient of the input is zero beyond the range of the format.
+    """
+
+    fmt: FloatFormat
+    grid: Grid
+    working: Carrier
+    policy: Policy
+    scales: Scales
+    clip_gradient: bool
+
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scaled input v and its rounded value q, in whole-tensor operations."""
+        with quiet():
+            v = dispatch.unscaled(widened(x, self.working), self.scales)
+            return v, dispatch.rounded(v, self.grid, self.policy)
+
+    def factors(self, v: Tensor, q: Tensor, wanted: tuple[bool, bool]) -> Factors:
+        """Return the factors of gradients; wanted are those of the scale and the zero point."""
+        inside = (v >= self.grid.low) & (v <= self.grid.high)
+        return (
+            inside if self.clip_gradient else None,
+            torch.where(inside, q - v, q) if wanted[0] else None,
+            ~inside if wanted[1] else None,
+        )
+
+
+class _Surrogate(torch.autograd.Function):
+    """A rounded result, with given partial derivatives for the inputs that it came from."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        result: Tensor,
+        x: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        passes: Tensor | None,
+        slope: Tensor | None,
+        clamped: Tensor | None,
+    ) -> Tensor:
+        del x, scale, zero_point, passes, slope, clamped
+        return result.detach()  # not a view, which could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        del output
+        _, x, scale, zero_point, passes, slope, clamped = inputs
+        ctx.save_for_backward(passes, slope, clamped)
+        ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        _, *needs = ctx.needs_input_grad[:4]
+        return (None, *_multiplied(grad, ctx.saved_tensors, ctx.like, needs), None, None, None)
+
+
+class _DualSurrogate(_Surrogate):
+    """The same in forward mode, which torch.compile would refuse."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _Surrogate.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[4:])
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        factors = zip(tangents[1:4], ctx.saved_tensors, strict=True)
+        parts = [t if factor is None else t * factor for t, factor in factors if t is not None]
+        return sum(parts[1:], parts[0]).to(ctx.dtype)
+
+
+def _apply(*inputs: Tensor | None) -> Tensor:
+    """Give the first input the derivatives that the others say."""
+    surrogate: Any = _DualSurrogate if in_forward_mode() else _Surrogate
+    result: Tensor = surrogate.apply(*inputs)
+    return result
+
+
+class _Fused(torch.autograd.Function):
+    """A rounded result of the compiled kernels, which round once more for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        step: Step,
+        kernel: Any,
+    ) -> Tensor:
+        # Copies, because scales may be trained before the backward pass; random words are refused
+        # if they have changed by then, as `x` is.
+        scales = (given if given is None else given.clone() for given in step.scales[:2])
+        words = step.policy.random
+        ctx.save_for_backward(x, *scales, words if isinstance(words, Tensor) else None)
+        ctx.step = step._replace(scales=step.scales._replace(scale=None, zero_point=None))
+        ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, scale, zero_point)]
+        result: Tensor = cpu.quantize(kernel, x.detach(), step.policy, step.scales)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, scale, zero_point, _ = ctx.saved_tensors
+        step = ctx.step._replace(
+            scales=ctx.step.scales._replace(scale=scale, zero_point=zero_point)
+        )
+        needs = tuple(ctx.needs_input_grad[:3])
+        kernel = _kernel_of(x, step) if x.dtype == grad.dtype else None
+        # A gradient of the gradient is wanted where gradients are enabled here.
+        if kernel is None or torch.is_grad_enabled() or not is_plain_tensor(grad):
+            factors = step.factors(*step.rounded(x), needs[1:])
+            return (*_multiplied(grad, factors, ctx.like, needs), None, None)
+        gradients = cpu.differentiate(
+            kernel, x, grad, step.policy, step.scales, needs, clip_gradient=step.clip_gradient
+        )
+        reduced = (_reduced(*each) for each in zip(gradients, ctx.like, strict=True))
+        return (*reduced, None, None)
+
+
+_apply_fused: Callable[..., Tensor] = _Fused.apply
+
+
+def straight_through(result: Tensor, x: Tensor, passes: Tensor | None) -> Tensor:
+    """Attach the straight-through gradient to a result of rounding `x`.
+
+    Args:
+        result: Rounded values.
+        x: What was rounded, of the same shape.
+        passes: Where the gradient passes to `x`; None for everywhere.
+
+    Returns:
+        The values of `result`, differentiable towards `x`.
+    """
+    return _apply(result, x, None, None, passes, None, None)
+
+
+def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
+    """Round to s * q + z, with the gradients of learned step sizes.
+
+    Args:
+        x: What is rounded.
+        scale: As it was given; a tensor that requires a gradient gets one.
+        zero_point: Likewise, or None.
+        step: How to scale and round.
+
+    Returns:
+        Rounded values, differentiable towards those of the three that require a gradient.
+    """
+    learned = _repeated(scale, zero_point, x, step.scales)
+    if (kernel := _kernel_of(x, step)) is not None:
+        return _apply_fused(x, *learned, step, kernel)
+    v, q = step.rounded(x)
+    with quiet():
+        y = narrowed(dispatch.rescaled(q.clone(), step.scales), x)
+    wanted = [learns(each) or is_dual(each) for each in learned]
+    factors = step.factors(v, q, (wanted[0], wanted[1]))
+    return _apply(y, x, *learned, *factors)
+
+
+def rescaled_step(
+    values: Tensor, scale: Any, zero_point: Any, scales: Scales, carrier: Carrier
+) -> Tensor:
+    """Scale and shift values of a format, with the gradients of both.
+
+    Args:
+        values: Values of the format, in the carrier of the operations.
+        scale: As it was given.
+        zero_point: Likewise, or None.
+        scales: Both, checked.
+        carrier: Of the result.
+
+    Returns:
+        s * q + z, differentiable towards those of the two that require a gradient.
+    """
+    with quiet():
+        y = cast(dispatch.rescaled(values.clone(), scales), carrier.name)
+    learned = _repeated(scale, zero_point, values, scales)
+    return _apply(y, values, *learned, None, values, None)
+
+
+def _repeated(scale: Any, zero_point: Any, x: Tensor, scales: Scales) -> list[Tensor | None]:
+    """Return the scale and the zero point that may learn, for the elements of their blocks."""
+    return [
+        repeat(each, tuple(x.shape), scales.block_size) if isinstance(each, Tensor) else None
+        for each in (scale, zero_point)
+    ]
+
+
+def _kernel_of(x: Tensor, step: Step) -> Any:
+    """Return the compiled kernel that rounds a tensor and gives its gradients, or None."""
+    if x.dtype not in FUSED or torch._C._are_functorch_transforms_active() or in_forward_mode():
+        return None
+    return cpu.kernel_of(x, step.fmt, carrier_of(x), step.policy, step.scales)
+
+
+def _multiplied(grad: Tensor, factors: Any, likes: Any, needs: Any) -> list[Tensor | None]:
+    """Return the gradients of the inputs that need one."""
+    return [
+        _reduced(grad if factor is None else grad * factor, like) if need else None
+        for factor, like, need in zip(factors, likes, needs, strict=True)
+    ]
+
+
+def _reduced(grad: Any, like: Any) -> Any:
+    """Sum a gradient over the dimensions that its input was broadcast along."""
+    if grad is None:
+        return None
+    shape, dtype = like
+    summed = grad if grad.shape == shape else grad.sum_to_size(shape)  # which takes its time
+    return summed.to(dtype)

@@ -1,0 +1,206 @@
+"""Rounding to a format that is scaled and shifted: s * round((x - z) / s) + z.
+
+The definition is those floating-point operations in that order, each rounded on its own, with
+true division and no fused multiply-add, in float32 (float64 for float64 values). Without a zero
+point z there is no subtraction and no addition.
+
+Granularity is the shape of the scale. A number is one scale for the tensor; shape (C, 1, 1, 1) is
+one for each of C channels, by broadcasting. With ``block_size``, one number for each dimension,
+every block of that size has a scale, and the scale has ceil(length / block) entries along each
+dimension: (1, 64) makes groups of 64 along rows, (128, 128) square blocks, and -1 stands for the
+whole length. Blocks at the ends are cut short.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fpformats.engine import dispatch
+from fpformats.engine.arrays import (
+    carrier_for,
+    carrier_of,
+    check_out,
+    check_target,
+    check_words,
+    grid_of,
+    needs_gradient,
+    working_carrier,
+)
+from fpformats.engine.bit_packing import checked_packed
+from fpformats.engine.scales import make_scales
+from fpformats.ops import elementwise
+from fpformats.rounding import FINITE, NEAREST, make_policy
+
+if TYPE_CHECKING:
+    from fpformats.formats import FloatFormat
+
+
+def quantize_scaled(
+    x: Any,
+    fmt: FloatFormat,
+    scale: Any,
+    zero_point: Any = None,
+    *,
+    block_size: tuple[int, ...] | None = None,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+    clip_gradient: bool = False,
+    out: Any = None,
+) -> Any:
+    """Round to the values of a format times `scale` plus `zero_point`.
+
+    With v = (x - z) / s and q its rounded value, gradients of s * q + z are those of learned
+    step sizes (LSQ, arXiv 1902.08153): where v is in the format's range, 1 for x, q - v for the
+    scale and 0 for the zero point; beyond it 1 (0 with `clip_gradient`), q and 1. The backward
+    pass may round once more: `x` must stay as it is until then.
+
+    Args:
+        x: Array, tensor or number of float16, bfloat16, float32 or float64. The two narrow ones
+            are computed in float32, and the result is rounded to them.
+        fmt: The format.
+        scale: Positive and finite; number, or array of the library of `x` that broadcasts to
+            its shape. Numbers are rounded to float32 (float64 where `x` is).
+        zero_point: Finite; as `scale`, or None for no shift.
+        block_size: Sizes of the blocks that share a scale and a zero point, by dimension.
+        rounding: As in `fpformats.quantize`, of the scaled values.
+        saturation: As in `fpformats.quantize`.
+        random: As in `fpformats.quantize`.
+        random_bits: As in `fpformats.quantize`.
+        clip_gradient: Whether the gradient of `x` is zero beyond the format's range.
+        out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
+
+    Returns:
+        Values of the kind, shape, dtype and device of `x`, or `out`.
+
+    Raises:
+        TypeError: If an argument is not floating point, or of a dtype wider than the operations.
+        ValueError: If `scale` is not positive and finite or `zero_point` not finite (not looked
+            at under torch.compile), a shape does not broadcast, the format does not fit into the
+            operations' dtype, or `out` has another shape or device, or would cut off a gradient.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> quantize_scaled(1.0, E2M1, 0.75)
+        1.125
+    """
+    policy = make_policy(rounding, saturation, random, random_bits)
+    carrier = working_carrier(carrier_of(x))
+    grid = grid_of(fmt, carrier)
+    scales = make_scales(x, scale, zero_point, block_size, carrier)
+    check_out(out, x)
+    check_words(policy.random, random_bits, x)
+    if not needs_gradient(x, scale, zero_point, out=out):
+        return dispatch.quantize(x, fmt, grid, policy, scales, out)
+    from fpformats.ops.gradients import Step, learned_step
+
+    step = Step(fmt, grid, carrier, policy, scales, clip_gradient)
+    return learned_step(x, scale, zero_point, step)
+
+
+def encode_scaled(
+    x: Any,
+    fmt: FloatFormat,
+    scale: Any,
+    zero_point: Any = None,
+    *,
+    block_size: tuple[int, ...] | None = None,
+    rounding: str = NEAREST,
+    saturation: str = FINITE,
+    random: Any = None,
+    random_bits: int = 32,
+    nan: int | None = None,
+    packed: bool = False,
+    out: Any = None,
+) -> Any:
+    """Round to the codes of a format, after a shift and a division by the scale.
+
+    `decode_scaled` takes the codes to what `quantize_scaled` gives, bit for bit.
+
+    Args:
+        x: As in `quantize_scaled`.
+        fmt: The format.
+        scale: As in `quantize_scaled`.
+        zero_point: As in `quantize_scaled`.
+        block_size: As in `quantize_scaled`.
+        rounding: As in `quantize_scaled`.
+        saturation: As in `quantize_scaled`.
+        random: As in `quantize_scaled`.
+        random_bits: As in `quantize_scaled`.
+        nan: Code to give for NaN, as in `fpformats.encode`.
+        packed: Whether to store the codes side by side, as in `fpformats.encode`.
+        out: Where to write to, as in `fpformats.encode`.
+
+    Returns:
+        Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, or packed.
+
+    Raises:
+        TypeError: As in `quantize_scaled`.
+        ValueError: As in `quantize_scaled` and `fpformats.encode`.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> encode_scaled(1.0, E2M1, 0.75)
+        3
+    """
+    policy = make_policy(rounding, saturation, random, random_bits)
+    carrier = working_carrier(carrier_of(x))
+    grid = grid_of(fmt, carrier)
+    nan_code = elementwise.checked_nan_code(nan, fmt)
+    scales = make_scales(x, scale, zero_point, block_size, carrier)
+    check_words(policy.random, random_bits, x)
+    elementwise.check_packable(x, fmt, packed)
+    elementwise.check_codes_target(out, x, fmt, packed)
+    return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales, out)
+
+
+def decode_scaled(
+    codes: Any,
+    fmt: FloatFormat,
+    scale: Any,
+    zero_point: Any = None,
+    dtype: Any = "float32",
+    *,
+    block_size: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] | int | None = None,
+    out: Any = None,
+) -> Any:
+    """Give the values of codes, times the scale, plus the zero point.
+
+    Scales and zero points that require a gradient get it.
+
+    Args:
+        codes: Array or tensor of any integer dtype and any shape, or an int.
+        fmt: The format.
+        scale: As in `quantize_scaled`, broadcasting to the shape of `codes`.
+        zero_point: As in `quantize_scaled`, broadcasting to the shape of `codes`.
+        dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
+        block_size: As in `quantize_scaled`.
+        shape: Where the codes are packed, the shape that they had.
+        out: Where to write to, as in `fpformats.decode`.
+
+    Returns:
+        Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
+
+    Raises:
+        TypeError: As in `quantize_scaled` and `fpformats.decode`.
+        ValueError: As in `quantize_scaled` and `fpformats.decode`.
+
+    Example:
+        >>> from fpformats import E2M1
+        >>> decode_scaled(3, E2M1, 0.75)
+        1.125
+    """
+    carrier = carrier_for(dtype, codes)
+    working = working_carrier(carrier)
+    grid = grid_of(fmt, working)
+    wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
+    scales = make_scales(codes, scale, zero_point, block_size, working, wanted)
+    check_target(out, codes, carrier.name, wanted)
+    if needs_gradient(scale, zero_point, out=out):
+        from fpformats.ops.gradients import rescaled_step
+
+        values = dispatch.decode(codes, fmt, grid, working, wanted)
+        return rescaled_step(values, scale, zero_point, scales, carrier)
+    return dispatch.decode(codes, fmt, grid, carrier, wanted, scales, out)

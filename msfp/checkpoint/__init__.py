@@ -1,0 +1,1 @@
+"""Quantized denoisers as files, through diffusers or without it."""

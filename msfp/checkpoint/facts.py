@@ -1,0 +1,440 @@
+"""What is known of what is quantized in a checkpoint or a denoiser, without its weights.
+
+The formats stand in the quantization config, scales and zero points are read from the tensors, and
+what the search found of the alternatives from the summaries that were saved along with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fpformats import FloatFormat, decode, parse
+from msfp.checkpoint.diffusers_quantizer import MSFPConfig
+from msfp.checkpoint.io import CONFIG_FILE, quantized_component
+from msfp.errors import InputError
+from msfp.layers.attention import OPERANDS
+from msfp.layers.formats import BlockFormats, LayerFormats
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.search.summary import LayerSummary
+
+BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number, by the name that safetensors has for its dtype."""
+Facts = TypeVar("Facts", bound="LayerFacts | ProductFacts")
+ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
+"""What layers can be sorted by: decibels from the smallest on, bytes from the largest."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One quantized layer as it is stored, and what the search found.
+
+    Attributes:
+        layer: Dotted name in the denoiser.
+        formats: Formats and granularities of the layer.
+        weight_clip: The largest weight that can be represented in any output channel or block.
+        input_scale: Scale of the inputs, the largest where each channel has its own; NaN where they
+            are not quantized, or in blocks, which are scaled as they come.
+        clip: The least and the largest input that can be represented, likewise.
+        zero_point: Zero point of the inputs, or None where their format is signed.
+        bytes: Size of the layer's tensors.
+        summary: What the search found, or None where that was not saved. Refinement and
+            fine-tuning change weights and scales afterwards, and leave it as it was.
+    """
+
+    layer: str
+    formats: LayerFormats | BlockFormats
+    weight_clip: float
+    input_scale: float
+    clip: tuple[float, float]
+    zero_point: float | None
+    bytes: int
+    summary: LayerSummary | None
+
+    @property
+    def weight(self) -> FloatFormat:
+        """Format of the weights; in blocks, that of the elements."""
+        if isinstance(self.formats, BlockFormats):
+            return self.formats.weight_blocks.element
+        return self.formats.weight
+
+    @property
+    def input(self) -> FloatFormat | None:
+        """Format of the inputs, likewise, or None where they are not quantized."""
+        if isinstance(self.formats, BlockFormats):
+            blocks = self.formats.input_blocks
+            return None if blocks is None else blocks.element
+        return self.formats.input
+
+    @property
+    def sign(self) -> str | None:
+        """Whether the inputs are "signed" or "unsigned", or None where they are not quantized."""
+        if self.input is None:
+            return None
+        return "signed" if self.input.signed else "unsigned"
+
+    @property
+    def weight_sqnr(self) -> float:
+        """SQNR of the weights in dB as the search left them, NaN where it is not known."""
+        return math.nan if self.summary is None else self.summary.weight_sqnr
+
+    @property
+    def input_sqnr(self) -> float:
+        """SQNR of the calibration inputs in dB, NaN where it is not known."""
+        return math.nan if self.summary is None else self.summary.input_sqnr
+
+    @property
+    def other_sign_sqnr(self) -> float:
+        """The best SQNR of formats of the other sign, NaN where none was searched."""
+        return math.nan if self.summary is None else self.summary.other_sign_sqnr
+
+    @property
+    def cost_of_other_sign(self) -> float:
+        """What the losing choice of sign would have cost, in dB."""
+        return self.input_sqnr - self.other_sign_sqnr
+
+    @property
+    def reason(self) -> str | None:
+        """Why the inputs count as asymmetric, or None."""
+        return None if self.summary is None else self.summary.reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as plain JSON types, None for NaN."""
+        values = {
+            "layer": self.layer,
+            "weight_format": str(self.formats.weight),
+            "weight_clip": self.weight_clip,
+            "weight_sqnr": self.weight_sqnr,
+            "input_format": None if self.input is None else str(self.formats.input),
+            "sign": self.sign,
+            "input_scale": self.input_scale,
+            "zero_point": self.zero_point,
+            "clip_low": self.clip[0],
+            "clip_high": self.clip[1],
+            "input_sqnr": self.input_sqnr,
+            "other_sign_sqnr": self.other_sign_sqnr,
+            "cost_of_other_sign": self.cost_of_other_sign,
+            "reason": self.reason,
+            "bytes": self.bytes,
+        }
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in values.items()
+        }
+
+
+@dataclass(frozen=True)
+class ProductFacts:
+    """One operand of an attention module's quantized products, as it is stored.
+
+    Attributes:
+        layer: Its dotted name: that of the attention module, `products`, and the operand's.
+        format: Its format.
+        scale: Its scale.
+        zero_point: Its zero point, or None where there is none.
+        clip: The least and the largest number that can be represented.
+        bytes: Size of its tensors.
+    """
+
+    layer: str
+    format: FloatFormat
+    scale: float
+    zero_point: float | None
+    clip: tuple[float, float]
+    bytes: int
+
+    @property
+    def sign(self) -> str:
+        """Whether the format is "signed" or "unsigned"."""
+        return "signed" if self.format.signed else "unsigned"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as plain JSON types, by the keys that inputs of layers have."""
+        return {
+            "layer": self.layer,
+            "input_format": str(self.format),
+            "sign": self.sign,
+            "input_scale": self.scale,
+            "zero_point": self.zero_point,
+            "clip_low": self.clip[0],
+            "clip_high": self.clip[1],
+            "bytes": self.bytes,
+        }
+
+
+class _Stored(NamedTuple):
+    """A config, the sizes in bytes of the tensors that belong to it, and a way to read one."""
+
+    config: MSFPConfig
+    sizes: Mapping[str, int]
+    read: Callable[[str], torch.Tensor]
+
+
+def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
+    """Return what is known of each quantized layer, in definition order.
+
+    A folder without summaries does not know that order; its layers are in alphabetical order.
+
+    Args:
+        source: A pipeline with a sealed denoiser, such a denoiser, or the folder of either. Of a
+            folder's tensors none but scales and zero points are read.
+
+    Raises:
+        InputError: If nothing there is quantized by msfp, a layer is open, or a file cannot be
+            read.
+
+    Example:
+        >>> import msfp
+        >>> network = nn.Sequential(nn.Linear(8, 16))
+        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
+        >>> msfp.seal(network)
+        >>> facts = inspect_layers(network)[0]
+        >>> facts.layer, facts.weight.bits, facts.bytes == 16 * 8 // 2 + 16 * 4 + 16 * 4
+        ('0', 4, True)
+    """
+    return _facts(*_stored(source))
+
+
+def inspect_products(source: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
+    """Return what is known of each operand of quantized attention products; may be empty.
+
+    Args:
+        source: As for `inspect_layers`.
+
+    Raises:
+        InputError: As `inspect_layers` does.
+    """
+    config, sizes, read = _stored(source)
+    found = []
+    for module, formats in config.products.items():
+        for operand in OPERANDS:
+            name, fmt = f"{module}.products.{operand}", parse(formats[operand])
+            scale = read(f"{name}.scale").item()
+            shifted = f"{name}.zero_point" in sizes
+            zero = read(f"{name}.zero_point").item() if shifted else None
+            ends = (float(fmt.min), float(fmt.max))
+            low, high = (scale * end + (zero or 0.0) for end in ends)
+            size = sum(sizes.get(f"{name}.{leaf}", 0) for leaf in ("scale", "zero_point"))
+            found.append(ProductFacts(name, fmt, scale, zero, (low, high), size))
+    return found
+
+
+def _stored(source: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
+    """Return what stands in a folder or a denoiser."""
+    if isinstance(source, str | Path):
+        return _of_folder(Path(source))
+    denoiser = denoiser_of(source)
+    config = getattr(getattr(denoiser, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, MSFPConfig):
+        raise InputError(f"{type(denoiser).__name__} is not quantized: call msfp.quantize first")
+    if open_layers(denoiser):
+        raise InputError(f"layer {next(iter(open_layers(denoiser)))} is open: seal the denoiser")
+    tensors = denoiser.state_dict()
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    return _Stored(config, sizes, tensors.__getitem__)
+
+
+def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
+    """Return the folder of the denoiser in a pipeline's folder or a network's, and its config.
+
+    Raises:
+        InputError: If it is not quantized by msfp, or its config cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} is not a folder")
+    if not (folder / CONFIG_FILE).is_file():
+        name = quantized_component(folder)
+        if name is None:
+            raise InputError(f"checkpoint {folder} has no denoiser that is quantized by msfp")
+        folder = folder / name
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
+        return folder, MSFPConfig(**description)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} is not a config of msfp: {error}") from error
+
+
+def _of_folder(folder: Path) -> _Stored:
+    """Return what stands in a folder: the headers of its files, and a reader of tensors."""
+    folder, config = read_config(folder)
+    places: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+
+    def read(name: str) -> torch.Tensor:
+        with _reading(folder), safe_open(places[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(folder), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                stored = opened.get_slice(name)
+                sizes[name] = math.prod(stored.get_shape()) * BYTES[stored.get_dtype()]
+                places[name] = file
+    return _Stored(config, sizes, read)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say in a sentence why a folder cannot be read."""
+    try:
+        yield
+    except (SafetensorError, OSError, LookupError) as error:
+        raise InputError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
+def _facts(
+    config: MSFPConfig, sizes: Mapping[str, int], read: Callable[[str], torch.Tensor]
+) -> list[LayerFacts]:
+    """Return the facts of each layer of a config, given the sizes of tensors and their numbers."""
+    summaries = {summary.name: summary for summary in config.summaries}
+    owned: dict[str, int] = dict.fromkeys(config.layers, 0)
+    for name, size in sizes.items():
+        layer = name.rpartition(".")[0]
+        if layer in owned:
+            owned[layer] += size
+
+    def numbers(name: str) -> torch.Tensor:
+        return read(name).view(torch.float32)
+
+    def facts(layer: str, formats: LayerFormats | BlockFormats) -> LayerFacts:
+        scale, zero, low, high = math.nan, None, math.nan, math.nan
+        if isinstance(formats, LayerFormats) and formats.input is not None:
+            # The scales of channels differ where an input is split.
+            scale = numbers(f"{layer}.input_scale").max().item()
+            if not formats.input.signed:
+                zero = numbers(f"{layer}.input_zero_point").item()
+            ends = (float(formats.input.min), float(formats.input.max))
+            low, high = (scale * end + (zero or 0.0) for end in ends)
+        clip = (
+            _largest_in_blocks(layer, formats, read)
+            if isinstance(formats, BlockFormats)
+            else numbers(f"{layer}.weight_scale").max().item() * float(formats.weight.max)
+        )
+        summary = summaries.get(layer)
+        return LayerFacts(layer, formats, clip, scale, (low, high), zero, owned[layer], summary)
+
+    # JSON files have layers in alphabetical order, but summaries in that of the denoiser.
+    known = {name: config.layers[name] for name in summaries if name in config.layers}
+    return [facts(layer, formats) for layer, formats in (known | config.layers).items()]
+
+
+def _largest_in_blocks(
+    layer: str, formats: BlockFormats, read: Callable[[str], torch.Tensor]
+) -> float:
+    """Return the largest weight that can be represented in any block of a layer."""
+    fmt = formats.weight_blocks
+    scales: torch.Tensor = decode(read(f"{layer}.weight_scale"), fmt.scale)
+    if fmt.tensor_scale:
+        scales = scales * read(f"{layer}.tensor_scale").view(torch.float32)
+    return (scales.max() * float(fmt.element.max)).item()
+
+
+def matching(facts: Iterable[Facts], glob: str) -> list[Facts]:
+    """Return the layers, or operands, whose name or that of a module around them matches a glob.
+
+    Raises:
+        InputError: If none does.
+    """
+    kept = []
+    facts = list(facts)
+    for each in facts:
+        parts = each.layer.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if any(fnmatchcase(name, glob) for name in names):
+            kept.append(each)
+    if not kept:
+        raise InputError(f"filter {glob!r} matches none of the {len(facts)} names")
+    return kept
+
+
+def overview(facts: Sequence[LayerFacts]) -> str:
+    """Return the sums of a table in a sentence."""
+    unsigned = sum(each.sign == "unsigned" for each in facts)
+    size = sum(each.bytes for each in facts)
+    widths = sorted({each.weight.bits for each in facts})
+    parts = [f"{sum(each.weight.bits == b for each in facts)} at {b} bits" for b in widths]
+    return (
+        f"{len(facts)} layers, {size:,} bytes; weights: {', '.join(parts)}; "
+        f"inputs: {unsigned} unsigned."
+    )
+
+
+def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:
+    """Return layers sorted by one of `ORDERS`; those of which a number is not known come last."""
+    if order == "model":
+        return list(facts)
+    if order == "layer":
+        return sorted(facts, key=lambda each: each.layer)
+    sign = -1 if order == "bytes" else 1
+
+    def key(each: LayerFacts) -> float:
+        number = getattr(each, order)
+        return math.inf if math.isnan(number) else sign * number
+
+    return sorted(facts, key=key)
+
+
+COLUMNS = (
+    "layer", "weights", "weights dB", "inputs", "sign", "zero point", "clip", "inputs dB",
+    "other sign dB", "cost dB", "reason", "bytes",
+)  # fmt: skip
+"""The columns of the per-layer table."""
+
+
+def cells(facts: LayerFacts) -> tuple[str, ...]:
+    """Return a layer's row of the per-layer table as text; what is not known is empty."""
+    return (
+        facts.layer,
+        str(facts.formats.weight),
+        _decibels(facts.weight_sqnr),
+        "" if facts.input is None else str(facts.formats.input),
+        facts.sign or "",
+        _zero_point(facts.zero_point),
+        _clip(facts.clip),
+        _decibels(facts.input_sqnr),
+        _decibels(facts.other_sign_sqnr),
+        _decibels(facts.cost_of_other_sign),
+        facts.reason or "",
+        str(facts.bytes),
+    )
+
+
+PRODUCT_COLUMNS = ("operand", "format", "sign", "zero point", "clip", "bytes")
+"""The columns of the table of attention's products."""
+
+
+def product_cells(facts: ProductFacts) -> tuple[str, ...]:
+    """Return an operand's row of the table of products as text."""
+    return (
+        facts.layer,
+        str(facts.format),
+        facts.sign,
+        _zero_point(facts.zero_point),
+        _clip(facts.clip),
+        str(facts.bytes),
+    )
+
+
+def _zero_point(number: float | None) -> str:
+    return "" if number is None else f"{number:.3f}"
+
+
+def _clip(clip: tuple[float, float]) -> str:
+    return "" if math.isnan(clip[0]) else f"{clip[0]:.3g} to {clip[1]:.3g}"
+
+
+def _decibels(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.1f}"

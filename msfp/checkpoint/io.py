@@ -1,0 +1,158 @@
+"""Packed checkpoints: folders as diffusers writes them, with codes and scales for weights.
+
+A pipeline is written by its own `save_pretrained`, the quantization config standing in the
+`config.json` of its denoiser. A network that is not of diffusers has a folder of its own, with the
+same two files that diffusers would write. The layout is described in docs/checkpoint-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from msfp.checkpoint.diffusers_quantizer import MSFPConfig, MSFPMethod, attach, check_keys
+from msfp.checkpoint.integrity import verify
+from msfp.checkpoint.placeholders import make_room
+from msfp.checkpoint.stored_tensors import as_stored
+from msfp.errors import InputError
+from msfp.layers.attention import make_room_for_products
+from msfp.layers.base import quantized_layers, refuse_quantized
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.class_conditional import pipeline_class
+from msfp.pipelines.denoiser import COMPONENTS, denoiser_of
+from msfp.schedulers.samplers import restore_sampler
+from msfp.support.files import atomic_folder
+
+CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def packed_size(denoiser: nn.Module) -> int:
+    """Return the size of a denoiser's tensors as saved, in bytes."""
+    return sum(tensor.nbytes for tensor in as_stored(denoiser.state_dict()).values())
+
+
+def save(target: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
+    """Write a pipeline with a sealed denoiser, or a sealed network, to a folder, atomically.
+
+    Args:
+        target: A pipeline whose denoiser was quantized and sealed, or such a network by itself.
+        folder: A new or an empty folder.
+
+    Raises:
+        InputError: If the folder exists and is not empty, or the denoiser is not sealed. Nothing
+            is written then.
+    """
+    denoiser = denoiser_of(target)
+    if not quantized_layers(denoiser):
+        raise InputError("denoiser has no quantized layers: call msfp.quantize first")
+    if open_layers(denoiser):
+        name = next(iter(open_layers(denoiser)))
+        raise InputError(f"layer {name} is open: seal the denoiser before it is saved")
+    with atomic_folder(Path(folder)) as partial:
+        if isinstance(target, DiffusionPipeline | ModelMixin):
+            target.save_pretrained(partial)
+        else:
+            _save_network(denoiser, partial)
+
+
+def _save_network(network: nn.Module, folder: Path) -> None:
+    """Write the two files of a network that is not of diffusers."""
+    quantizer: Any = network.hf_quantizer
+    tensors, metadata = quantizer.get_state_dict_and_metadata(network.state_dict())
+    description = {"quantization_config": quantizer.quantization_config.to_dict()}
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSOR_FILE, metadata)
+
+
+def load(folder: str | Path, into: nn.Module | None = None) -> Any:
+    """Read a packed checkpoint; needs no data and no forward pass.
+
+    Args:
+        folder: A folder written by `save`.
+        into: Where the folder is of a network that is not of diffusers: a network of the same
+            architecture in full precision, which is changed in place.
+
+    Returns:
+        The pipeline, whose samples are bit-equal to those of the saved one, or the network.
+
+    Raises:
+        InputError: If the folder is not a checkpoint, is of another version or is corrupt, or
+            there is none, or it is of a network by itself and there is none to read it into, or
+            that is quantized already.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} cannot be loaded: it is not a folder")
+    try:
+        return _load_pipeline(folder) if into is None else _load_network(folder, into)
+    except (
+        ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+        SafetensorError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {folder} cannot be loaded: {first_line}") from error
+
+
+def quantized_component(folder: Path) -> str | None:
+    """Return the name of a pipeline folder's denoiser if it is quantized by msfp."""
+    return next((name for name in COMPONENTS if _is_packed(folder / name)), None)
+
+
+def _is_packed(folder: Path) -> bool:
+    """Return whether the folder of a network says that it is quantized by msfp."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return False
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    config = description.get("quantization_config") if isinstance(description, dict) else None
+    return isinstance(config, dict) and config.get("quant_method") == MSFPMethod.MSFP.value
+
+
+def _load_pipeline(folder: Path) -> DiffusionPipeline:
+    """Load a pipeline through diffusers; nothing is imported that a folder names."""
+    name = quantized_component(folder)
+    if name is None:
+        raise InputError(_why_no_pipeline(folder))
+    library = json.loads((folder / "model_index.json").read_text())[name][0]
+    if library != "diffusers":
+        raise InputError(f"the denoiser must be a class of diffusers, not of {library}")
+    pipe = pipeline_class(folder).from_pretrained(folder, local_files_only=True)
+    restore_sampler(pipe, folder)
+    return pipe
+
+
+def _why_no_pipeline(folder: Path) -> str:
+    """Return what is wrong with a folder without a quantized denoiser in a folder of its own."""
+    if not _is_packed(folder):
+        return f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp"
+    kind = json.loads((folder / CONFIG_FILE).read_text()).get("_class_name")
+    if kind is None:
+        return "it is of a network by itself: into must be one of its architecture"
+    return f"it is of a denoiser by itself: read it with {kind}.from_pretrained"
+
+
+def _load_network(folder: Path, network: nn.Module) -> nn.Module:
+    """Fill a plain network from its two files."""
+    if not _is_packed(folder):
+        raise InputError(f"its {CONFIG_FILE} has no quantization config of msfp")
+    refuse_quantized("into", network)
+    description = json.loads((folder / CONFIG_FILE).read_text())
+    config = MSFPConfig(**description["quantization_config"])
+    verify([folder / TENSOR_FILE], config.to_dict())
+    tensors: dict[str, torch.Tensor] = load_file(folder / TENSOR_FILE)
+    make_room(network, config.layers, config.entries, config.router)
+    make_room_for_products(network, config.products)
+    check_keys(set(network.state_dict()), set(tensors))
+    network.load_state_dict(tensors)
+    attach(network, config.request, summaries=config.summaries)
+    return network

@@ -1,0 +1,160 @@
+"""Fine-tuned denoisers in forms that others read: one checkpoint for each LoRA, or a LoRA file.
+
+A denoiser whose LoRAs are inside the quantizer has a set of codes for each; one whose LoRAs stand
+beside the weights has branches, each of which is an ordinary LoRA on top of a packed checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import nn
+
+from msfp.checkpoint.diffusers_quantizer import attach_anew
+from msfp.checkpoint.io import save
+from msfp.errors import InputError
+from msfp.layers.formats import LayerFormats
+from msfp.layers.lora.talora import remove_router
+from msfp.layers.packed import SealedLayer, sealed_layers
+from msfp.pipelines.denoiser import denoiser_name, denoiser_of
+from msfp.support.files import atomic_folder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_entries(pipe: DiffusionPipeline, folder: str | Path) -> list[Path]:
+    """Write a plain packed checkpoint for each LoRA of the hub: all layers with that one.
+
+    Args:
+        pipe: With a denoiser that was fine-tuned with a hub of several, and sealed.
+        folder: A new or an empty folder.
+
+    Returns:
+        The folders of the checkpoints, `entry-0` and so on.
+
+    Raises:
+        InputError: If the denoiser has no hub of several.
+    """
+    denoiser = denoiser_of(pipe)
+    entries = max((layer.choices for layer in sealed_layers(denoiser).values()), default=1)
+    if entries < 2:
+        raise InputError("pipe must have been fine-tuned with a hub of several LoRAs, and sealed")
+    folder = Path(folder)
+    names = [f"entry-{entry}" for entry in range(entries)]
+    with atomic_folder(folder) as partial:
+        for entry, name in enumerate(names):
+            with _in_place_of(pipe, _single(denoiser, entry)):
+                save(pipe, partial / name)
+    return [folder / name for name in names]
+
+
+def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+    """Write a packed checkpoint without branches, and these as a LoRA file of diffusers.
+
+    Read both with `pipe = msfp.load(folder)` and, where the pipeline has that method, as those of
+    Stable Diffusion and Flux have, `pipe.load_lora_weights(folder)`. `DDIMPipeline`, `DiTPipeline`,
+    PixArt's and msfp's own have none: PEFT itself puts the LoRA into their denoiser
+    (docs/fine-tuning.md shows how).
+
+    Args:
+        pipe: With a denoiser that has branches beside its weights, and is sealed.
+        folder: A new or an empty folder.
+
+    Returns:
+        The LoRA file, whose keys are those of PEFT.
+
+    Raises:
+        InputError: If the denoiser has no branches, several to choose from, or one of a grouped
+            convolution, which PEFT cannot hold.
+    """
+    tensors = lora_tensors(pipe)
+    bare = copy.deepcopy(denoiser_of(pipe))
+    for layer in sealed_layers(bare).values():
+        if isinstance(layer.formats, LayerFormats):
+            layer.formats = replace(layer.formats, branch_rank=0)
+            layer.branch_down = layer.branch_up = None
+    attach_anew(bare)
+    folder = Path(folder)
+    with atomic_folder(folder) as partial:
+        with _in_place_of(pipe, bare):
+            save(pipe, partial)
+        save_file(tensors, partial / LORA_FILE, metadata={"format": "pt"})
+    return folder / LORA_FILE
+
+
+def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """Return the branches of a pipeline's denoiser under the keys of diffusers' LoRA files.
+
+    Raises:
+        InputError: As `export_lora`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in sealed_layers(denoiser_of(pipe)).items():
+        if layer.branch_down is None or layer.branch_up is None:
+            continue
+        if layer.choices > 1:
+            raise InputError(
+                f"pipe must have one LoRA beside each weight, not {layer.choices} that a router "
+                "chooses from: export_entries writes a checkpoint for each, of which this takes one"
+            )
+        if getattr(layer, "groups", 1) > 1:
+            raise InputError(f"layer {name} is a grouped convolution: PEFT has no LoRA of those")
+        key = f"{denoiser_name(pipe)}.{name}"
+        shape = layer.weight_shape[1:]
+        down, up = layer.branch_down.detach(), layer.branch_up.detach()
+        tensors[f"{key}.lora_A.weight"] = down.reshape(-1, *shape).contiguous()
+        tensors[f"{key}.lora_B.weight"] = up.reshape(*up.shape, *(1,) * (len(shape) - 1)).clone()
+    if not tensors:
+        raise InputError("pipe must have been fine-tuned with LoRAs beside weights, and sealed")
+    return tensors
+
+
+def _single(denoiser: nn.Module, entry: int) -> nn.Module:
+    """Return a copy of a denoiser whose layers have one of their entries, without a router."""
+    single = copy.deepcopy(denoiser)
+    for layer in sealed_layers(single).values():
+        _keep_entry(layer, entry)
+    remove_router(single)
+    attach_anew(single)
+    return single
+
+
+def _keep_entry(layer: SealedLayer, entry: int) -> None:
+    """Drop all entries of a layer but one."""
+    layer.routing = None
+    if layer.entries == 1:
+        _keep_branch(layer, entry)
+        return
+    cached = layer.cache is not None
+    codes = layer.codes.view(layer.entries, -1)[entry].clone()
+    layer.codes = nn.Parameter(codes, requires_grad=False)
+    layer.entries = 1
+    layer.cache_weight(cached)
+
+
+def _keep_branch(layer: SealedLayer, entry: int) -> None:
+    """Drop all branches of a layer but one."""
+    if not isinstance(layer.formats, LayerFormats):
+        return
+    layer.formats = replace(layer.formats, branch_entries=1)
+    for name in ("branch_down", "branch_up"):
+        factor = getattr(layer, name)[entry].clone()
+        setattr(layer, name, nn.Parameter(factor, requires_grad=False))
+
+
+@contextmanager
+def _in_place_of(pipe: DiffusionPipeline, denoiser: nn.Module) -> Iterator[None]:
+    """Give a pipeline another denoiser inside the block."""
+    name, own = denoiser_name(pipe), denoiser_of(pipe)
+    setattr(pipe, name, denoiser)
+    try:
+        yield
+    finally:
+        setattr(pipe, name, own)

@@ -1,0 +1,50 @@
+"""`msfp demo`: quantize and recover the reference model by every method."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from msfp.cli.commands.options import add_bits, seed
+from msfp.config import QuantizationConfig
+
+TABLE_WIDTH = 100
+"""Columns that the table needs; a narrower terminal wraps its lines."""
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    demo = commands.add_parser("demo", help="quantize and recover the reference model; report")
+    demo.add_argument("--output", type=Path, default=Path("msfp-demo"), help="a new folder")
+    demo.add_argument("--quick", action="store_true", help="a small run of about two minutes")
+    demo.add_argument("--seed", type=seed, default=0)
+    add_bits(demo)
+    demo.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo with progress bars, print its table and write its folder."""
+    from rich.console import Console
+
+    from msfp.experiments.demo import bench, report
+    from msfp.experiments.demo.results import FULL, QUICK, findings
+    from msfp.support.files import atomic_folder, check_output
+    from msfp.support.progress import stages
+
+    check_output(arguments.output)
+    settings = QUICK if arguments.quick else FULL
+    config = QuantizationConfig(arguments.weights, arguments.activations, arguments.first_last)
+    started = time.perf_counter()
+    with stages() as advance:
+        results = bench.run(config, settings, arguments.seed, advance)
+    with atomic_folder(arguments.output) as folder:
+        report.write(results, folder)
+    console = Console()
+    console = Console(width=max(console.width, TABLE_WIDTH))
+    console.print(report.terminal_table(results))
+    for sentence in findings(results):
+        console.print(f"- {sentence}")
+    minutes = (time.perf_counter() - started) / 60
+    console.print(f"Took {minutes:.1f} minutes. Report: {arguments.output / 'report.html'}")

@@ -1,0 +1,84 @@
+"""The command line `msfp`; its commands stand in msfp.cli.commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from msfp.cli.commands import (
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    quantize,
+    sample,
+    statistics,
+    study,
+)
+from msfp.errors import InputError
+from msfp.version import __version__
+
+COMMANDS = (demo, quantize, finetune, sample, inspect, statistics, evaluate, study)
+WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
+"""Arguments that name what a command writes."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = argparse.ArgumentParser(prog="msfp", description="4-bit floating-point diffusion models.")
+    top.add_argument("--version", action="version", version=f"msfp {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return top
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _left_behind(arguments: argparse.Namespace) -> str:
+    """Return which files and folders of a command that was interrupted are there, all whole."""
+    folder = getattr(arguments, "folder", None)
+    if folder is not None and folder.exists():
+        return f"{folder} has what was done, and the same command goes on with it"
+    paths = [path for name in WRITTEN if isinstance(path := getattr(arguments, name, None), Path)]
+    there = [str(path) for path in paths if path.exists()]
+    return f"{' and '.join(there)} is there, whole" if there else "nothing was written"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0, 1 where nobody reads the output any more, 2 for input that cannot be used, 130 when
+        interrupted.
+    """
+    arguments = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        from msfp.support.malloc import keep_memory
+
+        keep_memory()
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except InputError as error:
+        print(f"msfp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"msfp: interrupted; {_left_behind(arguments)}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

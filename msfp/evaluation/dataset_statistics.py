@@ -1,0 +1,149 @@
+"""Statistics of a data set's images, kept in a file to measure Frechet distances from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msfp.errors import InputError
+from msfp.evaluation.features import Features
+from msfp.evaluation.frechet import FeatureMoments, FeatureStatistics, checked_features
+from msfp.pipelines.sampler import Progress
+from msfp.support.autosave import TimedState
+from msfp.support.image_files import Resize, image_files, listed, read_batches
+from msfp.version import __version__
+
+KEY, VERSION = "msfp_statistics", 1
+KIND = "a state of msfp statistics"
+TOLERANCE = 1e-2
+"""Largest relative difference of the features of one image that devices may make."""
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """Statistics of the images of a folder, and how they were made.
+
+    Attributes:
+        statistics: Mean and covariance of the features.
+        features: Name of the feature network.
+        size: Height and width of the images that the network was given.
+        resize: The filter that brought them to that size.
+        probe: The network's features of `probe_images(size)`, by which it is known again.
+    """
+
+    statistics: FeatureStatistics
+    features: str
+    size: int
+    resize: Resize
+    probe: torch.Tensor
+
+    def check_features(self, network: Features) -> None:
+        """Raise InputError unless a network is the one that the statistics are of."""
+        given = checked_features(network, probe_images(self.size)).float()
+        if not same_features(given, self.probe):
+            raise InputError(
+                f"features must be those of the reference, {self.features}: they differ for the "
+                "same image"
+            )
+
+    def description(self) -> dict[str, Any]:
+        """Return how they were made, as plain JSON types."""
+        return {
+            "version": VERSION,
+            "features": self.features,
+            "count": self.statistics.count,
+            "size": self.size,
+            "resize": self.resize,
+            "preprocessing": "RGB, central square, resized by Pillow in float32 with "
+            "antialiasing and without rounding to 8 bits, divided by 255",
+            "msfp": __version__,
+        }
+
+    def save(self, file: Path) -> None:
+        """Write a .safetensors file."""
+        tensors = {
+            "mean": self.statistics.mean,
+            "covariance": self.statistics.covariance,
+            "probe": self.probe,
+        }
+        save_file(tensors, file, {KEY: json.dumps(self.description())})
+
+    @classmethod
+    def load(cls, file: Path) -> ReferenceStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: If the file is something else.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                told = json.loads((opened.metadata() or {})[KEY])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if told["version"] != VERSION:
+                raise InputError(f"reference {file} is of version {told['version']}, not {VERSION}")
+            statistics = FeatureStatistics(tensors["mean"], tensors["covariance"], told["count"])
+            return cls(statistics, told["features"], told["size"], told["resize"], tensors["probe"])
+        except (OSError, SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"reference {file} is not a file of msfp statistics") from error
+
+
+def same_features(given: torch.Tensor, known: torch.Tensor) -> bool:
+    """Return whether features of the same images are those of one network."""
+    return given.shape == known.shape and bool((given - known).norm() <= TOLERANCE * known.norm())
+
+
+def probe_images(size: int) -> torch.Tensor:
+    """Return two images that never change, shape (2, 3, size, size), float32 in [0, 1]."""
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def reference_statistics(
+    folder: Path,
+    network: Features,
+    *,
+    name: str,
+    size: int,
+    resize: Resize = "bicubic",
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> ReferenceStatistics:
+    """Return the statistics of all images of a folder.
+
+    Args:
+        folder: Searched with the folders in it; files are taken in the order of their paths.
+        network: Maps images in [0, 1] to features.
+        name: What to call the network.
+        size: Height and width that the central square of each image is brought to.
+        resize: By which filter of Pillow.
+        state: A safetensors file that is gone on from if it exists, and written anew each minute,
+            or less often where that takes long. On a CPU the statistics have the bits of those
+            that were never stopped.
+        progress: Called with the number of images just read, or found in the state.
+
+    Raises:
+        InputError: If there are fewer than two images, one cannot be read, the network does not
+            take them, or the state is of other images, of another network or size, or cannot be
+            written.
+    """
+    files = image_files(folder)
+    probe = checked_features(network, probe_images(size)).float().contiguous()
+    moments, saved = FeatureMoments(), None
+    if state is not None:
+        run = {"size": size, "resize": resize, "values of features": probe.flatten().tolist()}
+        saved = TimedState(state, KIND, run | {"images": listed(folder)})
+        saved.restore(moments)
+    if progress is not None and moments.count:
+        progress(moments.count)
+    for images in read_batches(files[moments.count :], size, resize):
+        moments.update(checked_features(network, images))
+        if saved is not None:
+            saved.save(moments)
+        if progress is not None:
+            progress(len(images))
+    return ReferenceStatistics(moments.statistics(), name, size, resize, probe)

@@ -1,0 +1,72 @@
+"""Features of images, in which the Frechet distance compares sets of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from msfp.errors import InputError
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""Maps images (n, channels, height, width) in [0, 1] to features (n, any)."""
+PIXELS = 8
+"""Rows and columns that images are averaged to where pixels are the features."""
+
+DIGITS = "msfp.experiments.reference:digit_features"
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Return the mean colours of 8x8 patches, shape (n, channels * 64): coarse, but always there.
+
+    Example:
+        >>> pixels(torch.ones(2, 3, 32, 32)).shape
+        torch.Size([2, 192])
+    """
+    return F.adaptive_avg_pool2d(images, PIXELS).flatten(1)
+
+
+def feature_network(name: str, device: str = "cpu") -> Features:
+    """Return the features of a name.
+
+    Args:
+        name: "pixels"; "digits", the classifier that ships with the reference model, which reads
+            the mean of the channels; the file of a TorchScript module; or `module:function` of a
+            Python module that can be imported from here. The last two are given images in [0, 1]
+            and must return (n, features).
+        device: Where a TorchScript module computes them; all are given and return host memory.
+
+    Raises:
+        InputError: If there is no such thing.
+    """
+    if name == "pixels":
+        return pixels
+    module, colon, attribute = (DIGITS if name == "digits" else name).partition(":")
+    if colon:
+        return _imported(name, module, attribute)
+    if not Path(name).is_file():
+        raise InputError(
+            f"features must be pixels, digits, a TorchScript file or module:function, not {name!r}"
+        )
+    try:
+        network = torch.jit.load(name, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"features {name} is not a TorchScript file") from error
+    return lambda images: network(images.to(device)).cpu()
+
+
+def _imported(name: str, module: str, attribute: str) -> Features:
+    """Return a function of a module, which may lie in the working directory."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function: Features = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"features {name} cannot be imported: {error}") from error
+    if not callable(function):
+        raise InputError(f"features {name} must be a function, not a {type(function).__name__}")
+    return function

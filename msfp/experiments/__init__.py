@@ -1,0 +1,1 @@
+"""Reference models, the demo and the study."""

@@ -1,0 +1,223 @@
+"""Quantizing and measuring the reference model by every method, side by side."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers import DDIMPipeline
+
+from msfp.checkpoint.io import packed_size
+from msfp.config import QuantizationConfig, RefinementConfig, Scheme
+from msfp.evaluation.metrics import FrechetDistance, noise_errors, paired_psnr
+from msfp.experiments.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
+from msfp.experiments.reference import ddim_pipeline, digit_features, quality
+from msfp.experiments.reference.digits import digits
+from msfp.pipelines.trajectories import Trajectories, record_trajectories
+from msfp.ptq.quantization import quantize, seal
+from msfp.schedulers.denoising_factors import denoising_factors
+from msfp.search.observers import calibrate
+from msfp.search.summary import LayerSummary
+from msfp.support.progress import Advance, counted
+from msfp.training.config import FinetuneConfig
+from msfp.training.finetuning import finetune
+
+KEPT_IMAGES = 64
+
+
+class Bench:
+    """What every method is measured with, made once from the full-precision model."""
+
+    def __init__(
+        self, config: QuantizationConfig, settings: Settings, seed: int, advance: Advance
+    ) -> None:
+        self.config, self.settings, self.seed, self.advance = config, settings, seed, advance
+        self.pipe = ddim_pipeline()
+        calls = settings.sampler.calls(settings.calibration, seed + 1)
+        progress = self._progress("calibrating", len(calls))
+        self.calibration = calibrate(self.pipe, calls, progress=progress)
+        self.training = self._record("recording trajectories", settings.trajectories, seed + 2)
+        self.held_out = self._record("recording held-out trajectories", settings.held_out, seed + 3)
+        self.factors = denoising_factors(self.pipe.scheduler, settings.sampler.steps)
+
+    def _progress(self, stage: str, total: int) -> Callable[[int], None]:
+        return counted(self.advance, stage, total)
+
+    def _record(self, stage: str, count: int, seed: int) -> Trajectories:
+        calls = self.settings.sampler.calls(count, seed)
+        return record_trajectories(self.pipe, calls, self._progress(stage, len(calls)))
+
+    def sample(self, name: str, pipe: DDIMPipeline) -> torch.Tensor:
+        """Return the images of a pipeline, from the same noise as every other's."""
+        count = self.settings.images
+        progress = self._progress(f"sampling {name}", count)
+        return self.settings.sampler(pipe, count, self.seed + 4, progress)
+
+    def searched(
+        self, scheme: Scheme, refined: bool = False
+    ) -> tuple[DDIMPipeline, list[LayerSummary], float]:
+        """Return an open quantized copy of the pipeline, its layers, and the seconds it took."""
+        pipe = copy.deepcopy(self.pipe)
+        started = time.perf_counter()
+        stage, passes = ("refining", 2) if refined else ("searching", 1)
+        progress = self._progress(f"{stage} {scheme}", passes * len(self.calibration.inputs))
+        refinement = RefinementConfig(seed=self.seed) if refined else None
+        layers = quantize(
+            pipe,
+            replace(self.config, scheme=scheme, refine=refinement),
+            calibration=self.calibration,
+            trajectories=self.training if refined else None,
+            progress=lambda _name: progress(1),
+        )
+        return pipe, layers, time.perf_counter() - started
+
+    def finetune(self, pipe: DDIMPipeline, method: Method, seed: int) -> None:
+        """Fine-tune and seal an open pipeline as a method asks."""
+        config = FinetuneConfig(
+            hub=method.hub,
+            steps=self.settings.finetune,
+            denoising_power=method.denoising_power,
+            seed=seed,
+        )
+        progress = self._progress(f"fine-tuning {method.name}", config.steps)
+        finetune(
+            pipe.unet,
+            self.training,
+            config,
+            factors=self.factors,
+            progress=lambda _status: progress(1),
+        )
+
+    def measure(
+        self, name: str, pipe: DDIMPipeline, layers: list[LayerSummary], seconds: float
+    ) -> tuple[Row, torch.Tensor]:
+        """Return what can be measured of a pipeline by itself, and its images."""
+        images = self.sample(name, pipe)
+        errors = noise_errors(pipe.unet, self.held_out)
+        row = Row(
+            method=name,
+            noise_error=statistics.mean(errors),
+            psnr=None,
+            frechet=0.0,
+            unsigned_layers=sum(layer.unsigned for layer in layers),
+            bytes=packed_size(pipe.unet),
+            seconds=seconds,
+            errors=errors,
+        )
+        return row, images
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool with a worker for each core, torch using one thread in each worker.
+
+    Methods then run side by side, and their numbers do not depend on how many cores there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        workers = min(cores(), len(METHODS))
+        set_one = torch.set_num_threads
+        with ThreadPoolExecutor(workers, initializer=set_one, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(config: QuantizationConfig, settings: Settings, seed: int, advance: Advance) -> Results:
+    """Quantize the reference model by every method and measure each.
+
+    Args:
+        config: Bit widths; its scheme is replaced by each method's.
+        settings: How much of everything to take.
+        seed: Seed of all randomness.
+        advance: Told of the progress of each stage, from several threads.
+
+    Returns:
+        What was found.
+    """
+    stop = threading.Event()
+
+    def stoppable(stage: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+        advance(stage, done, total)
+
+    with one_thread_each() as pool:
+        try:
+            return _run(Bench(config, settings, seed, stoppable), pool)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(bench: Bench, pool: ThreadPoolExecutor) -> Results:
+    wanted = list(dict.fromkeys((method.scheme, method.refined) for method in METHODS))
+    full = pool.submit(bench.measure, FULL_PRECISION, bench.pipe, [], 0.0)
+    searches = {each: pool.submit(bench.searched, *each) for each in wanted}
+    searched = {each: search.result() for each, search in searches.items()}
+
+    def work(method: Method) -> tuple[DDIMPipeline, Row, torch.Tensor]:
+        pipe, layers, seconds = searched[method.scheme, method.refined]
+        pipe, started = copy.deepcopy(pipe), time.perf_counter()
+        if method.hub:
+            bench.finetune(pipe, method, bench.seed)
+        else:
+            seal(pipe.unet)
+        seconds += time.perf_counter() - started
+        return pipe, *bench.measure(method.name, pipe, layers, seconds)
+
+    # The long ones first, so that the workers finish together.
+    order = sorted(METHODS, key=lambda method: -method.hub)
+    futures = {method: pool.submit(work, method) for method in order}
+    done = [(bench.pipe, *full.result())] + [futures[method].result() for method in METHODS]
+    return _results(bench, done, searched["mixup", False][1])
+
+
+def _results(
+    bench: Bench,
+    done: list[tuple[DDIMPipeline, Row, torch.Tensor]],
+    layers: list[LayerSummary],
+) -> Results:
+    """Put together what was measured, and compare each method's images with the first's."""
+    distance = FrechetDistance(digit_features, (digits()[0] + 1) / 2)
+    reference = done[0][2]
+    for index, (_, row, images) in enumerate(done):
+        row.frechet = distance(images)
+        row.psnr = paired_psnr(images, reference) if index else None
+    last = done[-1][0]
+    with torch.no_grad():
+        choices = last.unet.router(bench.held_out.timesteps).argmax(dim=-1)
+    measured, label = quality(), bench.settings.label
+    tuned = measured["finetune_noise_errors"][label]
+    default = bench.config == QuantizationConfig()
+    return Results(
+        config=bench.config,
+        settings=bench.settings,
+        seed=bench.seed,
+        timesteps=bench.held_out.timesteps.tolist(),
+        seed_noise=measured["frechet_model"][label],
+        spread=statistics.stdev(tuned) / statistics.mean(tuned) if default else None,
+        rows=[row for _, row, _ in done],
+        layers=layers,
+        routing=choices.T.tolist(),
+        images={row.method: images[:KEPT_IMAGES] for _, row, images in done},
+        inputs=bench.calibration.inputs,
+        pipe=last,
+    )

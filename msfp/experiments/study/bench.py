@@ -1,0 +1,206 @@
+"""Running rows of the study: what rows share, and the measurement of each."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from msfp.checkpoint.io import packed_size
+from msfp.evaluation.metrics import (
+    FrechetDistance,
+    noise_errors,
+    paired_psnr,
+    paired_sqnr,
+    paired_ssim,
+)
+from msfp.experiments.study.ladder import FULL_PRECISION, REVISION, Row
+from msfp.experiments.study.machine import forget_peak, machine, peak_bytes
+from msfp.experiments.study.store import Record
+from msfp.experiments.study.subjects import SUBJECTS, full_precision
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.sampler import PipelineCall
+from msfp.pipelines.trajectories import Trajectories, record_trajectories
+from msfp.ptq.quantization import quantize, seal
+from msfp.schedulers.denoising_factors import denoising_factors
+from msfp.search.calibration import Calibration
+from msfp.search.observers import calibrate
+from msfp.training.finetuning import finetune
+
+FORWARDS = 5
+"""Forwards of which the median time is taken."""
+
+
+class Bench:
+    """What rows of one model, sampler and seed share, made when first asked for.
+
+    Args:
+        row: One of them.
+        trained: Folder of independently trained models, or None.
+    """
+
+    def __init__(self, row: Row, trained: Path | None) -> None:
+        self.seed, self.steps = row.seed, row.steps
+        self.subject = SUBJECTS[row.model]
+        self.settings = self.subject.settings
+        self.sampler = self.subject.sampler(row.steps)
+        self.open = functools.partial(full_precision, row.model, row.training, trained, row.sampler)
+        self.seconds: dict[str, float] = {}
+
+    @staticmethod
+    def key(row: Row) -> tuple[Any, ...]:
+        """Return what rows of one bench have in common."""
+        return row.model, row.training, row.sampler, row.steps, row.seed
+
+    def _noise(self, purpose: int) -> int:
+        """Return the seed of the noise of one purpose, no two the same over all seeds."""
+        return 10 * self.seed + purpose
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """What the layers of the full-precision model read."""
+        calls = self.sampler.calls(self.settings.calibration, self._noise(1))
+        with _timed(self.seconds, "calibrate"):
+            return calibrate(self.open(), calls)
+
+    @functools.cached_property
+    def training(self) -> Trajectories:
+        """Trajectories to fine-tune on."""
+        with _timed(self.seconds, "record"):
+            return record_trajectories(self.open(), self._training_calls())
+
+    def _training_calls(self) -> list[PipelineCall]:
+        return self.sampler.calls(self.settings.trajectories, self._noise(2))
+
+    @functools.cached_property
+    def held_out(self) -> Trajectories:
+        """Trajectories to measure on."""
+        calls = self.sampler.calls(self.settings.held_out, self._noise(3))
+        return record_trajectories(self.open(), calls)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """The images of the full-precision model, from the noise that every row's start from."""
+        return self.images(self.open())
+
+    @functools.cached_property
+    def sampled_distance(self) -> FrechetDistance:
+        """Frechet distance from images of the full-precision model, from other noise."""
+        return FrechetDistance(self.subject.features, self.images(self.open(), 5))
+
+    def images(self, pipe: DiffusionPipeline, purpose: int = 4) -> torch.Tensor:
+        """Return the images of a pipeline, from the noise of those that are compared in pairs."""
+        return self.sampler(pipe, self.settings.images, self._noise(purpose))
+
+    def run(self, row: Row) -> tuple[Record, torch.Tensor]:
+        """Quantize, fine-tune and measure as a row asks; return its record and its images."""
+        pipe = self.open()
+        seconds, peak = self._prepare(pipe, row)
+        full = row.recipe == FULL_PRECISION
+        images = self.reference if full else self.images(pipe)
+        quantization, tune = row.quantization(), self.subject.finetune(row)
+        record = {
+            "name": row.name,
+            "row": asdict(row),
+            "revision": REVISION,
+            "settings": asdict(self.settings),
+            "quantization": None if quantization is None else quantization.to_dict(),
+            "finetune": None if tune is None else tune.to_dict(),
+            "versions": machine(),
+            "seconds": self.seconds | seconds | {"forward": self._forward(pipe)},
+            "peak_bytes": peak,
+            "bytes": packed_size(denoiser_of(pipe)),
+            "file_bytes": _file_size(denoiser_of(pipe)),
+            "frechet": real_distance(row.model)(images),
+            "frechet_sampled": self.sampled_distance(images),
+        }
+        if not full:
+            record |= self._compared(pipe, images)
+        return record, images
+
+    def _prepare(
+        self, pipe: DiffusionPipeline, row: Row
+    ) -> tuple[dict[str, float], dict[str, int | None]]:
+        """Quantize and fine-tune a pipeline in place; return CPU seconds and peak memory of each.
+
+        What rows of a bench share is made before the clock starts.
+        """
+        seconds: dict[str, float] = {"quantize": 0.0, "finetune": 0.0}
+        peak: dict[str, int | None] = {}
+        config, tuning = row.quantization(), self.subject.finetune(row)
+        if config is None:
+            return seconds, peak
+        calibration, trajectories, denoiser = self.calibration, self.training, denoiser_of(pipe)
+        with _timed(seconds, "quantize", peak):
+            quantize(pipe, config, calibration=calibration, trajectories=trajectories)
+        if tuning is None:
+            if open_layers(denoiser):
+                seal(denoiser)
+            return seconds, peak
+        with _timed(seconds, "finetune", peak):
+            finetune(
+                denoiser, trajectories, tuning,
+                factors=denoising_factors(pipe.scheduler, self.steps),
+                own_path=lambda: record_trajectories(pipe, self._training_calls()),
+            )  # fmt: skip
+        return seconds, peak
+
+    def _compared(self, pipe: DiffusionPipeline, images: torch.Tensor) -> dict[str, Any]:
+        """Return what is measured against full precision, at equal inputs and at equal noise."""
+        errors = noise_errors(denoiser_of(pipe), self.held_out)
+        return {
+            "noise_error": statistics.mean(errors),
+            "noise_errors": errors,
+            "timesteps": self.held_out.timesteps.tolist(),
+            "psnr": paired_psnr(images, self.reference),
+            "ssim": paired_ssim(images, self.reference),
+            "sqnr": paired_sqnr(images, self.reference),
+        }
+
+    def _forward(self, pipe: DiffusionPipeline) -> float:
+        """Return the median CPU seconds of a forward of the denoiser on all held-out rows."""
+        denoiser, rows = denoiser_of(pipe), torch.arange(self.held_out.samples.shape[1])
+        seconds = []
+        for _ in range(FORWARDS):
+            started = time.process_time()
+            with torch.no_grad():
+                self.held_out.predict(denoiser, torch.zeros_like(rows), rows)
+            seconds.append(time.process_time() - started)
+        return statistics.median(seconds)
+
+
+@functools.cache
+def real_distance(model: str) -> FrechetDistance:
+    """Return the Frechet distance from the real images of a model."""
+    subject = SUBJECTS[model]
+    return FrechetDistance(subject.features, subject.real())
+
+
+@contextmanager
+def _timed(
+    seconds: dict[str, float], stage: str, peak: dict[str, int | None] | None = None
+) -> Iterator[None]:
+    """Note the CPU seconds of a stage, and the peak memory of the process where it is asked for."""
+    forget_peak()
+    started = time.process_time()
+    yield
+    seconds[stage] = time.process_time() - started
+    if peak is not None:
+        peak[stage] = peak_bytes()
+
+
+def _file_size(denoiser: Any) -> int:
+    """Return the bytes of a denoiser's folder as saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        denoiser.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())

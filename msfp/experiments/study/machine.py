@@ -1,0 +1,78 @@
+"""What ran a row: versions, code, processor, and the memory that it took."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import fpformats
+import msfp
+from msfp.support.versions import versions
+
+STATUS, CLEAR, PROCESSORS = (
+    Path("/proc/self/status"),
+    Path("/proc/self/clear_refs"),
+    Path("/proc/cpuinfo"),
+)
+"""Where Linux tells of a process's peak memory, forgets it, and names the processor."""
+
+
+def machine() -> dict[str, str]:
+    """Return versions, and what ran them."""
+    return versions() | {
+        "threads": str(torch.get_num_threads()),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "code": code(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+@functools.cache
+def processor() -> str:
+    """Return what the processor calls itself."""
+    named = re.search(r"model name\s*: (.*)", _text(PROCESSORS))
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+@functools.cache
+def code() -> str:
+    """Return a short hash of all Python files of both packages, which tells versions apart."""
+    digest = hashlib.sha256()
+    for package in (fpformats, msfp):
+        for folder in package.__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def forget_peak() -> None:
+    """Let the peak of this process's memory begin anew, where the system can."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Return the peak of this process's memory since it was forgotten, None where unknown.
+
+    Example:
+        >>> forget_peak()
+        >>> peak = peak_bytes()
+        >>> peak is None or peak > 1e6
+        True
+    """
+    peak = re.search(r"VmHWM:\s*(\d+) kB", _text(STATUS)) if CLEAR.exists() else None
+    return 1024 * int(peak[1]) if peak else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

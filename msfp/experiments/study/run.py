@@ -1,0 +1,113 @@
+"""Running the rows that a study still lacks, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from msfp.errors import InputError
+from msfp.experiments.study.bench import Bench
+from msfp.experiments.study.ladder import REVISION, Row, ladder
+from msfp.experiments.study.store import Record, Store
+from msfp.experiments.study.subjects import SUBJECTS, model_folder
+from msfp.reports.figures import save_image_grid
+from msfp.training.config import FinetuneConfig
+
+SHOWN = 12
+"""Images of a row that are kept, where its seed is 0."""
+
+
+def chosen_rows(globs: Sequence[str]) -> list[Row]:
+    """Return the rows of the ladder whose names match any of the globs.
+
+    Raises:
+        InputError: If a glob matches none.
+
+    Example:
+        >>> [row.name for row in chosen_rows(["digits-ddpm/0/mixup/W4A4/ddim-20/[01]"])]
+        ['digits-ddpm/0/mixup/W4A4/ddim-20/0', 'digits-ddpm/0/mixup/W4A4/ddim-20/1']
+    """
+    rows = ladder()
+    for glob in globs:
+        if not any(fnmatchcase(row.name, glob) for row in rows):
+            raise InputError(
+                f"rows {glob!r} matches none of the {len(rows)} rows, such as {rows[0].name}"
+            )
+    return [row for row in rows if any(fnmatchcase(row.name, glob) for glob in globs)]
+
+
+def missing_rows(rows: Sequence[Row], store: Store) -> list[Row]:
+    """Return the rows that have no record, or one of other settings."""
+    records = store.records()
+    return [row for row in rows if not _is_of(records.get(row.name), row)]
+
+
+def valid_records(store: Store) -> list[Record]:
+    """Return the records that say what their rows would find now."""
+    rows = {row.name: row for row in ladder()}
+    records = store.records().items()
+    return [each for name, each in records if name in rows and _is_of(each, rows[name])]
+
+
+def _is_of(record: Record | None, row: Row) -> bool:
+    """Return whether a record says what a row would find now."""
+    if record is None or record.get("revision", 1) != REVISION:
+        return False
+    subject = SUBJECTS[row.model]
+    quantization, tuning = row.quantization(), subject.finetune(row)
+    asked = {
+        "settings": asdict(subject.settings),
+        "quantization": None if quantization is None else quantization.to_dict(),
+        "finetune": None if tuning is None else tuning.to_dict(),
+    }
+    found = dict(record)
+    if found["finetune"] is not None:  # fields that came later have their defaults
+        found["finetune"] = _plain(FinetuneConfig().to_dict()) | found["finetune"]
+    return all(found[key] == _plain(value) for key, value in asked.items())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back: lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def run_rows(
+    rows: Sequence[Row],
+    folder: Path,
+    trained: Path | None,
+    progress: Callable[[Row], None] = lambda _row: None,
+) -> None:
+    """Run rows and append their records, each as soon as it is measured.
+
+    Args:
+        rows: In an order that keeps those together which share a bench, as the ladder has them.
+        folder: Where the records and pictures are.
+        trained: Folder of independently trained models, or None.
+        progress: Called after each row.
+
+    Raises:
+        InputError: If a full-precision model is missing; no row is run then.
+    """
+    for model, training in dict.fromkeys((row.model, row.training) for row in rows):
+        model_folder(model, training, trained)
+    store, bench, key = Store(folder), None, None
+    for row in rows:
+        if bench is None or key != Bench.key(row):
+            bench, key = Bench(row, trained), Bench.key(row)
+        record, images = bench.run(row)
+        if row.seed == 0:
+            file = picture_file(folder, row.name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_image_grid(images[:SHOWN], file, columns=SHOWN)
+        store.append(record)
+        progress(row)
+
+
+def picture_file(folder: Path, name: str) -> Path:
+    """Return the file of a row's images."""
+    return folder / "images" / f"{name}.png"

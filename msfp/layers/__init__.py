@@ -1,0 +1,1 @@
+"""Quantized layers, and how their products are computed."""

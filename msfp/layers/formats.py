@@ -1,0 +1,200 @@
+"""What must be known of a quantized layer, beside its shape, to rebuild it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from fpformats import FloatFormat, parse
+from fpformats.ops.blocks import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4, BlockFormat
+from msfp.config import check_choice
+from msfp.errors import InputError
+from msfp.layers.fake_quantizer import Quantizer
+
+TENSOR, CHANNEL, BLOCK = "tensor", "channel", "block"
+"""The granularities of one scale, of one for each channel, and of one for each block."""
+BLOCK_FORMATS: dict[str, BlockFormat] = {
+    "MXFP4": MXFP4,
+    "MXFP6_E2M3": MXFP6_E2M3,
+    "MXFP8_E4M3": MXFP8_E4M3,
+    "NVFP4": NVFP4,
+}
+KEYS = {
+    "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
+}  # fmt: skip
+"""The keys of a layer in a checkpoint's config."""
+BRANCH_ENTRIES = "branch_entries"
+"""One more key, of layers that have several branches."""
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """Formats and granularities of one layer that has a scale for each output channel.
+
+    Attributes:
+        weight: Format of the weights, which have a scale for each output channel.
+        input: Format of the inputs, with a zero point if it is unsigned; None where inputs are
+            left as they are.
+        input_granularity: "tensor" where the inputs have one scale, "channel" where each of their
+            channels has its own.
+        branch_rank: Rank of the branch of full precision, 0 where there is none.
+        branch_entries: Branches of that rank, of which the routing chooses one.
+
+    Example:
+        >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
+        >>> formats.to_dict()["input_format"], formats.to_dict()["input_granularity"]
+        ('E2M2U', 'tensor')
+        >>> read_formats(formats.to_dict()) == formats
+        True
+    """
+
+    weight: FloatFormat
+    input: FloatFormat | None = None
+    input_granularity: str = TENSOR
+    branch_rank: int = 0
+    branch_entries: int = 1
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight's code."""
+        return self.weight.bits
+
+    def __str__(self) -> str:
+        parts = [f"weight={self.weight}"]
+        if self.input is not None:
+            parts.append(f"input={self.input}")
+        if self.branch_rank:
+            parts.append(f"branch_rank={self.branch_rank}")
+        if self.branch_entries > 1:
+            parts.append(f"branch_entries={self.branch_entries}")
+        return ", ".join(parts)
+
+    @classmethod
+    def of(
+        cls, weights: Quantizer, inputs: Quantizer | None, branch_up: torch.Tensor | None
+    ) -> Self:
+        """Return the formats of a layer with these quantizers, and this factor of its branch."""
+        return cls(
+            weights.format,
+            None if inputs is None else inputs.format,
+            CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR,
+            0 if branch_up is None else branch_up.shape[-1],
+            len(branch_up) if branch_up is not None and branch_up.dim() > 2 else 1,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the formats by name, as plain JSON types."""
+        several = {BRANCH_ENTRIES: self.branch_entries} if self.branch_entries > 1 else {}
+        return {
+            "weight_format": str(self.weight),
+            "weight_granularity": CHANNEL,
+            "input_format": None if self.input is None else str(self.input),
+            "input_granularity": self.input_granularity,
+            "branch_rank": self.branch_rank,
+            **several,
+        }
+
+
+@dataclass(frozen=True)
+class BlockFormats:
+    """Formats of one layer whose weight and inputs are in blocks, which have scales of their own.
+
+    Attributes:
+        weight: Name of the format of the weight, a key of `BLOCK_FORMATS`.
+        input: That of the inputs, or None where they are left as they are.
+
+    Example:
+        >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
+        >>> formats.weight_blocks.size, formats.bits
+        (16, 4)
+        >>> read_formats(formats.to_dict()) == formats
+        True
+    """
+
+    weight: str
+    input: str | None = None
+
+    @property
+    def weight_blocks(self) -> BlockFormat:
+        """The format of the weight."""
+        return BLOCK_FORMATS[self.weight]
+
+    @property
+    def input_blocks(self) -> BlockFormat | None:
+        """The format of the inputs, or None."""
+        return None if self.input is None else BLOCK_FORMATS[self.input]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight's code."""
+        return self.weight_blocks.element.bits
+
+    def __str__(self) -> str:
+        return f"weight={self.weight}" + ("" if self.input is None else f", input={self.input}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the formats by name, as plain JSON types."""
+        return {
+            "weight_format": self.weight,
+            "weight_granularity": BLOCK,
+            "input_format": self.input,
+            "input_granularity": BLOCK,
+            "branch_rank": 0,
+        }
+
+
+def read_formats(names: Any) -> LayerFormats | BlockFormats:
+    """Return the formats that `to_dict` named.
+
+    Raises:
+        InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
+            a granularity, a rank or a number of branches is not one that there can be.
+    """
+    if not isinstance(names, dict) or set(names) - {BRANCH_ENTRIES} != KEYS:
+        raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
+    check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
+    rank = names["branch_rank"]
+    if type(rank) is not int or rank < 0:
+        raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
+    entries = names.get(BRANCH_ENTRIES)
+    if entries is not None and (type(entries) is not int or entries < 2 or not rank):
+        raise InputError(
+            f"{BRANCH_ENTRIES} must be a whole number from 2 on where branch_rank is above 0, and "
+            f"absent elsewhere, not {entries!r}"
+        )
+    in_blocks = names["weight_granularity"] == BLOCK
+    allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
+    check_choice("input_granularity", names["input_granularity"], allowed)
+    return _block_formats(names) if in_blocks else _layer_formats(names)
+
+
+def _layer_formats(names: dict[str, Any]) -> LayerFormats:
+    given = names["input_format"]
+    return LayerFormats(
+        narrow_format("weight_format", names["weight_format"]),
+        None if given is None else narrow_format("input_format", given),
+        names["input_granularity"],
+        names["branch_rank"],
+        names.get(BRANCH_ENTRIES) or 1,
+    )
+
+
+def _block_formats(names: dict[str, Any]) -> BlockFormats:
+    if names["branch_rank"]:
+        raise InputError(f"branch_rank must be 0 in block formats, not {names['branch_rank']}")
+    check_choice("weight_format", names["weight_format"], tuple(BLOCK_FORMATS))
+    check_choice("input_format", names["input_format"], (*BLOCK_FORMATS, None))
+    return BlockFormats(names["weight_format"], names["input_format"])
+
+
+def narrow_format(key: str, name: Any) -> FloatFormat:
+    """Return the format of a name; raise InputError unless it is one of at most 8 bits."""
+    try:
+        fmt = parse(name)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{key} {name!r} is not a format: {error}") from error
+    if fmt.bits > 8:
+        raise InputError(f"{key} {name!r} has {fmt.bits} bits, more than 8")
+    return fmt

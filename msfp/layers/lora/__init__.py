@@ -1,0 +1,1 @@
+"""LoRA adapters of quantized layers, and the routers that choose among them."""

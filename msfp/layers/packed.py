@@ -1,0 +1,353 @@
+"""Sealed linear and convolution layers, with packed weights and quantized inputs.
+
+A quantized layer (`msfp.layers.base`) is open while it holds the full-precision weight
+(`msfp.layers.trainable`), and sealed once it holds nothing but packed codes and scales, as the
+layers here do.
+Open layers can be trained; only sealed ones are saved. `msfp.layers.block` has sealed
+layers with a scale for each block.
+
+Scales are kept as the bits of float32 numbers in int32 tensors, so that neither `model.half()` nor
+a loader's cast can round them.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fpformats import decode_scaled, encode_scaled, quantize_scaled
+from msfp.errors import InputError
+from msfp.layers.base import QuantizedLayer, quantized_layers
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.formats import CHANNEL, BlockFormats, LayerFormats
+from msfp.layers.lora.routers import Router
+from msfp.layers.lora.talora import attach_router
+from msfp.pipelines.denoiser import PLAIN_LAYERS, denoiser_of
+
+Layer = TypeVar("Layer", bound=nn.Module)
+NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class DequantizedWeight(torch.Tensor):
+    """The weight of a sealed layer as others see it: a copy that cannot be written through."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Refuse what would change a copy, such as merging a LoRA."""
+        raise InputError(
+            "the weight of a quantized layer is packed: nothing can be merged into it; keep LoRAs "
+            "beside it, or call dequantize() on the denoiser first"
+        )
+
+
+class SealedLayer(QuantizedLayer):
+    """A layer that keeps packed codes and dequantizes them at each forward.
+
+    A new one is a plain layer of its nn class until it is given formats, as by `empty_like`.
+
+    Attributes:
+        weight_shape: Shape of an entry's weight.
+        codes: The packed codes, uint8, one-dimensional. Each entry begins with a new byte.
+        dtype: What `weight` is in; moves with casts of the module.
+        cache: Dequantized weights, entries first, or None.
+    """
+
+    formats: LayerFormats | BlockFormats | None = None
+    weight_shape: torch.Size
+    codes: torch.Tensor
+    dtype: torch.dtype
+    cache: torch.Tensor | None
+
+    @abstractmethod
+    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
+        """Return the weight of an entry, computed in float32 from its codes and cast to a dtype."""
+
+    @classmethod
+    def _with_codes(
+        cls, layer: nn.Module, formats: LayerFormats | BlockFormats, entries: int = 1
+    ) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes of 0."""
+        sealed = adopt(cls, layer)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        sealed.formats, sealed.entries, sealed.cache = formats, entries, None
+        sealed.weight_shape, sealed.dtype = weight.shape, weight.dtype
+        del sealed._parameters["weight"]
+        size = entries * -(-weight.numel() * formats.bits // 8)
+        codes = torch.zeros(size, dtype=torch.uint8, device=weight.device)
+        # A parameter, not a buffer, because offloading leaves buffers where they are.
+        sealed.codes = nn.Parameter(codes, requires_grad=False)
+        return sealed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight of the first entry; before there are formats, the parameter."""
+        if self.formats is not None:
+            return self.quantized_weight().as_subclass(DequantizedWeight)
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight is not set yet")
+        return weight
+
+    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values of an entry's codes, computed in float32 and cast to a dtype.
+
+        Args:
+            entry: The entry of the hub.
+            dtype: Any floating-point dtype, or None for that of the module.
+        """
+        if self.formats is None:
+            return self.weight
+        dtype = self.dtype if dtype is None else dtype
+        # What is cached in float32 is exact, and can be rounded to any dtype.
+        if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
+            return self.cache[entry].to(dtype)
+        return self.decoded_weight(entry, NARROW.get(dtype, "float32")).to(dtype)
+
+    def cache_weight(self, enabled: bool) -> None:
+        """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
+        self.cache = None
+        if enabled and self.formats is not None:
+            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.entries)])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast; codes and scales are integers, which casts leave alone."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.formats is not None:
+            empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
+            self.dtype = fn(empty).dtype
+            # Cached weights are made anew: a cast would round them twice.
+            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return what repr shows."""
+        if self.formats is None:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, {self.formats}"
+
+
+class ScaledLayer(SealedLayer):
+    """A sealed layer with a scale for each output channel.
+
+    Attributes:
+        weight_scale: Bits of the scales, int32, shape (out,).
+        input_scale: Bits of the scale of the inputs, int32, shape (), or (channels,) where each
+            has its own; None if they have no format.
+        input_zero_point: Bits of their zero point, shape (); None if their format is signed.
+    """
+
+    formats: LayerFormats | None = None
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+
+    @classmethod
+    def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
+        """Return a layer with the attributes and the bias of another, and codes and scales of 0.
+
+        Where its formats have several branches, these are the entries, and there is one weight.
+        """
+        several = formats.branch_entries > 1
+        sealed = cls._with_codes(layer, formats, 1 if several else entries)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        inputs = formats.input
+        by_channel = formats.input_granularity == CHANNEL
+        channels = weight.shape[1] * getattr(layer, "groups", 1)
+        for name, shape, needed in (
+            ("weight_scale", (len(weight),), True),
+            ("input_scale", (channels,) if by_channel else (), inputs is not None),
+            ("input_zero_point", (), inputs is not None and not inputs.signed),
+        ):
+            bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
+            sealed.register_buffer(name, bits if needed else None)
+        rank, columns = formats.branch_rank, weight[0].numel()
+        for name, rows, width in (
+            ("branch_down", rank, columns),
+            ("branch_up", len(weight), rank),
+        ):
+            shape = (*((formats.branch_entries,) if several else ()), rows, width)
+            factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            # Products may differ in the last bit where a gradient is asked for.
+            fixed = nn.Parameter(factor, requires_grad=False)
+            sealed.register_parameter(name, fixed if rank else None)
+        return sealed
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls,
+        layer: nn.Module,
+        weights: Sequence[torch.Tensor],
+        weight_quantizer: Quantizer,
+        input_quantizer: Quantizer | None,
+    ) -> Self:
+        """Return a layer with the attributes and the bias of another, and with weights to pack.
+
+        Args:
+            layer: The layer to be like, plain or open.
+            weights: One weight for each entry of a hub.
+            weight_quantizer: The grid of the weights.
+            input_quantizer: That of the inputs, or None to leave them as they are.
+        """
+        inputs, fmt = input_quantizer, weight_quantizer.format
+        down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
+        formats = LayerFormats.of(weight_quantizer, inputs, up)
+        sealed = cls.empty_like(layer, formats, len(weights))
+        sealed.branch_down, sealed.branch_up = down, up
+        codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]
+        sealed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
+        sealed.weight_scale = to_bits(weight_quantizer.scale).reshape(len(weights[0]))
+        if inputs is not None:
+            channel = formats.input_granularity == CHANNEL
+            sealed.input_scale = to_bits(inputs.scale.flatten() if channel else inputs.scale)
+            sealed.input_zero_point = (
+                None if inputs.zero_point is None else to_bits(inputs.zero_point)
+            )
+        return sealed
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded, same shape and dtype; computed in float32 if it is narrower."""
+        if self.formats is None or self.formats.input is None or self.input_scale is None:
+            return x
+        zero = None if self.input_zero_point is None else from_bits(self.input_zero_point)
+        scale = from_bits(self.input_scale)
+        if scale.dim():
+            scale = scale.view(-1, *(1,) * (len(self.weight_shape) - 2))
+        rounded: torch.Tensor = quantize_scaled(
+            x, self.formats.input, scale, zero, clip_gradient=True
+        )
+        return rounded
+
+    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
+        """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype."""
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        weight: torch.Tensor = decode_scaled(
+            self.codes.view(self.entries, -1)[entry],
+            self.formats.weight,
+            from_bits(self.weight_scale).view(-1, *(1,) * (len(self.weight_shape) - 1)),
+            dtype=dtype,
+            shape=tuple(self.weight_shape),
+        )
+        return weight
+
+    def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
+        """Return the quantizers that gave the codes and the rounded inputs.
+
+        Raises:
+            ValueError: If there are no formats yet.
+        """
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        trailing = (1,) * (len(self.weight_shape) - 1)
+        scale = from_bits(self.weight_scale).clone().view(-1, *trailing)
+        weights = Quantizer(self.formats.weight, scale)
+        if self.formats.input is None or self.input_scale is None:
+            return weights, None
+        scale = from_bits(self.input_scale).clone()
+        scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
+        bits = self.input_zero_point
+        zero = None if bits is None else from_bits(bits).clone()
+        return weights, Quantizer(self.formats.input, scale, zero)
+
+
+class QuantLinear(ScaledLayer, nn.Linear):  # type: ignore[override]
+    """nn.Linear with packed weight and quantized input."""
+
+
+class QuantConv1d(ScaledLayer, nn.Conv1d):  # type: ignore[override]
+    """nn.Conv1d with packed weight and quantized input."""
+
+
+class QuantConv2d(ScaledLayer, nn.Conv2d):  # type: ignore[override]
+    """nn.Conv2d with packed weight and quantized input."""
+
+
+SCALED_LAYERS: dict[type[nn.Module], type[ScaledLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+}
+"""The sealed counterpart of each plain layer, with a scale for each output channel."""
+
+
+def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
+    """Return a layer of another class with the attributes, hooks and parameters of one.
+
+    Containers are copied, so that what is set on one layer is not set on the other; submodules
+    and buffers are not taken over.
+    """
+    adopted = cls.__new__(cls)
+    for name, value in vars(layer).items():
+        adopted.__dict__[name] = copy.copy(value) if isinstance(value, dict | set) else value
+    adopted._modules, adopted._buffers = {}, {}
+    return adopted
+
+
+def dequantized(layer: SealedLayer) -> nn.Module:
+    """Return the plain layer of the first entry of a sealed one, its branch merged."""
+    plain_class = next(plain for plain in PLAIN_LAYERS if isinstance(layer, plain))
+    plain = adopt(plain_class, layer)
+    for name in ("formats", "entries", "weight_shape", "dtype", "cache"):
+        del plain.__dict__[name]
+    weight = layer.quantized_weight()
+    if layer.branch_down is not None and layer.branch_up is not None:
+        weight = weight + (layer.branch_up @ layer.branch_down).view_as(weight)
+    plain._parameters.clear()
+    plain.weight = nn.Parameter(weight)
+    plain.register_parameter("bias", layer.bias)
+    return plain
+
+
+def to_bits(number: torch.Tensor) -> torch.Tensor:
+    """Return a copy of float32 numbers as int32."""
+    return number.detach().float().contiguous().clone().view(torch.int32)
+
+
+def from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Return the float32 numbers that int32 ones are the bits of; they share memory."""
+    return bits.view(torch.float32)
+
+
+def sealed_layers(denoiser: nn.Module) -> dict[str, SealedLayer]:
+    """Return the sealed layers of a denoiser by name, in definition order."""
+    layers = quantized_layers(denoiser)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SealedLayer)}
+
+
+def cache_weights(denoiser: DiffusionPipeline | nn.Module, enabled: bool = True) -> None:
+    """Keep dequantized weights in memory for speed, or dequantize at each forward.
+
+    Outputs are the same bits either way. What is cached is not saved.
+
+    Args:
+        denoiser: A network with sealed layers, or a pipeline with one.
+        enabled: Whether to keep them.
+
+    Raises:
+        InputError: If it is a pipeline without a denoiser.
+
+    Example:
+        >>> import msfp
+        >>> network = nn.Sequential(nn.Linear(64, 64))
+        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
+        >>> msfp.seal(network)
+        >>> cache_weights(network)
+    """
+    for layer in sealed_layers(denoiser_of(denoiser)).values():
+        layer.cache_weight(enabled)
+
+
+def add_router(denoiser: nn.Module, router: Router) -> None:
+    """Attach a router to a denoiser and number its quantized layers in the routing."""
+    routing = attach_router(denoiser, router)
+    for index, layer in enumerate(quantized_layers(denoiser).values()):
+        layer.routing, layer.index = routing, index

@@ -1,0 +1,257 @@
+"""Quantized layers that still hold the full-precision weight, and can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from msfp.errors import InputError
+from msfp.layers.base import QuantizedLayer
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.formats import LayerFormats
+from msfp.layers.lora.talora import LoRAHub
+from msfp.layers.packed import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantLinear,
+    ScaledLayer,
+    SealedLayer,
+    adopt,
+)
+
+
+class OpenLayer(QuantizedLayer):
+    """A layer that quantizes its weight at each forward, with gradients.
+
+    Attributes:
+        weight: The full-precision weight.
+        weight_quantizer: One scale for each output channel.
+        input_quantizer: One scale, or one for each channel, and a zero point where the format is
+            unsigned; None to leave inputs as they are.
+        hub: LoRAs added to the weight before it is quantized, or beside it; or None.
+        quantizing: False makes it the plain layer, in full precision.
+    """
+
+    sealed_class: type[ScaledLayer]
+    weight: torch.Tensor
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+    hub: LoRAHub | None
+    quantizing: bool = True
+
+    @classmethod
+    def wrap(
+        cls, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None
+    ) -> Self:
+        """Return an open layer that shares the parameters of a plain one."""
+        opened = adopt(cls, layer)
+        opened.weight_quantizer = weight_quantizer
+        opened.input_quantizer = input_quantizer
+        opened.register_module("hub", None)
+        opened.register_parameter("branch_down", None)
+        opened.register_parameter("branch_up", None)
+        return opened
+
+    @property
+    def formats(self) -> LayerFormats:  # type: ignore[override]
+        """Formats of weight and inputs."""
+        return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
+
+    def merged_weight(self, entry: int = 0) -> torch.Tensor:
+        """Return the weight with the correction of an entry of the hub, before it is rounded."""
+        if self.hub is None or self.hub.beside:
+            return self.weight
+        return self.weight + self.hub.correction(entry).view_as(self.weight)
+
+    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the rounded weight for an entry of the hub, in a dtype or that of the weight."""
+        weight: torch.Tensor = self.weight_quantizer(self.merged_weight(entry))
+        return weight.to(dtype)
+
+    def quantized_weights(
+        self, entries: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[torch.Tensor]:
+        """Return the rounded weights for some entries of the hub, rounded as one tensor."""
+        if len(entries) == 1:
+            return super().quantized_weights(entries, dtype)
+        merged = torch.stack([self.merged_weight(entry) for entry in entries])
+        weights: torch.Tensor = self.weight_quantizer(merged)
+        return weights.to(dtype).unbind()
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded, same shape and dtype."""
+        if self.input_quantizer is None:
+            return x
+        rounded: torch.Tensor = self.input_quantizer(x)
+        return rounded
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the quantized layer, or the plain one."""
+        # A weight that is made of parts is made once: all processes have to do so equally often.
+        with parametrize.cached() if parametrize.is_parametrized(self) else nullcontext():
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantizing:
+            return super().forward(x)
+        return super().add_branch(x, self.compute(x, self.weight, self.bias))
+
+    @property
+    def weights_are_routed(self) -> bool:
+        """Whether the hub is inside the quantizer, and its entries are chosen by the routing."""
+        return self.routing is not None and not self._hub_is_beside
+
+    @property
+    def _hub_is_beside(self) -> bool:
+        return self.hub is not None and self.hub.beside
+
+    def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return an output with what the branch and a hub beside the weight give for the input."""
+        down, up = self._beside()
+        if down is None or up is None:
+            return y
+        y = y + self.branches(x, down, up)
+        return self._chosen(y, x) if self._hub_is_beside else y
+
+    def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the factors of all that stands beside the weight, in its dtype."""
+        if self.hub is None or not self.hub.beside:
+            return self.branch_down, self.branch_up
+        factors = self.hub.factors(0) if len(self.hub.up) == 1 else self.hub.all_factors()
+        down, up = (factor.to(self.weight.dtype) for factor in factors)
+        if self.branch_down is None or self.branch_up is None:
+            return down, up
+        own_down = self.branch_down.expand(*down.shape[:-2], -1, -1)
+        own_up = self.branch_up.expand(*up.shape[:-2], -1, -1)
+        return torch.cat([own_down, down], dim=-2), torch.cat([own_up, up], dim=-1)
+
+    @torch.no_grad()
+    def seal(self) -> SealedLayer:
+        """Return the sealed layer of the same outputs, with an entry for each of the hub.
+
+        A weight that processes share out is gathered for good.
+        """
+        if parametrize.is_parametrized(self, "weight"):
+            parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
+        count = 1 if self.hub is None or self.hub.beside else len(self.hub.up)
+        weights = [self.merged_weight(entry) for entry in range(count)]
+        layer = adopt(type(self), self)
+        for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
+            kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
+            layer.register_parameter(name, kept)
+        return self.sealed_class.pack(layer, weights, self.weight_quantizer, self.input_quantizer)
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to each sample the weight of its entry, with the gradient of the choice."""
+        return self._chosen(super()._routed(x), x)
+
+    def _chosen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return an output with the gradient of the choice; `x` is what the hub reads."""
+        if self.routing is None or self.hub is None or not torch.is_grad_enabled():
+            return y
+        choices = self.routing.choices[:, self.index]
+        scale = self.routing.gradient_scale(self.index)
+        if not scale or not choices.requires_grad:
+            return y
+        routed: torch.Tensor = _choose(y, scale * choices, x, self)
+        return routed
+
+    def gains(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Return what the loss gains from each entry's correction, shape (batch, entries).
+
+        That is the inner product of the output's gradient with the layer applied with the
+        correction alone, in float32. Its factors are shared out between the two sides, so that but
+        for grouped convolutions nothing is computed that has the size of an output.
+
+        Args:
+            x: The input, rounded where the hub is inside the quantizer.
+            grad: The gradient of the output, of any dtype.
+        """
+        if self.hub is None:
+            raise ValueError("the layer has no hub")
+        down, up = (factor.to(grad.dtype) for factor in self.hub.all_factors())
+        x, entries = x.to(grad.dtype), range(len(up))
+        if self.groups_of_channels > 1:
+            added = [self.low_rank(x, down[entry], up[entry]) for entry in entries]
+            return torch.stack([(y.float() * grad).flatten(1).sum(1) for y in added], dim=1)
+        inner = self.squeeze(x, down.flatten(0, 1))
+        outer = self.mix(grad, up.mT.flatten(0, 1))
+        channels = -1 if isinstance(self, nn.Linear) else 1
+        product = (inner.float() * outer).movedim(channels, 1).unflatten(1, (len(up), -1))
+        gained: torch.Tensor = product.flatten(2).sum(2)
+        return gained
+
+    def extra_repr(self) -> str:
+        """Return what repr shows."""
+        return f"{super().extra_repr()}, {self.formats}"
+
+
+class _Choice(torch.autograd.Function):
+    """An output as it is, with the gradient of each sample's choice among the entries.
+
+    Straight through the quantizer, the output moves with the choice of an entry by what that
+    entry adds to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, choices: torch.Tensor, x: torch.Tensor, layer: OpenLayer
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.like = layer, choices
+        return y.clone()  # a view could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        gains = ctx.layer.gains(x, grads[0]).sum_to_size(ctx.like.shape)
+        return grads[0], gains.to(ctx.like.dtype), None, None
+
+
+_choose: Callable[..., torch.Tensor] = _Choice.apply
+
+
+class OpenLinear(OpenLayer, nn.Linear):
+    """nn.Linear with quantized weight and input, to be trained."""
+
+    sealed_class = QuantLinear
+
+
+class OpenConv1d(OpenLayer, nn.Conv1d):
+    """nn.Conv1d with quantized weight and input, to be trained."""
+
+    sealed_class = QuantConv1d
+
+
+class OpenConv2d(OpenLayer, nn.Conv2d):
+    """nn.Conv2d with quantized weight and input, to be trained."""
+
+    sealed_class = QuantConv2d
+
+
+OPEN_LAYERS: dict[type[nn.Module], type[OpenLayer]] = {
+    nn.Linear: OpenLinear,
+    nn.Conv1d: OpenConv1d,
+    nn.Conv2d: OpenConv2d,
+}
+"""The open counterpart of each plain layer."""
+
+
+def open_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
+    """Return the open layers of a denoiser by name, in definition order."""
+    return {
+        name: module for name, module in denoiser.named_modules() if isinstance(module, OpenLayer)
+    }
+
+
+def untrained_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
+    """Return what `open_layers` does; raise InputError if there are none, or they have LoRAs."""
+    layers = open_layers(denoiser)
+    if not layers or any(layer.hub is not None for layer in layers.values()):
+        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
+    return layers

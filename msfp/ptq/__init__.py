@@ -1,0 +1,1 @@
+"""Post-training quantization: quantize a whole denoiser, and refine it without training."""

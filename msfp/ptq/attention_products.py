@@ -1,0 +1,105 @@
+"""The search of the grids of attention's products, by what one forward shows of their operands."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.search import Choice, search
+from msfp.checkpoint.diffusers_quantizer import attach_anew
+from msfp.config import MAX_BITS, MIN_BITS, check_type, check_whole
+from msfp.errors import InputError
+from msfp.layers.attention import (
+    OPERANDS,
+    AttentionProducts,
+    Switch,
+    attention_modules,
+    attention_products,
+    has_zero_point,
+)
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.trainable import untrained_layers
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.search.layer_search import float_formats, search_input
+
+
+class _Recorder:
+    """Sketches the operands and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.sketches = {name: Sketch() for name in OPERANDS}
+
+    def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return an operand as it is."""
+        self.sketches[name].update(x.detach())
+        return x
+
+    def products(self, bits: int) -> AttentionProducts:
+        """Return the quantizers with the formats that fit the operands best."""
+        quantizers = {}
+        for name in OPERANDS:
+            choice = _search(name, self.sketches[name], bits)
+            zero = torch.tensor(choice.zero_point) if has_zero_point(name, choice.format) else None
+            quantizers[name] = Quantizer(choice.format, torch.tensor(choice.scale), zero)
+        return AttentionProducts(quantizers)
+
+
+def _search(name: str, sketch: Sketch, bits: int) -> Choice:
+    if name == "probabilities":
+        return search(sketch, float_formats(bits, signed=False))
+    return search_input(sketch, bits, "mixup")[0]
+
+
+@torch.no_grad()
+def quantize_attention(
+    denoiser: DiffusionPipeline | nn.Module,
+    trajectories: Trajectories,
+    bits: int,
+    *,
+    samples: int = 64,
+    seed: int = 0,
+) -> None:
+    """Quantize the products of every attention module, by what one forward shows of them.
+
+    Args:
+        denoiser: Quantized by `quantize`, open, or a pipeline with one; changed in place.
+        trajectories: Recorded from the full-precision denoiser.
+        bits: Of all four operands.
+        samples: Noisy samples in the forward, at most.
+        seed: Seed of the draws.
+
+    Raises:
+        InputError: If the denoiser is not quantized, or is sealed, or there is no attention, a
+            processor does not call scaled dot-product attention, or `bits` is not from 3 to 8. The
+            denoiser is then as it was.
+    """
+    denoiser = denoiser_of(denoiser)
+    check_type("trajectories", trajectories, Trajectories)
+    check_whole("bits", bits, MIN_BITS, MAX_BITS)
+    untrained_layers(denoiser)
+    if attention_products(denoiser):
+        raise InputError("the products of attention are quantized already")
+    modules = attention_modules(denoiser)
+    if not modules:
+        raise InputError(f"{type(denoiser).__name__} has no attention module with a processor")
+    recorders = {name: _Recorder() for name in modules}
+    generator = torch.Generator().manual_seed(seed)
+    steps, rows = trajectories.samples.shape[:2]
+    step, row = spread_batch(steps, rows, samples, generator)
+    switches = [Switch(modules[name], recorders[name].round_operand) for name in modules]
+    try:
+        trajectories.predict(denoiser, step, row)
+    finally:
+        for switch in switches:
+            switch.remove()
+    for name, recorder in recorders.items():
+        if not recorder.sketches["query"].count:
+            kind = type(modules[name].processor).__name__
+            raise InputError(f"{kind} does not call scaled dot-product attention")
+    device = next(denoiser.parameters()).device
+    for name, recorder in recorders.items():
+        recorder.products(bits).to(device).attach(modules[name])
+    attach_anew(denoiser, attention=bits)

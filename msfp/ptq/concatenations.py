@@ -1,0 +1,157 @@
+"""Separate scales for the parts of a concatenated input.
+
+Where a UNet's up path concatenates a skip connection with what comes from below, the two have
+ranges of their own, and one scale for both wastes values on the narrower (Q-Diffusion, Li et al.,
+ICCV 2023). A layer that reads a concatenation of channels as it is gets one scale for each part,
+held as a scale for each channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fpformats import FloatFormat
+from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.search import search
+from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.trainable import untrained_layers
+from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.search.layer_search import candidates
+
+CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
+
+
+class _Concatenations(TorchFunctionMode):
+    """Inside the block, keeps each concatenation, its dimension and the sizes of its parts.
+
+    Vectors are left out: sine and cosine of a timestep are concatenated too, and are of one range.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.Tensor, int, list[int]]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function; note what it was if it concatenates."""
+        result = func(*args, **(kwargs or {}))
+        if func in CONCATENATE:
+            self._note(result, *args, **(kwargs or {}))
+        return result
+
+    def _note(
+        self, result: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int = 0, **_: Any
+    ) -> None:
+        sizes = [part.shape[dim] for part in tensors if part.dim() == result.dim()]
+        if len(sizes) == len(tensors) > 1 and result.dim() > 2:
+            self.found.append((result, dim % result.dim(), sizes))
+
+    def parts(self, x: torch.Tensor, dim: int) -> list[int] | None:
+        """Return the sizes of the parts of a tensor, or None if it is not a concatenation."""
+        for result, along, sizes in self.found:
+            if x.data_ptr() == result.data_ptr() and x.shape == result.shape and dim == along:
+                return sizes
+        return None
+
+
+def channel_dimension(layer: nn.Module, x: torch.Tensor) -> int:
+    """Return the dimension of a layer's input that its channels or features are in."""
+    return x.dim() - 1 if isinstance(layer, nn.Linear) else 1
+
+
+@torch.no_grad()
+def concatenated_inputs(
+    denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Return the layers that read a concatenation, what they read, and the sizes of its parts."""
+    found: dict[str, tuple[torch.Tensor, list[int]]] = {}
+    concatenations = _Concatenations()
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            sizes = concatenations.parts(args[0], channel_dimension(layer, args[0]))
+            if sizes is not None:
+                found[name] = args[0].detach(), sizes
+
+        return look
+
+    layers = untrained_layers(denoiser)
+    handles = [layers[name].register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        with concatenations:
+            trajectories.predict(denoiser, step, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def split_quantizer(
+    layer: nn.Module, x: torch.Tensor, sizes: Sequence[int], formats: Sequence[FloatFormat]
+) -> Quantizer:
+    """Return the quantizer with one format and, for each part of the channels, a scale.
+
+    Args:
+        layer: The layer that reads the values.
+        x: Values.
+        sizes: Channels of each part.
+        formats: Signed formats to choose from.
+    """
+    dim = channel_dimension(layer, x)
+    choices = [search(_sketch(part), formats).by_format for part in x.split(list(sizes), dim)]
+    best = min(formats, key=lambda fmt: sum(found[fmt].squared_error for found in choices))
+    scales = torch.tensor([found[best].scale for found in choices], device=x.device)
+    each = scales.repeat_interleave(torch.tensor(sizes, device=x.device))
+    return Quantizer(best, each.view(-1, *(1,) * (x.dim() - 1 - dim)))
+
+
+def _sketch(x: torch.Tensor) -> Sketch:
+    sketch = Sketch()
+    sketch.update(x)
+    return sketch
+
+
+def split_inputs(
+    denoiser: nn.Module, trajectories: Trajectories, *, samples: int = 64, seed: int = 0
+) -> list[str]:
+    """Give every layer that reads a concatenation, with a signed format, a scale for each part.
+
+    Args:
+        denoiser: Quantized by `quantize`, open; changed in place.
+        trajectories: Recorded from the full-precision denoiser.
+        samples: Noisy samples to look at, at most, of all timesteps alike.
+        seed: Seed of the draws.
+
+    Returns:
+        The names of the layers whose input was split.
+
+    Raises:
+        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
+    """
+    steps, rows = trajectories.samples.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    step, row = spread_batch(steps, rows, samples, generator)
+    layers = untrained_layers(denoiser)
+    split = []
+    for name, (x, sizes) in concatenated_inputs(denoiser, trajectories, step, row).items():
+        old = layers[name].input_quantizer
+        if old is not None and old.format.signed:
+            layers[name].input_quantizer = split_quantizer(layers[name], x, sizes, _formats(old))
+            split.append(name)
+    return split
+
+
+def _formats(old: Quantizer) -> list[FloatFormat]:
+    """Return the formats of the kind and width of a quantizer's."""
+    floats = old.format.exponent_bits > 0  # integers have no exponent
+    return candidates(old.format.bits, "signed", signed=True) if floats else [old.format]

@@ -1,0 +1,233 @@
+"""Taking a whole denoiser from full precision to open layers, and from those to sealed ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from msfp.checkpoint.diffusers_quantizer import attach, attach_anew
+from msfp.config import (
+    BLOCK_SCHEMES,
+    FLOAT_SCHEMES,
+    LayerSettings,
+    QuantizationConfig,
+    RefinementConfig,
+    check_type,
+)
+from msfp.errors import InputError
+from msfp.layers.attention import attention_modules
+from msfp.layers.base import refuse_quantized
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.denoiser import (
+    denoiser_of,
+    has_timestep,
+    quantizable_layers,
+    replace_layers,
+    settings_by_layer,
+)
+from msfp.pipelines.sampler import PipelineCall, check_calls
+from msfp.pipelines.trajectories import Recording, Trajectories
+from msfp.ptq.attention_products import quantize_attention
+from msfp.ptq.refinement import refine
+from msfp.search.calibration import Calibration
+from msfp.search.layer_search import quantize_layer
+from msfp.search.observers import calibrate
+from msfp.search.summary import LayerSummary
+from msfp.support.malloc import release_memory
+
+
+def quantize(
+    pipe: DiffusionPipeline | nn.Module,
+    config: QuantizationConfig,
+    *,
+    calibration: Calibration | PipelineCall | Sequence[PipelineCall] | None = None,
+    trajectories: Trajectories | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[LayerSummary]:
+    """Quantize a denoiser in place.
+
+    Args:
+        pipe: A pipeline or its denoiser. The Linear, Conv1d and Conv2d layers that the config
+            chooses are swapped for open quantized layers that share their parameters; those of
+            block schemes for packed ones, as in `msfp.layers.block`.
+        config: Bit widths, scheme, choice of layers, and how weights are refined.
+        calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
+            it is to make. Not needed where inputs are not quantized, or to block formats.
+        trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
+            by. Not needed where `calibration` is calls, which are recorded as they are made.
+        progress: Called with each layer's name once it is searched, and once it is refined.
+
+    Returns:
+        What was chosen, one summary for each layer.
+
+    Raises:
+        InputError: If the pipeline has no denoiser, or one that is quantized already or is a layer
+            itself, an argument is of another type, no layer is the first or last though they are
+            to have other bits, a glob matches nothing, the calibration is missing or of another
+            denoiser, there is nothing to refine by though the config asks for it, or a weight or an
+            input is not finite, or a weight offloaded. The denoiser is then as it was.
+
+    Warns:
+        UserWarning: If layers never ran during calibration, which are left in full precision, or
+            the calls cannot be recorded, so that weights are rounded to the nearest value.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+        >>> config = QuantizationConfig(weights=4, activations=None, first_last=4)
+        >>> [layer.name for layer in quantize(network, config)]
+        ['0', '2']
+    """
+    denoiser = denoiser_of(pipe)
+    check_type("config", config, QuantizationConfig)
+    if trajectories is not None:
+        check_type("trajectories", trajectories, Trajectories)
+    if not isinstance(calibration, Calibration | None):
+        calibration = check_calls("calibration", calibration, " or what msfp.calibrate returned")
+    refuse_quantized("the denoiser", denoiser)
+    plain = quantizable_layers(denoiser)
+    settings = settings_by_layer(denoiser, config, plain)
+    seen = calibration if isinstance(calibration, Calibration) else None
+    calls = None if isinstance(calibration, Calibration) else calibration
+    # What is wrong is said before anything runs.
+    recordable = calls is not None or trajectories is not None
+    refinement = refinement_of(denoiser, config, settings, recordable=recordable)
+    if calls is not None:
+        if trajectories is None and (refinement or config.attention):
+            recording = Recording(calls)
+            seen = calibrate(pipe, recording.calls)
+            trajectories = _recorded(pipe, recording, config)
+        else:
+            seen = calibrate(pipe, calls)
+    settings = _settings(denoiser, config, seen)
+    if trajectories is None:
+        refinement = None
+    searched = {}
+    for name, each in settings.items():
+        searched[name] = quantize_layer(name, plain[name], each, seen)
+        release_memory()
+        if progress is not None:
+            progress(name)
+    swapped: dict[nn.Module, nn.Module]
+    swapped = {plain[name]: layer for name, (layer, _) in searched.items()}
+    replace_layers(denoiser, swapped)
+    try:
+        if trajectories is not None and refinement is not None:
+            refine(denoiser, trajectories, refinement, progress=progress)
+        if trajectories is not None and config.attention is not None:
+            quantize_attention(denoiser, trajectories, config.attention)
+    except BaseException:
+        replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
+        raise
+    summaries = [summary.with_formats(layer.formats) for layer, summary in searched.values()]
+    attach(denoiser, replace(config, refine=refinement), summaries=summaries)
+    return summaries
+
+
+def refinement_of(
+    denoiser: nn.Module,
+    config: QuantizationConfig,
+    settings: dict[str, LayerSettings],
+    *,
+    recordable: bool,
+) -> RefinementConfig | None:
+    """Return how to refine weights; raise InputError if what is asked for cannot be done.
+
+    Args:
+        denoiser: The full-precision network.
+        config: What is asked for.
+        settings: What is to be searched for each layer.
+        recordable: Whether there are calls or trajectories.
+    """
+    in_blocks = any(each.scheme in BLOCK_SCHEMES for each in settings.values())
+    for name in ("refine", "attention"):
+        if getattr(config, name) in ("auto", None):
+            continue
+        if in_blocks:
+            raise InputError(f"{name} must be None where layers are in block formats")
+        if not recordable:
+            raise InputError(
+                f"{name} needs calls of the pipeline as calibration, or trajectories that "
+                "msfp.record_trajectories recorded"
+            )
+    if config.attention is not None and not attention_modules(denoiser):
+        raise InputError(f"attention must be None: {type(denoiser).__name__} has no such module")
+    if config.refine != "auto":
+        return config.refine
+    suited = config.scheme in FLOAT_SCHEMES and not in_blocks and has_timestep(denoiser)
+    return RefinementConfig() if suited and recordable else None
+
+
+def _recorded(
+    pipe: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
+) -> Trajectories | None:
+    """Return the trajectories of calls, or None where there can and need be none."""
+    try:
+        return recording.trajectories(pipe)
+    except InputError as error:
+        if config.refine != "auto" or config.attention is not None:
+            raise
+        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
+        return None
+
+
+def _settings(
+    denoiser: nn.Module, config: QuantizationConfig, calibration: Calibration | None
+) -> dict[str, LayerSettings]:
+    """Return what is to be searched for each layer, of which calibration knows what is needed."""
+    if calibration is None:
+        settings = settings_by_layer(denoiser, config)
+        if any(each.needs_calibration for each in settings.values()):
+            raise InputError(
+                "calibration must be given, such as a function that calls the pipeline or what "
+                "msfp.calibrate returned, or activations be None"
+            )
+        return settings
+    settings = settings_by_layer(denoiser, config, calibration.ran)
+    for name, each in settings.items():
+        if each.needs_calibration:
+            _check_input(name, calibration)
+    ran = set(calibration.ran)
+    idle = [name for name, each in settings.items() if each.needs_calibration and name not in ran]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} layers never ran during calibration and stay in full precision: "
+            f"{', '.join(idle[:5])}",
+            stacklevel=3,
+        )
+    return {name: each for name, each in settings.items() if name not in idle}
+
+
+def _check_input(name: str, calibration: Calibration) -> None:
+    """Raise InputError unless a calibration knows a layer, and saw finite numbers alone."""
+    if name not in calibration.inputs:
+        raise InputError(
+            f"calibration has no inputs for the layer {name!r}: it must be made with the denoiser "
+            "that is quantized"
+        )
+    nonfinite = calibration.inputs[name].nonfinite
+    if nonfinite:
+        raise InputError(
+            f"the input of layer {name!r} had {nonfinite} numbers that are NaN or infinite "
+            "during calibration: does the pipeline give proper images in this dtype?"
+        )
+
+
+def seal(denoiser: DiffusionPipeline | nn.Module) -> None:
+    """Pack the weights of every open layer of a denoiser, which then can be saved.
+
+    Args:
+        denoiser: Quantized by `quantize`, or a pipeline with one; changed in place.
+
+    Raises:
+        InputError: If it is a pipeline without a denoiser.
+    """
+    denoiser = denoiser_of(denoiser)
+    layers = list(open_layers(denoiser).values())
+    while layers:  # one by one, so that no full-precision weight stays longer than it must
+        layer = layers.pop()
+        replace_layers(denoiser, {layer: layer.seal()})
+    attach_anew(denoiser)

@@ -1,0 +1,1 @@
+"""Ways to round the weights of a layer to its grid."""

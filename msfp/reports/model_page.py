@@ -1,0 +1,222 @@
+"""The report of one quantized model: an HTML page that carries its tables and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from fpformats.fitting.histogram import Sketch
+from msfp.checkpoint.facts import (
+    COLUMNS,
+    PRODUCT_COLUMNS,
+    LayerFacts,
+    cells,
+    inspect_layers,
+    inspect_products,
+    overview,
+    product_cells,
+)
+from msfp.evaluation.comparison import Comparison
+from msfp.layers.formats import TENSOR
+from msfp.layers.packed import ScaledLayer, sealed_layers
+from msfp.reports import figures, html
+from msfp.search.layer_search import search_input
+from msfp.support.versions import versions
+
+WORST = 4
+"""Layers whose distributions are drawn."""
+SHOWN = 12
+"""Images of each model in the side-by-side picture."""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What a report is made of.
+
+    Attributes:
+        title: Heading of the page.
+        denoiser: The sealed denoiser.
+        inputs: What the layers of the full-precision denoiser read; may be empty.
+        weights: The full-precision weights of its layers.
+        comparison: With the full-precision pipeline, or None where that was not made.
+        features: The feature network of the comparison.
+    """
+
+    title: str
+    denoiser: nn.Module
+    inputs: Mapping[str, Sketch]
+    weights: Mapping[str, torch.Tensor]
+    comparison: Comparison | None = None
+    features: str = ""
+
+    def html(self) -> str:
+        """Return the page."""
+        facts = inspect_layers(self.denoiser)
+        rows = [cells(each) for each in facts]
+        sections = [
+            ("", [html.bullets(findings(facts, self.comparison))]),
+            *self._compared(),
+            ("Error by layer", self._by_layer(facts)),
+            ("The worst layers", self._distributions(facts)),
+            ("Layer by layer", [
+                html.paragraph("A click on a column's name sorts by it.", note=True),
+                html.table(COLUMNS, rows, sortable=True),
+            ]),
+            ("Products of attention", self._products()),
+            ("How this was run", [html.table(("", ""), list(versions().items()))]),
+        ]  # fmt: skip
+        return html.page(self.title, [(name, parts) for name, parts in sections if parts])
+
+    def _products(self) -> list[str]:
+        """Return the table of the operands of attention's products, where these are quantized."""
+        rows = [product_cells(each) for each in inspect_products(self.denoiser)]
+        return [html.table(PRODUCT_COLUMNS, rows)] if rows else []
+
+    def _compared(self) -> list[tuple[str, list[str]]]:
+        """Return the sections of the comparison."""
+        found = self.comparison
+        if found is None:
+            return []
+        pictures = figures.image_rows(
+            list(zip(("full precision", "quantized"), _some(found.images), strict=True))
+        )
+        errors = figures.errors_by_timestep(found.timesteps, [("quantized", found.noise_errors)])
+        return [
+            ("Images from equal noise", [
+                html.image(html.png(pictures), "Every column starts from the same noise."),
+                html.table(("measure", "value", "of"), found.table(self.features)),
+                html.paragraph(
+                    f"A Frechet distance between {found.count} images of either model and as many "
+                    "others depends on their number. It says something only where it is well above "
+                    "its noise floor, which is measured with nothing quantized.", note=True,
+                ),
+            ]),
+            ("Error by timestep", [
+                html.image(
+                    html.png(errors),
+                    "Mean squared error of the predicted noise where the full-precision model "
+                    "passes: what quantization adds at each step, before steps add up.",
+                ),
+            ]),
+        ]  # fmt: skip
+
+    def _by_layer(self, facts: Sequence[LayerFacts]) -> list[str]:
+        """Return the picture of the error of each layer, where any is known."""
+        measured = {} if self.comparison is None else self.comparison.layers
+        rows = [
+            ("weights, as searched", [each.weight_sqnr for each in facts]),
+            ("inputs, as searched", [each.input_sqnr for each in facts]),
+            ("output, measured", [measured.get(each.layer, math.nan) for each in facts]),
+        ]
+        rows = [(label, row) for label, row in rows if not all(map(math.isnan, row))]
+        if not rows:
+            return []
+        caption = (
+            "Signal to quantization noise of each layer, in the order of the denoiser's modules; "
+            "lower is worse. The output is that of the quantized layer for full-precision inputs."
+        )
+        return [html.image(html.png(figures.errors_by_layer(rows)), caption)]
+
+    def _distributions(self, facts: Sequence[LayerFacts]) -> list[str]:
+        """Return the pictures of what the worst layers round, with the grids that they have.
+
+        Layers in blocks have no grid of their own.
+        """
+        layers = sealed_layers(self.denoiser)
+        parts = []
+        for each in sorted(facts, key=self._quality)[:WORST]:
+            layer = layers[each.layer]
+            if not isinstance(layer, ScaledLayer):
+                continue
+            split = layer.formats is not None and layer.formats.input_granularity != TENSOR
+            if each.input is not None and each.layer in self.inputs and not split:
+                picture = input_distribution(each, self.inputs[each.layer])
+                caption = (
+                    f"The inputs of {each.layer} (symmetric logarithmic height), and below them "
+                    "the values that the chosen format offers, against the best signed one."
+                )
+                parts.append(html.image(html.png(picture), caption))
+            picture = weight_distribution(each, self.weights[each.layer], layer.weight_scale)
+            caption = f"The weights of {each.layer}, each output channel in units of its scale."
+            parts.append(html.image(html.png(picture), caption))
+        return parts
+
+    def _quality(self, facts: LayerFacts) -> float:
+        """Return the SQNR by which layers are good: of the output, or the lesser one searched."""
+        if self.comparison is not None and facts.layer in self.comparison.layers:
+            return self.comparison.layers[facts.layer]
+        known = [x for x in (facts.weight_sqnr, facts.input_sqnr) if not math.isnan(x)]
+        return min(known, default=math.inf)
+
+
+def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list[str]:
+    """Return what the tables show, in sentences."""
+    sentences = [overview(facts)]
+    gains = [each.cost_of_other_sign for each in facts if each.sign == "unsigned"]
+    gains = [gain for gain in gains if not math.isnan(gain)]
+    if gains:
+        sentences.append(
+            f"Where inputs are unsigned, the best signed format would have cost "
+            f"{statistics.median(gains):.1f} dB at the median, {max(gains):.1f} at most."
+        )
+    if comparison is not None:
+        size, packed = comparison.bytes
+        above = comparison.frechet - comparison.frechet_floor
+        sentences += [
+            f"The denoiser takes {packed / 1e6:.2f} MB, {packed / size:.0%} of the "
+            f"{size / 1e6:.2f} MB in full precision.",
+            f"Paired images have a PSNR of {comparison.psnr:.1f} dB and a structural similarity "
+            f"of {comparison.ssim:.3f}.",
+            f"The Frechet distance is {abs(above):.3g} {'above' if above > 0 else 'below'} its "
+            f"noise floor of {comparison.frechet_floor:.3g}.",
+        ]
+    return sentences
+
+
+def input_distribution(facts: LayerFacts, inputs: Sketch) -> Figure:
+    """Draw a layer's inputs with the chosen grid and, where that is unsigned, the best signed one.
+
+    Args:
+        facts: Of a layer with quantized inputs.
+        inputs: What it read.
+    """
+    fmt = facts.input
+    if fmt is None:
+        raise ValueError(f"the inputs of {facts.layer} are not quantized")
+    note = "" if math.isnan(facts.input_sqnr) else f" ({facts.input_sqnr:.1f} dB)"
+    grids = [(f"{fmt}{note}", fmt, facts.input_scale, facts.zero_point or 0.0)]
+    if not fmt.signed:
+        _, signed = search_input(inputs, fmt.bits, "signed" if fmt.exponent_bits else "int_mse")
+        cost = facts.other_sign_sqnr
+        note = "" if math.isnan(cost) else f" ({cost:.1f} dB)"
+        grids.insert(0, (f"{signed.format}{note}", signed.format, signed.scale, 0.0))
+    return figures.distribution_with_grids(inputs, grids, f"input of {facts.layer}")
+
+
+def weight_distribution(
+    facts: LayerFacts, weight: torch.Tensor, scale_bits: torch.Tensor
+) -> Figure:
+    """Draw a layer's weights with the chosen grid, each output channel in units of its scale.
+
+    Args:
+        facts: Of the layer.
+        weight: Output channels first.
+        scale_bits: As in a sealed layer.
+    """
+    scale = scale_bits.view(torch.float32).view(-1, *(1,) * (weight.dim() - 1))
+    normalised = Sketch()
+    normalised.update((weight.float() / scale).flatten())
+    note = "" if math.isnan(facts.weight_sqnr) else f" ({facts.weight_sqnr:.1f} dB)"
+    grids = [(f"{facts.weight}{note}", facts.weight, 1.0, 0.0)]
+    heading = f"weights of {facts.layer} over the scale of their channel"
+    return figures.distribution_with_grids(normalised, grids, heading)
+
+
+def _some(images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    return [each[:SHOWN].float() for each in images]

@@ -1,0 +1,1 @@
+"""All that is known of diffusers' schedulers: samplers by name, denoising factors."""

@@ -1,0 +1,1 @@
+"""What layers read, and the search of their grids."""

@@ -1,0 +1,236 @@
+"""Watching the input of every layer while the user's own pipeline samples."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fpformats.fitting.histogram import Sketch
+from msfp.errors import InputError
+from msfp.layers.base import refuse_quantized
+from msfp.pipelines.denoiser import denoiser_of, quantizable_layers, timestep_or_none
+from msfp.pipelines.sampler import PipelineCall, Progress, check_calls
+from msfp.schedulers.integer_weights import integer_weights, weight_at
+from msfp.search.activation_trace import ActivationTrace
+from msfp.search.calibration import Calibration
+
+SAMPLES_PER_CALL = 4096
+"""Numbers drawn from a larger input of a layer, to which its extremes are added."""
+DRAWS_AT_ONCE = 16
+"""How many draws from a layer's inputs go into its sketch together, which is much faster."""
+SAVE_INTERVAL = 30.0
+"""Seconds of work that a process that is killed may lose, beside the call that it is in."""
+
+
+def draw(x: torch.Tensor, key: str) -> torch.Tensor:
+    """Return the numbers of a tensor: all, or random ones and the extremes where there are many.
+
+    Args:
+        x: Any shape and floating-point dtype.
+        key: Seeds the choice, which depends on nothing else, so that calls can be made in any
+            order and in any process.
+
+    Returns:
+        A copy, one-dimensional, float32.
+    """
+    if x.numel() <= SAMPLES_PER_CALL:
+        return x.flatten().to(torch.float32, copy=True)
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    chosen = torch.randint(x.numel(), (SAMPLES_PER_CALL,), generator=generator)
+    return torch.cat([x.take(chosen.to(x.device)), torch.stack(x.aminmax())]).float()
+
+
+class _Observer:
+    """Hooks that sketch what layers read during one call of the pipeline.
+
+    Attributes:
+        seen: What was seen; layers that did not run are absent.
+    """
+
+    def __init__(self, weights: dict[float, int] | None) -> None:
+        self.seen = Calibration({}, weights=weights)
+        self._trace = ActivationTrace()
+        self._tracing = ExitStack()
+        self._timestep: float | None = None
+        self._repeats = 1
+        self._pending: dict[str, list[tuple[int, torch.Tensor]]] = {}
+
+    @contextmanager
+    def watching(self, denoiser: nn.Module) -> Iterator[None]:
+        """Hook a denoiser and its layers inside the block."""
+        handles = [
+            denoiser.register_forward_pre_hook(self._enter, with_kwargs=True),
+            denoiser.register_forward_hook(lambda *_: self._tracing.close()),
+        ]
+        for name, layer in quantizable_layers(denoiser).items():
+            handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        try:
+            with self._tracing, torch.no_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in self._pending:
+            self._flush(name)
+
+    def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the timestep of a forward of the denoiser, and trace the first forward."""
+        if not self._pending:
+            self._tracing.enter_context(self._trace)
+        timesteps = timestep_or_none(denoiser, args, kwargs)
+        if timesteps is not None:
+            self._timestep = timesteps[0].item()
+            counts = self.seen.timesteps
+            counts[self._timestep] = counts.get(self._timestep, 0) + 1
+        if self.seen.weights is not None:
+            if timesteps is None or (timesteps != timesteps[0]).any():
+                raise InputError("factors need forwards whose samples are all at one timestep")
+            self._repeats = weight_at(self.seen.weights, timesteps[0].item())
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Return the hook of a layer."""
+
+        def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: torch.Tensor = args[0] if args else kwargs["input"]
+            if name not in self._pending:
+                self._pending[name] = []
+                self.seen.inputs[name] = Sketch()
+                function = self._trace.function_of(x)
+                if function is not None:
+                    self.seen.activations[name] = function
+            if x.numel():
+                numbers = draw(x.detach(), f"{name} {self._timestep}")
+                self._pending[name].append((self._repeats, numbers))
+            if len(self._pending[name]) == DRAWS_AT_ONCE:
+                self._flush(name)
+
+        return observe
+
+    def _flush(self, name: str) -> None:
+        """Put into a layer's sketch what was drawn since the last time."""
+        drawn, self._pending[name] = self._pending[name], []
+        for repeats in sorted({each for each, _ in drawn}):
+            numbers = torch.cat([numbers for each, numbers in drawn if each == repeats])
+            self.seen.inputs[name].update(numbers, repeats)
+
+
+def calibrate(
+    pipe: DiffusionPipeline | nn.Module,
+    calls: PipelineCall | Sequence[PipelineCall],
+    *,
+    factors: dict[float, float] | None = None,
+    file: str | Path | None = None,
+    description: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Make calls of a pipeline, and sketch what each quantizable layer of its denoiser reads.
+
+    The sketches do not grow with the number of calls. Where torch.distributed is initialised, its
+    processes share the calls out, and each gets what one process alone would, bit for bit.
+
+    Args:
+        pipe: A pipeline with a full-precision denoiser, or any network to be quantized.
+        calls: What to do with it: a function of `pipe`, or several, each of which seeds itself.
+            `Sampler.calls`, `prompt_calls` and `stored_calls` make them. All timesteps that they
+            visit count, and all that they batch, such as both branches of classifier-free
+            guidance.
+        factors: The sampler's `denoising_factors`, to weigh each forward of the denoiser by the
+            square of its timestep's factor, in steps of 1/1024 of the largest square, at least
+            one. Their keys are timesteps as the forward gets them (those of Flux are divided by
+            1000). None weighs all alike.
+        file: Where to keep the state: a safetensors file that is written from time to time, at
+            the end, and when interrupted. If it exists, calibration goes on from there with the
+            calls that are missing. Processes that share the calls write one each.
+        description: What the calls do, such as their prompts and seed, as plain JSON types by
+            name. The file keeps it, and is refused where it has another.
+        progress: Told of each call that is done.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        InputError: If there is no denoiser, or one that is quantized already, or no call, a call
+            does not run the denoiser, a timestep has no factor, or the file is the state of
+            another calibration.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1))
+        >>> calibration = calibrate(network, lambda network: network(torch.ones(4, 1)))
+        >>> calibration.inputs["0"], calibration.activations
+        (Sketch(4 numbers from 1 to 1), {'2': 'SiLU'})
+    """
+    denoiser = denoiser_of(pipe)
+    refuse_quantized("the denoiser", denoiser)
+    calls = check_calls("calls", calls)
+    calibration = Calibration(
+        {name: Sketch() for name in quantizable_layers(denoiser)},
+        weights=None if factors is None else integer_weights(factors),
+        total=len(calls),
+        # As it comes back from the file.
+        description=json.loads(json.dumps(dict(description or {}))),
+    )
+    shared = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    if file is not None:
+        file = Path(file)
+        file = file.with_stem(f"{file.stem}-{rank}-of-{processes}") if shared else file
+        calibration = _resumed(calibration, file)
+    saved = time.monotonic()
+    try:
+        for index in range(rank, len(calls), processes):
+            if index not in calibration.calls:
+                calibration.merge(_seen(pipe, denoiser, calls[index], index, calibration))
+            if progress is not None:
+                progress(1)
+            if file is not None and time.monotonic() > saved + SAVE_INTERVAL:
+                calibration.save(file)
+                saved = time.monotonic()
+    finally:
+        if file is not None:
+            calibration.save(file)
+    if shared:
+        calibration.all_reduce()
+    return calibration
+
+
+def _resumed(calibration: Calibration, file: Path) -> Calibration:
+    """Return the state in a file, or a calibration that has not begun where there is no file."""
+    if not file.exists():
+        calibration.save(file)
+        return calibration
+    saved = Calibration.load(file)
+    try:
+        calibration.check_same(saved)
+    except InputError as error:
+        raise InputError(f"{file} is the state of another calibration: {error}") from error
+    return saved
+
+
+def _seen(
+    pipe: DiffusionPipeline | nn.Module,
+    denoiser: nn.Module,
+    call: PipelineCall,
+    index: int,
+    calibration: Calibration,
+) -> Calibration:
+    """Make one call and return what was seen, with the layers of a whole calibration."""
+    observer = _Observer(calibration.weights)
+    with observer.watching(denoiser):
+        call(pipe)
+    seen = observer.seen
+    if not seen.inputs:
+        raise InputError(f"call {index} did not run the {type(denoiser).__name__}")
+    seen.calls, seen.total = [index], calibration.total
+    seen.description = calibration.description
+    seen.inputs |= {name: Sketch() for name in calibration.inputs if name not in seen.inputs}
+    return seen

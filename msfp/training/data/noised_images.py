@@ -1,0 +1,221 @@
+"""Trajectories from data: noised images in the place of the samples of a sampler's path."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from msfp.errors import InputError
+from msfp.layers.lora.routers import TRAINING_TIMESTEPS
+from msfp.pipelines.denoiser import denoiser_of, timestep_of
+from msfp.pipelines.sampler import PipelineCall, Progress
+from msfp.pipelines.trajectories import Trajectories, record_trajectories
+
+OFF_GRID = 4e-3
+"""How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16."""
+
+
+def data_trajectories(
+    pipe: DiffusionPipeline,
+    calls: PipelineCall | Sequence[PipelineCall],
+    images: torch.Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Make calls of a pipeline with noised images in the place of its own samples; record them.
+
+    Timesteps, prompts, labels and guidance are those of the calls. What the denoiser reads at each
+    step are images to which the pipeline's scheduler added the noise of that step, and what it says
+    of them is recorded as by `record_trajectories`: it is asked once for each.
+
+    Args:
+        pipe: A full-precision pipeline.
+        calls: As for `record_trajectories`. Image i of theirs has the place of `images[i]`; after
+            the last one the first is next, with other noise.
+        images: Clean images, or latents, as the denoiser is to predict them: of the shape that it
+            reads, (count, channels, height, width) for most, and in the range that it was trained
+            on, which is -1 to 1 for pixels.
+        seed: Of the noise. That of a place depends on nothing else.
+        progress: As for `record_trajectories`.
+
+    Returns:
+        The path, to train on or to hold out. With guidance, the branches of an image have equal
+        noise, as in a sampler.
+
+    Raises:
+        InputError: If the pipeline has no denoiser or its scheduler cannot add noise, the images
+            are not finite or of another shape than what the denoiser reads, a call gives it
+            timesteps that are not the scheduler's, or as `record_trajectories`.
+
+    Example:
+        >>> from msfp.experiments.reference import ddim_pipeline
+        >>> from msfp.experiments.reference.digits import digits
+        >>> from msfp.pipelines.sampler import Sampler
+        >>> calls = Sampler(steps=2, batch=4).calls(8, seed=0)
+        >>> paths = data_trajectories(ddim_pipeline(), calls, digits()[0])
+        >>> paths.timesteps.tolist(), tuple(paths.samples.shape)
+        ([999, 499], (2, 8, 1, 16, 16))
+    """
+    _check(pipe, images)
+    given = [calls] if callable(calls) else list(calls)
+    noising = _Noising(pipe, images, seed)
+    handle = denoiser_of(pipe).register_forward_pre_hook(noising, with_kwargs=True)
+    try:
+        return record_trajectories(pipe, [noising.during(call) for call in given], progress)
+    finally:
+        handle.remove()
+
+
+def noised(
+    scheduler: SchedulerMixin, images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Return what a denoiser reads of noised images at a timestep.
+
+    Args:
+        scheduler: Its timesteps are set; it is not changed.
+        images: Clean images.
+        noise: Of their shape.
+        timestep: One of the scheduler's, shape ().
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> scheduler = FlowMatchEulerDiscreteScheduler()
+        >>> scheduler.set_timesteps(sigmas=[1.0, 0.25])
+        >>> images, noise = torch.full((1, 2), 4.0), torch.zeros(1, 2)
+        >>> noised(scheduler, images, noise, scheduler.timesteps[1])
+        tensor([[3., 3.]])
+    """
+    own = copy.copy(scheduler)
+    for name in ("_step_index", "_begin_index"):  # where a sampler is would go before the timestep
+        if hasattr(own, name):
+            setattr(own, name, None)
+    times = timestep.reshape(1)
+    if hasattr(own, "scale_noise"):
+        sample = own.scale_noise(images, times, noise)
+    else:
+        sample = own.add_noise(images, noise, times)
+    if hasattr(own, "scale_model_input"):
+        sample = own.scale_model_input(sample, timestep)
+    result: torch.Tensor = sample
+    return result
+
+
+class _Noising:
+    """Forward pre-hook of a pipeline's denoiser that gives it noised images.
+
+    Args:
+        pipe: The pipeline.
+        images: Clean images.
+        seed: Of the noise.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, images: torch.Tensor, seed: int) -> None:
+        self.pipe, self.images, self.seed = pipe, images, seed
+        self.start, self.count = 0, 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new call, with the images that follow those of the last one."""
+        self.start += self.count
+        self.count, self.copies, self.scale = 0, 1, 1.0
+        self.draws: list[torch.Generator] = []
+        self.noise: dict[float, torch.Tensor] = {}
+
+    def during(self, call: PipelineCall) -> PipelineCall:
+        """Return a call that takes the next images."""
+
+        def make(pipe: DiffusionPipeline | nn.Module) -> None:
+            self._forget()
+            call(pipe)
+
+        return make
+
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments of a forward with noised images in the place of its samples."""
+        bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
+        name = next(iter(bound.arguments))
+        sample = bound.arguments[name]
+        time = timestep_of(denoiser, args, kwargs)[0].item()
+        if not self.count:
+            self._begin(sample, time)
+        timestep = self._on_grid(time)
+        places = range(self.start, self.start + self.count)
+        chosen = self.images[[place % len(self.images) for place in places]]
+        chosen = chosen.to(sample.device, torch.float32)
+        noise = self._noise(timestep.item()).to(sample.device)
+        read = noised(self.pipe.scheduler, chosen, noise, timestep)
+        repeats = (self.copies, *(1,) * (sample.dim() - 1))
+        bound.arguments[name] = read.to(sample.dtype).repeat(repeats)
+        return bound.args, bound.kwargs
+
+    def _begin(self, sample: torch.Tensor, time: float) -> None:
+        """See from the first forward of a call how it gives samples and timesteps."""
+        shape, wanted = tuple(self.images.shape[1:]), tuple(sample.shape[1:])
+        if shape != wanted:
+            raise InputError(f"images must have the shape {wanted} each, not {shape}")
+        self.copies = _copies(sample)
+        self.count = len(sample) // self.copies
+        # Flow models are given times from 0 to 1.
+        of_one = time <= 1 < self.pipe.scheduler.timesteps.max().item()
+        self.scale = float(TRAINING_TIMESTEPS) if of_one else 1.0
+        self.draws = [
+            torch.Generator().manual_seed(self.seed * 1_000_003 + self.start + place)
+            for place in range(self.count)
+        ]
+
+    def _on_grid(self, time: float) -> torch.Tensor:
+        """Return the scheduler's timestep that a denoiser was given."""
+        timesteps = self.pipe.scheduler.timesteps
+        distances = (timesteps.double() - self.scale * time).abs()
+        nearest = distances.argmin()
+        if distances[nearest] > OFF_GRID * timesteps[nearest].abs():
+            raise InputError(
+                f"calls must take the denoiser along the timesteps of the pipeline's scheduler, "
+                f"and {time} is none of them"
+            )
+        found: torch.Tensor = timesteps[nearest]
+        return found
+
+    def _noise(self, time: float) -> torch.Tensor:
+        """Return the noise of each image at a timestep, the same when it is visited again."""
+        if time not in self.noise:
+            shape = self.images.shape[1:]
+            drawn = [torch.randn(shape, generator=draw) for draw in self.draws]
+            self.noise[time] = torch.stack(drawn)
+        return self.noise[time]
+
+
+def _copies(sample: torch.Tensor) -> int:
+    """Return how often the rows of a sample are repeated, as for the branches of guidance."""
+    for copies in range(len(sample), 1, -1):
+        if len(sample) % copies == 0:
+            first = sample[: len(sample) // copies]
+            if torch.equal(sample, first.repeat(copies, *(1,) * (sample.dim() - 1))):
+                return copies
+    return 1
+
+
+def _check(pipe: DiffusionPipeline, images: torch.Tensor) -> None:
+    """Raise InputError unless images can be noised for a pipeline."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "add_noise") and not hasattr(scheduler, "scale_noise"):
+        raise InputError(
+            f"pipe must have a scheduler that can add noise; that of {type(pipe).__name__} is "
+            f"{'missing' if scheduler is None else type(scheduler).__name__}"
+        )
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        raise InputError("images must be a floating-point tensor, in the denoiser's own range")
+    if images.dim() < 2 or not images.numel():
+        raise InputError(
+            f"images must have the shape (count, ...) with a count of 1 or more, not "
+            f"{tuple(images.shape)}"
+        )
+    if not images.isfinite().all():
+        raise InputError("images must be finite")

@@ -1,0 +1,240 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from oracles import assert_same_bits
+
+from fpformats import exact, parse, quantize
+from fpformats.ops.blocks import (
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    NVFP4,
+    BlockFormat,
+    ScaleRule,
+    decode_blocks,
+    encode_blocks,
+    quantize_blocks,
+)
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+PRESETS = {
+    "MXFP8_E4M3": MXFP8_E4M3,
+    "MXFP8_E5M2": MXFP8_E5M2,
+    "MXFP6_E2M3": MXFP6_E2M3,
+    "MXFP6_E3M2": MXFP6_E3M2,
+    "MXFP4": MXFP4,
+    "MXINT8": MXINT8,
+    "NVFP4": NVFP4,
+}
+UNSIGNED = BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, ScaleRule.Max)
+
+
+def block_scale(block, fmt, tensor_scale):
+    """The scale of a list of floats, by the definition in rationals."""
+    magnitudes = [abs(Fraction(v)) if fmt.element.signed else max(Fraction(v), 0) for v in block]
+    largest = max(magnitudes)
+    reach = Fraction(2) ** fmt.element.max_exponent
+    if fmt.rule in (ScaleRule.RCeil, ScaleRule.Max):
+        reach = fmt.element.exact_max
+    rounding = {
+        "Floor": "TowardZero",
+        "Ceil": "TowardPositive",
+        "Nearest": "NearestTiesToEven",
+        "RCeil": "TowardPositive",
+        "Max": "NearestTiesToEven",
+    }[fmt.rule]
+    return float(exact.quantize(largest / reach / tensor_scale, fmt.scale, rounding))
+
+
+def by_definition(x, fmt):
+    """Rows of float32 along the last axis, block by block."""
+    tensor_scale = np.float32(1)
+    if fmt.tensor_scale and np.abs(x).max() > 0:
+        tensor_scale = np.float32(np.float64(np.abs(x).max()) / (fmt.element.max * fmt.scale.max))
+    result = np.empty_like(x)
+    for index in np.ndindex(x.shape[:-1]):
+        for start in range(0, x.shape[-1], fmt.size):
+            place = (*index, slice(start, start + fmt.size))
+            block = x[place]
+            scale = block_scale(block.tolist(), fmt, Fraction(float(tensor_scale)))
+            total = np.float32(scale) * tensor_scale
+            v = block / (total if total else np.float32(math.inf))
+            q = [float(exact.quantize(float(number), fmt.element)) for number in v]
+            result[place] = np.array(q, dtype=np.float32) * total
+    return result
+
+
+def random_blocks(shape, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal(shape) * 2.0 ** generator.integers(-12, 12, shape)
+    x[..., :3] = 0
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("rule", ScaleRule)
+@pytest.mark.parametrize("fmt", [*PRESETS.values(), UNSIGNED], ids=[*PRESETS, "unsigned"])
+def test_blocks_are_as_defined(fmt, rule):
+    fmt = BlockFormat(fmt.element, fmt.scale, fmt.size, rule, fmt.tensor_scale, fmt.twos_complement)
+    x = random_blocks((3, 2 * fmt.size + 7))
+    expected = by_definition(x, fmt)
+    for array in (x, torch.from_numpy(x)):
+        assert_same_bits(quantize_blocks(array, fmt), expected)
+        blocks = encode_blocks(array, fmt)
+        assert tuple(blocks.codes.shape) == x.shape
+        assert tuple(blocks.scales.shape) == (3, -(-x.shape[1] // fmt.size))
+        np.testing.assert_array_equal(decode_blocks(blocks, fmt), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "MXINT8"])
+def test_blocks_lie_along_any_axis(name, axis):
+    fmt, x = PRESETS[name], random_blocks((5, 40, 33), seed=1)
+    expected = np.moveaxis(quantize_blocks(np.moveaxis(x, axis, -1), fmt), -1, axis)
+    assert_same_bits(quantize_blocks(x, fmt, axis), expected)
+    tensor = torch.from_numpy(x)
+    assert_same_bits(quantize_blocks(tensor, fmt, axis), expected)
+    blocks = encode_blocks(tensor, fmt, axis)
+    np.testing.assert_array_equal(decode_blocks(blocks, fmt, axis), expected)
+
+
+def test_a_block_just_below_a_power_of_two_keeps_its_scale():
+    # float32 log2 gives 3 for 8 - 2**-21, and so a scale twice too large.
+    x = np.full(32, 8 - 2**-21, dtype=np.float32)
+    assert encode_blocks(x, MXFP4).scales.tolist() == [127]
+    assert (quantize_blocks(x, MXFP4) == 6).all()
+
+
+def test_scales_that_are_subnormal_are_used():
+    x = np.zeros(32, dtype=np.float32)
+    x[0], x[16:] = 6 * 448, 6 * 2**-8
+    blocks = encode_blocks(x, NVFP4)
+    assert float(blocks.tensor_scale) == 1
+    assert blocks.scales.tolist() == [0x7E, 0x02]  # 448, and the subnormal 2**-8
+    assert_same_bits(decode_blocks(blocks, NVFP4), x)
+    tiny = np.full(32, 2.0**-126, dtype=np.float32)
+    assert encode_blocks(tiny, MXFP8_E4M3).scales.tolist() == [0]  # 2**-127, subnormal in float32
+    assert_same_bits(quantize_blocks(tiny, MXFP8_E4M3), tiny)
+
+
+def test_integers_are_twos_complement():
+    x = np.array([1.0, -1.0, 127 / 64, -127 / 64, 0.0, -1 / 64], dtype=np.float32)
+    blocks = encode_blocks(x, MXINT8)
+    assert blocks.codes.tolist() == [64, 192, 127, 129, 0, 255]
+    assert blocks.codes.astype(np.int8).tolist() == [64, -64, 127, -127, 0, -1]
+    assert blocks.scales.tolist() == [127]
+    assert decode_blocks(blocks, MXINT8).tolist() == x.tolist()
+    lowest = blocks._replace(codes=np.array([128], np.uint8))
+    assert decode_blocks(lowest, MXINT8).tolist() == [-2.0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_zeros_nan_and_infinity(name):
+    fmt = PRESETS[name]
+    zeros = np.zeros(2 * fmt.size, np.float32)
+    assert (quantize_blocks(zeros, fmt) == 0).all()
+    assert encode_blocks(np.zeros((2, 0), np.float32), fmt).codes.shape == (2, 0)
+    x = zeros + 1
+    x[0] = math.nan
+    ones = quantize_blocks(zeros + 1, fmt)
+    for array in (x, torch.from_numpy(x)):
+        decoded = np.asarray(decode_blocks(encode_blocks(array, fmt), fmt))
+        assert np.isnan(decoded[: fmt.size]).all()
+        assert (decoded[fmt.size :] == ones[fmt.size :]).all()
+    x[0] = math.inf
+    assert not np.isnan(quantize_blocks(x, fmt)).any()
+
+
+def test_nan_without_a_code_anywhere_is_refused():
+    fmt = BlockFormat(parse("E2M1"), parse("E4M3U"), 16)
+    with pytest.raises(ValueError, match="x contains NaN, which the scales' format E4M3U"):
+        encode_blocks(np.full(16, math.nan), fmt)
+
+
+def test_what_blocks_cannot_do_is_refused():
+    x = np.ones(32, np.float32)
+    for words in ({"out": x}, {"packed": True}, {"clip_gradient": True}):
+        for function in (quantize_blocks, encode_blocks):
+            with pytest.raises(TypeError, match="unexpected keyword"):
+                function(x, MXFP4, **words)
+    for call in (
+        lambda: quantize_blocks(x, "E2M1"),
+        lambda: encode_blocks(x, parse("E2M1")),
+        lambda: BlockFormat("E2M1", parse("E8M0"), 32),
+    ):
+        with pytest.raises(TypeError, match=r"'E2M1'|E2M1: 4 bits"):
+            call()
+    with pytest.raises(ValueError, match="there is one, and the format has none"):
+        decode_blocks(encode_blocks(x[:16], NVFP4), MXFP4)
+    with pytest.raises(ValueError, match="there is none, and the format has one"):
+        decode_blocks(encode_blocks(x[:16], MXFP4), NVFP4)
+    with pytest.raises(TypeError, match="bfloat16, which NumPy does not have"):
+        decode_blocks(encode_blocks(x, MXFP4), MXFP4, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_carrier_is_kept(dtype):
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = quantize_blocks(x, MXFP4)
+    assert q.dtype == dtype
+    wide = quantize_blocks(x.double(), MXFP4)
+    assert torch.equal(q.double(), wide)
+    assert decode_blocks(encode_blocks(x, MXFP4), MXFP4, dtype=dtype).dtype == dtype
+
+
+def test_policies_reach_the_elements():
+    x = np.full(32, 1.1, np.float32)
+    x[0] = 4.0
+    assert (quantize_blocks(x, MXFP4, rounding="TowardPositive")[1:] == 1.5).all()
+    drawn = quantize_blocks(x, MXFP4, rounding="StochasticA", random=1)
+    assert_same_bits(drawn, quantize(x, MXFP4.element, rounding="StochasticA", random=1))
+
+
+def test_the_gradient_passes_straight_through():
+    x = torch.randn(64, requires_grad=True)
+    (quantize_blocks(x, NVFP4) * torch.arange(64)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(64.0))
+
+
+def test_blocks_compile():
+    x = torch.randn(3, 40)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: quantize_blocks(x, MXFP4), fullgraph=True)(x)
+    assert torch.equal(compiled, quantize_blocks(x, MXFP4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "size is 0; it must be a positive integer"),
+        ({"size": True}, "size is True"),
+        ({"rule": "Up"}, "rule is 'Up'; allowed: Floor, Ceil, Nearest, RCeil, Max"),
+        ({"twos_complement": True}, "element is E2M1; two's complement is for signed E0My"),
+    ],
+)
+def test_impossible_compositions_are_refused(arguments, message):
+    options = {"element": parse("E2M1"), "scale": parse("E8M0"), "size": 32} | arguments
+    with pytest.raises(ValueError, match=message):
+        BlockFormat(**options)
+
+
+def test_bad_input_is_refused():
+    x = np.ones((2, 32))
+    with pytest.raises(TypeError, match="x is a float"):
+        encode_blocks(1.0, MXFP4)
+    with pytest.raises(TypeError, match="x has dtype int64"):
+        encode_blocks(np.ones(3, np.int64), MXFP4)
+    for axis in (2, -3, 1.0):
+        with pytest.raises(ValueError, match=r"axis is .*; x has 2 dimensions"):
+            quantize_blocks(x, MXFP4, axis)
+    blocks = encode_blocks(x, MXFP4)
+    with pytest.raises(ValueError, match=r"blocks.scales has shape .*; the codes need \(2, 1\)"):
+        decode_blocks(blocks._replace(scales=blocks.scales[:1]), MXFP4)
+    with pytest.raises(ValueError, match="float32 cannot hold"):
+        decode_blocks(blocks, BlockFormat(parse("FP64"), parse("E8M0"), 32), dtype="float16")

@@ -1,0 +1,397 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel
+from families import ENDS, FAMILIES, call, cast, images, make, pipeline, quantized
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fpformats import parse
+from msfp import (
+    InputError,
+    MSFPConfig,
+    QuantizationConfig,
+    QuantLinear,
+    RefinementConfig,
+    quantize,
+    seal,
+)
+from msfp.layers.attention import OPERANDS, attention_products
+from msfp.layers.formats import LayerFormats
+from msfp.layers.packed import sealed_layers
+from msfp.pipelines.denoiser import denoiser_name, denoiser_of
+
+SPLIT = {"unet", "conditional_unet", "xl_unet"}
+"""Families with layers that read a concatenation as it is, and find a signed format for it."""
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+LOAD_ALL = """
+import os, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+import msfp
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+from families import FAMILIES, call, images
+from test_diffusers_quantizer import DTYPES, load_pipeline, denoiser_of
+
+torch.set_num_threads(int(sys.argv[3]))
+outputs = {}
+for family in FAMILIES:
+    for name, dtype in DTYPES.items():
+        pipe = load_pipeline(Path(sys.argv[2]) / family, torch_dtype=dtype)
+        outputs[f"{family} {name} images"] = images(pipe).contiguous()
+        outputs[f"{family} {name} prediction"] = call(denoiser_of(pipe)).contiguous()
+save_file(outputs, Path(sys.argv[2]) / "outputs.safetensors")
+"""
+
+
+def load_pipeline(folder, **arguments):
+    """Load a pipeline with nothing but diffusers; components that are None must be passed."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """A folder, and a pipeline of each family that was saved to it, quantized in every way."""
+    every = RefinementConfig(split_inputs=True, branch_rank=1, samples=32)
+    folder = tmp_path_factory.mktemp("families")
+    pipes = {}
+    for family in FAMILIES:
+        pipes[family] = pipeline(family, folder / f"{family} vocabulary")
+        quantized(denoiser_of(pipes[family]), refine=every, attention=4)
+        pipes[family].save_pretrained(folder / family)
+    return folder, pipes
+
+
+@pytest.fixture(scope="module")
+def outputs_elsewhere(pipelines):
+    """What a new process makes of the saved pipelines."""
+    folder, _ = pipelines
+    places = (__file__, families.__file__)
+    folders = os.pathsep.join(str(Path(place).parent) for place in places)
+    arguments = [folders, str(folder), str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", LOAD_ALL, *arguments], check=True)  # noqa: S603
+    return load_file(folder / "outputs.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_process_gives_the_same_bits(pipelines, outputs_elsewhere, family, dtype):
+    pipe = copy.deepcopy(pipelines[1][family])
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            cast(component, DTYPES[dtype])
+    prediction = call(denoiser_of(pipe))
+    assert prediction.dtype == DTYPES[dtype]
+    assert prediction.isfinite().all()
+    assert torch.equal(prediction, outputs_elsewhere[f"{family} {dtype} prediction"])
+    assert torch.equal(images(pipe), outputs_elsewhere[f"{family} {dtype} images"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_is_quantized_and_the_ends_to_eight_bits(pipelines, family):
+    denoiser = denoiser_of(pipelines[1][family])
+    layers = sealed_layers(denoiser)
+    plain = make(family)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    assert layers.keys() == {n for n, m in plain.named_modules() if isinstance(m, kinds)}
+    assert {n for n, layer in layers.items() if layer.formats.weight.bits == 8} == ENDS[family]
+    assert {n for n, layer in layers.items() if layer.formats.input.bits == 8} == ENDS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
+    folder, pipes = pipelines
+    denoiser = denoiser_of(pipes[family])
+    expected = 0
+    layers = sealed_layers(denoiser)
+    for layer in layers.values():
+        expected += layer.weight_shape.numel() * layer.formats.weight.bits / 8
+        expected += 4 * (len(layer.weight_scale) + layer.input_scale.numel() + 1)
+        if layer.branch_up is not None:
+            expected += 2 * (layer.branch_down.numel() + layer.branch_up.numel())
+    others = {k: v for k, v in make(family).state_dict().items()
+              if not (k.endswith(".weight") and k.removesuffix(".weight") in layers)}  # fmt: skip
+    expected += sum(tensor.nbytes for tensor in others.values())
+    component = denoiser_name(pipes[family])
+    file = folder / family / component / "diffusion_pytorch_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        held = sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    assert held == pytest.approx(expected, rel=0.05)
+
+
+def test_branches_are_stored_in_sixteen_bits_and_ask_for_no_gradient(pipelines):
+    folder, pipes = pipelines
+    with safe_open(folder / "unet" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys() if ".branch_" in key}  # noqa: SIM118
+    assert {factor.dtype for factor in stored.values()} == {torch.float16}
+    saved = denoiser_of(pipes["unet"]).state_dict()
+    loaded = dict(denoiser_of(load_pipeline(folder / "unet")).named_parameters())
+    for key, factor in stored.items():
+        assert torch.equal(loaded[key], saved[key])
+        assert torch.equal(factor.float(), saved[key])
+        assert not loaded[key].requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_split_inputs_and_attention_products_are_among_what_is_saved(pipelines, family):
+    folder, pipes = pipelines
+    denoiser = denoiser_of(pipes[family])
+    layers = sealed_layers(denoiser).values()
+    assert sum(layer.formats.branch_rank for layer in layers) > len(layers) / 2
+    assert any(layer.input_scale.numel() > 1 for layer in layers) == (family in SPLIT)
+    products = attention_products(denoiser)
+    assert products
+    again = denoiser_of(load_pipeline(folder / family))
+    assert attention_products(again).keys() == products.keys()
+    saved, loaded = (model.state_dict() for model in (denoiser, again))
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_quantized_as_they_are_loaded(tmp_path, family):
+    plain = make(family)
+    plain.save_pretrained(tmp_path / "plain")
+    config = MSFPConfig(weights=4)
+    loaded = type(plain).from_pretrained(tmp_path / "plain", quantization_config=config)
+    quantize(plain, QuantizationConfig(weights=4, activations=None))
+    seal(plain)
+    assert torch.equal(call(loaded), call(plain))
+    assert config.layers == {}
+    loaded.save_pretrained(tmp_path / "packed")
+    again = type(plain).from_pretrained(tmp_path / "packed")
+    assert torch.equal(call(again), call(plain))
+
+
+def test_weights_are_quantized_from_the_file_and_not_from_what_is_cast(tmp_path):
+    plain = make("unet")
+    plain.save_pretrained(tmp_path)
+    load = type(plain).from_pretrained
+    config = MSFPConfig(weights=8)
+    wide = load(tmp_path, quantization_config=config)
+    narrow = load(tmp_path, quantization_config=config, torch_dtype=torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    for name, layer in sealed_layers(narrow).items():
+        assert torch.equal(layer.codes, wide.get_submodule(name).codes)
+        assert torch.equal(layer.weight_scale, wide.get_submodule(name).weight_scale)
+        assert layer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("arguments", [
+    {"quant_mapping": {"unet": MSFPConfig(weights=4, exclude=["conv_in"])}},
+    {
+        "quant_backend": "msfp",
+        "quant_kwargs": {"weights": 4, "modules_to_not_convert": ["conv_in"]},
+        "components_to_quantize": ["unet"],
+    },
+])  # fmt: skip
+def test_a_pipeline_is_quantized_as_it_is_loaded(tmp_path, arguments):
+    pipeline("conditional_unet", tmp_path / "vocabulary").save_pretrained(tmp_path / "plain")
+    config = PipelineQuantizationConfig(**arguments)
+    pipe = load_pipeline(tmp_path / "plain", quantization_config=config)
+    assert type(pipe.unet.conv_in) is nn.Conv2d
+    assert type(pipe.unet.time_embedding.linear_1) is QuantLinear
+    assert not sealed_layers(pipe.vae)
+    before = images(pipe)
+    pipe.save_pretrained(tmp_path / "packed")
+    assert torch.equal(images(load_pipeline(tmp_path / "packed")), before)
+
+
+def test_an_autoencoder_can_be_packed_as_well(tmp_path):
+    pipeline("conditional_unet", tmp_path / "vocabulary").save_pretrained(tmp_path / "plain")
+    config = PipelineQuantizationConfig(
+        quant_backend="msfp",
+        quant_kwargs={"weights": 6, "first_last": 6},
+        components_to_quantize=["vae"],
+    )
+    pipe = load_pipeline(tmp_path / "plain", quantization_config=config)
+    assert len(sealed_layers(pipe.vae)) > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path, family):
+    denoiser = quantized(make(family), activations=None)
+    before = call(denoiser)
+    weights = {name: layer.quantized_weight() for name, layer in sealed_layers(denoiser).items()}
+    plain = denoiser.dequantize()
+    assert all(torch.equal(plain.get_submodule(n).weight, w) for n, w in weights.items())
+    torch.testing.assert_close(call(plain), before, rtol=1e-4, atol=1e-5)
+    assert [type(m) for m in plain.modules()] == [type(m) for m in make(family).modules()]
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    # Products of the last bit depend on where in memory the weights lie.
+    torch.testing.assert_close(call(loaded), before, rtol=1e-4, atol=1e-5)
+
+
+def test_dequantize_merges_branches_and_leaves_attention_as_it_was():
+    plain, branches = make("unet"), RefinementConfig("nearest", branch_rank=4)
+    branches = replace(branches, match_inputs=False, correct_bias="none")
+    config = {"activations": None, "weights": 4, "first_last": 4}
+    quantized(plain, **config, refine=branches, attention=8)
+    rounded, merged = quantized(make("unet"), **config), copy.deepcopy(plain).dequantize()
+    expected = call(make("unet"))
+    errors = [(call(model) - expected).square().mean() for model in (merged, rounded)]
+    assert 0 < errors[0] < errors[1]
+    assert not attention_products(merged)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in make("unet").modules()]
+    assert not any(module._forward_hooks for module in merged.modules())
+
+
+@pytest.mark.parametrize("arguments", [
+    {"device_map": "cpu"},
+    {"device_map": {"": "cpu"}},
+    {"disable_mmap": True},
+    {"quantization_config": MSFPConfig(weights=8)},
+])  # fmt: skip
+def test_other_ways_to_load_give_the_same_bits(tmp_path, arguments):
+    denoiser = quantized(make("unet"), weights=5, activations=3, first_last=7)
+    denoiser.save_pretrained(tmp_path)
+    loaded = type(denoiser).from_pretrained(tmp_path, **arguments)
+    assert torch.equal(call(loaded), call(denoiser))
+    assert loaded.config.quantization_config.to_dict()["weights"] == 5
+
+
+def test_modules_that_diffusers_keeps_in_float32_are_kept(tmp_path, monkeypatch):
+    denoiser = quantized(make("unet"))
+    denoiser.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(denoiser), "_keep_in_fp32_modules", ["time_embedding"])
+    loaded = type(denoiser).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    for layer, dtype in (
+        (loaded.time_embedding.linear_1, torch.float32),
+        (loaded.conv_in, torch.float16),
+    ):
+        assert layer.bias.dtype == layer.dtype == layer.weight.dtype == dtype
+
+
+def test_shards_are_checked_together(tmp_path):
+    denoiser = quantized(make("unet"))
+    denoiser.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(call(type(denoiser).from_pretrained(tmp_path)), call(denoiser))
+    tensors = load_file(shards[0])
+    with safe_open(shards[0], "pt") as opened:
+        says = opened.metadata()
+    next(iter(tensors.values())).view(torch.uint8).view(-1)[0] ^= 1
+    save_file(tensors, shards[0], says)
+    with pytest.raises(InputError, match="do not match their checksum"):
+        type(denoiser).from_pretrained(tmp_path)
+
+
+def test_errors_of_the_loader_say_what_is_wrong(tmp_path):
+    denoiser = quantized(make("unet"))
+    denoiser.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(OSError, match=r"Unable to load weights.*diffusion_pytorch_model"):
+        type(denoiser).from_pretrained(tmp_path)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="do not match their checksum"):
+        type(denoiser).from_pretrained(tmp_path)
+
+
+def test_no_pickle_is_written(tmp_path):
+    with pytest.raises(InputError, match="safe_serialization must be True"):
+        quantized(make("unet")).save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_an_open_denoiser_is_not_saved(tmp_path):
+    denoiser = make("unet")
+    quantize(denoiser, QuantizationConfig(), calibration=call)
+    with pytest.raises(InputError, match="'conv_in' has no packed codes: seal the denoiser"):
+        denoiser.save_pretrained(tmp_path)
+
+
+def test_inputs_are_not_quantized_without_calibration(tmp_path):
+    make("unet").save_pretrained(tmp_path)
+    load_unet = type(make("unet")).from_pretrained
+    for argument in ({"activations": 4}, {"refine": RefinementConfig()}, {"attention": 4}):
+        with pytest.raises(InputError, match=f"{next(iter(argument))} must be None.*msfp.quantize"):
+            load_unet(tmp_path, quantization_config=MSFPConfig(weights=4, **argument))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"weights": 9}, "weights must be between 3 and 8, not 9"),
+    ({"scheme": "fp"}, "scheme must be one of"),
+    ({"wieghts": 4}, r"unknown keys: \['wieghts'\]"),
+    ({"exclude": "conv_in"}, "exclude must be a list of names or globs, not 'conv_in'"),
+    ({"format_version": 2}, "format version 2, this msfp reads 1"),
+    ({"layers": []}, "layers must be a table"),
+    ({"products": []}, "products must be a table"),
+    ({"products": {"attn": {"query": "E2M1"}}}, "products of 'attn' must have query, key"),
+    ({"products": {"attn": dict.fromkeys(OPERANDS, "E9")}}, "query of 'attn' 'E9' is not a form"),
+    ({"refine": {"sweps": 1}}, "refine has no field 'sweps'"),
+    ({"refine": "best"}, "refine must be a RefinementConfig, 'auto' or None, not 'best'"),
+    ({"attention": 9}, "attention must be between 3 and 8, not 9"),
+    ({"entries": 0}, "entries must be a positive integer"),
+])  # fmt: skip
+def test_a_config_refuses_what_it_cannot_use(arguments, message):
+    with pytest.raises(InputError, match=message):
+        MSFPConfig(**arguments)
+
+
+def test_a_config_survives_json_and_shows_itself():
+    config = MSFPConfig(
+        weights=5,
+        first_last=5,
+        exclude=["a.*"],
+        refine=RefinementConfig(sweeps=2),
+        layers={"b": LayerFormats(parse("E2M2"), branch_rank=3).to_dict()},
+        products={"attn": dict.fromkeys(OPERANDS, "E2M1")},
+    )
+    again = MSFPConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.layers["b"].weight == parse("E2M2")
+    assert '"exclude"' in repr(config)
+
+
+def test_include_and_exclude_choose_layers_and_unknown_names_are_refused(tmp_path):
+    plain = make("conditional_unet")
+    plain.save_pretrained(tmp_path)
+    load = UNet2DConditionModel.from_pretrained
+    config = MSFPConfig(include=["down_blocks", "*.to_q"], exclude=["*.conv1"], first_last=4)
+    names = set(sealed_layers(load(tmp_path, quantization_config=config)))
+    assert "down_blocks.0.resnets.0.conv2" in names
+    assert "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" in names
+    assert not any(name.endswith("conv1") or name.startswith("conv_") for name in names)
+    for argument in ("include", "exclude"):
+        with pytest.raises(InputError, match=f"{argument} has 'no_such', which matches no layer"):
+            load(tmp_path, quantization_config=MSFPConfig(**{argument: ["no_such"]}))
+    with pytest.raises(InputError, match="no layer that include and exclude leave"):
+        load(tmp_path, quantization_config=MSFPConfig(exclude=["*"]))
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path):
+    plain = make("unet")
+    with torch.no_grad():
+        plain.conv_out.weight[0, 0, 0, 0] = torch.inf
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the weight of layer 'conv_out' is not finite"):
+        type(plain).from_pretrained(tmp_path, quantization_config=MSFPConfig(weights=4))
+
+
+def test_loading_leaves_the_random_numbers_of_the_process_alone(tmp_path):
+    denoiser = quantized(make("unet"))
+    denoiser.save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    type(denoiser).from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)

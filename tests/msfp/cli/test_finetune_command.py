@@ -1,0 +1,391 @@
+import html
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from tiny import tiny_pipeline
+
+from msfp import load
+from msfp.cli import finetuning_run
+from msfp.cli.main import main
+from msfp.experiments.reference.digits import digits
+from msfp.layers.lora import time_embedding
+from msfp.layers.packed import sealed_layers
+from msfp.training import finetuning, processes
+from msfp.training.state import TrainingState
+
+SAMPLING = ["--sampler-steps", "3", "--sampler-batch", "4", "--count", "8", "--held-out", "4"]
+SHORT = [*SAMPLING, "--steps", "4", "--batch", "6", "--rank", "2", "--evaluate-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a full-precision pipeline, and that of the quantized one, to nearest."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_pipeline().save_pretrained(folder / "full")
+    command = ["quantize", folder / "full", "--output", folder / "quantized", "--steps", "3"]
+    assert main([*map(str, command), "--no-refine", "--count", "4", "--batch", "4"]) == 0
+    return folder / "full", folder / "quantized"
+
+
+def words(folders, output, *more):
+    full, quantized = folders
+    command = ["finetune", quantized, "--teacher", full, "--output", output, *SHORT, *more]
+    return [str(word) for word in command]
+
+
+def finetuned(folders, output, *more):
+    return main(words(folders, output, *more))
+
+
+def numbers(output):
+    return json.loads((output / "finetuning.json").read_text())
+
+
+def assert_same_codes(one, other):
+    expected, found = (load(output).unet.state_dict() for output in (one, other))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """A function that has the next runs interrupted once a state of some number is saved."""
+    save, saved = TrainingState.save, []
+
+    def stop_at(number):
+        def save_and_stop(self, file, **facts):
+            save(self, file, **facts)
+            saved.append(file)
+            if len(saved) == number:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(TrainingState, "save", save_and_stop)
+
+    yield stop_at
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def nothing_recorded(monkeypatch):
+    def recorded(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(finetuning_run, "record_trajectories", recorded)
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """The output of a run that was not interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "tuned"
+    assert finetuned(folders, output, "--hub", "2", "--power", "1", "--save-every", "1") == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    """The output of a run of one process with a single LoRA."""
+    output = tmp_path_factory.mktemp("alone") / "tuned"
+    assert finetuned(folders, output) == 0
+    return output
+
+
+def test_it_writes_a_checkpoint_that_loads_with_its_hub_and_router(whole):
+    pipe = load(whole)
+    assert all(layer.entries == 2 for layer in sealed_layers(pipe.unet).values())
+    assert pipe.unet.router.kind == "learned"
+    assert not list(whole.parent.glob("*.state*"))
+
+
+def test_its_report_has_errors_images_routing_and_the_curve_of_training(whole):
+    page = (whole / "report.html").read_text()
+    for part in ("Images from equal noise", "Error by timestep", "Training", "Routing"):
+        assert f"<h2>{part}</h2>" in page
+    assert page.count("data:image/png;base64") == 4
+    found = numbers(whole)
+    assert [row["name"] for row in found["rows"]] == ["quantized", "fine-tuned"]
+    assert all(len(row["errors"]) == 3 for row in found["rows"])
+    assert len(found["losses"]) == 4
+    assert set(found["held_out_errors"]) == {"0", "2", "4"}
+    assert found["rows"][-1]["best"] > 0
+    assert len(found["routing"]) == len(sealed_layers(load(whole).unet))
+
+
+def test_its_report_says_how_it_was_run(folders, whole):
+    full, quantized = folders
+    run = {
+        "checkpoint": str(quantized),
+        "teacher": str(full),
+        "sampler": "DDIMScheduler",
+        "sampler_steps": 3,
+        "sampler_batch": 4,
+        "guidance_scale": None,
+        "count": 8,
+        "held_out": 4,
+        "seed": 100,
+        "dtype": "float32",
+    }
+    assert numbers(whole)["run"] == run
+    page = (whole / "report.html").read_text()
+    for key, value in run.items():
+        assert f"<td>{key}</td><td>{value}</td>" in page
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_codes(
+    folders, whole, tmp_path, stopped_at, capsys
+):
+    output, state = tmp_path / "tuned", tmp_path / "tuned.state"
+    options = ["--hub", "2", "--power", "1", "--save-every", "1"]
+    stopped_at(2)
+    assert finetuned(folders, output, *options) == 130
+    assert f"{state} is there, whole" in capsys.readouterr().err
+    record = json.loads((state / "run.json").read_text())
+    assert record["seconds"]["fine-tuned"] > 0
+    record["seconds"]["fine-tuned"] += 600
+    (state / "run.json").write_text(json.dumps(record))
+    assert finetuned(folders, output, *options) == 2
+    assert "give --resume, or delete the folder" in capsys.readouterr().err
+    assert finetuned(folders, output, *options, "--resume") == 0
+    assert not state.exists()
+    assert_same_codes(whole, output)
+    assert 10 < numbers(output)["rows"][-1]["minutes"] < 20
+
+
+@pytest.mark.slow
+def test_a_killed_command_is_resumed_to_the_same_codes(folders, tmp_path):
+    options = ["--steps", "30", "--save-every", "4", "--evaluate-every", "15"]
+    assert finetuned(folders, tmp_path / "whole", *options) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "msfp.cli.main",
+        *words(folders, tmp_path / "killed", *options),
+    ]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | threads)  # noqa: S603
+    state = tmp_path / "killed.state" / "fine-tuned.safetensors"
+    until = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert state.exists()
+    assert finetuned(folders, tmp_path / "killed", *options, "--resume") == 0
+    assert_same_codes(tmp_path / "whole", tmp_path / "killed")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
+
+
+LADDER = ["quantized", "scales, biases and norms alone", "single LoRA", "hub of 2", "fine-tuned"]
+COMPARE = ["--hub", "2", "--power", "1", "--compare", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def compared(folders, tmp_path_factory):
+    """The output of a comparison that was not interrupted, and the configs it trained by."""
+    output, configs = tmp_path_factory.mktemp("compared") / "tuned", []
+
+    def spy(denoiser, path, config, **options):
+        configs.append(config)
+        return finetuning.finetune(denoiser, path, config, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning_run, "finetune", spy)
+        assert finetuned(folders, output, *COMPARE) == 0
+    return output, configs
+
+
+def test_comparing_trains_without_each_ingredient(compared):
+    output, configs = compared
+    rows = numbers(output)["rows"]
+    assert [row["name"] for row in rows] == LADDER
+    told = [(config.rates.adapters > 0, config.hub, config.denoising_power) for config in configs]
+    assert told == [(False, 1, 0), (True, 1, 0), (True, 2, 0), (True, 2, 1)]
+    errors = [sum(row["errors"]) for row in rows]
+    assert len(set(errors)) == len(errors)
+    assert min(errors[1:]) < errors[0]
+    assert [row["minutes"] > 0 for row in rows] == [False, True, True, True, True]
+
+
+def test_an_interrupted_comparison_goes_on_inside_the_rung_where_it_was(
+    folders, compared, tmp_path, stopped_at, monkeypatch
+):
+    output, steps = tmp_path / "tuned", []
+    stopped_at(3)  # a rung saves two states
+    assert finetuned(folders, output, *COMPARE) == 130
+    state = tmp_path / "tuned.state"
+    assert {file.name for file in state.iterdir()} == {
+        "run.json",
+        "scales-biases-and-norms-alone.images.safetensors",
+        "single-LoRA.safetensors",
+    }
+    monkeypatch.undo()
+    tuned = finetuning_run.Tuning.tuned
+
+    def counted(self, config, **options):
+        pipe, history, seconds = tuned(self, config, **options)
+        steps.append((options["resume"], len(history.losses)))
+        return pipe, history, seconds
+
+    monkeypatch.setattr(finetuning_run.Tuning, "tuned", counted)
+    assert finetuned(folders, output, *COMPARE, "--resume") == 0
+    assert steps == [(True, 4), (False, 4), (False, 4)]
+    assert not state.exists()
+    assert_same_codes(compared[0], output)
+    for row, other in zip(numbers(output)["rows"], numbers(compared[0])["rows"], strict=True):
+        assert {**row, "minutes": 0} == {**other, "minutes": 0}
+    assert (output / "report.html").read_text().count("data:image/png;base64") == 4
+
+
+def test_what_interrupts_before_the_first_state_leaves_nothing(folders, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning_run, "finetune", interrupted)
+    assert finetuned(folders, tmp_path / "tuned") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_that_brings_nothing_is_said_to(folders, tmp_path, capsys):
+    rates = [f"--rate={group}=1" for group in ("adapters", "weight_scales", "input_scales")]
+    assert finetuned(folders, tmp_path / "tuned", *rates, "--temperature", "2", "0.5") == 0
+    note = "'fine-tuned' is what its training began with: no later held-out error was lower."
+    assert note in capsys.readouterr().out
+    assert html.escape(note) in (tmp_path / "tuned" / "report.html").read_text()
+    found = numbers(tmp_path / "tuned")
+    assert found["rows"][-1]["best"] == 0
+    assert found["config"]["rates"]["weight_scales"] == 1.0
+    assert found["config"]["rates"]["norms"] == 2e-4
+    assert found["config"]["temperature"] == [2.0, 0.5]
+    assert found["config"]["cache_teacher"] is True
+
+
+def test_it_trains_on_images_where_it_is_given_a_folder_of_them(
+    folders, alone, tmp_path, stopped_at, capsys, monkeypatch
+):
+    for number, image in enumerate(digits()[0][:8, 0]):
+        pixels = (255 * (image + 1) / 2).round().byte().numpy()
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.png")
+    output, options = tmp_path / "tuned", ["--data", tmp_path / "data", "--save-every", "2"]
+    stopped_at(1)
+    assert finetuned(folders, output, *options) == 130
+    assert finetuned(folders, output, "--save-every", "2", "--resume") == 2
+    assert "its --data is " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert finetuned(folders, output, *options, "--resume") == 0
+    found = numbers(output)
+    assert found["run"]["data"] == str(tmp_path / "data")
+    assert found["rows"][0]["errors"] == numbers(alone)["rows"][0]["errors"]  # held out as ever
+    assert found["losses"] != numbers(alone)["losses"]
+    assert found["rows"][1]["best"] > 0
+
+
+def test_a_teacher_that_is_asked_at_each_step_gives_the_same(folders, alone, tmp_path):
+    assert finetuned(folders, tmp_path / "asked", "--no-cache-teacher", "--temperature", "1") == 0
+    asked = numbers(tmp_path / "asked")
+    told = [found["config"]["cache_teacher"] for found in (numbers(alone), asked)]
+    assert told == [True, False]
+    assert asked["config"]["temperature"] == [1.0, 1.0]
+    assert asked["losses"] == pytest.approx(numbers(alone)["losses"], rel=1e-2)
+
+
+@pytest.mark.usefixtures("nothing_recorded")
+def test_what_does_not_fit_is_refused_before_anything_is_recorded(
+    folders, whole, tmp_path, monkeypatch, capsys
+):
+    full, quantized = folders
+
+    def refused(message, *more, teacher=full, checkpoint=quantized):
+        assert finetuned((teacher, checkpoint), tmp_path / "tuned", *more) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("tuned*"))
+
+    pipe = tiny_pipeline()
+    DDIMPipeline(pipe.unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
+    refused("teacher's sampler must be that of", teacher=tmp_path / "other")
+    refused("nothing to resume", "--resume")
+    refused("prompts and labels must not be given", "--labels", "1")
+    refused("fine-tuned with a hub cannot be", checkpoint=whole)
+    refused("rate must be GROUP=VALUE", "--rate", "lora=1")
+    refused("not 'norms=fast'", "--rate", "norms=fast")
+    refused("not 'norms'", "--rate", "norms")
+    refused("rate of norms must be between 0 and 1, not 2.0", "--rate", "norms=2")
+    refused("temperature must be between 0.001 and 1000.0, not 0.0", "--temperature", "0")
+    refused("temperature must be the first and the last", "--temperature", "1", "2", "3")
+    groups = ("adapters", "weight_scales", "input_scales", "biases", "norms")
+    refused("something to be trained", *(f"--rate={group}=0" for group in groups))
+    refused("absent is not a folder", "--data", tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    refused("must be a folder to write in: Not a directory", "--tensorboard", tmp_path / "file")
+    monkeypatch.setattr(processes, "is_tensorboard_available", lambda: False)
+    refused("tensorboard must be installed", "--compare", "--tensorboard", tmp_path / "logs")
+    monkeypatch.setattr(time_embedding, "PROJECTIONS", ())
+    reads = ("--hub", "2", "--routing", "denoiser")
+    refused("routing must be learned or segments: UNet2DModel has no embedding", *reads)
+    monkeypatch.setattr(UNet2DModel, "_supports_gradient_checkpointing", False)
+    refused("checkpointing must be False", "--checkpointing")
+
+
+@pytest.mark.usefixtures("nothing_recorded")
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_recorded(
+    folders, tmp_path, capsys
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    for output, message in (
+        (tmp_path / "there", "not empty"),
+        ("/proc/foo/bar", "output /proc/foo/bar cannot be made"),
+        (tmp_path / ("x" * 250), "File name too long"),
+    ):
+        assert finetuned(folders, output) == 2
+        assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
+    folders, whole, tmp_path, stopped_at, capsys, request
+):
+    output, options = tmp_path / "tuned", ["--save-every", "2"]
+    stopped_at(1)
+    assert finetuned(folders, output, *options) == 130
+    request.getfixturevalue("nothing_recorded")
+    kept = {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
+    for more, message in (
+        (["--power", "1"], "its --power is 0.0, not 1.0"),
+        (["--seed", "7"], "its --seed is 100, not 7"),
+        (["--count", "12"], "its --count is 8, not 12"),
+        (["--compare"], "its --compare is False, not True"),
+        (["--rate", "norms=0"], "its --rate is [], not ['norms=0']"),
+    ):
+        assert finetuned(folders, output, *options, *more, "--resume") == 2
+        assert f"of a run with other settings: {message}" in capsys.readouterr().err
+    assert finetuned((folders[0], whole), output, *options, "--resume") == 2
+    assert "of a run with other settings: its checkpoint is" in capsys.readouterr().err
+    (tmp_path / "tuned.state" / "run.json").write_text("{")
+    assert finetuned(folders, output, *options, "--resume") == 2
+    assert "run.json is not of fine-tuning" in capsys.readouterr().err
+    (tmp_path / "tuned.state" / "run.json").write_bytes(kept[tmp_path / "tuned.state" / "run.json"])
+    assert kept == {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
+
+
+def test_processes_of_accelerate_write_what_one_does(folders, alone, tmp_path):
+    # With --cpu it launches one process; these are told by the environment that they have no GPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "msfp.cli.main"]
+    command = [*launch, *words(folders, tmp_path / "shared")]
+    variables = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training: fine-tuned") == 2
+    assert done.stdout.count("Fine-tuned: ") == 1
+    # Gradients are added up in another order.
+    losses = numbers(tmp_path / "shared")["losses"]
+    assert losses == pytest.approx(numbers(alone)["losses"], rel=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]

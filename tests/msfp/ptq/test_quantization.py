@@ -1,0 +1,451 @@
+import copy
+import json
+import math
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fpformats import quantize_blocks
+from fpformats.ops.blocks import MXFP4, MXFP8_E4M3, NVFP4
+from msfp import (
+    Calibration,
+    FinetuneConfig,
+    InputError,
+    MSFPConfig,
+    QuantizationConfig,
+    RefinementConfig,
+    Sampler,
+    Trajectories,
+    cache_weights,
+    calibrate,
+    finetune,
+    precompute_routing,
+    prompt_calls,
+    quantize,
+    record_trajectories,
+    refine,
+    reopen,
+    save,
+    seal,
+)
+from msfp.evaluation.metrics import noise_errors
+from msfp.layers.attention import OPERANDS, attention_products
+from msfp.layers.base import quantized_layers
+from msfp.layers.block import BlockLayer, block_layers
+from msfp.layers.trainable import open_layers
+from msfp.pipelines.denoiser import denoiser_name, denoiser_of, quantizable_layers
+
+GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"), 2) | {"dit": 4}
+"""Samples in a forward of each family's fixed call: both branches of classifier-free guidance.
+
+The unconditional pipeline makes two images, and that of classes, too; that of Flux has no branches.
+"""
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp_path):
+    pipe = families.pipeline(family, tmp_path / "text")
+    denoiser = denoiser_of(pipe)
+    plain = quantizable_layers(denoiser)
+    before = families.images(pipe)
+    batches = []
+    handle = next(iter(plain.values())).register_forward_pre_hook(
+        lambda _layer, args: batches.append(len(args[0]))
+    )
+    summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
+    handle.remove()
+    # Two steps to calibrate and record, all that was recorded to look for concatenations, and twice
+    # to refine by.
+    rows = GUIDED.get(family, 1)
+    assert batches == [rows] * 2 + [2 * rows, 2 * 2 * rows]
+    assert [summary.name for summary in summaries] == list(plain)
+    assert quantized_layers(denoiser).keys() == plain.keys()
+    seal(denoiser)
+    after = families.images(pipe)
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+    save(denoiser, tmp_path / "denoiser")
+    pipe.register_modules(
+        **{denoiser_name(pipe): type(denoiser).from_pretrained(tmp_path / "denoiser")}
+    )
+    assert torch.equal(families.images(pipe), after)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("conditional_unet", {"SiLU"}),
+        ("pixart", {"SiLU", "GELU"}),
+        ("sd3", {"SiLU", "GELU"}),
+        ("flux", {"SiLU", "GELU"}),
+    ],
+)
+def test_the_report_names_the_activation_before_asymmetric_inputs(family, names, tmp_path):
+    pipe = families.pipeline(family, tmp_path / "text")
+    summaries = quantize(pipe, QuantizationConfig(refine=None), calibration=families.images)
+    reasons = {summary.reason for summary in summaries if summary.asymmetric}
+    assert names <= reasons <= names | {"data"}
+    assert all(summary.reason is None for summary in summaries if not summary.asymmetric)
+    for summary in summaries:
+        # GEGLU multiplies after its GELU, and attention after its softmax.
+        if summary.name.endswith(("net.2", "to_out.0")) and family == "conditional_unet":
+            assert summary.activation is None
+
+
+def test_prompts_are_encoded_and_sampled_with_both_branches_of_guidance(tmp_path):
+    pipe = families.pipeline("conditional_unet", tmp_path)
+    arguments = {"height": 16, "width": 16}
+    calls = prompt_calls(["a", "a a"], steps=3, **arguments)
+    calibration = calibrate(pipe, calls)
+    assert list(calibration.timesteps.values()) == [2] * 3
+    text = next(name for name in calibration.inputs if name.endswith("attn2.to_k"))
+    # Two prompts, three steps and two branches, of 5 tokens of width 8.
+    assert calibration.inputs[text].count == 2 * 3 * 2 * 5 * 8
+    unguided = calibrate(pipe, prompt_calls(["a", "a a"], steps=3, guidance_scale=1, **arguments))
+    assert unguided.inputs[text].count == calibration.inputs[text].count / 2
+
+
+def test_class_labels_are_sampled_like_prompts(tmp_path):
+    pipe = families.pipeline("dit", tmp_path)
+    calibration = calibrate(pipe, prompt_calls([1, 7], steps=2))
+    assert set(calibration.timesteps.values()) == {2}
+
+
+def refinement_of(denoiser):
+    return denoiser.hf_quantizer.quantization_config.request.refine
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, RefinementConfig()),
+        ({"scheme": "signed"}, RefinementConfig()),
+        ({"activations": None}, RefinementConfig()),
+        ({"refine": None}, None),
+        ({"scheme": "int_mse"}, None),
+        ({"scheme": "mx"}, None),
+        ({"overrides": {"mid_block": {"scheme": "mx"}}}, None),
+        ({"scheme": "int_mse", "refine": {"rounding": "nearest"}}, RefinementConfig("nearest")),
+    ],
+)
+def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_floats(
+    config, expected
+):
+    denoiser, plain = families.make("unet"), families.make("unet")
+    quantize(denoiser, QuantizationConfig(**config), calibration=families.call)
+    assert refinement_of(denoiser) == expected
+    changed = [
+        name
+        for name, layer in open_layers(denoiser).items()
+        if not torch.equal(layer.weight, plain.get_submodule(name).weight)
+    ]
+    # Layers that round to nearest keep the full-precision weight while they are open.
+    assert bool(changed) == (expected is not None)
+
+
+def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
+    calls, made = Sampler(2, 4).calls(8, seed=3), []
+
+    def counted(call):
+        return lambda pipe: (made.append(call), call(pipe))
+
+    config = QuantizationConfig(
+        include=["mid_block", "up_blocks.0"], first_last=4, attention=5,
+        refine=RefinementConfig(samples=8),
+    )  # fmt: skip
+    once, twice = (copy.deepcopy(reference) for _ in range(2))
+    found = quantize(once, config, calibration=[counted(call) for call in calls])
+    assert made == calls
+    seen, paths = calibrate(twice, calls), record_trajectories(twice, calls)
+    assert found == quantize(twice, config, calibration=seen, trajectories=paths)
+    states = [pipe.unet.state_dict() for pipe in (once, twice)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
+    plain = families.make("unet")
+    calibration = calibrate(plain, families.call)
+    paths = record_trajectories(plain, families.call)
+    with pytest.raises(InputError, match="refine needs calls of the pipeline as calibration, or"):
+        config = QuantizationConfig(refine=RefinementConfig())
+        quantize(plain, config, calibration=calibration)
+    with pytest.raises(InputError, match="attention needs calls"):
+        quantize(plain, QuantizationConfig(attention=4), calibration=calibration)
+    with pytest.raises(InputError, match="refine must be None where layers are in block formats"):
+        config = QuantizationConfig(scheme="mx", refine=RefinementConfig())
+        quantize(plain, config, calibration=families.call)
+    assert not quantized_layers(plain)
+    rounded, refined, at_once = (copy.deepcopy(plain) for _ in range(3))
+    quantize(rounded, QuantizationConfig(), calibration=calibration)
+    assert refinement_of(rounded) is None
+    quantize(refined, QuantizationConfig(), calibration=calibration, trajectories=paths)
+    quantize(at_once, QuantizationConfig(), calibration=families.call)
+    assert torch.equal(families.call(refined), families.call(at_once))
+    assert not torch.equal(families.call(refined), families.call(rounded))
+
+
+def test_everything_beyond_the_paper_is_done_in_one_call():
+    denoiser = families.make("unet")
+    refinement = RefinementConfig(split_inputs=True, branch_rank=2, scales="diagonal")
+    config = QuantizationConfig(scheme="signed", refine=refinement, attention=5)
+    summaries = quantize(denoiser, config, calibration=families.call)
+    layers = open_layers(denoiser)
+    assert {layer.formats.branch_rank for layer in layers.values()} == {0, 2}
+    assert {layer.formats.input_granularity for layer in layers.values()} == {"tensor", "channel"}
+    assert all(
+        products[name].format.bits == 5
+        for products in attention_products(denoiser).values()
+        for name in OPERANDS
+    )
+    for summary in summaries:
+        assert summary.weight_format == str(layers[summary.name].weight_quantizer.format)
+        assert summary.weight_sqnr == summary.weight_choices[summary.weight_format]
+        assert summary.input_format == str(layers[summary.name].input_quantizer.format)
+
+
+def test_calls_that_cannot_be_recorded_together_are_calibrated_with_and_no_more():
+    def other(denoiser):
+        families.call(denoiser, timestep=3)
+
+    denoiser = families.make("unet")
+    with pytest.warns(UserWarning, match="rounded to nearest and not refined: all calls must take"):
+        quantize(denoiser, QuantizationConfig(), calibration=[families.call, other])
+    assert refinement_of(denoiser) is None
+    config = QuantizationConfig(refine=RefinementConfig())
+    with pytest.raises(InputError, match="all calls must take the sampler through the same"):
+        quantize(families.make("unet"), config, calibration=[families.call, other])
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_a_refinement_that_fails_leaves_the_denoiser_as_it_was(error):
+    def fail(name):
+        seen.append(name)
+        if seen.count(name) == 2:
+            raise error
+
+    seen = []
+    denoiser, plain = families.make("unet"), families.make("unet")
+    with pytest.raises(error):
+        quantize(denoiser, QuantizationConfig(), calibration=families.call, progress=fail)
+    assert not quantized_layers(denoiser)
+    assert torch.equal(families.call(denoiser), families.call(plain))
+
+
+class Network(nn.Module):
+    """A network of three kinds of layers that has no timestep, and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Conv1d(4, 64, 3, padding=1)
+        self.conv = nn.Conv2d(64, 64, (1, 3), padding=(0, 1))
+        self.out = nn.Linear(64, 4)
+        self.idle = nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.conv(F.silu(self.inner(x)).unsqueeze(2)).squeeze(2)
+        return self.out(F.gelu(hidden).mT)
+
+
+X = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(3))
+
+
+def drive(network):
+    """Run a network."""
+    return network(X)
+
+
+def test_a_plain_network_is_driven_by_a_function_and_idle_layers_are_left():
+    network = Network()
+    with pytest.warns(UserWarning, match="1 layers never ran .* full precision: idle"):
+        summaries = quantize(network, QuantizationConfig(), calibration=drive)
+    assert [(s.name, s.reason) for s in summaries] == [
+        ("inner", None), ("conv", "SiLU"), ("out", "GELU"),
+    ]  # fmt: skip
+    assert type(network.idle) is nn.Linear
+    # Without a layer of a known name, the first and the last to run have 8 bits.
+    bits = {s.name: network.get_submodule(s.name).weight_quantizer.format.bits for s in summaries}
+    assert bits == {"inner": 8, "conv": 4, "out": 8}
+
+
+def test_overrides_go_before_the_ends_and_later_ones_before_earlier_ones():
+    network = Network()
+    config = QuantizationConfig(
+        weights=5,
+        exclude=("idle",),
+        overrides={
+            "*": {"activations": 6},
+            "inner": {"weights": 3, "activations": None},
+            "con?": {"scheme": "int_mse", "granularity": "tensor"},
+        },
+    )
+    summaries = {s.name: s for s in quantize(network, config, calibration=drive)}
+    inner, conv, out = (network.get_submodule(name) for name in ("inner", "conv", "out"))
+    assert (inner.weight_quantizer.format.bits, inner.input_quantizer) == (3, None)
+    assert summaries["inner"].input_format is None
+    assert (summaries["conv"].weight_format, summaries["conv"].input_format) == ("E0M4", "E0M5")
+    assert len(conv.weight_quantizer.scale.unique()) == 1
+    assert (out.weight_quantizer.format.bits, out.input_quantizer.format.bits) == (8, 6)
+    assert len(out.weight_quantizer.scale.unique()) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"overrides": {"nothing": {"weights": 4}}}, "overrides has 'nothing', which matches no"),
+        ({"overrides": {"conv": {"weights": 2}}}, "weights must be between 3 and 8, not 2"),
+        ({"overrides": {"conv": {"scheme": "mx"}}, "weights": 5}, r"one of \(4, 6, 8\) with .*mx"),
+    ],
+)
+def test_overrides_that_cannot_be_met_are_refused_before_calibration(config, message):
+    network = Network()
+    with pytest.raises(InputError, match=message):
+        quantize(network, QuantizationConfig(**config), calibration=pytest.fail)
+    assert type(network.conv) is nn.Conv2d
+
+
+def test_weights_of_one_scale_do_worse_than_with_one_for_each_channel():
+    by_channel, by_tensor = (
+        quantize(
+            Network(), QuantizationConfig(granularity=granularity, exclude=("idle",)),
+            calibration=drive,
+        )
+        for granularity in ("channel", "tensor")
+    )  # fmt: skip
+    for channel, tensor in zip(by_channel, by_tensor, strict=True):
+        assert channel.weight_sqnr > tensor.weight_sqnr
+
+
+def test_a_summary_tells_what_the_other_choices_would_have_cost():
+    network = Network()
+    config = QuantizationConfig(exclude=("idle",))
+    summaries = quantize(network, config, calibration=drive)
+    conv = summaries[1]
+    assert list(conv.weight_choices) == ["E1M2", "E2M1", "E3M0"]
+    assert list(conv.input_choices) == [
+        "E1M2", "E2M1", "E3M0", "E1M3U", "E2M2U", "E3M1U", "E4M0U",
+    ]  # fmt: skip
+    assert conv.input_sqnr == max(conv.input_choices.values()) == conv.input_choices["E2M2U"]
+    assert conv.weight_sqnr == max(conv.weight_choices.values())
+    assert conv.signed_input_sqnr == max(list(conv.input_choices.values())[:3])
+    plain = json.loads(json.dumps([s.to_dict() for s in summaries], allow_nan=False))
+    assert plain[1]["input_choices"] == conv.input_choices
+
+
+def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer():
+    def broken(network):
+        network(torch.full((1, 4, 50), math.inf))
+
+    network = Network()
+    with pytest.raises(InputError, match="input of layer 'inner' had 200 numbers that are NaN or"):
+        quantize(network, QuantizationConfig(exclude=("idle",)), calibration=broken)
+    assert type(network.inner) is nn.Conv1d
+
+
+def test_activations_are_not_quantized_without_calibration():
+    with pytest.raises(InputError, match="calibration must be given, such as a function"):
+        quantize(Network(), QuantizationConfig(first_last=4))
+    with pytest.raises(InputError, match="no inputs for the layer 'conv'"):
+        known = Calibration({"inner": calibrate(Network(), drive).inputs["inner"]})
+        quantize(Network(), QuantizationConfig(first_last=4), calibration=known)
+
+
+@pytest.mark.parametrize("scheme", ["mx", "nvfp4"])
+def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
+    network = Network()
+    plain = copy.deepcopy(network)
+    inner = MXFP4 if scheme == "mx" else NVFP4
+    config = QuantizationConfig(scheme=scheme, exclude=("idle",))
+    summaries = quantize(network, config, calibration=drive)
+    assert all(isinstance(layer, BlockLayer) for layer in block_layers(network).values())
+    assert [s.weight_format for s in summaries] == [
+        "MXFP8_E4M3", "MXFP4" if scheme == "mx" else "NVFP4", "MXFP8_E4M3",
+    ]  # fmt: skip
+    assert [s.input_format for s in summaries] == [s.weight_format for s in summaries]
+
+    def rounded(layer, x, fmt, axis):
+        layer.weight.data = quantize_blocks(layer.weight.data, fmt, 1)
+        return layer(quantize_blocks(x, fmt, axis))
+
+    hidden = F.silu(rounded(plain.inner, X, MXFP8_E4M3, 1)).unsqueeze(2)
+    hidden = F.gelu(rounded(plain.conv, hidden, inner, 1).squeeze(2)).mT
+    assert torch.equal(network(X), rounded(plain.out, hidden, MXFP8_E4M3, -1))
+
+
+def test_block_formats_take_no_calibration_and_no_second_quantization():
+    network = Network()
+    config = QuantizationConfig(scheme="mx", exclude=("idle",), first=("inner",), last=("out",))
+    quantize(network, config)
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(network, config)
+
+
+def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(reference, tmp_path):
+    file = tmp_path / "state.safetensors"
+    calls = Sampler(2, 2).calls(4, seed=0)
+    first = copy.deepcopy(reference)
+    done = quantize(first, QuantizationConfig(), calibration=calibrate(first, calls, file=file))
+    again = quantize(
+        copy.deepcopy(reference), QuantizationConfig(), calibration=Calibration.load(file)
+    )
+    assert again == done
+
+
+def test_a_layer_that_no_module_holds_is_refused():
+    with pytest.raises(InputError, match=r"must hold its layers in a module.*: it is a Linear"):
+        quantize(nn.Linear(3, 3), QuantizationConfig(activations=None, first_last=4))
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"weights": 4}, {}, "config must be of the type QuantizationConfig, not dict"),
+        (MSFPConfig(), {}, "config must be of the type QuantizationConfig, not MSFPConfig"),
+        (
+            QuantizationConfig(),
+            {"calibration": "x.safetensors"},
+            r"calibration must be .* or what msfp\.calibrate returned, not 'x.safetensors'",
+        ),
+        (
+            QuantizationConfig(),
+            {"calibration": Trajectories(*torch.zeros(3, 1))},
+            r"calibration must be .* or what msfp\.calibrate returned, not Trajectories",
+        ),
+        (
+            QuantizationConfig(),
+            {"trajectories": Calibration({})},
+            "trajectories must be of the type Trajectories, not Calibration",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(config, arguments, message):
+    with pytest.raises(InputError, match=message):
+        quantize(families.make("unet"), config, **arguments)
+
+
+def test_a_pipeline_stands_for_its_denoiser_everywhere(reference):
+    pipe, tuned = copy.deepcopy(reference), copy.deepcopy(reference)
+    calls = Sampler(2, 2).calls(4, seed=0)
+    trajectories = record_trajectories(reference, calls)
+    calibration = calibrate(pipe, calls)
+    some = QuantizationConfig(include=["mid_block"], first_last=4, refine=None)
+    for each in (pipe, tuned):
+        quantize(each, some, calibration=calibration)
+    refine(pipe, trajectories, RefinementConfig(samples=2, positions=64, branch_rank=0))
+    seal(pipe)
+    cache_weights(pipe)
+    precompute_routing(pipe, trajectories.timesteps)
+    assert noise_errors(pipe, trajectories) == noise_errors(pipe.unet, trajectories)
+    reopen(pipe, reference)
+    assert open_layers(pipe.unet)
+    finetune(tuned, trajectories, FinetuneConfig(steps=1, batch=2, rank=1), teacher=reference)
+    assert not open_layers(tuned.unet)
+
+
+def test_a_denoiser_that_is_quantized_is_not_calibrated(quantized, sampler):
+    with pytest.raises(InputError, match="the denoiser is quantized already"):
+        calibrate(quantized()[0], sampler.calls(8, seed=0))

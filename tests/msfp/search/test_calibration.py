@@ -1,0 +1,132 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from calibrations import same
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fpformats.fitting.histogram import Sketch
+from msfp import Calibration, InputError
+from msfp.search.calibration import KEY
+
+
+def part(call, total=3, names=("a", "b"), seed=0, **fields):
+    """What one call saw: layers ran in this order, `b` after SiLU."""
+    draw = np.random.default_rng(seed + call)
+    inputs = {name: Sketch() for name in names}
+    for name in names:
+        inputs[name].update(draw.standard_normal(500).astype(np.float32))
+    return Calibration(
+        inputs, {"b": "SiLU"}, {900.0: 1, 100.0 + call: 2}, calls=[call], total=total, **fields
+    )
+
+
+def merged(*parts):
+    whole = Calibration({name: Sketch() for name in parts[0].inputs}, total=parts[0].total)
+    for each in parts:
+        whole.merge(each)
+    return whole
+
+
+def test_calls_merge_to_the_same_in_any_order():
+    whole = merged(*map(part, range(3)))
+    assert whole.calls == [0, 1, 2]
+    assert whole.timesteps == {900: 3, 100: 2, 101: 2, 102: 2}
+    assert whole.inputs["a"].count == 1500
+    for order in itertools.permutations(range(3)):
+        assert same(merged(*map(part, order)), whole)
+
+
+def test_layers_are_in_the_order_of_the_first_call():
+    swapped, plain = part(1, names=("b", "a")), part(2)
+    assert list(merged(plain, swapped).inputs) == ["b", "a"]
+    assert list(merged(swapped, plain, part(0)).inputs) == ["a", "b"]
+
+
+def test_a_call_is_never_counted_twice():
+    whole = merged(part(0), part(1))
+    with pytest.raises(InputError, match="call 1 is in both"):
+        whole.merge(part(1))
+
+
+def test_an_interrupt_leaves_a_call_in_every_layer_or_in_none(monkeypatch):
+    whole, add, added = merged(part(0)), Sketch._add_moments, []
+
+    def interrupted(sketch, *moments):
+        added.append(sketch)
+        if len(added) > 3:  # the first layer is done
+            raise KeyboardInterrupt
+        add(sketch, *moments)
+
+    monkeypatch.setattr(Sketch, "_add_moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        whole.merge(part(1))
+    monkeypatch.undo()
+    assert same(whole, merged(part(0)))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (part(1, names=("a", "b", "c")), "different denoisers: one alone has a layer 'c'"),
+        (part(1, total=4), "by different calls: 3 and 4 of them"),
+        (part(1, weights={900: 1}), "weigh timesteps differently"),
+        (part(1, description={"seed": 4}), "by different calls: seed none and 4"),
+    ],
+)
+def test_calibrations_that_do_not_belong_together_are_refused(other, message):
+    with pytest.raises(InputError, match=message):
+        part(0).merge(other)
+
+
+def test_a_saved_calibration_is_read_back_to_the_bit_and_can_be_merged_on(tmp_path):
+    weights = {900: 1024, 100: 1}
+    settings = {"weights": weights, "description": {"prompts": ["a", "b"], "guidance": None}}
+    first = part(0, **settings)
+    first.save(tmp_path / "state.safetensors")
+    again = Calibration.load(tmp_path / "state.safetensors")
+    assert same(again, first)
+    again.merge(part(1, **settings))
+    first.merge(part(1, **settings))
+    assert same(again, first)
+
+
+def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+    file = tmp_path / "state.safetensors"
+    for call in (0, 1):
+        part(call).save(file)
+        assert Calibration.load(file).calls == [call]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path):
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(InputError, match=r"state\.safetensors cannot be read: .*[Nn]o such file"):
+        Calibration.load(file)
+    part(0).save(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        Calibration.load(file)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match="not of a calibration"):
+        Calibration.load(file)
+    with pytest.raises(InputError, match="cannot be written"):
+        part(0).save(tmp_path / "absent" / "state.safetensors")
+
+
+def test_a_file_of_another_version_or_without_a_layer_is_refused(tmp_path):
+    file = tmp_path / "state.safetensors"
+    part(0).save(file)
+    with safe_open(file, framework="pt") as opened:
+        description = json.loads(opened.metadata()[KEY])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(tensors, file, {KEY: json.dumps(description | {"format_version": 9})})
+    with pytest.raises(InputError, match="has format version 9, this msfp reads 1"):
+        Calibration.load(file)
+    save_file({k: v for k, v in tensors.items() if k != "b.bins"}, file,
+              {KEY: json.dumps(description)})  # fmt: skip
+    with pytest.raises(InputError, match=r"cannot be read.*b\.bins"):
+        Calibration.load(file)
