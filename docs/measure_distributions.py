@@ -1,7 +1,7 @@
-"""Measure inputs of layers, and sketches of them: `python docs/measure_distributions.py`.
+"""Measure inputs of layers, and histograms of them: `python docs/measure_distributions.py`.
 
 Prints the table of docs/method.md, on negatives beside positives before and after activation
-functions, and that of docs/search.md, on how far off a search of a sketch is.
+functions, and that of docs/search.md, on how far off a search of a histogram is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, silu
 
 import msfp
 from fpformats import FloatFormat, parse
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import ZERO_POINTS, Choice, search
 from msfp.experiments.reference import ddim_pipeline
 from msfp.search.layer_search import float_formats, sqnr
@@ -34,14 +34,14 @@ def normal(deviation: float = 1.0) -> torch.Tensor:
     return deviation * torch.randn(COUNT, generator=torch.Generator().manual_seed(0))
 
 
-def sketch_of(x: torch.Tensor) -> Sketch:
-    """Return the sketch of a tensor."""
-    sketch = Sketch()
-    sketch.update(x)
-    return sketch
+def histogram_of(x: torch.Tensor) -> Histogram:
+    """Return the histogram of a tensor."""
+    histogram = Histogram()
+    histogram.update(x)
+    return histogram
 
 
-def energy(inputs: Sketch) -> float:
+def energy(inputs: Histogram) -> float:
     """Return the sum of squares of the negatives by that of the positives."""
     _, sums, squares = inputs.bins()
     return float(squares[sums < 0].sum() / squares[sums > 0].sum())
@@ -58,13 +58,13 @@ def gain(x: torch.Tensor) -> float:
 def negatives() -> Table:
     """Return the table of negatives beside positives."""
     table = Table("inputs", "energy of negatives by that of positives", "gain of unsigned, dB")
-    table.add_row("normal, standard deviation 1", f"{energy(sketch_of(normal())):.2f}", "")
+    table.add_row("normal, standard deviation 1", f"{energy(histogram_of(normal())):.2f}", "")
     for name, x in (
         ("the same after SiLU", silu(normal())),
         ("the same after GELU", gelu(normal())),
         ("standard deviation 3, after SiLU", silu(normal(3.0))),
     ):
-        table.add_row(name, f"{energy(sketch_of(x)):.3f}", f"{gain(x):.1f}")
+        table.add_row(name, f"{energy(histogram_of(x)):.3f}", f"{gain(x):.1f}")
     seen = msfp.calibrate(ddim_pipeline(), CALLS.calls(SAMPLES, seed=0))
     squeezed = [energy(seen.inputs[name]) for name in seen.ran if name in seen.activations]
     others = [energy(seen.inputs[name]) for name in seen.ran if name not in seen.activations]
@@ -79,17 +79,17 @@ def true_error(x: NDArray[np.float32], choice: Choice) -> float:
 
 
 def excesses(x: torch.Tensor, formats: Sequence[FloatFormat]) -> Iterator[tuple[float, float]]:
-    """Yield for each format what a sketch adds: to the error reported, and to the true error."""
+    """Yield for each format what a histogram adds: to the error reported, and to the true error."""
     array, zero_points = x.numpy(), ZERO_POINTS if x.min() < 0 else None
     exact = search(array, formats, zero_points=zero_points).by_format
-    sketched = search(sketch_of(x), formats, zero_points=zero_points).by_format
-    for fmt, choice in sketched.items():
+    of_bins = search(histogram_of(x), formats, zero_points=zero_points).by_format
+    for fmt, choice in of_bins.items():
         error = true_error(array, choice)
         yield choice.squared_error / error - 1, error / true_error(array, exact[fmt]) - 1
 
 
-def sketches() -> Table:
-    """Return the table of how far off a search of a sketch is, at most."""
+def histograms() -> Table:
+    """Return the table of how far off a search of a histogram is, at most."""
     functions: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
         torch.nn.Identity(),
         silu,
@@ -106,7 +106,7 @@ def sketches() -> Table:
 
 def main() -> None:
     """Measure and print."""
-    Console().print(negatives(), sketches())
+    Console().print(negatives(), histograms())
 
 
 if __name__ == "__main__":

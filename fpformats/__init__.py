@@ -1,6 +1,6 @@
 """Exact low-precision floating-point formats: rounding, encoding, packing.
 
-Every well-formed format name can be imported, and stands for a `FloatFormat`:
+Every format name that `parse` takes can be imported, and stands for a `FloatFormat`:
 
     >>> from fpformats import E2M1, E2M1U, quantize
     >>> quantize(1.27, E2M1)
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from fpformats.engine.backends import show_backends
 from fpformats.engine.bit_packing import pack, unpack
-from fpformats.fitting.histogram import Sketch
-from fpformats.fitting.search import Choice
-from fpformats.formats import FloatFormat, Specials, p3109
+from fpformats.fitting.histogram import Histogram
+from fpformats.fitting.search import Choice, search
+from fpformats.formats import FloatFormat, Specials, format_name, p3109
 from fpformats.ops.blocks import (
     MXFP4,
     MXFP6_E2M3,
@@ -35,8 +35,10 @@ from fpformats.ops.blocks import (
 )
 from fpformats.ops.elementwise import decode, encode, quantize, values
 from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
-from fpformats.parsing import dtype_of, format_name, parse
+from fpformats.parsing import dtype_of, parse
 from fpformats.rounding import Rounding, Saturation
+from fpformats.show.html import html as _html
+from fpformats.static_names import *  # noqa: F403
 
 if TYPE_CHECKING:
     from fpformats.ops.parametric import format_parameters, quantize_parametric
@@ -53,10 +55,10 @@ __all__ = [
     "Blocks",
     "Choice",
     "FloatFormat",
+    "Histogram",
     "Rounding",
     "Saturation",
     "ScaleRule",
-    "Sketch",
     "Specials",
     "decode",
     "decode_blocks",
@@ -74,6 +76,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_parametric",
     "quantize_scaled",
+    "search",
     "show_backends",
     "unpack",
     "values",
@@ -93,5 +96,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names; formats are resolved on demand and not listed."""
-    return sorted(__all__)
+    """List the public names, and the formats of `fpformats.static_names`; there are more."""
+    formats = (name for name, value in globals().items() if isinstance(value, FloatFormat))
+    return sorted([*__all__, *formats])
+
+
+# Notebooks show a format as a table; the class itself knows nothing of HTML.
+FloatFormat._repr_html_ = _html  # type: ignore[attr-defined]

@@ -35,6 +35,19 @@ class Specials(Enum):
     """Infinity at the top magnitude and NaN at negative zero; unsigned, NaN above infinity."""
 
 
+SUFFIXES = {
+    "F": Specials.FINITE_ONLY,
+    "FN": Specials.NAN_ONLY,
+    "IEEE": Specials.IEEE,
+    "FNUZ": Specials.FNUZ,
+    "EXT": Specials.EXTENDED,
+}
+"""What the suffix of a format's name says of its special values."""
+_SUFFIX_OF = {specials: suffix for suffix, specials in SUFFIXES.items()}
+_STANDARD = {(4, 3): Specials.NAN_ONLY, (5, 2): Specials.IEEE}
+"""Specials of signed names without a suffix, by exponent and mantissa bits (OCP OFP8 1.0)."""
+
+
 class _Hashed:
     """A place for a hash that is worked out once, as formats are looked up with every call."""
 
@@ -129,9 +142,7 @@ class FloatFormat(_Hashed):
             return hash(known)
 
     def __str__(self) -> str:
-        from fpformats.parsing import format_name
-
-        return format_name(self)
+        return self.name
 
     def __repr__(self) -> str:
         sign = "signed" if self.signed else "unsigned"
@@ -141,10 +152,10 @@ class FloatFormat(_Hashed):
             f"bias {self.bias}, max {readable(self.exact_max)}, {self.specials.value}{missing})"
         )
 
-    def _repr_html_(self) -> str:
-        from fpformats.show.text import html
-
-        return html(self)
+    @property
+    def name(self) -> str:
+        """Canonical name, one that `fpformats.parse` takes back to this format."""
+        return format_name(self)
 
     @property
     def magnitude_bits(self) -> int:
@@ -280,6 +291,18 @@ class FloatFormat(_Hashed):
             return None
         return _as_float(Fraction(2) ** self.min_exponent, "smallest_normal", self)
 
+    @property
+    def eps(self) -> float | None:
+        """Distance from 1 to the next larger value, as in `numpy.finfo`; None where there is none.
+
+        There is none where 1 is not a value of the format, or is its largest.
+        """
+        step = Fraction(2) ** (max(self.min_exponent, 0) - self.mantissa_bits)
+        is_value = self.exact_smallest <= 1 and 1 % step == 0
+        return float(step) if is_value and self.exact_max > 1 else None
+
+    # The four methods below reach up to what is built on this module: the one such place.
+
     def quantize(self, x: Any, **options: Any) -> Any:
         """Round `x` to this format: `fpformats.quantize` with this format."""
         from fpformats.ops.elementwise import quantize
@@ -292,11 +315,11 @@ class FloatFormat(_Hashed):
 
         return encode(x, self, **options)
 
-    def decode(self, codes: Any, dtype: Any = "float32", **options: Any) -> Any:
+    def decode(self, codes: Any, **options: Any) -> Any:
         """Give the values of `codes`: `fpformats.decode` with this format."""
         from fpformats.ops.elementwise import decode
 
-        return decode(codes, self, dtype, **options)
+        return decode(codes, self, **options)
 
     def values(self) -> NDArray[np.float64]:
         """List the distinct finite values in ascending order: `fpformats.values`."""
@@ -337,6 +360,37 @@ def p3109(k: int, p: int, *, signed: bool = True, extended: bool = True) -> Floa
     return FloatFormat(exponent_bits, p - 1, signed, 1 << (exponent_bits - 1), specials)
 
 
+def format_name(fmt: FloatFormat) -> str:
+    """Give a format's canonical name: one that `parse` takes back to it.
+
+    Args:
+        fmt: The format.
+
+    Returns:
+        The name, a valid Python identifier.
+
+    Example:
+        >>> format_name(FloatFormat(3, 0, signed=False, bias=-2))
+        'E3M0BN2U'
+        >>> format_name(FloatFormat(5, 2, specials=Specials.EXTENDED))
+        'Binary8p3se'
+    """
+    if fmt == _BLOCK_SCALE:
+        return "E8M0"
+    if _is_p3109(fmt):
+        sign, domain = "s" if fmt.signed else "u", "e" if fmt.has_infinity else "f"
+        return f"Binary{fmt.bits}p{fmt.mantissa_bits + 1}{sign}{domain}"
+    name = f"E{fmt.exponent_bits}M{fmt.mantissa_bits}"
+    if fmt.bias != default_bias(fmt.exponent_bits, fmt.specials):
+        name += f"B{fmt.bias}".replace("-", "N")
+    name += "" if fmt.signed else "U"
+    name += "" if fmt.subnormals else "NS" if fmt.zero else "NZ"
+    bare = bare_specials(fmt.exponent_bits, fmt.mantissa_bits, fmt.signed and fmt.subnormals)
+    # The bare name of these bits is the block scale's.
+    is_taken = name == "E8M0"
+    return name if fmt.specials is bare and not is_taken else name + _SUFFIX_OF[fmt.specials]
+
+
 def default_bias(exponent_bits: int, specials: Specials) -> int:
     """Give the bias that a format has unless it says otherwise.
 
@@ -354,6 +408,22 @@ def default_bias(exponent_bits: int, specials: Specials) -> int:
     _check_width("exponent_bits", exponent_bits, MAX_EXPONENT_BITS)
     half = (1 << exponent_bits) >> 1
     return half if specials in (Specials.FNUZ, Specials.EXTENDED) else max(0, half - 1)
+
+
+def bare_specials(exponent_bits: int, mantissa_bits: int, plain: bool) -> Specials:
+    """Give what a name without a suffix means; it is plain if signed and with subnormals."""
+    standard = _STANDARD.get((exponent_bits, mantissa_bits)) if plain else None
+    return standard or Specials.FINITE_ONLY
+
+
+def _is_p3109(fmt: FloatFormat) -> bool:
+    """Tell whether a format is one of IEEE P3109's that has no shorter name."""
+    if fmt.bits <= 2 or fmt.exponent_bits == 0 or not fmt.subnormals:
+        return False
+    is_ours = fmt.specials is Specials.EXTENDED or (
+        fmt.specials is Specials.NAN_ONLY and not fmt.signed
+    )
+    return is_ours and fmt.bias == 1 << (fmt.exponent_bits - 1)
 
 
 def _is_int(value: object) -> bool:
@@ -384,3 +454,9 @@ def readable(value: Fraction) -> str:
     twos = (value.numerator & -value.numerator).bit_length() - 1
     significand, exponent = value.numerator >> twos, twos - value.denominator.bit_length() + 1
     return f"2**{exponent}" if significand == 1 else f"{significand} * 2**{exponent}"
+
+
+_BLOCK_SCALE = FloatFormat(
+    8, 0, signed=False, specials=Specials.NAN_ONLY, subnormals=False, zero=False
+)
+"""The block scale of OCP MX 1.0, whose name the grammar would read otherwise."""

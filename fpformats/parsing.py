@@ -1,4 +1,4 @@
-"""Format names: from a name to the format it means, and back.
+"""From a name to the format it means.
 
 A name is ``E{x}M{y}[B{bias}][U][NS|NZ][suffix]``, for x exponent bits and y mantissa bits:
 
@@ -16,10 +16,10 @@ part       meaning
 ``EXT``    infinity and one NaN, as the extended formats of IEEE P3109
 =========  =======================================================================
 
-Without a suffix, signed names with subnormals mean what OCP OFP8 1.0 says they do, whatever the
-bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344). ``E8M0`` is the
-block scale of OCP MX 1.0: ``E8M0UNZFN``, unsigned, without zero. Every other name without a suffix
-is finite only. Standards' own names mean what their standard says:
+Case does not matter. Without a suffix, signed names with subnormals mean what OCP OFP8 1.0 says,
+whatever the bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344).
+``E8M0`` is the block scale of OCP MX 1.0: ``E8M0UNZFN``, unsigned, without zero. Every other name
+without a suffix is finite only. Other names in use:
 
 =============================  ==============  =========================================
 name                           the same as     source
@@ -31,12 +31,14 @@ name                           the same as     source
 ``UE4M3``, ``UE5M3``           ``E4M3UFN``,    unsigned scales, NaN at all-ones
                                ``E5M3UFN``
 ``Binary{K}p{P}{s|u}{e|f}``                    IEEE P3109: see `fpformats.p3109`
+``FP4``, ``FP8_E4M3``, ...     ``E2M1``,       names in use; the width must fit
+                               ``E4M3``, ...
 ``float8_e4m3fn``, ...                         a dtype of ml_dtypes, torch or NumPy
 =============================  ==============  =========================================
 
     >>> parse("E2M1U").max
     6.0
-    >>> format_name(parse("E4M3FN"))
+    >>> parse("E4M3FN").name
     'E4M3'
 """
 
@@ -46,7 +48,13 @@ import importlib
 import re
 from typing import Any
 
-from fpformats.formats import FloatFormat, Specials, default_bias, p3109
+from fpformats.formats import (
+    SUFFIXES,
+    FloatFormat,
+    bare_specials,
+    default_bias,
+    p3109,
+)
 
 GRAMMAR = "E{x}M{y}[B{bias}][U][NS|NZ][F|FN|IEEE|FNUZ|EXT] or Binary{K}p{P}{s|u}{e|f}"
 
@@ -55,17 +63,8 @@ _NAME = re.compile(
     rf"E(?P<exponent>{_NUMBER})M(?P<mantissa>{_NUMBER})(?:B(?P<bias>N?{_NUMBER}))?"
     r"(?P<unsigned>U)?(?P<missing>NS|NZ)?(?P<suffix>FNUZ|FN|F|IEEE|EXT)?"
 )
-_P3109 = re.compile(rf"Binary(?P<k>{_NUMBER})p(?P<p>{_NUMBER})(?P<sign>[su])(?P<domain>[ef])")
-_SUFFIXES = {
-    "F": Specials.FINITE_ONLY,
-    "FN": Specials.NAN_ONLY,
-    "IEEE": Specials.IEEE,
-    "FNUZ": Specials.FNUZ,
-    "EXT": Specials.EXTENDED,
-}
-_SUFFIX_OF = {specials: suffix for suffix, specials in _SUFFIXES.items()}
-_STANDARD = {(4, 3): Specials.NAN_ONLY, (5, 2): Specials.IEEE}
-"""Specials of signed names without a suffix, by exponent and mantissa bits."""
+_P3109 = re.compile(rf"BINARY(?P<k>{_NUMBER})P(?P<p>{_NUMBER})(?P<sign>[SU])(?P<domain>[EF])")
+_WITH_WIDTH = re.compile(rf"FP(?P<bits>{_NUMBER})_(?P<name>E.*)")
 
 _ALIASES = {
     "E8M0": "E8M0UNZFN",
@@ -76,7 +75,11 @@ _ALIASES = {
     "FP32": "E8M23IEEE",
     "FP64": "E11M52IEEE",
     "TF32": "E8M10IEEE",
+    "FP4": "E2M1",
+    "HALF": "FP16",
 }
+_AMBIGUOUS = {"FP6": "E2M3 or E3M2", "FP8": "E4M3 or E5M2", "INT4": "E0M3", "INT8": "E0M7"}
+"""What is said for one format of several, or for integers; with what may be meant."""
 _DTYPES = {
     "float4_e2m1fn": "E2M1",
     "float6_e2m3fn": "E2M3",
@@ -102,8 +105,8 @@ def parse(name: Any) -> FloatFormat:
     """Give the format that a name means.
 
     Args:
-        name: A name of the grammar in this module's description, or a dtype of ml_dtypes, torch
-            or NumPy, or its name.
+        name: A name of the grammar in this module's description, in any case, or a dtype of
+            ml_dtypes, torch or NumPy, or its name.
 
     Returns:
         The format; `str` of it gives its canonical name.
@@ -119,59 +122,48 @@ def parse(name: Any) -> FloatFormat:
     """
     text = name if isinstance(name, str) else _dtype_name(name)
     plain = text.removeprefix("torch.").removeprefix("ml_dtypes.")
-    if plain in _DTYPES or plain in _PACKED:
-        text = _DTYPES.get(plain) or _PACKED[plain]
-    text = _ALIASES.get(text, text)
-    if match := _P3109.fullmatch(text):
-        signed, extended = match["sign"] == "s", match["domain"] == "e"
-        return p3109(int(match["k"]), int(match["p"]), signed=signed, extended=extended)
-    if match := _NAME.fullmatch(text):
-        return _from_parts(match)
-    raise ValueError(f"{name!r} is not a format name; the grammar is {GRAMMAR}, as in E2M1U")
+    fmt = _named(_DTYPES.get(plain) or _PACKED.get(plain) or text.upper())
+    if fmt is None:
+        meant = _AMBIGUOUS.get(text.upper())
+        advice = f"write {meant}" if meant else f"the grammar is {GRAMMAR}, as in E2M1U"
+        raise ValueError(f"{name!r} is not a format name; {advice}")
+    return fmt
 
 
-def format_name(fmt: FloatFormat) -> str:
-    """Give a format's canonical name: one that `parse` takes back to it.
+FormatLike = FloatFormat | str
+"""A format, or a name of one."""
+
+
+def as_format(fmt: Any, argument: str = "fmt") -> FloatFormat:
+    """Give a format as it is, or that of a name.
 
     Args:
-        fmt: The format.
+        fmt: A format or a name.
+        argument: What to call it where it is neither.
 
-    Returns:
-        The name, a valid Python identifier.
-
-    Example:
-        >>> format_name(FloatFormat(3, 0, signed=False, bias=-2))
-        'E3M0BN2U'
-        >>> format_name(FloatFormat(5, 2, specials=Specials.EXTENDED))
-        'Binary8p3se'
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If no format has the name.
     """
-    if fmt == parse("E8M0"):
-        return "E8M0"
-    if _is_p3109(fmt):
-        sign, domain = "s" if fmt.signed else "u", "e" if fmt.has_infinity else "f"
-        return f"Binary{fmt.bits}p{fmt.mantissa_bits + 1}{sign}{domain}"
-    name = f"E{fmt.exponent_bits}M{fmt.mantissa_bits}"
-    if fmt.bias != default_bias(fmt.exponent_bits, fmt.specials):
-        name += f"B{fmt.bias}".replace("-", "N")
-    name += "" if fmt.signed else "U"
-    name += "" if fmt.subnormals else "NS" if fmt.zero else "NZ"
-    bare = _bare_specials(fmt.exponent_bits, fmt.mantissa_bits, fmt.signed and fmt.subnormals)
-    # The bare name of these bits is the block scale's.
-    is_taken = name == "E8M0"
-    return name if fmt.specials is bare and not is_taken else name + _SUFFIX_OF[fmt.specials]
+    if isinstance(fmt, FloatFormat):
+        return fmt
+    if isinstance(fmt, str):
+        return parse(fmt)
+    raise TypeError(f"{argument} is {fmt!r}; it must be a FloatFormat or a name, such as 'E2M1'")
 
 
-def dtype_of(fmt: FloatFormat, library: str) -> Any:
+def dtype_of(fmt: FormatLike, library: str) -> Any:
     """Give the dtype of a library whose elements are the codes of a format.
 
     Args:
-        fmt: The format.
+        fmt: The format, or its name.
         library: "torch", "ml_dtypes" or "numpy", which must be installed.
 
     Returns:
         The dtype, as the library's own object.
 
     Raises:
+        ImportError: If the library is not installed.
         ValueError: If the library is another, or has no such dtype.
 
     Example:
@@ -180,7 +172,7 @@ def dtype_of(fmt: FloatFormat, library: str) -> Any:
     """
     if library not in ("torch", "ml_dtypes", "numpy"):
         raise ValueError(f"library is {library!r}; allowed: torch, ml_dtypes, numpy")
-    module = importlib.import_module(library)
+    fmt, module = as_format(fmt), importlib.import_module(library)
     for name, meaning in _DTYPES.items():
         if fmt == parse(meaning) and hasattr(module, name):
             return getattr(module, name)
@@ -191,13 +183,28 @@ def _dtype_name(dtype: Any) -> str:
     return dtype.__name__ if isinstance(dtype, type) else str(dtype)
 
 
+def _named(text: str) -> FloatFormat | None:
+    """Give the format of a name in upper case, or None."""
+    while text in _ALIASES:
+        text = _ALIASES[text]
+    if match := _P3109.fullmatch(text):
+        signed, extended = match["sign"] == "S", match["domain"] == "E"
+        return p3109(int(match["k"]), int(match["p"]), signed=signed, extended=extended)
+    if match := _NAME.fullmatch(text):
+        return _from_parts(match)
+    if match := _WITH_WIDTH.fullmatch(text):
+        fmt = _named(match["name"])
+        return fmt if fmt is not None and fmt.bits == int(match["bits"]) else None
+    return None
+
+
 def _from_parts(match: re.Match[str]) -> FloatFormat:
     exponent_bits, mantissa_bits = int(match["exponent"]), int(match["mantissa"])
     signed, missing = match["unsigned"] is None, match["missing"]
     if match["suffix"]:
-        specials = _SUFFIXES[match["suffix"]]
+        specials = SUFFIXES[match["suffix"]]
     else:
-        specials = _bare_specials(exponent_bits, mantissa_bits, signed and not missing)
+        specials = bare_specials(exponent_bits, mantissa_bits, signed and not missing)
     if match["bias"]:
         bias = int(match["bias"].replace("N", "-"))
     else:
@@ -205,18 +212,3 @@ def _from_parts(match: re.Match[str]) -> FloatFormat:
     return FloatFormat(
         exponent_bits, mantissa_bits, signed, bias, specials, not missing, missing != "NZ"
     )
-
-
-def _bare_specials(exponent_bits: int, mantissa_bits: int, plain: bool) -> Specials:
-    standard = _STANDARD.get((exponent_bits, mantissa_bits)) if plain else None
-    return standard or Specials.FINITE_ONLY
-
-
-def _is_p3109(fmt: FloatFormat) -> bool:
-    """Tell whether a format is one of IEEE P3109's that has no shorter name."""
-    if fmt.bits <= 2 or fmt.exponent_bits == 0 or not fmt.subnormals:
-        return False
-    is_ours = fmt.specials is Specials.EXTENDED or (
-        fmt.specials is Specials.NAN_ONLY and not fmt.signed
-    )
-    return is_ours and fmt.bias == 1 << (fmt.exponent_bits - 1)

@@ -13,8 +13,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from hypothesis import reject
-from hypothesis import strategies as st
+
+try:
+    from hypothesis import reject
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "fpformats.strategies needs hypothesis: pip install 'msfp[hypothesis]'"
+    ) from error
 
 from fpformats import exact
 from fpformats.formats import (
@@ -24,7 +30,7 @@ from fpformats.formats import (
     Specials,
     default_bias,
 )
-from fpformats.kernels.grid import CARRIERS, Carrier, holds
+from fpformats.kernels.grid import FLOAT_DTYPES, FloatDtype, holds
 from fpformats.rounding import MAX_RANDOM_BITS, Policy, Rounding, Saturation
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ def _kind(dtype: str) -> Any:
 
 
 class _Shape(NamedTuple):
-    """Everything of a format but its bias, and the biases with which a carrier holds it."""
+    """Everything of a format but its bias, and the biases with which a dtype holds it."""
 
     specials: Specials
     signed: bool
@@ -52,8 +58,8 @@ class _Shape(NamedTuple):
 
 
 @cache
-def _shapes(exponent_bits: int, mantissa_bits: int, carrier: Carrier) -> tuple[_Shape, ...]:
-    """Return the formats of two widths that a carrier holds, from the plainest on."""
+def _shapes(exponent_bits: int, mantissa_bits: int, dtype: FloatDtype) -> tuple[_Shape, ...]:
+    """Return the formats of two widths that a dtype holds, from the plainest on."""
     shapes = []
     kinds = [(True, True), (False, True), (False, False)]
     for specials, signed, (subnormals, zero) in itertools.product(Specials, (True, False), kinds):
@@ -62,32 +68,32 @@ def _shapes(exponent_bits: int, mantissa_bits: int, carrier: Carrier) -> tuple[_
         except ValueError:  # such a format does not exist
             continue
         # The exponents of all values fall by one where the bias grows by one.
-        lowest = fmt.max_exponent - carrier.bias
+        lowest = fmt.max_exponent - dtype.bias
         smallest_step = fmt.scaled_magnitude(fmt.smallest_code)[1]
-        highest = smallest_step - carrier.min_exponent + carrier.mantissa_bits
-        if fmt.max_code > 0 and lowest <= highest and holds(carrier, replace(fmt, bias=highest)):
+        highest = smallest_step - dtype.min_exponent + dtype.mantissa_bits
+        if fmt.max_code > 0 and lowest <= highest and holds(dtype, replace(fmt, bias=highest)):
             shapes.append(_Shape(specials, signed, subnormals, zero, lowest, highest))
     return tuple(shapes)
 
 
 @st.composite
-def formats(draw: DrawFn, carrier: str = "float64", max_bits: int = 64) -> FloatFormat:
-    """Draw formats that a carrier holds: of all widths, biases, specials and signs.
+def formats(draw: DrawFn, dtype: str = "float64", max_bits: int = 64) -> FloatFormat:
+    """Draw formats that a dtype holds: of all widths, biases, specials and signs.
 
     Args:
         draw: Given by Hypothesis.
-        carrier: Name of the carrier dtype.
+        dtype: Name of the dtype.
         max_bits: Most bits that a code may have, at least 3.
 
     Returns:
         A format with at least two finite values.
 
     Raises:
-        ValueError: If there is no such carrier.
+        ValueError: If there is no such dtype.
     """
-    if carrier not in CARRIERS:
-        raise ValueError(f"carrier is {carrier!r}; allowed: {', '.join(CARRIERS)}")
-    holder = CARRIERS[carrier]
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(FLOAT_DTYPES)}")
+    holder = FLOAT_DTYPES[dtype]
     exponents = holder.bias - holder.min_exponent + holder.mantissa_bits
     widest = min(exponents.bit_length() - 1, MAX_EXPONENT_BITS, max_bits - 1)
     exponent_bits = draw(st.integers(0, widest))

@@ -1,4 +1,4 @@
-"""What callers pass in: NumPy arrays, torch tensors and Python numbers, and their carriers."""
+"""What callers pass in: NumPy arrays, torch tensors and Python numbers, and their dtypes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.formats import FloatFormat
-from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
+from fpformats.kernels.grid import FLOAT_DTYPES, FloatDtype, Grid, holds, make_grid
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from fpformats.formats import FloatFormat
 
 
 def is_tensor(x: object) -> bool:
@@ -77,79 +78,79 @@ def library_of(x: object) -> ModuleType:
     return sys.modules["torch"] if is_tensor(x) else np
 
 
-def carrier_of(x: Any, argument: str = "x") -> Carrier:
-    """Give the carrier that `x` is held in; a Python float is a float64.
+def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
+    """Give the dtype that `x` is held in; a Python float is a float64.
 
     Raises:
         TypeError: If `x` is not a floating-point array, tensor or number of a known width.
     """
     if isinstance(x, float):
-        return CARRIERS["float64"]
+        return FLOAT_DTYPES["float64"]
+    if isinstance(x, list | tuple | int):
+        write = "float({0})" if isinstance(x, int) else "numpy.array({0}) or torch.tensor({0})"
+        raise TypeError(f"{argument} is of type {type(x).__name__}; write {write.format(argument)}")
     if not (is_tensor(x) or isinstance(x, np.ndarray | np.generic)):
         raise TypeError(
             f"{argument} is a {type(x).__name__}; it must be a NumPy array, a torch tensor or a "
             "float"
         )
-    return carrier_named(x.dtype, argument)
+    return float_dtype_named(x.dtype, argument)
 
 
-def carrier_named(dtype: Any, argument: str = "dtype") -> Carrier:
-    """Give the carrier of a NumPy or torch dtype, or of its name.
+def float_dtype_named(dtype: Any, argument: str = "dtype") -> FloatDtype:
+    """Give the dtype of a NumPy or torch dtype, or of its name.
 
     Raises:
         TypeError: If there is none.
     """
     if not isinstance(dtype, Hashable):
-        raise TypeError(f"{argument} is {dtype!r}; allowed: {', '.join(CARRIERS)}")
-    if (known := _known_carriers.get(dtype)) is not None and not is_compiling():
+        raise TypeError(f"{argument} is {dtype!r}; allowed: {', '.join(FLOAT_DTYPES)}")
+    if (known := _known_dtypes.get(dtype)) is not None and not is_compiling():
         return known
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
-    if name not in CARRIERS:
-        raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(CARRIERS)}")
+    if name not in FLOAT_DTYPES:
+        raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(FLOAT_DTYPES)}")
     if not is_compiling():
-        _known_carriers[dtype] = CARRIERS[name]
-    return CARRIERS[name]
+        _known_dtypes[dtype] = FLOAT_DTYPES[name]
+    return FLOAT_DTYPES[name]
 
 
-_known_carriers: dict[Any, Carrier] = {}
-"""Carriers by dtype: making a name of a dtype takes longer than rounding a small array."""
+_known_dtypes: dict[Any, FloatDtype] = {}
+"""Dtypes by dtype: making a name of a dtype takes longer than rounding a small array."""
 
 
-def carrier_for(dtype: Any, codes: Any) -> Carrier:
-    """Give the carrier that codes are to be decoded to.
+def result_dtype(dtype: Any, codes: Any) -> FloatDtype:
+    """Give the dtype that codes are to be decoded to.
 
     Raises:
         TypeError: If there is none, or NumPy does not have it and the codes are not a tensor.
     """
-    carrier = carrier_named(dtype)
-    if carrier.name == "bfloat16" and not is_tensor(codes):
+    found = float_dtype_named(dtype)
+    if found.name == "bfloat16" and not is_tensor(codes):
         raise TypeError("dtype is bfloat16, which NumPy does not have; give codes as a tensor")
-    return carrier
+    return found
 
 
-def working_carrier(carrier: Carrier) -> Carrier:
-    """Give the carrier that the kernels compute in: float64 for itself, else float32."""
-    return CARRIERS["float64" if carrier.name == "float64" else "float32"]
+def compute_dtype(dtype: FloatDtype) -> FloatDtype:
+    """Give the dtype that the kernels compute in: float64 for itself, else float32."""
+    return FLOAT_DTYPES["float64" if dtype.name == "float64" else "float32"]
 
 
-def grid_of(fmt: FloatFormat, carrier: Carrier) -> Grid:
-    """Give the kernel parameters of a format for values held in a carrier.
+def grid_of(fmt: FloatFormat, dtype: FloatDtype) -> Grid:
+    """Give the kernel parameters of a format for values held in a dtype.
 
     Raises:
-        TypeError: If `fmt` is not a format.
-        ValueError: If the carrier cannot hold every value of the format.
+        ValueError: If the dtype cannot hold every value of the format.
     """
-    if not isinstance(fmt, FloatFormat):
-        raise TypeError(f"fmt is {fmt!r}; it must be a FloatFormat, as fpformats.parse gives")
     # Tracing looks into a cache's function anyway, and warns about the cache.
-    return (_make_grid if is_compiling() else _cached_grid)(fmt, carrier)
+    return (_make_grid if is_compiling() else _cached_grid)(fmt, dtype)
 
 
-def widened(x: Any, carrier: Carrier) -> Any:
-    """Give `x` as an array of at least one dimension in a working carrier, exactly."""
+def widened(x: Any, dtype: FloatDtype) -> Any:
+    """Give `x` as an array of at least one dimension in a compute dtype, exactly."""
     if is_tensor(x):
-        return cast(x.detach(), carrier.name)
-    return np.atleast_1d(np.asarray(x, dtype=carrier.name))
+        return cast(x.detach(), dtype.name)
+    return np.atleast_1d(np.asarray(x, dtype=dtype.name))
 
 
 def cast(y: Any, dtype: str) -> Any:
@@ -200,7 +201,7 @@ def shaped(y: Any, x: Any) -> Any:
 def narrowed(y: Any, x: Any, out: Any = None) -> Any:
     """Give a result the kind, shape and dtype of the input `x`, in `out` if there is one."""
     if out is None:
-        return shaped(cast(y, carrier_of(x).name), x)
+        return shaped(cast(y, float_dtype_of(x).name), x)
     if is_tensor(x):
         return out.copy_(y)
     out[...] = y.reshape(out.shape)
@@ -311,6 +312,17 @@ def check_words(random: Any, bits: int, x: Any) -> None:
     _check_integers(random, bits, "random", f"words of {bits} bits are")
 
 
+def drawn(random: Any) -> Any:
+    """Give the next seed of a generator of NumPy or torch; anything else as it is."""
+    if isinstance(random, np.random.Generator):
+        return int.from_bytes(random.bytes(8), "little")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(random, torch.Generator):
+        options = {"generator": random, "device": random.device}
+        return int.from_bytes(torch.randint(256, (8,), **options).tolist(), "little")
+    return random
+
+
 def learns(x: object) -> bool:
     """Tell whether `x` is a tensor that requires a gradient, at any level of torch.func."""
     return is_tensor(x) and any(level.requires_grad for level in _levels(x))
@@ -382,12 +394,12 @@ def _describe(x: Any) -> str:
     return f"{type(x).__name__} of {getattr(x, 'dtype', 'float64')}"
 
 
-def _make_grid(fmt: FloatFormat, carrier: Carrier) -> Grid:
-    if not holds(carrier, fmt):
-        wider = [name for name in ("float32", "float64") if holds(CARRIERS[name], fmt)]
+def _make_grid(fmt: FloatFormat, dtype: FloatDtype) -> Grid:
+    if not holds(dtype, fmt):
+        wider = [name for name in ("float32", "float64") if holds(FLOAT_DTYPES[name], fmt)]
         advice = f"use {wider[0]}" if wider else "no array type does, use fpformats.exact"
-        raise ValueError(f"{carrier.name} cannot hold every value of {fmt!r}; {advice}")
-    return make_grid(fmt, working_carrier(carrier))
+        raise ValueError(f"{dtype.name} cannot hold every value of {fmt!r}; {advice}")
+    return make_grid(fmt, compute_dtype(dtype))
 
 
 _cached_grid = functools.cache(_make_grid)

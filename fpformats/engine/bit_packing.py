@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_BITS = 16
 
 
-def pack(codes: Any, bits: int, axis: int | None = None) -> Any:
+def pack(codes: Any, bits: int, *, axis: int | None = None) -> Any:
     """Store codes side by side.
 
     Args:
@@ -57,7 +57,7 @@ def pack(codes: Any, bits: int, axis: int | None = None) -> Any:
     return xp.swapaxes(cast(packed, "uint8"), -1, axis)
 
 
-def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | None = None) -> Any:
+def unpack(packed: Any, bits: int, *, shape: tuple[int, ...] | int, axis: int | None = None) -> Any:
     """Take codes out of the bytes that `pack` gave.
 
     Args:
@@ -77,7 +77,7 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...] | int, axis: int | Non
 
     Example:
         >>> import numpy as np
-        >>> unpack(np.array([33, 243], dtype=np.uint8), 4, (2, 2)).tolist()
+        >>> unpack(np.array([33, 243], dtype=np.uint8), 4, shape=(2, 2)).tolist()
         [[1, 2], [3, 15]]
     """
     _check_bits(bits)

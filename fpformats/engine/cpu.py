@@ -18,7 +18,7 @@ from fpformats.engine import memory
 from fpformats.engine.arrays import cast, check_codes, contiguous, is_plain_tensor
 from fpformats.engine.scales import Scales, lay_out
 from fpformats.kernels import native
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.kernels.plan import code_dtype
 from fpformats.rounding import DEFAULT, Policy
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Carrier
+    from fpformats.kernels.grid import FloatDtype
 
 MAX_PACKED_BITS = 8
 """Widest codes that the kernels pack."""
@@ -36,7 +36,7 @@ CODE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
 """Integer dtypes that the kernels read codes from, and their widths."""
 MAX_REMEMBERED = 4096
 _enabled = True
-_nearest_kernels: dict[tuple[FloatFormat, Any], Any] = {}
+_nearest_kernels: dict[tuple[FloatFormat | str, Any], Any] = {}
 
 
 @contextmanager
@@ -58,18 +58,18 @@ def is_enabled() -> bool:
 def kernel_of(
     x: Any,
     fmt: FloatFormat,
-    carrier: Carrier,
+    dtype: FloatDtype,
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
 ) -> Any:
-    """Give the compiled kernel for values of a carrier, in memory like that of `x`, or None."""
+    """Give the compiled kernel for values of a dtype, in memory like that of `x`, or None."""
     others = (policy.random, *(scales[:2] if scales is not None else ()))
     if not _enabled or not _in_host_memory(x) or not all(map(_may_be_read, others)):
         return None
-    return native.kernel_of(fmt, carrier, policy.rounding, policy.saturation)
+    return native.kernel_of(fmt, dtype, policy.rounding, policy.saturation)
 
 
-def nearest(x: Any, fmt: FloatFormat, out: Any = None) -> Any:
+def nearest(x: Any, fmt: FloatFormat | str, out: Any = None) -> Any:
     """Round by the default policy, on the shortest way; None where that takes another look.
 
     Args:
@@ -205,7 +205,7 @@ def decode(
     kernel: Any,
     codes: Any,
     fmt: FloatFormat,
-    carrier: Carrier,
+    dtype: FloatDtype,
     shape: tuple[int, ...],
     packed_bits: int = 0,
     scales: Scales | None = None,
@@ -217,31 +217,31 @@ def decode(
         kernel: What `kernel_of` gave for `codes`.
         codes: Array or tensor of integers; where they are packed, of bytes.
         fmt: The format.
-        carrier: Carrier of the result.
+        dtype: Dtype of the result.
         shape: Shape of the result.
         packed_bits: Width of packed codes, 0 where they are not packed.
         scales: Scales and zero points, or None.
         out: Where to write to, of the shape and dtype of the values, or None.
 
     Returns:
-        Values of the carrier, or None.
+        Values of the dtype, or None.
     """
-    if (dtype := str(codes.dtype).removeprefix("torch.")) not in CODE_BYTES:
+    if (width := str(codes.dtype).removeprefix("torch.")) not in CODE_BYTES:
         check_codes(codes, fmt.bits, str(fmt))
-        dtype = code_dtype(fmt.bits)
-        codes = cast(codes, dtype)
+        width = code_dtype(fmt.bits)
+        codes = cast(codes, width)
     source, size = _memory(codes, in_order=True), math.prod(shape)
     held, scaling, _ = _operands(scales, DEFAULT, shape)
     values = out
     if not memory.may_write(out, source, held, in_place=False):
-        values = memory.empty(source, shape, carrier.name)
+        values = memory.empty(source, shape, dtype.name)
     met = kernel.decode(
         memory.address(source),
         memory.address(values),
         size,
         native.threads_for(size),
         size * values.itemsize >= native.STREAM_FROM,
-        CODE_BYTES[dtype],
+        CODE_BYTES[width],
         packed_bits,
         scaling,
     )
@@ -347,7 +347,7 @@ def _attempt(
     *,
     sums: bool,
 ) -> NDArray[np.float64] | None:
-    kernel = kernel_of(x, fmt, CARRIERS[x.dtype.name])
+    kernel = kernel_of(x, fmt, FLOAT_DTYPES[x.dtype.name])
     if kernel is None:
         return None
     arrays = [x, weights, scales, zero_points]

@@ -20,7 +20,7 @@ from fpformats.rounding import DEFAULT, Policy
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Carrier
+    from fpformats.kernels.grid import FloatDtype
 
 
 @functools.cache
@@ -51,16 +51,16 @@ def is_there(x: Any) -> bool:
 def plan_of(
     x: Any,
     fmt: FloatFormat,
-    carrier: Carrier,
+    dtype: FloatDtype,
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
 ) -> Plan | None:
-    """Give the plan for values of a carrier, where the memory of `x` is, or None."""
+    """Give the plan for values of a dtype, where the memory of `x` is, or None."""
     others = [policy.random, *(scales[:2] if scales is not None else ())]
     tensors = [x, *(t for t in others if hasattr(t, "shape"))]
     if not all(is_there(t) and is_unwatched_tensor(t) for t in tensors) or launches() is None:
         return None
-    return _plan_of(fmt, carrier, policy.rounding, policy.saturation)
+    return _plan_of(fmt, dtype, policy.rounding, policy.saturation)
 
 
 def quantize(
@@ -121,7 +121,7 @@ def encode(
 def decode(
     plan: Plan,
     codes: Any,
-    carrier: Carrier,
+    dtype: FloatDtype,
     shape: tuple[int, ...],
     packed_bits: int | None = None,
     scales: Scales | None = None,
@@ -131,16 +131,16 @@ def decode(
     Args:
         plan: What `plan_of` gave for `codes`.
         codes: Tensor of integers; where they are packed, of bytes.
-        carrier: Carrier of the result.
+        dtype: Dtype of the result.
         shape: Shape of the result.
         packed_bits: Width of packed codes, None where they are not packed.
         scales: Scales and zero points, or None.
 
     Returns:
-        Values of the carrier.
+        Values of the dtype.
     """
     source = codes.contiguous()
-    values = memory.empty(source, shape, carrier.name)
+    values = memory.empty(source, shape, dtype.name)
     scaling = _operands(scales, DEFAULT, shape)["scaling"]
     launches().decode(source, plan, values, packed_bits=packed_bits, scaling=scaling)
     return values

@@ -14,9 +14,10 @@ from fpformats.engine import cpu, cuda
 from fpformats.engine.arrays import (
     as_array,
     assigned,
-    carrier_of,
     cast,
     check_codes,
+    compute_dtype,
+    float_dtype_of,
     is_batched,
     is_hidden,
     is_tensor,
@@ -25,7 +26,6 @@ from fpformats.engine.arrays import (
     quiet,
     shaped,
     widened,
-    working_carrier,
 )
 from fpformats.engine.bit_packing import pack, unpack
 from fpformats.engine.scales import Scales, spread
@@ -37,7 +37,7 @@ from fpformats.rounding import DEFAULT, Policy
 
 if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Carrier, Grid
+    from fpformats.kernels.grid import FloatDtype, Grid
 
 
 def quantize(
@@ -53,7 +53,7 @@ def quantize(
     Args:
         x: Array, tensor or number.
         fmt: The format.
-        grid: The format as seen from the carrier that the operations are in.
+        grid: The format as seen from the compute dtype.
         policy: How to round.
         scales: Scales and zero points, or None.
         out: Where to write to, or None.
@@ -61,16 +61,16 @@ def quantize(
     Returns:
         Values of the kind, shape and dtype of `x`, or `out`.
     """
-    array, carrier = as_array(x), carrier_of(x)
-    if (kernel := cpu.kernel_of(array, fmt, carrier, policy, scales)) is not None:
+    array, dtype = as_array(x), float_dtype_of(x)
+    if (kernel := cpu.kernel_of(array, fmt, dtype, policy, scales)) is not None:
         if policy is DEFAULT and scales is None:
             cpu.remember(kernel, fmt, array.dtype)
         y = cpu.quantize(kernel, array, policy, scales, out)
         return y if array is x or out is not None else shaped(y, x)
-    if (plan := cuda.plan_of(x, fmt, carrier, policy, scales)) is not None:
+    if (plan := cuda.plan_of(x, fmt, dtype, policy, scales)) is not None:
         return cuda.quantize(plan, x, policy, scales, out)
     with quiet():
-        v = unscaled(widened(x, working_carrier(carrier)), scales)
+        v = unscaled(widened(x, compute_dtype(dtype)), scales)
         return narrowed(rescaled(rounded(v, grid, policy), scales), x, out)
 
 
@@ -89,7 +89,7 @@ def encode(
     Args:
         x: Array, tensor or number.
         fmt: The format.
-        grid: The format as seen from the carrier that the operations are in.
+        grid: The format as seen from the compute dtype.
         policy: How to round.
         nan_code: Code of NaN, None where there is none.
         packed: Whether to pack the codes side by side.
@@ -102,15 +102,15 @@ def encode(
     Raises:
         ValueError: If NaN is met and has no code.
     """
-    array, carrier = as_array(x), carrier_of(x)
-    if (kernel := cpu.kernel_of(array, fmt, carrier, policy, scales)) is not None:
+    array, dtype = as_array(x), float_dtype_of(x)
+    if (kernel := cpu.kernel_of(array, fmt, dtype, policy, scales)) is not None:
         in_one_pass = packed and fmt.bits <= cpu.MAX_PACKED_BITS
         target = out if in_one_pass or not packed else None
         codes, met = cpu.encode(
             kernel, array, nan_code, fmt.bits, in_one_pass, policy, scales, target
         )
         codes = codes if array is x or packed or target is not None else shaped(codes, x)
-    elif (plan := cuda.plan_of(x, fmt, carrier, policy, scales)) is not None:
+    elif (plan := cuda.plan_of(x, fmt, dtype, policy, scales)) is not None:
         in_one_pass = packed and cuda.packs(fmt.bits)
         bits = fmt.bits if in_one_pass else None
         codes, met = cuda.encode(plan, x, nan_code, bits, policy, scales)
@@ -131,9 +131,9 @@ def _encode_whole(
     scales: Scales | None,
 ) -> Any:
     """Round to codes in whole-array operations."""
-    carrier = carrier_of(x)
+    dtype = float_dtype_of(x)
     with quiet():
-        v = unscaled(widened(x, working_carrier(carrier)), scales)
+        v = unscaled(widened(x, compute_dtype(dtype)), scales)
         values = rounded(v, grid, policy)
         if nan_code is None:
             _refuse_nan(v, values, fmt, policy)
@@ -145,7 +145,7 @@ def decode(
     codes: Any,
     fmt: FloatFormat,
     grid: Grid,
-    carrier: Carrier,
+    dtype: FloatDtype,
     shape: tuple[int, ...] | None,
     scales: Scales | None = None,
     out: Any = None,
@@ -155,8 +155,8 @@ def decode(
     Args:
         codes: Array or tensor of integers, or an int.
         fmt: The format.
-        grid: The format as seen from the carrier that the operations are in.
-        carrier: Carrier of the result.
+        grid: The format as seen from the compute dtype.
+        dtype: Dtype of the result.
         shape: Shape of packed codes; None for codes that are not packed.
         scales: Scales and zero points, or None.
         out: Where to write to, or None.
@@ -168,34 +168,34 @@ def decode(
         TypeError: If `codes` are not integers.
         ValueError: If one is out of range.
     """
-    kernel = cpu.kernel_of(codes, fmt, carrier, scales=scales)
-    plan = cuda.plan_of(codes, fmt, carrier, scales=scales)
+    kernel = cpu.kernel_of(codes, fmt, dtype, scales=scales)
+    plan = cuda.plan_of(codes, fmt, dtype, scales=scales)
     packs = kernel is not None and fmt.bits <= cpu.MAX_PACKED_BITS
     packs = packs or (plan is not None and cuda.packs(fmt.bits))
     if shape is not None and not packs:
-        codes, shape = unpack(codes, fmt.bits, shape), None
+        codes, shape = unpack(codes, fmt.bits, shape=shape), None
     wanted = tuple(getattr(codes, "shape", ())) if shape is None else shape
     packed_bits = None if shape is None else fmt.bits
     if kernel is not None:
-        values = cpu.decode(kernel, codes, fmt, carrier, wanted, packed_bits or 0, scales, out)
+        values = cpu.decode(kernel, codes, fmt, dtype, wanted, packed_bits or 0, scales, out)
         if values is not None:
             return values
     if packed_bits is None:
         check_codes(codes, fmt.bits, str(fmt))
     if plan is not None:
-        values = cuda.decode(plan, codes, carrier, wanted, packed_bits, scales)
+        values = cuda.decode(plan, codes, dtype, wanted, packed_bits, scales)
         return assigned(out, values)
     with quiet():
-        integers = _as_integers(codes, working_carrier(carrier).name.replace("float", "int"))
+        integers = _as_integers(codes, compute_dtype(dtype).name.replace("float", "int"))
         values = rescaled(portable.decode(library_of(codes), integers, grid), scales)
-        return assigned(out, shaped(cast(values, carrier.name), codes))
+        return assigned(out, shaped(cast(values, dtype.name), codes))
 
 
 def rounded(x: Any, grid: Grid, policy: Policy) -> Any:
     """Round in whole-array operations; the default policy has a faster way of its own.
 
     Args:
-        x: Array of the grid's carrier.
+        x: Array of the grid's dtype.
         grid: The format.
         policy: How to round.
 

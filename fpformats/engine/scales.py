@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fpformats.engine.arrays import (
-    carrier_of,
     cast,
     contiguous,
+    float_dtype_of,
     is_compiling,
     is_hidden,
     is_plain_tensor,
@@ -26,14 +26,14 @@ from fpformats.engine.arrays import (
 from fpformats.kernels.layout import Layout
 
 if TYPE_CHECKING:
-    from fpformats.kernels.grid import Carrier
+    from fpformats.kernels.grid import FloatDtype
 
 
 class Scales(NamedTuple):
     """Checked scales and zero points of an array.
 
     Attributes:
-        scale: Array of the carrier, broadcasting to the shape or, with blocks, one for each.
+        scale: Array of the dtype, broadcasting to the shape or, with blocks, one for each.
         zero_point: The same, or None.
         block_size: Sizes of blocks by dimension, at least 1; None without blocks.
     """
@@ -48,7 +48,7 @@ def make_scales(
     scale: Any,
     zero_point: Any,
     block_size: tuple[int, ...] | None,
-    carrier: Carrier,
+    dtype: FloatDtype,
     shape: tuple[int, ...] | None = None,
 ) -> Scales:
     """Check scales and zero points against what they scale.
@@ -58,14 +58,14 @@ def make_scales(
         scale: Number, or array of the library of `x`.
         zero_point: The same, or None.
         block_size: Sizes of the blocks that share a scale, by dimension; None for broadcasting.
-        carrier: What the operations are computed in.
+        dtype: What the operations are computed in.
         shape: Shape of what is scaled, where it is not that of `x`.
 
     Returns:
-        Scales and zero points in the carrier.
+        Scales and zero points in the dtype.
 
     Raises:
-        TypeError: If one is not floating point, of another library, or wider than the carrier.
+        TypeError: If one is not floating point, of another library, or wider than the dtype.
         ValueError: If a shape does not fit, a scale is not positive and finite or a zero point
             not finite.
     """
@@ -73,7 +73,7 @@ def make_scales(
     sizes = None if block_size is None else block_lengths(block_size, shape)
 
     def parameter(argument: str, value: Any) -> Any:
-        return _parameter(argument, value, x, carrier, shape, sizes)
+        return _parameter(argument, value, x, dtype, shape, sizes)
 
     zeros = None if zero_point is None else parameter("zero_point", zero_point)
     return Scales(parameter("scale", scale), zeros, sizes)
@@ -181,42 +181,42 @@ def _parameter(
     argument: str,
     value: Any,
     x: Any,
-    carrier: Carrier,
+    dtype: FloatDtype,
     shape: tuple[int, ...],
     block_size: tuple[int, ...] | None,
 ) -> Any:
-    """Give a scale or zero point as an array in the carrier, checked against `x`."""
+    """Give a scale or zero point as an array in the dtype, checked against `x`."""
     if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
         if is_compiling():  # which traces NumPy's operations on constants too
             _check_number(argument, float(value))
-            return _full(float(value), x, carrier)
-        number = np.asarray(value, dtype=carrier.name)
+            return _full(float(value), x, dtype)
+        number = np.asarray(value, dtype=dtype.name)
         _check_range(argument, number)
-        return _full(float(number), x, carrier) if is_tensor(x) else number
-    array = _converted(argument, value, x, carrier)
+        return _full(float(number), x, dtype) if is_tensor(x) else number
+    array = _converted(argument, value, x, dtype)
     _check_shape(argument, tuple(array.shape), shape, block_size)
     if not is_hidden(array):
         _check_range(argument, array.numpy() if is_plain_tensor(array) else array)
     return array
 
 
-def _full(value: float, x: Any, carrier: Carrier) -> Any:
+def _full(value: float, x: Any, dtype: FloatDtype) -> Any:
     # A tensor on the device: torch multiplies by the reciprocal of a number from the host.
     torch = sys.modules["torch"]
-    return torch.full((), value, dtype=getattr(torch, carrier.name), device=x.device)
+    return torch.full((), value, dtype=getattr(torch, dtype.name), device=x.device)
 
 
-def _converted(argument: str, value: Any, x: Any, carrier: Carrier) -> Any:
-    given = carrier_of(value, argument)
+def _converted(argument: str, value: Any, x: Any, dtype: FloatDtype) -> Any:
+    given = float_dtype_of(value, argument)
     if is_tensor(value) != is_tensor(x):
         raise TypeError(f"{argument} is a {type(value).__name__}; x is a {type(x).__name__}")
-    if given.mantissa_bits > carrier.mantissa_bits:
+    if given.mantissa_bits > dtype.mantissa_bits:
         raise TypeError(
-            f"{argument} is of {given.name}, but the operations are in {carrier.name}; convert it"
+            f"{argument} is of {given.name}, but the operations are in {dtype.name}; convert it"
         )
     if is_tensor(value):
-        return cast(value.detach(), carrier.name).to(x.device)
-    return np.asarray(value, dtype=carrier.name)
+        return cast(value.detach(), dtype.name).to(x.device)
+    return np.asarray(value, dtype=dtype.name)
 
 
 def _check_shape(

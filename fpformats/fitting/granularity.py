@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpformats.engine.arrays import carrier_of, is_tensor, widened
+from fpformats.engine.arrays import float_dtype_of, is_tensor, widened
 from fpformats.engine.scales import block_lengths
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fpformats.kernels.grid import Carrier
+    from fpformats.kernels.grid import FloatDtype
 
 MAX_EXPONENT = 500
 """Squares of numbers beyond 2**500, and the sum where all are below 2**-500, leave float64."""
@@ -46,25 +46,25 @@ def block_sizes(
 
 
 def as_rows(
-    x: Any, weights: Any, carrier: Carrier, sizes: tuple[int, ...]
+    x: Any, weights: Any, dtype: FloatDtype, sizes: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
     """Give data and their weights as rows that share a scale.
 
     Args:
         x: Array, tensor or number.
         weights: Array, tensor or number that broadcasts to the shape of `x`; None for 1.
-        carrier: The carrier that `x` is widened to.
+        dtype: The dtype that `x` is widened to.
         sizes: Sizes of the blocks.
 
     Returns:
-        Data of the carrier, and weights or None where all are 1; shape (rows, length). Where a
+        Data of the dtype, and weights or None where all are 1; shape (rows, length). Where a
         block is cut short, or the weight is 0, stands another value of the row, of weight 0.
 
     Raises:
         TypeError: If the weights are not floating point, or of another library than `x`.
         ValueError: If there are no data, data or weights are out of range, or do not broadcast.
     """
-    data = _on_cpu(x, carrier)
+    data = _on_cpu(x, dtype)
     _check_data(data)
     w = None if weights is None else _checked_weights(weights, x)
     padding = [(0, -length % size) for size, length in zip(sizes, data.shape, strict=True)]
@@ -80,8 +80,8 @@ def as_rows(
     return np.where(present, rows, fill[:, None]), w
 
 
-def _on_cpu(x: Any, carrier: Carrier) -> NDArray[Any]:
-    wide = widened(x, carrier)
+def _on_cpu(x: Any, dtype: FloatDtype) -> NDArray[Any]:
+    wide = widened(x, dtype)
     array: NDArray[Any] = wide.cpu().numpy() if is_tensor(wide) else wide
     return array.reshape(getattr(x, "shape", ()))
 
@@ -98,10 +98,10 @@ def _check_data(data: NDArray[Any]) -> None:
 
 
 def _checked_weights(weights: Any, x: Any) -> NDArray[np.float64]:
-    carrier_of(weights, "weights")
+    float_dtype_of(weights, "weights")
     if not isinstance(weights, float) and is_tensor(weights) != is_tensor(x):
         raise TypeError(f"weights is a {type(weights).__name__}; x is a {type(x).__name__}")
-    array = _on_cpu(weights, CARRIERS["float64"])
+    array = _on_cpu(weights, FLOAT_DTYPES["float64"])
     shape = tuple(getattr(x, "shape", ()))
     try:
         array = np.broadcast_to(array, shape)

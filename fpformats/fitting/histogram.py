@@ -5,7 +5,7 @@ Within a bin, a number is a base plus a power of two times an integer, the rest 
 A bin holds how many numbers it has seen, and the sums of these integers and of their squares, as
 integers. The sums of the numbers and of their squares follow from them, and merging is
 associative to the last bit: however a stream is cut, ordered and spread over processes, its
-sketch is the same.
+histogram is the same.
 
 Only bins that have seen a number are kept, at 28 bytes each: some 40 000 bins, 1 MiB, for a
 million normal numbers, and never more than 2**20 of them, 28 MiB.
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fpformats.engine import cpu
-from fpformats.engine.arrays import carrier_of, is_tensor, widened
-from fpformats.kernels.grid import CARRIERS
+from fpformats.engine.arrays import float_dtype_of, is_tensor, widened
+from fpformats.kernels.grid import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,18 +53,18 @@ class Bins(NamedTuple):
     squares: NDArray[np.float64]
 
 
-class Sketch:
+class Histogram:
     """What a stream of numbers looked like: enough to search formats and scales for it.
 
     NaN and infinities are counted, and left out of everything else.
 
     Example:
-        >>> sketch = Sketch()
+        >>> histogram = Histogram()
         >>> for batch in np.split(np.arange(1000, dtype=np.float32), 10):
-        ...     sketch.update(batch)
-        >>> sketch
-        Sketch(1000 numbers from 0 to 999)
-        >>> sketch.mean, sketch.quantile(0.25)
+        ...     histogram.update(batch)
+        >>> histogram
+        Histogram(1000 numbers from 0 to 999)
+        >>> histogram.mean, histogram.quantile(0.25)
         (499.5, 249.0)
     """
 
@@ -78,7 +78,7 @@ class Sketch:
         seen = f"{self.count} numbers"
         if self.count:
             seen += f" from {self.min:g} to {self.max:g}"
-        return f"Sketch({seen}{f', {self.nonfinite} not finite' if self.nonfinite else ''})"
+        return f"Histogram({seen}{f', {self.nonfinite} not finite' if self.nonfinite else ''})"
 
     def update(self, x: Any, repeats: int = 1) -> None:
         """Add numbers.
@@ -94,42 +94,42 @@ class Sketch:
             OverflowError: If a bin would hold more than 64 bits can: not before it has seen
                 2**39 numbers.
         """
-        carrier_of(x)
+        float_dtype_of(x)
         if type(repeats) is not int or not 1 <= repeats <= _MAX_REPEATS:
             raise ValueError(
                 f"repeats is {repeats!r}; it must be an integer from 1 to {_MAX_REPEATS}"
             )
         with np.errstate(over="ignore"):
-            numbers = widened(x, CARRIERS["float32"])
+            numbers = widened(x, FLOAT_DTYPES["float32"])
         if is_tensor(numbers):
             numbers = numbers.cpu().numpy()
         numbers = np.ascontiguousarray(numbers).reshape(-1)
         for start in range(0, len(numbers), _CHUNK):
             self._add(numbers[start : start + _CHUNK], repeats)
 
-    def merge(self, other: Sketch) -> None:
-        """Add what another sketch has seen, as if this one had seen it.
+    def merge(self, other: Histogram) -> None:
+        """Add what another histogram has seen, as if this one had seen it.
 
         Raises:
-            TypeError: If it is not a sketch.
+            TypeError: If it is not a histogram.
             OverflowError: If a bin would hold more than 64 bits can.
         """
-        if not isinstance(other, Sketch):
-            raise TypeError(f"other is a {type(other).__name__}; it must be a Sketch")
+        if not isinstance(other, Histogram):
+            raise TypeError(f"other is a {type(other).__name__}; it must be a Histogram")
         self._add_moments(other._bins, other._moments)
         self._widen(other._low, other._high)
 
-    def __add__(self, other: Sketch) -> Sketch:
-        """Give a new sketch of all that the two have seen."""
-        if not isinstance(other, Sketch):
+    def __add__(self, other: Histogram) -> Histogram:
+        """Give a new histogram of all that the two have seen."""
+        if not isinstance(other, Histogram):
             return NotImplemented
-        both = Sketch()
+        both = Histogram()
         both.merge(self)
         both.merge(other)
         return both
 
     def all_reduce(self, group: Any = None) -> None:
-        """Merge, in every process of a torch.distributed group, the sketches of all of them.
+        """Merge, in every process of a torch.distributed group, the histograms of all of them.
 
         Args:
             group: The process group; None for the default one.
@@ -146,7 +146,9 @@ class Sketch:
         dist.all_reduce(ends, dist.ReduceOp.MAX, group)
         low, high, most = ends.tolist()
         if most > np.iinfo(np.int64).max:
-            raise OverflowError("the sketches have seen too many numbers for their bins of 64 bits")
+            raise OverflowError(
+                "the histograms have seen too many numbers for their bins of 64 bits"
+            )
         used = torch.zeros(2 * _SIGN, dtype=torch.uint8)
         used[torch.from_numpy(self._bins.astype(np.int64))] = 1
         used = used.to(device)
@@ -235,8 +237,8 @@ class Sketch:
         return {"bins": self._bins.copy(), "moments": self._moments.copy(), "ends": ends}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Sketch:
-        """Give the sketch that `state` was taken from.
+    def from_state(cls, state: Mapping[str, Any]) -> Histogram:
+        """Give the histogram that `state` was taken from.
 
         Args:
             state: Arrays or tensors as `state` gives them.
@@ -256,15 +258,15 @@ class Sketch:
             )
         if not _is_state(bins, moments):
             raise ValueError(
-                f"state has bins and moments that are none of a sketch: ascending integers below "
-                f"{2 * _SIGN}, and integers of 0 or more"
+                f"state is not of a histogram: bins must be ascending integers below {2 * _SIGN}, "
+                "moments integers of 0 or more"
             )
-        sketch = cls()
-        sketch._add_moments(bins.astype(np.uint32), moments.astype(np.int64))
-        if ends[0] > ends[1] and sketch.count:
+        histogram = cls()
+        histogram._add_moments(bins.astype(np.uint32), moments.astype(np.int64))
+        if ends[0] > ends[1] and histogram.count:
             raise ValueError(f"state has the ends {ends.tolist()}, of which the first is larger")
-        sketch._widen(*ends.tolist())
-        return sketch
+        histogram._widen(*ends.tolist())
+        return histogram
 
     def _add(self, numbers: NDArray[np.float32], repeats: int) -> None:
         finite = numbers
@@ -280,7 +282,7 @@ class Sketch:
         places = self._places(bins)
         added = self._moments[:, places] + moments
         if (added < 0).any():
-            raise OverflowError("the sketch has seen too many numbers for its bins of 64 bits")
+            raise OverflowError("the histogram has seen too many numbers for its bins of 64 bits")
         self._moments[:, places] = added
 
     def _places(self, bins: NDArray[Any]) -> NDArray[np.intp]:
@@ -328,7 +330,7 @@ def _moments(numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[
 
 
 def _is_state(bins: NDArray[Any], moments: NDArray[Any]) -> bool:
-    """Tell whether bins and moments are those of a sketch, but for the limits of 64 bits."""
+    """Tell whether bins and moments are those of a histogram, but for the limits of 64 bits."""
     if bins.dtype.kind not in "iu" or moments.dtype.kind not in "iu":
         return False
     places = bins.astype(np.int64)

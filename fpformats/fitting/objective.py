@@ -156,7 +156,7 @@ class QuantizedRows:
         return self.errors(fmt, scale[:, None], zero_points)[:, 0]
 
 
-class Histogram:
+class BinnedRow:
     """One row, as bins of neighbouring values that round together, as the place of the bin does.
 
     Args:
@@ -185,7 +185,7 @@ class Histogram:
         self._weights_before = None if weights is None else _prefix_sums(weights)
         self._sums_before = _prefix_sums(sums)
 
-    def take(self, rows: NDArray[np.intp]) -> Histogram:  # noqa: ARG002 - there is one row
+    def take(self, rows: NDArray[np.intp]) -> BinnedRow:  # noqa: ARG002 - there is one row
         """Give the one row."""
         return self
 
@@ -244,7 +244,7 @@ class Histogram:
         return np.diff(before).astype(np.float64), np.diff(self._sums_before[edges])
 
 
-class SortedRow(Histogram):
+class SortedRow(BinnedRow):
     """One row, sorted: a histogram of one value in each bin.
 
     Args:

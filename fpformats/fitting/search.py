@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fpformats.engine.arrays import carrier_of, grid_of, is_tensor, library_of, working_carrier
+from fpformats.engine.arrays import compute_dtype, float_dtype_of, grid_of, is_tensor, library_of
 from fpformats.fitting.granularity import as_rows, block_sizes
-from fpformats.fitting.histogram import Sketch
-from fpformats.fitting.objective import CHUNK, Histogram, QuantizedRows, SortedRow, sorting_pays
+from fpformats.fitting.histogram import Histogram
+from fpformats.fitting.objective import CHUNK, BinnedRow, QuantizedRows, SortedRow, sorting_pays
 from fpformats.formats import FloatFormat
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.ops.scaled import quantize_scaled
+from fpformats.parsing import as_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fpformats.fitting.objective import Objective, Sums
-    from fpformats.kernels.grid import Carrier
+    from fpformats.kernels.grid import FloatDtype
+    from fpformats.parsing import FormatLike
 
 RATIOS: NDArray[np.float64] = np.linspace(0.01, 1.0, 100)
 """The clips tried by default, as fractions of the largest magnitude."""
@@ -83,7 +85,7 @@ class Choice:
 
 def search(
     x: Any,
-    formats: Sequence[FloatFormat],
+    formats: Sequence[FormatLike],
     *,
     ratios: NDArray[np.float64] = RATIOS,
     zero_points: NDArray[np.float64] | None = None,
@@ -100,9 +102,9 @@ def search(
 
     Args:
         x: Array, tensor or number of finite values, any shape. Searched on the CPU, in float32
-            or, for float64 values, in float64. Or a `Sketch`.
-        formats: The candidates, of at most 16 bits. Uniform formats are integers times a power
-            of two: E0M3 those from -7 to 7, E0M4U those from 0 to 15.
+            or, for float64 values, in float64. Or a `Histogram`.
+        formats: The candidates, of at most 16 bits, or their names. Uniform formats are integers
+            times a power of two: E0M3 those from -7 to 7, E0M4U those from 0 to 15.
         ratios: Clips to try: the largest value of the format is put at this fraction of the
             largest magnitude, or of the largest distance above the zero point.
         zero_points: Zero points to try for unsigned formats, as fractions of the least value;
@@ -117,12 +119,12 @@ def search(
         The choice with the least error over all data; of equal ones, the first in `formats`.
 
     Raises:
-        TypeError: If `x` is not floating point, `formats` holds something else, or a sketch comes
-            with weights or blocks.
+        TypeError: If `x` is not floating point, `formats` holds something else, or a histogram
+            comes with weights or blocks.
         ValueError: If the data are empty or not finite, or an argument is out of range.
 
     Warns:
-        RuntimeWarning: If a sketch has seen NaN or infinities. They are left out.
+        RuntimeWarning: If a histogram has seen NaN or infinities. They are left out.
 
     Example:
         >>> from fpformats import E1M2, E2M1, E3M0
@@ -130,19 +132,23 @@ def search(
         >>> str(choice.format), choice.scale, choice.squared_error
         ('E1M2', 2.0, 0.0)
     """
-    carrier = CARRIERS["float32"] if isinstance(x, Sketch) else working_carrier(carrier_of(x))
-    _check_formats(formats, carrier)
+    dtype = (
+        FLOAT_DTYPES["float32"] if isinstance(x, Histogram) else compute_dtype(float_dtype_of(x))
+    )
+    formats = _checked_formats(formats, dtype)
     grid = _Grid(_checked_ratios(ratios), _checked_fractions(zero_points), refine)
     own_scales = axis is not None or block_size is not None
-    if isinstance(x, Sketch):
+    if isinstance(x, Histogram):
         if weights is not None or own_scales:
-            raise TypeError("x is a Sketch; weights, axis and block_size need the data themselves")
-        shape, batches = None, iter([_of_sketch(x)])
+            raise TypeError(
+                "x is a Histogram; weights, axis and block_size need the data themselves"
+            )
+        shape, batches = None, iter([_of_histogram(x)])
     else:
         lengths = tuple(getattr(x, "shape", ()))
         sizes = block_sizes(axis, block_size, lengths)
         shape = [-(-n // size) for n, size in zip(lengths, sizes, strict=True)]
-        batches = _batches(*as_rows(x, weights, carrier, sizes), formats)
+        batches = _batches(*as_rows(x, weights, dtype, sizes), formats)
     found = [[_best(objective(fmt), fmt, grid) for fmt in formats] for objective in batches]
     choices = {
         fmt: _choice(fmt, _joined(parts), x, shape if own_scales else None, block_size)
@@ -260,20 +266,20 @@ def _positive(scales: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]
     return scales.clip(float(info.smallest_subnormal), float(info.max)).astype(dtype)
 
 
-def _of_sketch(sketch: Sketch) -> Callable[[FloatFormat], Objective]:
-    if sketch.count == 0:
-        raise ValueError("x is a Sketch that has seen no finite number")
-    if sketch.nonfinite:
+def _of_histogram(histogram: Histogram) -> Callable[[FloatFormat], Objective]:
+    if histogram.count == 0:
+        raise ValueError("x is a Histogram that has seen no finite number")
+    if histogram.nonfinite:
         warnings.warn(
-            f"x has seen {sketch.nonfinite} numbers that are NaN or infinite; they are left out",
+            f"x has seen {histogram.nonfinite} numbers that are NaN or infinite; they are left out",
             RuntimeWarning,
             stacklevel=3,
         )
-    counts, sums, squares = sketch.bins()
+    counts, sums, squares = histogram.bins()
     places = (sums / counts).astype(np.float32)
     energy = float(squares.sum())
-    histogram = Histogram(places, counts.astype(float), sums, energy, sketch.min, sketch.max)
-    return lambda _: histogram
+    row = BinnedRow(places, counts.astype(float), sums, energy, histogram.min, histogram.max)
+    return lambda _: row
 
 
 class _Rows:
@@ -339,20 +345,24 @@ def _choice(
     return Choice(fmt, shaped(best.scale), zero_points, total, shaped(best.error), block_size)
 
 
-def _check_formats(formats: Sequence[FloatFormat], carrier: Carrier) -> None:
+def _checked_formats(formats: Sequence[FormatLike], dtype: FloatDtype) -> list[FloatFormat]:
     given: object = formats
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"formats is {formats!r}; it must be a sequence of formats")
     if not formats:
         raise ValueError("formats must hold at least one format")
-    for fmt in formats:
-        if not isinstance(fmt, FloatFormat):
-            raise TypeError(f"formats has {fmt!r}; it must hold formats, as fpformats.parse gives")
+    checked = []
+    for each in formats:
+        if not isinstance(each, FloatFormat | str):
+            raise TypeError(f"formats has {each!r}; it must hold formats or their names")
+        fmt = as_format(each)
         if fmt.bits > MAX_BITS:
             raise ValueError(
                 f"formats has {fmt} of {fmt.bits} bits; at most {MAX_BITS} are allowed"
             )
-        grid_of(fmt, carrier)
+        grid_of(fmt, dtype)
+        checked.append(fmt)
+    return checked
 
 
 def _checked_ratios(ratios: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Rounding, encoding and decoding of CUDA tensors, each in one launch of a Triton kernel.
 
 Importing this module imports torch and Triton, and fails without Triton 3.6 or later. Tensors are
-contiguous, arguments are checked before, and plans are made for the carrier of the values: float64
+contiguous, arguments are checked before, and plans are made for the dtype of the values: float64
 is computed in float64, the others in float32. Nothing here waits for the device.
 """
 
@@ -52,7 +52,7 @@ def quantize(
     """Round to the values of a format, scaled and shifted where there are scales.
 
     Args:
-        x: Contiguous tensor of any carrier.
+        x: Contiguous tensor of any dtype.
         plan: The format and the policy.
         out: Contiguous tensor of the shape and dtype of `x` to write to; may be `x`.
         scaling: The scales, if any.
@@ -89,7 +89,7 @@ def encode(
     """Round to the codes of a format, after a shift and a division where there are scales.
 
     Args:
-        x: Contiguous tensor of any carrier.
+        x: Contiguous tensor of any dtype.
         plan: The format and the policy.
         nan_code: Code to give for NaN; None where there is none to give.
         packed_bits: 4 or 6 to store codes of at most that width side by side, as
@@ -140,7 +140,7 @@ def decode(
     Args:
         codes: Contiguous tensor of any integer dtype; bytes if the codes are packed.
         plan: The format.
-        out: Contiguous tensor of a carrier to write to, of as many elements as there are codes.
+        out: Contiguous tensor of a dtype to write to, of as many elements as there are codes.
         packed_bits: 4 or 6 if codes of that width are stored side by side.
         scaling: As in `quantize`.
 

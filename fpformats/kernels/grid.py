@@ -1,4 +1,4 @@
-"""The parameters of a kernel: one format seen from one carrier, as plain numbers."""
+"""The parameters of a kernel: one format seen from one dtype, as plain numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
 
 
-class Carrier(NamedTuple):
+class FloatDtype(NamedTuple):
     """A floating-point type that holds values: its mantissa bits and exponent bias."""
 
     name: str
@@ -22,53 +22,53 @@ class Carrier(NamedTuple):
         return 1 - self.bias
 
 
-CARRIERS = {
-    carrier.name: carrier
-    for carrier in (
-        Carrier("float16", 10, 15),
-        Carrier("bfloat16", 7, 127),
-        Carrier("float32", 23, 127),
-        Carrier("float64", 52, 1023),
+FLOAT_DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        FloatDtype("float16", 10, 15),
+        FloatDtype("bfloat16", 7, 127),
+        FloatDtype("float32", 23, 127),
+        FloatDtype("float64", 52, 1023),
     )
 }
 
 
 class Grid(NamedTuple):
-    """What the kernels know of a format, in units of one carrier.
+    """What the kernels know of a format, in units of one dtype.
 
     Attributes:
-        floating: Name of the carrier's dtype.
+        floating: Name of the dtype's dtype.
         integer: Name of the integer dtype as wide.
-        width: Mantissa bits of the carrier.
-        exponent_mask: Pattern of the carrier's exponent field.
+        width: Mantissa bits of the dtype.
+        exponent_mask: Pattern of the dtype's exponent field.
         low: Lowest finite value.
         high: Largest finite value.
         floor: Power of two below which the spacing stays constant.
         ceiling: Power of two above which the spacing need not grow: only NaN is beyond it.
-        first_field: Exponent field in the carrier of the binade of code 1, or what it would be,
+        first_field: Exponent field in the dtype of the binade of code 1, or what it would be,
             where a binade is one step wide.
         spacing: Distance between neighbours within a binade, divided by its power of two.
         magic: What `floor` to `ceiling` are multiplied by to get numbers whose last bit is the
-            spacing; 0 where the carrier has no such numbers.
+            spacing; 0 where the dtype has no such numbers.
         ties_by_parity: Whether a binade is one step wide, so that parity is the exponent's.
         smallest: Smallest value above zero if that is not one step from it, else 0.
         zero: Whether there is a zero.
         signed: Whether there are negative values.
         negative_zero: Whether zero has a sign.
         magnitude_bits: Width of a code below the sign.
-        shift: Mantissa bits that the carrier has beyond the format; -1 if every code is linear.
-        offset: Carrier pattern, cut by `shift`, minus the code, for codes that are not linear.
+        shift: Mantissa bits that the dtype has beyond the format; -1 if every code is linear.
+        offset: FloatDtype pattern, cut by `shift`, minus the code, for codes that are not linear.
         linear: Codes below this one are linear: they stand for as many times `quantum`.
         linear_high: What magnitudes can be cut off at without changing a linear one.
         quantum: Smallest spacing.
         infinity_code: Magnitude of infinity's code, -1 without.
         first_nan: Smallest magnitude that is NaN; -1 without.
         nan_is_negative_zero: Whether NaN has the code of negative zero.
-        lift: Power of two that makes the carrier's subnormal numbers normal, or 0.
-        lifted_codes: Codes below this one stand for subnormal numbers of the carrier, or 0.
+        lift: Power of two that makes the dtype's subnormal numbers normal, or 0.
+        lifted_codes: Codes below this one stand for subnormal numbers of the dtype, or 0.
         max_is_odd: Whether the largest finite value has an odd code.
         lifted: Grid of the values times `lift`, for formats with values that are subnormal in
-            the carrier (without being subnormal, or one step from zero, in the format).
+            the dtype (without being subnormal, or one step from zero, in the format).
     """
 
     floating: str
@@ -102,43 +102,43 @@ class Grid(NamedTuple):
     lifted: Grid | None
 
 
-def holds(carrier: Carrier, fmt: FloatFormat) -> bool:
-    """Tell whether every finite value of a format is exact in a carrier.
+def holds(dtype: FloatDtype, fmt: FloatFormat) -> bool:
+    """Tell whether every finite value of a format is exact in a dtype.
 
     Args:
-        carrier: The carrier.
+        dtype: The dtype.
         fmt: The format.
 
     Returns:
-        Whether neither precision nor range nor the smallest step is beyond the carrier.
+        Whether neither precision nor range nor the smallest step is beyond the dtype.
 
     Example:
         >>> from fpformats.formats import FloatFormat
-        >>> holds(CARRIERS["float16"], FloatFormat(8, 3))
+        >>> holds(FLOAT_DTYPES["float16"], FloatFormat(8, 3))
         False
     """
     significand, _ = fmt.scaled_magnitude(fmt.max_code)
     _, smallest_step = fmt.scaled_magnitude(fmt.smallest_code)
     return (
-        significand.bit_length() <= carrier.mantissa_bits + 1
-        and fmt.max_exponent <= carrier.bias
-        and smallest_step >= carrier.min_exponent - carrier.mantissa_bits
+        significand.bit_length() <= dtype.mantissa_bits + 1
+        and fmt.max_exponent <= dtype.bias
+        and smallest_step >= dtype.min_exponent - dtype.mantissa_bits
     )
 
 
-def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
-    """Work out the kernel parameters of a format in a carrier that holds it.
+def make_grid(fmt: FloatFormat, dtype: FloatDtype, lift: int = 0) -> Grid:
+    """Work out the kernel parameters of a format in a dtype that holds it.
 
     Args:
         fmt: The format.
-        carrier: The carrier, float32 or float64.
+        dtype: The dtype, float32 or float64.
         lift: Exponent of a power of two that all values are multiplied by, and beyond which
             they are cut off.
 
     Returns:
-        The parameters, of which all floats are exact in the carrier.
+        The parameters, of which all floats are exact in the dtype.
     """
-    width, mantissa_bits = carrier.mantissa_bits, fmt.mantissa_bits
+    width, mantissa_bits = dtype.mantissa_bits, fmt.mantissa_bits
     step = fmt.scaled_magnitude(fmt.smallest_code)[1] + lift
     top, bottom = fmt.max_exponent + lift, fmt.min_exponent + lift
     if lift and top > lift:
@@ -149,21 +149,21 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
     bottom = min(bottom, top)
     digits = bottom - step
     first = bottom + 1 - fmt.smallest_code
-    needs_lift = bottom < carrier.min_exponent
-    has_magic = digits <= width - 2 and top + width - digits <= carrier.bias
+    needs_lift = bottom < dtype.min_exponent
+    has_magic = digits <= width - 2 and top + width - digits <= dtype.bias
     linear = 1 << mantissa_bits if fmt.subnormals else fmt.smallest_code
     smallest = 0.0 if fmt.subnormals else _scaled(fmt, fmt.smallest_code, lift)
     nan_is_negative_zero = fmt.nan_code == 1 << fmt.magnitude_bits
     return Grid(
-        floating=carrier.name,
-        integer=carrier.name.replace("float", "int"),
+        floating=dtype.name,
+        integer=dtype.name.replace("float", "int"),
         width=width,
-        exponent_mask=(2 * carrier.bias + 1) << width,
+        exponent_mask=(2 * dtype.bias + 1) << width,
         low=-high if fmt.signed else 0.0 if fmt.zero else smallest,
         high=high,
-        floor=math.ldexp(1.0, max(bottom, carrier.min_exponent)),
-        ceiling=math.ldexp(1.0, _ceiling_exponent(top, first, digits, carrier)),
-        first_field=first + carrier.bias,
+        floor=math.ldexp(1.0, max(bottom, dtype.min_exponent)),
+        ceiling=math.ldexp(1.0, _ceiling_exponent(top, first, digits, dtype)),
+        first_field=first + dtype.bias,
         spacing=math.ldexp(1.0, -digits),
         magic=math.ldexp(1.5, width - digits) if has_magic else 0.0,
         ties_by_parity=digits == 0,
@@ -173,7 +173,7 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         negative_zero=fmt.has_negative_zero,
         magnitude_bits=fmt.magnitude_bits,
         shift=-1 if fmt.max_code < linear else width - mantissa_bits,
-        offset=(carrier.bias - fmt.bias + lift) << mantissa_bits,
+        offset=(dtype.bias - fmt.bias + lift) << mantissa_bits,
         linear=linear,
         linear_high=high if fmt.max_code < linear else math.ldexp(linear, step),
         quantum=math.ldexp(1.0, step),
@@ -181,21 +181,21 @@ def make_grid(fmt: FloatFormat, carrier: Carrier, lift: int = 0) -> Grid:
         first_nan=_first_nan(fmt) if fmt.has_nan and not nan_is_negative_zero else -1,
         nan_is_negative_zero=nan_is_negative_zero,
         lift=math.ldexp(1.0, width) if needs_lift else 0.0,
-        lifted_codes=(1 - carrier.bias + fmt.bias) << mantissa_bits if needs_lift else 0,
+        lifted_codes=(1 - dtype.bias + fmt.bias) << mantissa_bits if needs_lift else 0,
         max_is_odd=fmt.max_code % 2 == 1,
-        lifted=make_grid(fmt, carrier, width) if needs_lift else None,
+        lifted=make_grid(fmt, dtype, width) if needs_lift else None,
     )
 
 
-def _ceiling_exponent(top: int, first: int, digits: int, carrier: Carrier) -> int:
+def _ceiling_exponent(top: int, first: int, digits: int, dtype: FloatDtype) -> int:
     """Give the top exponent; without mantissa bits, one near it whose code is odd.
 
     NaN is rounded as if it were in that binade, and portable._break_ties leaves odd ones alone.
     """
-    ceiling = max(top, carrier.min_exponent)
+    ceiling = max(top, dtype.min_exponent)
     if digits > 0 or (ceiling - first) % 2 == 0:
         return ceiling
-    return ceiling + 1 if ceiling < carrier.bias else ceiling - 1
+    return ceiling + 1 if ceiling < dtype.bias else ceiling - 1
 
 
 def _scaled(fmt: FloatFormat, code: int, lift: int) -> float:

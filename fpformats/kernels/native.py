@@ -7,20 +7,25 @@ the addresses are of, and leave every check of what users pass to their callers.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from fpformats.kernels.grid import CARRIERS, Carrier
+from fpformats.kernels.grid import FLOAT_DTYPES, FloatDtype
 from fpformats.kernels.plan import make_plan
 from fpformats.rounding import Rounding
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
     from fpformats.formats import FloatFormat
+    from fpformats.kernels._native import Kernel
 
 MODES = [mode.value for mode in Rounding]
+DTYPES = list(FLOAT_DTYPES)
+"""What the kernels count rounding modes and dtypes by, which must be in their order."""
 PARALLEL_FROM = 1 << 20
 """Elements from which on starting threads costs less than they save."""
 STREAM_FROM = 1 << 25
@@ -29,9 +34,9 @@ STREAM_FROM = 1 << 25
 NAN_IN, NAN_OUT = 1, 2
 
 
-def _load() -> Any:
+def _load() -> ModuleType | None:
     try:
-        return importlib.import_module("fpformats.kernels._native")
+        import fpformats.kernels._native as found
     except ImportError as error:
         # A library that is there but does not load raises the base class.
         missing = isinstance(error, ModuleNotFoundError)
@@ -42,19 +47,27 @@ def _load() -> Any:
             stacklevel=2,
         )
         return None
+    if (found.modes(), found.dtypes()) != (MODES, DTYPES):
+        raise ImportError(
+            f"the compiled kernels count rounding modes as {found.modes()} and dtypes as "
+            f"{found.dtypes()}; Python counts {MODES} and {DTYPES}"
+        )
+    return found
 
 
-library = functools.cache(_load)
+library: Callable[[], Any] = functools.cache(_load)
+"""Gives the module of the compiled kernels, None where there are none; see `_native.pyi`."""
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_of(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str) -> Any:
-    """Give the kernel of a format that the carrier holds; None where there is none."""
+def kernel_of(fmt: FloatFormat, dtype: FloatDtype, rounding: str, saturation: str) -> Kernel | None:
+    """Give the kernel of a format that the dtype holds; None where there is none."""
     native = library()
-    plan = make_plan(fmt, carrier, rounding, saturation) if native else None
+    plan = make_plan(fmt, dtype, rounding, saturation) if native else None
     if plan is None:
         return None
-    return native.Kernel(plan, MODES.index(rounding), list(CARRIERS).index(carrier.name))
+    kernel: Kernel = native.Kernel(plan, MODES.index(rounding), DTYPES.index(dtype.name))
+    return kernel
 
 
 def instruction_sets() -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from fpformats.formats import Specials
 from fpformats.kernels import portable
-from fpformats.kernels.grid import CARRIERS, Carrier, Grid, holds, make_grid
+from fpformats.kernels.grid import FLOAT_DTYPES, FloatDtype, Grid, holds, make_grid
 from fpformats.kernels.policy import Edges, make_edges
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class Plan(NamedTuple):
     nan_is_negative_zero: bool
 
 
-def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str) -> Plan | None:
-    """Work out the record of a format that the carrier holds.
+def make_plan(fmt: FloatFormat, dtype: FloatDtype, rounding: str, saturation: str) -> Plan | None:
+    """Work out the record of a format that the dtype holds.
 
     Args:
         fmt: The format.
-        carrier: Any of the four; its values are widened to float32 or stay in float64.
+        dtype: Any of the four; its values are widened to float32 or stay in float64.
         rounding: Name of a rounding mode.
         saturation: Name of a saturation mode.
 
@@ -111,7 +111,7 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
 
     Example:
         >>> from fpformats import E2M1
-        >>> plan = make_plan(E2M1, CARRIERS["float32"], "NearestTiesToEven", "SatFinite")
+        >>> plan = make_plan(E2M1, FLOAT_DTYPES["float32"], "NearestTiesToEven", "SatFinite")
         >>> plan.high, plan.floor, plan.digits, plan.max_code
         (6.0, 1.0, 1, 7)
     """
@@ -121,10 +121,10 @@ def make_plan(fmt: FloatFormat, carrier: Carrier, rounding: str, saturation: str
         return None
     if fmt.scaled_magnitude(fmt.smallest_code)[1] < -LIMIT or fmt.max_exponent > LIMIT:
         return None
-    grid = make_grid(fmt, CARRIERS["float64"])
+    grid = make_grid(fmt, FLOAT_DTYPES["float64"])
     edges = make_edges(grid, rounding, saturation)
     is_default = rounding == "NearestTiesToEven" and saturation == "SatFinite"
-    has_room = carrier.name != "float64" and _has_room(fmt)
+    has_room = dtype.name != "float64" and _has_room(fmt)
     draws = rounding == "StochasticA" and saturation == "SatFinite"
     return Plan(
         low=grid.low,
@@ -166,9 +166,9 @@ def code_dtype(bits: int) -> str:
 
 
 def _has_room(fmt: FloatFormat) -> bool:
-    if not holds(CARRIERS["float32"], fmt):
+    if not holds(FLOAT_DTYPES["float32"], fmt):
         return False
-    grid = make_grid(fmt, CARRIERS["float32"])
+    grid = make_grid(fmt, FLOAT_DTYPES["float32"])
     return grid.lifted is None and grid.magic != 0 and grid.smallest == 0
 
 

@@ -92,7 +92,7 @@ def quantize(
 
     Args:
         xp: The library of `x`, numpy or torch.
-        x: Array of the grid's carrier.
+        x: Array of the grid's dtype.
         grid: The format.
         mode: Name of a rounding mode of IEEE P3109.
         edges: What saturation makes of results beyond the format.
@@ -109,7 +109,7 @@ def quantize(
     if grid.lifted is not None:
         lifted = xp.clip(magnitude, None, 1.0) * grid.lift
         small, small_over = _round(xp, lifted, negative, grid.lifted, mode, words, bits)
-        # Of formats that end below the carrier's normal numbers, whatever lies beyond, too.
+        # Of formats that end below the dtype's normal numbers, whatever lies beyond, too.
         is_small = xp.clip(magnitude, None, grid.high) < grid.floor
         y = xp.where(is_small, small / grid.lift, y)
         over = xp.where(is_small, small_over, over)

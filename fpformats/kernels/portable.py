@@ -2,7 +2,7 @@
 
 The functions take the library as `xp`: the modules numpy and torch spell these operations alike.
 
-Rounding is left to the hardware: a number of the carrier whose last bit is the spacing that the
+Rounding is left to the hardware: a number of the dtype whose last bit is the spacing that the
 format has at x is added to x and subtracted again, so that the sum is rounded to that spacing,
 once, to nearest with ties to even. The spacing comes from the exponent bits of x.
 """
@@ -22,7 +22,7 @@ def quantize(xp: ModuleType, x: Any, grid: Grid) -> Any:
 
     Args:
         xp: The library of `x`, numpy or torch.
-        x: Array of the grid's carrier. NaN stays NaN.
+        x: Array of the grid's dtype. NaN stays NaN.
         grid: The format.
 
     Returns:
@@ -40,12 +40,12 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
 
     Args:
         xp: The library of `values`, numpy or torch.
-        values: Array of the grid's carrier, of values of the format or NaN.
+        values: Array of the grid's dtype, of values of the format or NaN.
         grid: The format.
         nan_code: Code to give for NaN; None if there is no NaN in `values`.
 
     Returns:
-        Array of signed integers as wide as the carrier, with the codes in the low bits.
+        Array of signed integers as wide as the dtype, with the codes in the low bits.
     """
     magnitudes = abs(values)
     special = None
@@ -63,7 +63,7 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
         codes |= ((_bits(xp, values, grid) >> top) & 1) << grid.magnitude_bits
     if nan_code is None:
         return codes
-    # As a signed number of the same bits, where the format fills the carrier.
+    # As a signed number of the same bits, where the format fills the dtype.
     nan = special if grid.infinity_code < 0 else xp.isnan(values)
     return xp.where(nan, nan_code - (nan_code >> top << (top + 1)), codes)
 
@@ -73,11 +73,11 @@ def decode(xp: ModuleType, codes: Any, grid: Grid) -> Any:
 
     Args:
         xp: The library of `codes`, numpy or torch.
-        codes: Array of signed integers as wide as the grid's carrier.
+        codes: Array of signed integers as wide as the grid's dtype.
         grid: The format.
 
     Returns:
-        Array of the grid's carrier.
+        Array of the grid's dtype.
     """
     magnitudes = codes & ((1 << grid.magnitude_bits) - 1)
     values = _from_index(xp, magnitudes, grid)

@@ -140,7 +140,7 @@ def decode_kernel(
     else:
         code = _load_packed(codes, offsets, inside, packed_bits)
     y = _decode(code, record, narrow)
-    # By way of float32, which holds what the narrower carriers do.
+    # By way of float32, which holds what the narrower dtypes do.
     y = y if out.dtype.element_ty == tl.float64 else y.to(tl.float32)
     if scales is not None:
         scale, zero_point = _scale_at(
@@ -170,7 +170,7 @@ def _widened(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _narrowed(y: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Round values to the nearest of a carrier, ties to even."""
+    """Round values to the nearest of a dtype, ties to even."""
     if dtype == tl.bfloat16:
         # By their patterns, because Triton's interpreter cuts them off.
         pattern = y.to(tl.uint32, bitcast=True)

@@ -18,24 +18,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fpformats.engine.arrays import (
-    carrier_for,
-    carrier_named,
-    carrier_of,
+    assigned,
     cast,
     check_codes,
+    check_out,
+    check_target,
+    compute_dtype,
+    float_dtype_named,
+    float_dtype_of,
     is_hidden,
     is_tensor,
     library_of,
     needs_gradient,
     padded,
     quiet,
+    result_dtype,
     take_blocks,
     widened,
-    working_carrier,
 )
+from fpformats.engine.bit_packing import pack, unpack
 from fpformats.formats import FloatFormat
 from fpformats.ops import elementwise
-from fpformats.parsing import parse
+from fpformats.ops.elementwise import check_packable
+from fpformats.parsing import as_format, parse
 from fpformats.rounding import FINITE, NEAREST
 
 if TYPE_CHECKING:
@@ -78,8 +83,8 @@ class BlockFormat:
     """A composition of an element format and a scale format.
 
     Attributes:
-        element: Format of the elements.
-        scale: Format of the scales.
+        element: Format of the elements; a name becomes its format.
+        scale: Format of the scales, likewise.
         size: Number of elements that share a scale.
         rule: How a scale follows from its block.
         tensor_scale: Whether scales are relative to one float32 scale of the whole tensor,
@@ -89,8 +94,8 @@ class BlockFormat:
 
     Raises:
         TypeError: If element or scale is not a format.
-        ValueError: If the size is not a positive integer, the rule is unknown, or two's
-            complement is asked of an element that is not signed and uniform.
+        ValueError: If a name is of no format, the size is not a positive integer, the rule is
+            unknown, or two's complement is asked of an element that is not signed and uniform.
 
     Example:
         >>> from fpformats import E2M1U, UE5M3
@@ -107,9 +112,8 @@ class BlockFormat:
     twos_complement: bool = False
 
     def __post_init__(self) -> None:
-        for name, fmt in (("element", self.element), ("scale", self.scale)):
-            if not isinstance(fmt, FloatFormat):
-                raise TypeError(f"{name} is {fmt!r}; it must be a FloatFormat, as parse gives")
+        for name in ("element", "scale"):
+            object.__setattr__(self, name, as_format(getattr(self, name), name))
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"size is {self.size!r}; it must be a positive integer")
         if self.rule not in list(ScaleRule):
@@ -140,32 +144,46 @@ MXFP6_E3M2 = BlockFormat(parse("E3M2"), parse("E8M0"), 32)
 MXFP4 = BlockFormat(parse("E2M1"), parse("E8M0"), 32)
 MXINT8 = BlockFormat(parse("E0M7"), parse("E8M0"), 32, twos_complement=True)
 NVFP4 = BlockFormat(parse("E2M1"), parse("E4M3"), 16, ScaleRule.Max, tensor_scale=True)
+PRESETS = {
+    "MXFP8_E4M3": MXFP8_E4M3,
+    "MXFP8_E5M2": MXFP8_E5M2,
+    "MXFP6_E2M3": MXFP6_E2M3,
+    "MXFP6_E3M2": MXFP6_E3M2,
+    "MXFP4": MXFP4,
+    "MXINT8": MXINT8,
+    "NVFP4": NVFP4,
+}
+"""Block formats of OCP and NVIDIA by name."""
 
 
 def encode_blocks(
     x: Any,
-    fmt: BlockFormat,
-    axis: int = -1,
+    fmt: BlockFormat | str,
     *,
+    axis: int = -1,
     rounding: str = NEAREST,
     saturation: str = FINITE,
     random: Any = None,
     random_bits: int = 32,
+    packed: bool = False,
 ) -> Blocks:
     """Round to the codes of blocks and their scales.
 
     A last block that is shorter than the others has a scale of its own. NaN in a block makes its
-    scale NaN where the scale format has it, and so the whole block, but no other; infinity makes
-    the scale the largest there is.
+    scale NaN where the scale format has it, and so the whole block, but no other: there is no
+    `nan` to choose. Infinity makes the scale the largest there is. Results are new arrays: of
+    several there is no `out`.
 
     Args:
         x: Array or tensor of float16, bfloat16, float32 or float64, of at least one dimension.
-        fmt: The block format.
+        fmt: The block format, or the name of one of `PRESETS`.
         axis: The axis that blocks lie along.
         rounding: Of the elements, as in `fpformats.quantize`.
         saturation: Of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
         random_bits: As in `fpformats.quantize`.
+        packed: Whether to store the codes of the elements side by side, as `fpformats.pack` does
+            with all of an array.
 
     Returns:
         Codes and scales, of the library and device of `x`.
@@ -180,13 +198,15 @@ def encode_blocks(
         >>> blocks.codes.tolist(), blocks.scales.tolist()
         ([[4, 15, 1], [0, 1, 7]], [[126], [131]])
     """
-    axis = _checked_axis(x, axis, fmt)
-    working = working_carrier(carrier_of(x)).name
+    fmt = as_block_format(fmt)
+    axis = _checked_axis(x, tuple(getattr(x, "shape", ())), axis)
+    check_packable(x, fmt.element, packed)
+    working = compute_dtype(float_dtype_of(x)).name
     xp, tensor_scale, scales, divisors = _scales(x, fmt, axis, working)
     if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
         raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
     with quiet():
-        v = widened(x, carrier_named(working)) / divisors
+        v = widened(x, float_dtype_named(working)) / divisors
         # The scale has the NaN already: any code will do where the element has none.
         codes = elementwise.encode(
             v,
@@ -199,88 +219,107 @@ def encode_blocks(
         )
     if fmt.twos_complement:
         codes = _twos_complement(xp, codes, fmt.element)
+    if packed:
+        codes = pack(codes, fmt.element.bits)
     return Blocks(codes, elementwise.encode(scales, fmt.scale), tensor_scale)
 
 
-def decode_blocks(blocks: Blocks, fmt: BlockFormat, axis: int = -1, dtype: Any = "float32") -> Any:
+def decode_blocks(
+    blocks: Blocks,
+    fmt: BlockFormat | str,
+    *,
+    axis: int = -1,
+    dtype: Any = "float32",
+    shape: tuple[int, ...] | int | None = None,
+    out: Any = None,
+) -> Any:
     """Give the values of encoded blocks.
 
     Args:
         blocks: What `encode_blocks` gave.
-        fmt: The block format.
+        fmt: The block format, or its name.
         axis: The axis that blocks lie along.
-        dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
+        dtype: Of the result; float16 and bfloat16 are computed in float32 and rounded.
+        shape: Where the codes are packed, the shape that they had.
+        out: Array or tensor of the shape and dtype of the result to write to.
 
     Returns:
-        Values of the dtype, of the shape, library and device of the codes.
+        Values of the dtype, of the shape, library and device of the codes, or `out`.
 
     Raises:
-        TypeError: If codes or scales are not integers, or `fmt` is not a block format.
+        TypeError: If codes or scales are not integers, `fmt` is not a block format, or `out` is of
+            another kind or dtype.
         ValueError: If one is out of range, `axis` is out of range, there are not as many scales
             as blocks, or a scale of the whole tensor where the format has none, or none where it
-            has one.
+            has one, not as many packed bytes as `shape` takes, or `out` is of another shape.
 
     Example:
         >>> blocks = encode_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
         >>> decode_blocks(blocks, MXFP4)
         array([ 1.  , -3.  ,  0.25], dtype=float32)
     """
-    axis = _checked_axis(blocks.codes, axis, fmt)
-    working = working_carrier(carrier_for(dtype, blocks.codes)).name
-    if (blocks.tensor_scale is not None) != fmt.tensor_scale:
-        has, needs = ("one", "none") if blocks.tensor_scale is not None else ("none", "one")
-        raise ValueError(f"blocks.tensor_scale: there is {has}, and the format has {needs}")
-    expected = list(blocks.codes.shape)
-    expected[axis] = -(-expected[axis] // fmt.size)
-    if list(blocks.scales.shape) != expected:
-        shape = tuple(blocks.scales.shape)
-        raise ValueError(f"blocks.scales has shape {shape}; the codes need {tuple(expected)}")
-    scales = elementwise.decode(blocks.scales, fmt.scale, working)
+    fmt = as_block_format(fmt)
+    codes = blocks.codes
+    if shape is not None:
+        codes = unpack(codes, fmt.element.bits, shape=shape)
+    lengths = tuple(getattr(codes, "shape", ()))
+    axis = _checked_axis(codes, lengths, axis)
+    result = result_dtype(dtype, codes)
+    working = compute_dtype(result).name
+    _check_scales(blocks, fmt, lengths, axis)
+    check_target(out, codes, result.name, lengths)
+    scales = elementwise.decode(blocks.scales, fmt.scale, dtype=working)
     if blocks.tensor_scale is not None:
         scales = scales * blocks.tensor_scale
     with quiet():
-        values = _element_values(blocks.codes, fmt, working)
-        values = values * take_blocks(scales, fmt.size, axis, blocks.codes.shape[axis])
-        return cast(values, carrier_named(dtype).name)
+        values = _element_values(codes, fmt, working)
+        values = values * take_blocks(scales, fmt.size, axis, lengths[axis])
+        return assigned(out, cast(values, result.name))
 
 
 def quantize_blocks(
     x: Any,
-    fmt: BlockFormat,
-    axis: int = -1,
+    fmt: BlockFormat | str,
     *,
+    axis: int = -1,
     rounding: str = NEAREST,
     saturation: str = FINITE,
     random: Any = None,
     random_bits: int = 32,
+    out: Any = None,
 ) -> Any:
-    """Round to what `decode_blocks` gives of `encode_blocks`, in the same carrier.
+    """Round to what `decode_blocks` gives of `encode_blocks`, in the dtype of `x`.
 
     The gradient passes straight through to a tensor that requires one.
 
     Args:
         x: As in `encode_blocks`.
-        fmt: The block format.
+        fmt: The block format, or its name.
         axis: The axis that blocks lie along.
         rounding: Of the elements, as in `fpformats.quantize`.
         saturation: Of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
         random_bits: As in `fpformats.quantize`.
+        out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
 
     Returns:
-        Values of the shape, dtype, library and device of `x`.
+        Values of the shape, dtype, library and device of `x`, or `out`.
 
     Raises:
-        TypeError: As in `encode_blocks`.
-        ValueError: As in `encode_blocks`.
+        TypeError: As in `encode_blocks`, or if `out` is of another kind or dtype.
+        ValueError: As in `encode_blocks`, or if `out` has another shape or device, or would cut
+            off a gradient.
 
     Example:
-        >>> quantize_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
+        >>> quantize_blocks(np.array([1.0, -3.0, 0.2]), "MXFP4")
         array([ 1.  , -3.  ,  0.25])
     """
-    axis = _checked_axis(x, axis, fmt)
-    carrier = carrier_of(x)
-    working = working_carrier(carrier)
+    fmt = as_block_format(fmt)
+    axis = _checked_axis(x, tuple(getattr(x, "shape", ())), axis)
+    dtype = float_dtype_of(x)
+    working = compute_dtype(dtype)
+    check_out(out, x)
+    learning = needs_gradient(x, out=out)
     _, _, _, divisors = _scales(x, fmt, axis, working.name)
     with quiet():
         q = elementwise.quantize(
@@ -292,18 +331,34 @@ def quantize_blocks(
             random_bits=random_bits,
         )
         # A scale of zero divided everything to zero, by infinity, which must not come back.
-        y = cast(q * _where_finite(divisors), carrier.name)
-    if needs_gradient(x, out=None):
+        y = cast(q * _where_finite(divisors), dtype.name)
+    if learning:
         from fpformats.ops.gradients import straight_through
 
         return straight_through(y, x, None)
-    return y
+    return assigned(out, y)
+
+
+def as_block_format(fmt: Any) -> BlockFormat:
+    """Give a block format as it is, or that of a name.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If no preset has the name.
+    """
+    if isinstance(fmt, BlockFormat):
+        return fmt
+    if not isinstance(fmt, str):
+        raise TypeError(f"fmt is {fmt!r}; it must be a BlockFormat, such as MXFP4, or a name")
+    if fmt.upper() not in PRESETS:
+        raise ValueError(f"fmt is {fmt!r}; block formats are {', '.join(PRESETS)}")
+    return PRESETS[fmt.upper()]
 
 
 def _scales(x: Any, fmt: BlockFormat, axis: int, working: str) -> tuple[ModuleType, Any, Any, Any]:
     """Give the library, the tensor's scale, the blocks' scales, and what to divide `x` by."""
     xp = library_of(x)
-    magnitudes = widened(x, carrier_named("float64"))
+    magnitudes = widened(x, float_dtype_named("float64"))
     magnitudes = abs(magnitudes) if fmt.element.signed else xp.clip(magnitudes, 0.0, None)
     largest = _block_maxima(xp, magnitudes, fmt.size, axis)
     by_max = fmt.rule in (ScaleRule.RCeil, ScaleRule.Max)
@@ -356,19 +411,27 @@ def _twos_complement(xp: ModuleType, codes: Any, element: FloatFormat) -> Any:
 
 def _element_values(codes: Any, fmt: BlockFormat, working: str) -> Any:
     if not fmt.twos_complement:
-        return elementwise.decode(codes, fmt.element, working)
+        return elementwise.decode(codes, fmt.element, dtype=working)
     check_codes(codes, fmt.element.bits, str(fmt.element))
     wide = cast(codes, "int32")
     signed = wide - (wide >> fmt.element.magnitude_bits) * fmt.element.code_count
     return cast(signed, working) * fmt.element.smallest
 
 
-def _checked_axis(x: Any, axis: int, fmt: BlockFormat) -> int:
-    if not isinstance(fmt, BlockFormat):
-        raise TypeError(f"fmt is {fmt!r}; it must be a BlockFormat, such as MXFP4")
+def _check_scales(blocks: Blocks, fmt: BlockFormat, shape: tuple[int, ...], axis: int) -> None:
+    if (blocks.tensor_scale is not None) != fmt.tensor_scale:
+        has, needs = ("one", "none") if blocks.tensor_scale is not None else ("none", "one")
+        raise ValueError(f"blocks.tensor_scale: there is {has}, and the format has {needs}")
+    expected = list(shape)
+    expected[axis] = -(-expected[axis] // fmt.size)
+    if list(blocks.scales.shape) != expected:
+        given = tuple(blocks.scales.shape)
+        raise ValueError(f"blocks.scales has shape {given}; the codes need {tuple(expected)}")
+
+
+def _checked_axis(x: Any, shape: tuple[int, ...], axis: int) -> int:
     if not (is_tensor(x) or isinstance(x, np.ndarray)):
         raise TypeError(f"x is a {type(x).__name__}; it must be a NumPy array or a torch tensor")
-    dimensions: int = x.ndim
-    if type(axis) is not int or not -dimensions <= axis < dimensions:
-        raise ValueError(f"axis is {axis!r}; x has {dimensions} dimensions")
-    return axis % dimensions
+    if type(axis) is not int or not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis is {axis!r}; x has {len(shape)} dimensions")
+    return axis % len(shape)

@@ -1,4 +1,4 @@
-"""Between values of a carrier type, values of a format, and codes.
+"""Between values of a dtype, values of a format, and codes.
 
 All functions take NumPy arrays, torch tensors (on any device, of any shape and strides) and
 single Python numbers, and return the same kind. Every result is rounded once, exactly as the
@@ -14,27 +14,30 @@ import numpy as np
 
 from fpformats.engine import cpu, dispatch
 from fpformats.engine.arrays import (
-    carrier_for,
-    carrier_of,
     check_out,
     check_target,
     check_words,
+    drawn,
+    float_dtype_of,
     grid_of,
     needs_gradient,
+    result_dtype,
 )
 from fpformats.engine.bit_packing import MAX_BITS, checked_packed
 from fpformats.kernels.plan import code_dtype
+from fpformats.parsing import as_format
 from fpformats.rounding import DEFAULT, FINITE, NEAREST, make_policy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fpformats.formats import FloatFormat
+    from fpformats.parsing import FormatLike
 
 
 def quantize(
     x: Any,
-    fmt: FloatFormat,
+    fmt: FormatLike,
     *,
     rounding: str = NEAREST,
     saturation: str = FINITE,
@@ -43,7 +46,7 @@ def quantize(
     clip_gradient: bool = False,
     out: Any = None,
 ) -> Any:
-    """Round to the values of a format, in the same carrier type.
+    """Round to the values of a format, in the same dtype.
 
     Rounding and saturation are IEEE P3109's (4.6): the value as given is rounded once, and what
     then is beyond the range is saturated. By default it goes to the nearest value, ties to the
@@ -53,12 +56,13 @@ def quantize(
 
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
-        fmt: The format.
+        fmt: The format, or its name.
         rounding: Name or member of `Rounding`.
         saturation: Name or member of `Saturation`.
         random: For the stochastic modes, a seed from 0 to 2**64 - 1, from which each element
-            takes the word of its place in row-major order, whatever the device; or the words
-            themselves, an array of integers of the library and shape of `x`.
+            takes the word of its place in row-major order, whatever the device; a generator of
+            NumPy or torch, from which such a seed is drawn; or the words themselves, an array of
+            integers of the library and shape of `x`.
         random_bits: Width of the random words, 1 to 32.
         clip_gradient: The gradient passes straight through to a tensor `x` that requires one;
             if True, only where `x` is in the range of the format.
@@ -68,7 +72,8 @@ def quantize(
         Rounded values of the kind, shape, dtype and device of `x`, or `out`.
 
     Raises:
-        TypeError: If `x` is not floating point, or `out` is of another kind or dtype.
+        TypeError: If `x` is not floating point, `fmt` is not a format, or `out` is of another
+            kind or dtype.
         ValueError: If the dtype of `x` cannot hold every value of the format, a policy is
             unknown, or `out` has another shape or device, or would cut off a gradient.
 
@@ -83,10 +88,12 @@ def quantize(
     if rounding is NEAREST and saturation is FINITE and random is None and random_bits == 32:
         policy = DEFAULT
     else:
-        policy = make_policy(rounding, saturation, random, random_bits)
+        policy = make_policy(rounding, saturation, drawn(random), random_bits)
+    # Formats that were met before are found there, names are not.
     if policy is DEFAULT and (y := cpu.nearest(x, fmt, out)) is not None:
         return y
-    grid = grid_of(fmt, carrier_of(x))
+    fmt = as_format(fmt)
+    grid = grid_of(fmt, float_dtype_of(x))
     check_out(out, x)
     check_words(policy.random, random_bits, x)
     learning = needs_gradient(x, out=out)
@@ -101,7 +108,7 @@ def quantize(
 
 def encode(
     x: Any,
-    fmt: FloatFormat,
+    fmt: FormatLike,
     *,
     rounding: str = NEAREST,
     saturation: str = FINITE,
@@ -115,7 +122,7 @@ def encode(
 
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
-        fmt: The format.
+        fmt: The format, or its name.
         rounding: As in `quantize`.
         saturation: As in `quantize`.
         random: As in `quantize`.
@@ -148,8 +155,8 @@ def encode(
         >>> encode(np.array([0.5, 1.0, 6.0]), E2M1, packed=True)
         array([33,  7], dtype=uint8)
     """
-    policy = make_policy(rounding, saturation, random, random_bits)
-    grid = grid_of(fmt, carrier_of(x))
+    policy, fmt = make_policy(rounding, saturation, drawn(random), random_bits), as_format(fmt)
+    grid = grid_of(fmt, float_dtype_of(x))
     nan_code = checked_nan_code(nan, fmt)
     check_words(policy.random, random_bits, x)
     check_packable(x, fmt, packed)
@@ -159,9 +166,9 @@ def encode(
 
 def decode(
     codes: Any,
-    fmt: FloatFormat,
-    dtype: Any = "float32",
+    fmt: FormatLike,
     *,
+    dtype: Any = "float32",
     shape: tuple[int, ...] | int | None = None,
     out: Any = None,
 ) -> Any:
@@ -169,8 +176,8 @@ def decode(
 
     Args:
         codes: Array or tensor of any integer dtype and any shape, or an int.
-        fmt: The format.
-        dtype: Carrier of the result, as a NumPy or torch dtype or its name: float16, bfloat16
+        fmt: The format, or its name.
+        dtype: Dtype of the result, as a NumPy or torch dtype or its name: float16, bfloat16
             (torch only), float32 or float64.
         shape: Where the codes are packed, the shape that they had.
         out: Array or tensor of the shape and dtype of the result to write to. If an error is
@@ -180,7 +187,7 @@ def decode(
         Values of the dtype, of the kind, shape and device of `codes`; a float for an int.
 
     Raises:
-        TypeError: If `codes` are not integers, `dtype` is not a carrier, or `out` is of another
+        TypeError: If `codes` are not integers, `dtype` is not one of these, or `out` is of another
             kind or dtype.
         ValueError: If a code is out of range (not looked at under torch.compile), there are not
             as many packed bytes as `shape` takes, the dtype cannot hold every value, or `out` is
@@ -195,18 +202,18 @@ def decode(
         >>> decode(np.array([33, 7], dtype=np.uint8), E2M1, shape=3)
         array([0.5, 1. , 6. ], dtype=float32)
     """
-    carrier = carrier_for(dtype, codes)
-    grid = grid_of(fmt, carrier)
+    result, fmt = result_dtype(dtype, codes), as_format(fmt)
+    grid = grid_of(fmt, result)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
-    check_target(out, codes, carrier.name, wanted)
-    return dispatch.decode(codes, fmt, grid, carrier, wanted, out=out)
+    check_target(out, codes, result.name, wanted)
+    return dispatch.decode(codes, fmt, grid, result, wanted, out=out)
 
 
-def values(fmt: FloatFormat) -> NDArray[np.float64]:
+def values(fmt: FormatLike) -> NDArray[np.float64]:
     """List the distinct finite values of a format in ascending order.
 
     Args:
-        fmt: A format of at most 24 bits.
+        fmt: A format of at most 24 bits, or its name.
 
     Returns:
         One-dimensional float64 array; zero is in it once, as +0.0.
@@ -220,9 +227,10 @@ def values(fmt: FloatFormat) -> NDArray[np.float64]:
         >>> values(E3M0U).tolist()
         [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
     """
+    fmt = as_format(fmt)
     if fmt.bits > 24:
         raise ValueError(f"{fmt} has 2**{fmt.bits} codes; values are listed up to 24 bits")
-    magnitudes = decode(np.arange(fmt.max_code + 1), fmt, "float64")
+    magnitudes = decode(np.arange(fmt.max_code + 1), fmt, dtype="float64")
     negative = -magnitudes[fmt.smallest_code :][::-1] if fmt.signed else magnitudes[:0]
     listed: NDArray[np.float64] = np.concatenate([negative, magnitudes])
     return listed

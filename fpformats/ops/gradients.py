@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fpformats.engine import cpu, dispatch
 from fpformats.engine.arrays import (
-    carrier_of,
     cast,
+    float_dtype_of,
     in_forward_mode,
     is_dual,
     is_plain_tensor,
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from fpformats.engine.scales import Scales
     from fpformats.formats import FloatFormat
-    from fpformats.kernels.grid import Carrier, Grid
+    from fpformats.kernels.grid import FloatDtype, Grid
     from fpformats.rounding import Policy
 
 FUSED = (torch.float32, torch.float64)
-"""Carriers whose gradients the compiled kernels give; they are what these compute in."""
+"""Dtypes whose gradients the compiled kernels give; they are what these compute in."""
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 """What a gradient is multiplied by for the input, the scale and the zero point; None where that
 gradient passes as it is, or is not wanted."""
@@ -42,7 +42,7 @@ class Step(NamedTuple):
     Attributes:
         fmt: The format.
         grid: The format as seen from `working`.
-        working: The carrier that the operations are in.
+        working: The compute dtype.
         policy: How to round.
         scales: Scales and zero points.
         clip_gradient: Whether the gradient of the input is zero beyond the range of the format.
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
     fmt: FloatFormat
     grid: Grid
-    working: Carrier
+    working: FloatDtype
     policy: Policy
     scales: Scales
     clip_gradient: bool
@@ -209,22 +209,22 @@ def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
 
 
 def rescaled_step(
-    values: Tensor, scale: Any, zero_point: Any, scales: Scales, carrier: Carrier
+    values: Tensor, scale: Any, zero_point: Any, scales: Scales, dtype: FloatDtype
 ) -> Tensor:
     """Scale and shift values of a format, with the gradients of both.
 
     Args:
-        values: Values of the format, in the carrier of the operations.
+        values: Values of the format, in the dtype of the operations.
         scale: As it was given.
         zero_point: Likewise, or None.
         scales: Both, checked.
-        carrier: Of the result.
+        dtype: Of the result.
 
     Returns:
         s * q + z, differentiable towards those of the two that require a gradient.
     """
     with quiet():
-        y = cast(dispatch.rescaled(values.clone(), scales), carrier.name)
+        y = cast(dispatch.rescaled(values.clone(), scales), dtype.name)
     learned = _repeated(scale, zero_point, values, scales)
     return _apply(y, values, *learned, None, values, None)
 
@@ -241,7 +241,7 @@ def _kernel_of(x: Tensor, step: Step) -> Any:
     """Return the compiled kernel that rounds a tensor and gives its gradients, or None."""
     if x.dtype not in FUSED or torch._C._are_functorch_transforms_active() or in_forward_mode():
         return None
-    return cpu.kernel_of(x, step.fmt, carrier_of(x), step.policy, step.scales)
+    return cpu.kernel_of(x, step.fmt, float_dtype_of(x), step.policy, step.scales)
 
 
 def _multiplied(grad: Tensor, factors: Any, likes: Any, needs: Any) -> list[Tensor | None]:

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fpformats.engine.arrays import carrier_of, grid_of, is_tensor, needs_gradient
-from fpformats.kernels.grid import CARRIERS
+from fpformats.engine.arrays import float_dtype_of, grid_of, is_tensor, needs_gradient
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.kernels.plan import make_plan
+from fpformats.parsing import as_format
 from fpformats.rounding import FINITE, NEAREST
 
 if TYPE_CHECKING:
-    from fpformats.formats import FloatFormat
+    from fpformats.parsing import FormatLike
 
 COUNT = 8
 
 
-def format_parameters(fmt: FloatFormat, device: Any = None) -> Tensor:
+def format_parameters(fmt: FormatLike, *, device: Any = None) -> Tensor:
     """Write a format as a tensor.
 
     Args:
@@ -43,13 +44,14 @@ def format_parameters(fmt: FloatFormat, device: Any = None) -> Tensor:
         >>> quantize_parametric(x, format_parameters(E2M1))
         tensor([ 0.5000,  1.0000, -3.0000])
     """
-    plan = make_plan(fmt, CARRIERS["float32"], NEAREST, FINITE)
+    fmt = as_format(fmt)
+    plan = make_plan(fmt, FLOAT_DTYPES["float32"], NEAREST, FINITE)
     if plan is None or not plan.is_narrow:
         raise ValueError(
             f"fmt is {fmt!r}; as parameters go formats with subnormal numbers, of up to 7 exponent "
             "and 21 mantissa bits and not near the ends of float32"
         )
-    grid = grid_of(fmt, CARRIERS["float32"])
+    grid = grid_of(fmt, FLOAT_DTYPES["float32"])
     signed = -0.0 if fmt.signed else 0.0
     neutral = -0.0 if fmt.has_negative_zero else 0.0
     numbers = (
@@ -84,7 +86,7 @@ def quantize_parametric(x: Tensor, parameters: Tensor) -> Tensor:
         >>> quantize_parametric(torch.tensor([-1.0, 2.4]), format_parameters(E2M1U))
         tensor([0., 2.])
     """
-    if not is_tensor(x) or carrier_of(x).name == "float64":
+    if not is_tensor(x) or float_dtype_of(x).name == "float64":
         raise TypeError(
             f"x is of {getattr(x, 'dtype', type(x))}; it must be a tensor up to float32"
         )

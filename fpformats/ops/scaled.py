@@ -17,27 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 from fpformats.engine import dispatch
 from fpformats.engine.arrays import (
-    carrier_for,
-    carrier_of,
     check_out,
     check_target,
     check_words,
+    compute_dtype,
+    drawn,
+    float_dtype_of,
     grid_of,
     needs_gradient,
-    working_carrier,
+    result_dtype,
 )
 from fpformats.engine.bit_packing import checked_packed
 from fpformats.engine.scales import make_scales
 from fpformats.ops import elementwise
+from fpformats.parsing import as_format
 from fpformats.rounding import FINITE, NEAREST, make_policy
 
 if TYPE_CHECKING:
-    from fpformats.formats import FloatFormat
+    from fpformats.parsing import FormatLike
 
 
 def quantize_scaled(
     x: Any,
-    fmt: FloatFormat,
+    fmt: FormatLike,
     scale: Any,
     zero_point: Any = None,
     *,
@@ -59,7 +61,7 @@ def quantize_scaled(
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64. The two narrow ones
             are computed in float32, and the result is rounded to them.
-        fmt: The format.
+        fmt: The format, or its name.
         scale: Positive and finite; number, or array of the library of `x` that broadcasts to
             its shape. Numbers are rounded to float32 (float64 where `x` is).
         zero_point: Finite; as `scale`, or None for no shift.
@@ -85,23 +87,23 @@ def quantize_scaled(
         >>> quantize_scaled(1.0, E2M1, 0.75)
         1.125
     """
-    policy = make_policy(rounding, saturation, random, random_bits)
-    carrier = working_carrier(carrier_of(x))
-    grid = grid_of(fmt, carrier)
-    scales = make_scales(x, scale, zero_point, block_size, carrier)
+    policy, fmt = make_policy(rounding, saturation, drawn(random), random_bits), as_format(fmt)
+    dtype = compute_dtype(float_dtype_of(x))
+    grid = grid_of(fmt, dtype)
+    scales = make_scales(x, scale, zero_point, block_size, dtype)
     check_out(out, x)
     check_words(policy.random, random_bits, x)
     if not needs_gradient(x, scale, zero_point, out=out):
         return dispatch.quantize(x, fmt, grid, policy, scales, out)
     from fpformats.ops.gradients import Step, learned_step
 
-    step = Step(fmt, grid, carrier, policy, scales, clip_gradient)
+    step = Step(fmt, grid, dtype, policy, scales, clip_gradient)
     return learned_step(x, scale, zero_point, step)
 
 
 def encode_scaled(
     x: Any,
-    fmt: FloatFormat,
+    fmt: FormatLike,
     scale: Any,
     zero_point: Any = None,
     *,
@@ -120,7 +122,7 @@ def encode_scaled(
 
     Args:
         x: As in `quantize_scaled`.
-        fmt: The format.
+        fmt: The format, or its name.
         scale: As in `quantize_scaled`.
         zero_point: As in `quantize_scaled`.
         block_size: As in `quantize_scaled`.
@@ -144,11 +146,11 @@ def encode_scaled(
         >>> encode_scaled(1.0, E2M1, 0.75)
         3
     """
-    policy = make_policy(rounding, saturation, random, random_bits)
-    carrier = working_carrier(carrier_of(x))
-    grid = grid_of(fmt, carrier)
+    policy, fmt = make_policy(rounding, saturation, drawn(random), random_bits), as_format(fmt)
+    dtype = compute_dtype(float_dtype_of(x))
+    grid = grid_of(fmt, dtype)
     nan_code = elementwise.checked_nan_code(nan, fmt)
-    scales = make_scales(x, scale, zero_point, block_size, carrier)
+    scales = make_scales(x, scale, zero_point, block_size, dtype)
     check_words(policy.random, random_bits, x)
     elementwise.check_packable(x, fmt, packed)
     elementwise.check_codes_target(out, x, fmt, packed)
@@ -157,11 +159,11 @@ def encode_scaled(
 
 def decode_scaled(
     codes: Any,
-    fmt: FloatFormat,
+    fmt: FormatLike,
     scale: Any,
     zero_point: Any = None,
-    dtype: Any = "float32",
     *,
+    dtype: Any = "float32",
     block_size: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | int | None = None,
     out: Any = None,
@@ -172,10 +174,10 @@ def decode_scaled(
 
     Args:
         codes: Array or tensor of any integer dtype and any shape, or an int.
-        fmt: The format.
+        fmt: The format, or its name.
         scale: As in `quantize_scaled`, broadcasting to the shape of `codes`.
         zero_point: As in `quantize_scaled`, broadcasting to the shape of `codes`.
-        dtype: Carrier of the result; float16 and bfloat16 are computed in float32 and rounded.
+        dtype: Dtype of the result; float16 and bfloat16 are computed in float32 and rounded.
         block_size: As in `quantize_scaled`.
         shape: Where the codes are packed, the shape that they had.
         out: Where to write to, as in `fpformats.decode`.
@@ -192,15 +194,15 @@ def decode_scaled(
         >>> decode_scaled(3, E2M1, 0.75)
         1.125
     """
-    carrier = carrier_for(dtype, codes)
-    working = working_carrier(carrier)
+    result, fmt = result_dtype(dtype, codes), as_format(fmt)
+    working = compute_dtype(result)
     grid = grid_of(fmt, working)
     wanted = None if shape is None else checked_packed(codes, fmt.bits, shape)
     scales = make_scales(codes, scale, zero_point, block_size, working, wanted)
-    check_target(out, codes, carrier.name, wanted)
+    check_target(out, codes, result.name, wanted)
     if needs_gradient(scale, zero_point, out=out):
         from fpformats.ops.gradients import rescaled_step
 
         values = dispatch.decode(codes, fmt, grid, working, wanted)
-        return rescaled_step(values, scale, zero_point, scales, carrier)
-    return dispatch.decode(codes, fmt, grid, carrier, wanted, scales, out)
+        return rescaled_step(values, scale, zero_point, scales, result)
+    return dispatch.decode(codes, fmt, grid, result, wanted, scales, out)

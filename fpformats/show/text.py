@@ -117,31 +117,6 @@ def number_line(fmt: FloatFormat) -> str:
     return _marks(listed, low, high) + "\n" + _ends(low, high)
 
 
-def html(fmt: FloatFormat) -> str:
-    """Describe a format as an HTML table of its facts, for notebooks.
-
-    Args:
-        fmt: The format.
-
-    Returns:
-        The table, without the codes.
-    """
-    facts = {
-        "bits": fmt.bits,
-        "sign": "signed" if fmt.signed else "unsigned",
-        "exponent bits": fmt.exponent_bits,
-        "mantissa bits": fmt.mantissa_bits,
-        "bias": fmt.bias,
-        "largest": readable(fmt.exact_max),
-        "smallest above zero": readable(fmt.exact_smallest),
-        "specials": fmt.specials.value,
-        "subnormals": "yes" if fmt.subnormals else "no",
-        "zero": "yes" if fmt.zero else "no",
-    }
-    rows = "".join(f"<tr><th>{name}</th><td>{fact}</td></tr>" for name, fact in facts.items())
-    return f"<table><caption>{fmt}</caption>{rows}</table>"
-
-
 def _marks(listed: NDArray[np.float64], low: float, high: float) -> str:
     line = [" "] * (LINE_WIDTH + 1)
     reach = 1 - low / high if high > low else 1.0
@@ -167,7 +142,7 @@ def _check_size(formats: Sequence[FloatFormat]) -> None:
 
 
 def _table(fmt: FloatFormat) -> list[str]:
-    numbers = decode(np.arange(fmt.code_count), fmt, "float64")
+    numbers = decode(np.arange(fmt.code_count), fmt, dtype="float64")
     rows = [(str(code), _fields(code, fmt), f"{x:.12g}") for code, x in enumerate(numbers)]
     rows.insert(0, ("code", "bits", "value"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]

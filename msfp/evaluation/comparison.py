@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.checkpoint.io import packed_size
 from msfp.errors import InputError
 from msfp.evaluation.dataset_statistics import ReferenceStatistics
@@ -32,7 +32,7 @@ from msfp.support.progress import Advance, counted
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured; `to_dict` gives all but images and sketches.
+    """What was measured; `to_dict` gives all but images and histograms.
 
     Attributes:
         sampler: The call of both pipelines.
@@ -74,7 +74,7 @@ class Comparison:
     reference: ReferenceDistances | None
     bytes: tuple[int, int]
     images: tuple[torch.Tensor, torch.Tensor]
-    inputs: dict[str, Sketch]
+    inputs: dict[str, Histogram]
 
     @property
     def noise_error(self) -> float:
@@ -216,7 +216,7 @@ def check_pair(full: nn.Module, quantized: nn.Module) -> None:
 
 def _observed(
     pipe: DiffusionPipeline, sampler: Sampler, seed: int
-) -> tuple[Trajectories, dict[str, Sketch]]:
+) -> tuple[Trajectories, dict[str, Histogram]]:
     """Return the trajectories of one batch, and what the layers read on them."""
     recorded: list[Trajectories] = []
 

@@ -52,7 +52,7 @@ class BlockLayer(SealedLayer):
     def pack(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
         """Return a layer with the attributes and the bias of another, and with a weight to pack."""
         sealed = cls.empty_like(layer, formats)
-        blocks = encode_blocks(weight, formats.weight_blocks, WEIGHT_AXIS)
+        blocks = encode_blocks(weight, formats.weight_blocks, axis=WEIGHT_AXIS)
         sealed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
         sealed.weight_scale = blocks.scales
         if blocks.tensor_scale is not None:
@@ -64,7 +64,7 @@ class BlockLayer(SealedLayer):
         if self.formats is None or self.formats.input_blocks is None:
             return x
         axis = -1 if isinstance(self, nn.Linear) else 1 - len(self.weight_shape)
-        rounded: torch.Tensor = quantize_blocks(x, self.formats.input_blocks, axis)
+        rounded: torch.Tensor = quantize_blocks(x, self.formats.input_blocks, axis=axis)
         return rounded
 
     def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
@@ -72,10 +72,12 @@ class BlockLayer(SealedLayer):
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
         del entry
-        codes = unpack(self.codes, self.formats.bits, tuple(self.weight_shape))
+        codes = unpack(self.codes, self.formats.bits, shape=tuple(self.weight_shape))
         whole = None if self.tensor_scale is None else from_bits(self.tensor_scale)
         blocks = Blocks(codes, self.weight_scale, whole)
-        weight: torch.Tensor = decode_blocks(blocks, self.formats.weight_blocks, WEIGHT_AXIS, dtype)
+        weight: torch.Tensor = decode_blocks(
+            blocks, self.formats.weight_blocks, axis=WEIGHT_AXIS, dtype=dtype
+        )
         return weight
 
 

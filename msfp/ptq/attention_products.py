@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import Choice, search
 from msfp.checkpoint.diffusers_quantizer import attach_anew
 from msfp.config import MAX_BITS, MIN_BITS, check_type, check_whole
@@ -27,30 +27,30 @@ from msfp.search.layer_search import float_formats, search_input
 
 
 class _Recorder:
-    """Sketches the operands and leaves them as they are."""
+    """Histogrames the operands and leaves them as they are."""
 
     def __init__(self) -> None:
-        self.sketches = {name: Sketch() for name in OPERANDS}
+        self.histograms = {name: Histogram() for name in OPERANDS}
 
     def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return an operand as it is."""
-        self.sketches[name].update(x.detach())
+        self.histograms[name].update(x.detach())
         return x
 
     def products(self, bits: int) -> AttentionProducts:
         """Return the quantizers with the formats that fit the operands best."""
         quantizers = {}
         for name in OPERANDS:
-            choice = _search(name, self.sketches[name], bits)
+            choice = _search(name, self.histograms[name], bits)
             zero = torch.tensor(choice.zero_point) if has_zero_point(name, choice.format) else None
             quantizers[name] = Quantizer(choice.format, torch.tensor(choice.scale), zero)
         return AttentionProducts(quantizers)
 
 
-def _search(name: str, sketch: Sketch, bits: int) -> Choice:
+def _search(name: str, histogram: Histogram, bits: int) -> Choice:
     if name == "probabilities":
-        return search(sketch, float_formats(bits, signed=False))
-    return search_input(sketch, bits, "mixup")[0]
+        return search(histogram, float_formats(bits, signed=False))
+    return search_input(histogram, bits, "mixup")[0]
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def quantize_attention(
         for switch in switches:
             switch.remove()
     for name, recorder in recorders.items():
-        if not recorder.sketches["query"].count:
+        if not recorder.histograms["query"].count:
             kind = type(modules[name].processor).__name__
             raise InputError(f"{kind} does not call scaled dot-product attention")
     device = next(denoiser.parameters()).device

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fpformats import FloatFormat
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import search
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.trainable import untrained_layers
@@ -108,17 +108,17 @@ def split_quantizer(
         formats: Signed formats to choose from.
     """
     dim = channel_dimension(layer, x)
-    choices = [search(_sketch(part), formats).by_format for part in x.split(list(sizes), dim)]
+    choices = [search(_histogram(part), formats).by_format for part in x.split(list(sizes), dim)]
     best = min(formats, key=lambda fmt: sum(found[fmt].squared_error for found in choices))
     scales = torch.tensor([found[best].scale for found in choices], device=x.device)
     each = scales.repeat_interleave(torch.tensor(sizes, device=x.device))
     return Quantizer(best, each.view(-1, *(1,) * (x.dim() - 1 - dim)))
 
 
-def _sketch(x: torch.Tensor) -> Sketch:
-    sketch = Sketch()
-    sketch.update(x)
-    return sketch
+def _histogram(x: torch.Tensor) -> Histogram:
+    histogram = Histogram()
+    histogram.update(x)
+    return histogram
 
 
 def split_inputs(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.pipelines.denoiser import quantizable_layers
 from msfp.pipelines.trajectories import Trajectories
 from msfp.search.calibration import Calibration
@@ -71,6 +71,6 @@ def with_exact_times(
     """Return a calibration whose numbers for time layers are all that there are, each once."""
     exact = {}
     for name, x in time_inputs(denoiser, trajectories).items():
-        exact[name] = Sketch()
+        exact[name] = Histogram()
         exact[name].update(x)
     return replace(calibration, inputs=calibration.inputs | exact)

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 from fpformats import FloatFormat, values
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933", "#9aa5b1")
@@ -155,7 +155,7 @@ def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
 
 
 def distribution_with_grids(
-    inputs: Sketch,
+    inputs: Histogram,
     grids: Sequence[tuple[str, FloatFormat, float, float]],
     heading: str,
 ) -> Figure:

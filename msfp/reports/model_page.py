@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.checkpoint.facts import (
     COLUMNS,
     PRODUCT_COLUMNS,
@@ -50,7 +50,7 @@ class ModelReport:
 
     title: str
     denoiser: nn.Module
-    inputs: Mapping[str, Sketch]
+    inputs: Mapping[str, Histogram]
     weights: Mapping[str, torch.Tensor]
     comparison: Comparison | None = None
     features: str = ""
@@ -179,7 +179,7 @@ def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list
     return sentences
 
 
-def input_distribution(facts: LayerFacts, inputs: Sketch) -> Figure:
+def input_distribution(facts: LayerFacts, inputs: Histogram) -> Figure:
     """Draw a layer's inputs with the chosen grid and, where that is unsigned, the best signed one.
 
     Args:
@@ -210,7 +210,7 @@ def weight_distribution(
         scale_bits: As in a sealed layer.
     """
     scale = scale_bits.view(torch.float32).view(-1, *(1,) * (weight.dim() - 1))
-    normalised = Sketch()
+    normalised = Histogram()
     normalised.update((weight.float() / scale).flatten())
     note = "" if math.isnan(facts.weight_sqnr) else f" ({facts.weight_sqnr:.1f} dB)"
     grids = [(f"{facts.weight}{note}", facts.weight, 1.0, 0.0)]

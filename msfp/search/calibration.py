@@ -1,4 +1,4 @@
-"""What calibration saw at the input of each layer: sketches that add up and can be saved."""
+"""What calibration saw at the input of each layer: histograms that add up and can be saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.errors import InputError
 from msfp.support.files import atomic_file
 
@@ -32,8 +32,8 @@ class Calibration:
     of all calls, bit for bit.
 
     Attributes:
-        inputs: For each layer a sketch of its input, in the order in which layers first ran.
-            Layers that never ran come last; their sketches are empty.
+        inputs: For each layer a histogram of its input, in the order in which layers first ran.
+            Layers that never ran come last; their histograms are empty.
         activations: The activation function that computed a layer's input, where there is one.
         timesteps: How often the denoiser was called at each timestep, where it has any;
             descending.
@@ -44,7 +44,7 @@ class Calibration:
             name; empty where that is not known.
     """
 
-    inputs: dict[str, Sketch]
+    inputs: dict[str, Histogram]
     activations: dict[str, str] = field(default_factory=dict)
     timesteps: dict[float, int] = field(default_factory=dict)
     weights: dict[float, int] | None = None
@@ -55,7 +55,11 @@ class Calibration:
     @property
     def ran(self) -> list[str]:
         """The layers that ran, in the order in which they first did."""
-        return [name for name, sketch in self.inputs.items() if sketch.count or sketch.nonfinite]
+        return [
+            name
+            for name, histogram in self.inputs.items()
+            if histogram.count or histogram.nonfinite
+        ]
 
     def check_same(self, other: Calibration) -> None:
         """Raise InputError unless another calibration has these layers, weights and calls."""
@@ -119,7 +123,7 @@ class Calibration:
 
     def _empty(self, names: list[str]) -> Calibration:
         """Return a calibration like this one, of which no call was made."""
-        inputs = {name: Sketch() for name in names}
+        inputs = {name: Histogram() for name in names}
         return Calibration(
             inputs, weights=self.weights, total=self.total, description=self.description
         )
@@ -133,8 +137,8 @@ class Calibration:
         file = Path(file)
         tensors = {
             f"{name}.{key}": array
-            for name, sketch in self.inputs.items()
-            for key, array in sketch.state().items()
+            for name, histogram in self.inputs.items()
+            for key, array in histogram.state().items()
         }
         description = {
             "format_version": FORMAT_VERSION,
@@ -182,7 +186,7 @@ class Calibration:
     def _from(cls, description: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
         weights = description["weights"]
         return cls(
-            inputs={name: _sketch(name, tensors) for name in description["layers"]},
+            inputs={name: _histogram(name, tensors) for name in description["layers"]},
             activations=description["activations"],
             timesteps=dict(description["timesteps"]),
             weights=None if weights is None else dict(weights),
@@ -198,6 +202,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHORT else f"{text[: SHORT // 2]}...{text[-SHORT // 2 :]}"
 
 
-def _sketch(name: str, tensors: Mapping[str, np.ndarray]) -> Sketch:
-    """Return the sketch of a layer."""
-    return Sketch.from_state({key: tensors[f"{name}.{key}"] for key in Sketch().state()})
+def _histogram(name: str, tensors: Mapping[str, np.ndarray]) -> Histogram:
+    """Return the histogram of a layer."""
+    return Histogram.from_state({key: tensors[f"{name}.{key}"] for key in Histogram().state()})

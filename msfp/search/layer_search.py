@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fpformats import FloatFormat, Specials
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import RATIOS, ZERO_POINTS, Choice, search
 from msfp.config import BLOCK_SCHEMES, FLOAT_SCHEMES, LayerSettings, Scheme
 from msfp.errors import InputError
@@ -72,7 +72,7 @@ def sqnr(signal: float, noise: float) -> float:
     return float(10 * np.log10(max(signal, 1e-300) / max(noise, signal * 1e-20, 1e-300)))
 
 
-def is_asymmetric(inputs: Sketch) -> bool:
+def is_asymmetric(inputs: Histogram) -> bool:
     """Return whether negative inputs are small beside the positive ones, whatever the unit.
 
     What is compared is their energy, the sum of squares, which single outliers do not decide.
@@ -81,7 +81,7 @@ def is_asymmetric(inputs: Sketch) -> bool:
     return bool(squares[sums < 0].sum() < ASYMMETRY * squares[sums > 0].sum())
 
 
-def search_input(inputs: Sketch, bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
+def search_input(inputs: Histogram, bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
     """Return the best choice for a layer's input, and the best signed one."""
     clips = scheme != "int_minmax"
     formats = candidates(bits, scheme, signed=True)
@@ -217,7 +217,7 @@ def _input_quantizer(choice: Choice) -> Quantizer:
     return Quantizer(choice.format, torch.tensor(choice.scale), zero)
 
 
-def _facts(inputs: Sketch, choice: Choice, signed: Choice) -> dict[str, Any]:
+def _facts(inputs: Histogram, choice: Choice, signed: Choice) -> dict[str, Any]:
     """Return what a summary says of a layer's input."""
     signal = float(inputs.bins().squares.sum())
     return {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.errors import InputError
 from msfp.layers.base import refuse_quantized
 from msfp.pipelines.denoiser import denoiser_of, quantizable_layers, timestep_or_none
@@ -27,7 +27,7 @@ from msfp.search.calibration import Calibration
 SAMPLES_PER_CALL = 4096
 """Numbers drawn from a larger input of a layer, to which its extremes are added."""
 DRAWS_AT_ONCE = 16
-"""How many draws from a layer's inputs go into its sketch together, which is much faster."""
+"""How many draws from a layer's inputs go into its histogram together, which is much faster."""
 SAVE_INTERVAL = 30.0
 """Seconds of work that a process that is killed may lose, beside the call that it is in."""
 
@@ -51,7 +51,7 @@ def draw(x: torch.Tensor, key: str) -> torch.Tensor:
 
 
 class _Observer:
-    """Hooks that sketch what layers read during one call of the pipeline.
+    """Hooks that histogram what layers read during one call of the pipeline.
 
     Attributes:
         seen: What was seen; layers that did not run are absent.
@@ -104,7 +104,7 @@ class _Observer:
             x: torch.Tensor = args[0] if args else kwargs["input"]
             if name not in self._pending:
                 self._pending[name] = []
-                self.seen.inputs[name] = Sketch()
+                self.seen.inputs[name] = Histogram()
                 function = self._trace.function_of(x)
                 if function is not None:
                     self.seen.activations[name] = function
@@ -117,7 +117,7 @@ class _Observer:
         return observe
 
     def _flush(self, name: str) -> None:
-        """Put into a layer's sketch what was drawn since the last time."""
+        """Put into a layer's histogram what was drawn since the last time."""
         drawn, self._pending[name] = self._pending[name], []
         for repeats in sorted({each for each, _ in drawn}):
             numbers = torch.cat([numbers for each, numbers in drawn if each == repeats])
@@ -133,9 +133,9 @@ def calibrate(
     description: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Make calls of a pipeline, and sketch what each quantizable layer of its denoiser reads.
+    """Make calls of a pipeline, and histogram what each quantizable layer of its denoiser reads.
 
-    The sketches do not grow with the number of calls. Where torch.distributed is initialised, its
+    The histograms do not grow with the number of calls. Where torch.distributed is initialised, its
     processes share the calls out, and each gets what one process alone would, bit for bit.
 
     Args:
@@ -167,13 +167,13 @@ def calibrate(
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1))
         >>> calibration = calibrate(network, lambda network: network(torch.ones(4, 1)))
         >>> calibration.inputs["0"], calibration.activations
-        (Sketch(4 numbers from 1 to 1), {'2': 'SiLU'})
+        (Histogram(4 numbers from 1 to 1), {'2': 'SiLU'})
     """
     denoiser = denoiser_of(pipe)
     refuse_quantized("the denoiser", denoiser)
     calls = check_calls("calls", calls)
     calibration = Calibration(
-        {name: Sketch() for name in quantizable_layers(denoiser)},
+        {name: Histogram() for name in quantizable_layers(denoiser)},
         weights=None if factors is None else integer_weights(factors),
         total=len(calls),
         # As it comes back from the file.
@@ -232,5 +232,5 @@ def _seen(
         raise InputError(f"call {index} did not run the {type(denoiser).__name__}")
     seen.calls, seen.total = [index], calibration.total
     seen.description = calibration.description
-    seen.inputs |= {name: Sketch() for name in calibration.inputs if name not in seen.inputs}
+    seen.inputs |= {name: Histogram() for name in calibration.inputs if name not in seen.inputs}
     return seen

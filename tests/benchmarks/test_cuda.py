@@ -10,7 +10,7 @@ import torch
 
 import fpformats
 from fpformats import E2M1, E4M3
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 
@@ -31,9 +31,9 @@ def scaling(cuda, run_length):
 def work(cuda, dtype):
     """Give what is timed, by name: functions of a tensor and one like it to write to."""
     name = str(dtype).removeprefix("torch.")
-    e2m1 = make_plan(E2M1, CARRIERS[name], *NEAREST)
-    e4m3 = make_plan(E4M3, CARRIERS[name], *NEAREST)
-    drawn = make_plan(E2M1, CARRIERS[name], *STOCHASTIC)
+    e2m1 = make_plan(E2M1, FLOAT_DTYPES[name], *NEAREST)
+    e4m3 = make_plan(E4M3, FLOAT_DTYPES[name], *NEAREST)
+    drawn = make_plan(E2M1, FLOAT_DTYPES[name], *STOCHASTIC)
     one, groups = scaling(cuda, COUNT), scaling(cuda, 64)
     return {
         "quantize E2M1": lambda x, out: cuda.quantize(x, e2m1, out),

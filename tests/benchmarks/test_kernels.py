@@ -61,7 +61,7 @@ def test_one_pass_against_a_copy(benchmark, backend, size):
         expected, codes = quantize(x, E2M1), encode(x, E2M1)
     with backends.using(backend):
         assert torch.equal(quantize(x, E2M1), expected)
-        assert torch.equal(unpack(encode(x, E2M1, packed=True), 4, size), codes)
+        assert torch.equal(unpack(encode(x, E2M1, packed=True), 4, shape=size), codes)
         assert torch.equal(decode(codes, E2M1), expected)
         rounds, repeats = SIZES.get(size, (1, 1))
         benchmark.extra_info.update(table="passes", backend=backend, size=size)

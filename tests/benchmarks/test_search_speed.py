@@ -10,7 +10,7 @@ from race import race
 
 from fpformats import parse, quantize_scaled
 from fpformats.engine import backends
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import RATIOS, search
 
 ROUNDS = 3
@@ -61,14 +61,14 @@ def test_search_against_an_eager_loop(benchmark, bits):
     benchmark.extra_info.update(table="search", title=title.format(milliseconds))
 
 
-def test_sketch_updates(benchmark):
+def test_histogram_updates(benchmark):
     x = data(1 << 20).numpy()
-    sketch = Sketch()
-    sketch.update(x)
-    benchmark.pedantic(sketch.update, (x,), rounds=ROUNDS if benchmark.enabled else 1)
+    histogram = Histogram()
+    histogram.update(x)
+    benchmark.pedantic(histogram.update, (x,), rounds=ROUNDS if benchmark.enabled else 1)
     if benchmark.enabled:
-        print(f"sketch update: {benchmark.stats['median'] / x.size * 1e9:.1f} ns a number")
-    assert sketch.count % x.size == 0
+        print(f"histogram update: {benchmark.stats['median'] / x.size * 1e9:.1f} ns a number")
+    assert histogram.count % x.size == 0
 
 
 @pytest.mark.parametrize("options", [{"axis": 0}, {"block_size": (1, 64)}], ids=str)

@@ -4,11 +4,12 @@ import pickle
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from oracles import edge_formats, small_formats, wide_formats
 
 from fpformats import FloatFormat, Specials, exact, p3109, parse
-from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.kernels.grid import FLOAT_DTYPES, holds
 
 # The table of OCP OFP8 1.0 and OCP MX 1.0, of LLVM's float types and of IEEE 754.
 STANDARD = [
@@ -176,7 +177,7 @@ def test_a_maximum_beyond_float64_is_exact_as_a_fraction():
     assert wide.exact_smallest == Fraction(2) ** -16383
 
 
-def test_formats_wider_than_float64_have_exact_tables_and_no_carrier():
+def test_formats_wider_than_float64_have_exact_tables_and_no_dtype():
     wide = [
         p3109(k, p, signed=signed, extended=extended)
         for k in range(3, 17)
@@ -185,9 +186,9 @@ def test_formats_wider_than_float64_have_exact_tables_and_no_carrier():
         for extended in (True, False)
         if p < k or not signed
     ]
-    beyond = [fmt for fmt in wide if not holds(CARRIERS["float64"], fmt)]
+    beyond = [fmt for fmt in wide if not holds(FLOAT_DTYPES["float64"], fmt)]
     assert (len(wide), len(beyond)) == (504, 50)
-    assert sum(not holds(CARRIERS["float32"], fmt) for fmt in wide) == 128
+    assert sum(not holds(FLOAT_DTYPES["float32"], fmt) for fmt in wide) == 128
     for fmt in (p3109(13, 1), p3109(13, 2, signed=False, extended=False)):
         table = exact.values(fmt)
         assert len(table) == fmt.code_count - 1 - fmt.has_infinity * (1 + fmt.signed)
@@ -243,3 +244,29 @@ def test_the_block_scale_has_no_zero():
 
 def test_without_mantissa_bits_there_are_no_subnormals_to_leave_out():
     assert FloatFormat(3, 0, subnormals=False) == FloatFormat(3, 0)
+
+
+@pytest.mark.parametrize("fmt", small_formats(), ids=str)
+def test_eps_is_the_step_after_one(fmt):
+    listed = exact.values(fmt)
+    above = [value for value in listed if value > 1]
+    if 1 in listed and above:
+        assert fmt.eps == min(above) - 1
+    else:
+        assert fmt.eps is None
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_facts_are_those_that_numpy_tells(dtype):
+    fmt, info = parse(np.dtype(dtype).name), np.finfo(dtype)
+    assert fmt.bits == info.bits
+    assert fmt.eps == info.eps
+    assert fmt.max == info.max
+    assert fmt.smallest_normal == info.smallest_normal
+    assert fmt.smallest_subnormal == info.smallest_subnormal
+
+
+def test_a_format_knows_its_name_and_shows_itself_in_a_notebook():
+    fmt = parse("E4M3FN")
+    assert fmt.name == str(fmt) == "E4M3"
+    assert fmt._repr_html_().startswith("<table><caption>E4M3</caption>")

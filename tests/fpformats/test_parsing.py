@@ -1,4 +1,5 @@
 import importlib
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ from oracles import edge_formats, small_formats, wide_formats
 
 import fpformats
 from fpformats import (
+    E2M1,
     FloatFormat,
     Specials,
     dtype_of,
@@ -17,6 +19,7 @@ from fpformats import (
     format_name,
     parse,
     parsing,
+    static_names,
     strategies,
 )
 
@@ -60,7 +63,7 @@ def test_what_names_mean(name, fmt):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "E2", "M1", "e2m1", "E2M1 ", "E2M1\n", "E02M1", "E2M1UB3", "E2M1FNX", "E2M1B", "E2M1B-3"],
+    ["", "E2", "M1", "e2m", "E2M1 ", "E2M1\n", "E02M1", "E2M1UB3", "E2M1FNX", "E2M1B", "E2M1B-3"],
 )
 def test_malformed_names_are_told_the_grammar(name):
     with pytest.raises(ValueError, match=r"is not a format name; the grammar is E\{x\}M\{y\}"):
@@ -152,6 +155,52 @@ def test_any_format_name_can_be_imported():
         from fpformats import E2M1X  # noqa: F401
 
 
-def test_dir_lists_exactly_what_is_public():
-    assert dir(fpformats) == sorted(fpformats.__all__)
-    assert all(hasattr(fpformats, name) for name in fpformats.__all__)
+def test_dir_lists_what_is_public_and_the_formats_with_static_names():
+    listed = dir(fpformats)
+    assert listed == sorted(listed)
+    assert set(listed) - set(fpformats.__all__) == set(static_formats())
+    assert all(hasattr(fpformats, name) for name in listed)
+
+
+def static_formats():
+    return [name for name, value in vars(static_names).items() if isinstance(value, FloatFormat)]
+
+
+def test_static_names_mean_what_they_say_and_cover_all_small_formats():
+    for name in static_formats():
+        assert parse(name) == getattr(fpformats, name)
+    for bits, signed in itertools.product(range(2, 9), (True, False)):
+        width = bits - signed
+        for exponent_bits in range(width + 1):
+            name = f"E{exponent_bits}M{width - exponent_bits}{'' if signed else 'U'}"
+            assert name in static_formats()
+
+
+@pytest.mark.parametrize("name", ["e2m1", "E2m1", "fp4", "FP4_E2M1", "float4_e2m1fn", "E2M1"])
+def test_case_does_not_matter_and_common_names_are_known(name):
+    assert parse(name) == E2M1
+    assert getattr(fpformats, name) == E2M1
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("fp8_e4m3", "E4M3"), ("fp8_e5m2", "E5M2"), ("fp6_e3m2", "E3M2"), ("bf16", "BF16"),
+        ("half", "FP16"), ("binary8p3se", "Binary8p3se"), ("e3m0bn2u", "E3M0BN2U"),
+        ("fp8_e4m3fnuz", "E4M3FNUZ"), ("ue4m3", "E4M3UFN"), ("tf32", "E8M10IEEE"),
+    ],
+)  # fmt: skip
+def test_names_in_use_mean_the_format_that_is_called_so(name, meaning):
+    assert parse(name) == parse(meaning)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("fp8", "write E4M3 or E5M2"), ("FP6", "write E2M3 or E3M2"), ("int4", "write E0M3"),
+        ("fp6_e4m3", "the grammar is"), ("fp8_e99", "the grammar is"), ("", "the grammar is"),
+    ],
+)  # fmt: skip
+def test_names_of_several_formats_are_told_what_to_write(name, advice):
+    with pytest.raises(ValueError, match=f"{name!r} is not a format name; {advice}"):
+        parse(name)

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -7,22 +9,22 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from fpformats import Specials, decode, exact, parse, quantize, strategies
-from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.kernels.grid import FLOAT_DTYPES, holds
 
 
-@given(data=st.data(), carrier=st.sampled_from(list(CARRIERS)), bits=st.integers(3, 64))
-def test_formats_fit_their_carrier(data, carrier, bits):
-    fmt = data.draw(strategies.formats(carrier, max_bits=bits))
-    assert holds(CARRIERS[carrier], fmt)
+@given(data=st.data(), dtype=st.sampled_from(list(FLOAT_DTYPES)), bits=st.integers(3, 64))
+def test_formats_fit_their_dtype(data, dtype, bits):
+    fmt = data.draw(strategies.formats(dtype, max_bits=bits))
+    assert holds(FLOAT_DTYPES[dtype], fmt)
     assert 1 <= fmt.bits <= bits
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_no_draw_of_a_format_is_thrown_away(carrier):
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_no_draw_of_a_format_is_thrown_away(dtype):
     drawn = 0
 
     @settings(max_examples=200, database=None, deadline=None)
-    @given(strategies.formats(carrier))
+    @given(strategies.formats(dtype))
     def count(_fmt):
         nonlocal drawn
         drawn += 1
@@ -77,7 +79,12 @@ def test_dtypes_that_numpy_does_not_have_are_refused():
         lambda: strategies.near_ties(parse("E2M1"), "bfloat16"),
         lambda: strategies.formats("f8"),
     ):
-        with pytest.raises(
-            ValueError, match=r"(dtype is 'bfloat16'; NumPy|carrier is 'f8'; allow)"
-        ):
+        with pytest.raises(ValueError, match=r"(dtype is 'bfloat16'; NumPy|dtype is 'f8'; allow)"):
             find(strategy(), lambda _: True)
+
+
+def test_without_hypothesis_the_extra_is_named():
+    code = "import sys; sys.modules['hypothesis'] = None; import fpformats.strategies"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert run.returncode
+    assert "fpformats.strategies needs hypothesis: pip install 'msfp[hypothesis]'" in run.stderr

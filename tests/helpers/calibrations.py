@@ -4,10 +4,10 @@ import numpy as np
 
 
 def same(one, other):
-    """Whether two calibrations are equal, their sketches to the last bit, in the same order."""
+    """Whether two calibrations are equal, their histograms to the last bit, in the same order."""
     assert list(one.inputs) == list(other.inputs)
-    for name, sketch in one.inputs.items():
-        for key, array in sketch.state().items():
+    for name, histogram in one.inputs.items():
+        for key, array in histogram.state().items():
             assert np.array_equal(array, other.inputs[name].state()[key])
     assert list(one.timesteps.items()) == list(other.timesteps.items())
     rest = ("activations", "weights", "calls", "total", "description")

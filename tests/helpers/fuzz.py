@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 from fpformats import Rounding, Saturation, decode, encode, exact, pack, parse, quantize, unpack
-from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.kernels.grid import FLOAT_DTYPES, holds
 
 ALPHABET = "EMBNUSZFXTIp0123456789sufe"
 
@@ -30,9 +30,9 @@ def target(data: bytes) -> None:
     assert parse(str(fmt)) == fmt
     code = source.randrange(fmt.code_count)
     value = exact.decode(code, fmt)
-    if not holds(CARRIERS["float64"], fmt):
+    if not holds(FLOAT_DTYPES["float64"], fmt):
         return
-    decoded = decode(code, fmt, "float64")
+    decoded = decode(code, fmt, dtype="float64")
     assert decoded == value or (math.isnan(decoded) and math.isnan(value))
     policy = {
         "rounding": source.choice([m.value for m in Rounding if "Stochastic" not in m]),
@@ -45,7 +45,7 @@ def target(data: bytes) -> None:
     bits, shape = source.randrange(1, 17), [source.randrange(5) for _ in range(3)]
     codes = np.array([source.randrange(1 << bits) for _ in range(math.prod(shape))], np.int64)
     axis = source.choice([None, 0, 1, 2])
-    back = unpack(pack(codes.reshape(shape), bits, axis), bits, tuple(shape), axis)
+    back = unpack(pack(codes.reshape(shape), bits, axis=axis), bits, shape=tuple(shape), axis=axis)
     assert (back.ravel() == codes).all()
     assert encode(rounded, fmt, nan=0) < fmt.code_count
 

@@ -11,7 +11,7 @@ import gfloat.formats
 import numpy as np
 
 from fpformats import FloatFormat, Rounding, Saturation, Specials, exact
-from fpformats.kernels.grid import CARRIERS, holds
+from fpformats.kernels.grid import FLOAT_DTYPES, holds
 
 GFLOAT_FORMATS = [
     ("E4M3", gfloat.formats.format_info_ocp_e4m3),
@@ -42,7 +42,7 @@ def small_formats():
 
 
 def edge_formats():
-    """Formats at the ends of what a carrier holds, where an intermediate might not fit."""
+    """Formats at the ends of what a dtype holds, where an intermediate might not fit."""
     return [
         *(FloatFormat(2, m, bias=150 - m) for m in range(4)),
         *(FloatFormat(8, m, bias=128) for m in range(6)),
@@ -85,8 +85,8 @@ def wide_formats():
     ]
 
 
-def carriers_of(fmt, names=("float32", "float64")):
-    return [name for name in names if holds(CARRIERS[name], fmt)]
+def dtypes_of(fmt, names=("float32", "float64")):
+    return [name for name in names if holds(FLOAT_DTYPES[name], fmt)]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from triton.runtime import driver
 
 from fpformats import parse
 from fpformats.kernels import cuda
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 
@@ -43,8 +43,8 @@ def compiled(function, *args, **options):
     return kernels[0].asm["ptx"]
 
 
-def plan_of(name, carrier, rounding="NearestTiesToEven"):
-    return make_plan(parse(name), CARRIERS[carrier], rounding, "SatFinite")
+def plan_of(name, dtype, rounding="NearestTiesToEven"):
+    return make_plan(parse(name), FLOAT_DTYPES[dtype], rounding, "SatFinite")
 
 
 def scaling(dtype):

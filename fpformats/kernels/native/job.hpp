@@ -6,19 +6,28 @@
 
 namespace fpformats {
 
-enum class Carrier : int { float16, bfloat16, float32, float64 };
+// Each list makes the enumeration and what Python, which must have the same order, calls its members.
+#define FPFORMATS_DTYPES(each) \
+  each(float16, "float16")     \
+  each(bfloat16, "bfloat16")   \
+  each(float32, "float32")     \
+  each(float64, "float64")
 
-enum class Mode : int {
-  nearest_ties_to_even,
-  nearest_ties_to_away,
-  toward_zero,
-  toward_positive,
-  toward_negative,
-  to_odd,
-  stochastic_a,
-  stochastic_b,
-  stochastic_c,
-};
+#define FPFORMATS_MODES(each)                       \
+  each(nearest_ties_to_even, "NearestTiesToEven")   \
+  each(nearest_ties_to_away, "NearestTiesToAway")   \
+  each(toward_zero, "TowardZero")                   \
+  each(toward_positive, "TowardPositive")           \
+  each(toward_negative, "TowardNegative")           \
+  each(to_odd, "ToOdd")                             \
+  each(stochastic_a, "StochasticA")                 \
+  each(stochastic_b, "StochasticB")                 \
+  each(stochastic_c, "StochasticC")
+
+#define FPFORMATS_MEMBER(name, text) name,
+enum class FloatDtype : int { FPFORMATS_DTYPES(FPFORMATS_MEMBER) };
+enum class Mode : int { FPFORMATS_MODES(FPFORMATS_MEMBER) };
+#undef FPFORMATS_MEMBER
 
 // Results that are not values of the format, in the order of Edges in policy.py.
 enum Edge { above, below, infinity, negative_infinity, zero_result, edge_count };
@@ -49,7 +58,7 @@ struct Random {
   int bits;
 };
 
-// What the gradient of a scaled result becomes, element by element, in the carrier: float32 or
+// What the gradient of a scaled result becomes, element by element, in the dtype: float32 or
 // float64. Of the three results, null is not wanted.
 struct Gradients {
   const void* given;
@@ -57,13 +66,13 @@ struct Gradients {
   bool clips;  // whether that of x is zero beyond the range
 };
 
-// One pass over n elements. Of the scales, float32 beside all carriers but float64, null is none.
+// One pass over n elements. Of the scales, float32 beside all dtypes but float64, null is none.
 struct Job {
   const Plan* plan;
   const void* in;
   void* out;
   int64_t count;
-  Carrier carrier;
+  FloatDtype dtype;
   const void* scales;
   const void* zero_points;
   Layout layout;
@@ -76,10 +85,10 @@ struct Job {
 };
 
 // Rows that are quantized by several candidates of a scale and a zero point, to be compared. Data,
-// scales and zero points are float32 or, by the carrier, float64.
+// scales and zero points are float32 or, by the dtype, float64.
 struct Trial {
   const Plan* plan;
-  Carrier carrier;
+  FloatDtype dtype;
   const void* rows;           // (row_count, length)
   const double* weights;      // the same shape, or null for 1
   const void* scales;         // (row_count, candidates)

@@ -68,10 +68,10 @@ struct Scaling {
 
 struct Kernel {
   Plan plan;
-  Carrier carrier;
+  FloatDtype dtype;
 
-  Kernel(const nb::object& fields, int mode, int carrier)
-      : plan(make_plan(fields, mode)), carrier(Carrier(carrier)) {}
+  Kernel(const nb::object& fields, int mode, int dtype)
+      : plan(make_plan(fields, mode)), dtype(FloatDtype(dtype)) {}
 
   Job job(uint64_t in, uint64_t out, int64_t count, const Scaling* scaling,
           const Random* random) const {
@@ -80,7 +80,7 @@ struct Kernel {
     job.in = pointer(in);
     job.out = const_cast<void*>(pointer(out));
     job.count = count;
-    job.carrier = carrier;
+    job.dtype = dtype;
     job.layout = {1, 1, 0};
     if (scaling) {
       job.scales = pointer(scaling->scales);
@@ -141,7 +141,7 @@ struct Kernel {
                int threads) const {
     const Trial trial = {
         &plan,
-        carrier,
+        dtype,
         pointer(rows),
         static_cast<const double*>(pointer(weights)),
         pointer(scales),
@@ -189,6 +189,11 @@ uint64_t address(const nb::handle& array) {
   return result;
 }
 
+#define FPFORMATS_NAME(name, text) text,
+const std::vector<std::string> dtype_names = {FPFORMATS_DTYPES(FPFORMATS_NAME)};
+const std::vector<std::string> mode_names = {FPFORMATS_MODES(FPFORMATS_NAME)};
+#undef FPFORMATS_NAME
+
 std::vector<std::string> names() {
   std::vector<std::string> result;
   for (const Passes* passes : choices()) result.emplace_back(passes->name);
@@ -221,7 +226,7 @@ NB_MODULE(_native, m) {
       });
   nb::class_<Kernel>(m, "Kernel")
       .def(nb::init<const nb::object&, int, int>(), nb::arg("plan"), nb::arg("mode"),
-           nb::arg("carrier"))
+           nb::arg("dtype"))
       .def("quantize", &Kernel::quantize, nb::arg("source"), nb::arg("out"), nb::arg("count"),
            nb::arg("threads"), nb::arg("streams"), nb::arg("scaling").none() = nb::none(),
            nb::arg("random").none() = nb::none())
@@ -241,6 +246,8 @@ NB_MODULE(_native, m) {
   m.def("moments", &moments, nb::arg("numbers"), nb::arg("count"), nb::arg("low_bits"));
   m.def("address", &address, nb::arg("array"));
   m.def("names", &names);
+  m.def("modes", [] { return mode_names; });
+  m.def("dtypes", [] { return dtype_names; });
   m.def("chosen", [] { return std::string(chosen->name); });
   m.def("choose", &choose, nb::arg("name"));
 }

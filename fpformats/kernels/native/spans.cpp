@@ -3,7 +3,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "carriers.hpp"
+#include "dtypes.hpp"
 #include "decoding.hpp"
 #include "packing.hpp"
 #include "philox.hpp"
@@ -269,7 +269,7 @@ using Attempt = void (*)(const Trial&, int64_t, int64_t);
 template <Attempt narrow, Attempt wide>
 void attempt(const Trial& trial, int64_t begin_row, int64_t end_row) {
   const Arithmetic arithmetic;
-  (trial.carrier == Carrier::float64 ? wide : narrow)(trial, begin_row, end_row);
+  (trial.dtype == FloatDtype::float64 ? wide : narrow)(trial, begin_row, end_row);
 }
 
 using Pass = unsigned (*)(const Job&, int64_t, int64_t);
@@ -277,7 +277,7 @@ using Pass = unsigned (*)(const Job&, int64_t, int64_t);
 template <Pass narrow, Pass wide>
 unsigned pass(const Job& job, int64_t begin, int64_t end) {
   const Arithmetic arithmetic;
-  const unsigned met = (job.carrier == Carrier::float64 ? wide : narrow)(job, begin, end);
+  const unsigned met = (job.dtype == FloatDtype::float64 ? wide : narrow)(job, begin, end);
 #if defined(__x86_64__)
   if (job.streams) _mm_sfence();
 #endif

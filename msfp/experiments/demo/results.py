@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.config import QuantizationConfig, Scheme
 from msfp.pipelines.sampler import Sampler
 from msfp.search.summary import LayerSummary
@@ -141,7 +141,7 @@ class Results:
     layers: list[LayerSummary]
     routing: list[list[int]]
     images: dict[str, torch.Tensor]
-    inputs: dict[str, Sketch]
+    inputs: dict[str, Histogram]
     pipe: DDIMPipeline
 
     def to_dict(self) -> dict[str, Any]:

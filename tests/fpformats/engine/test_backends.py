@@ -4,6 +4,7 @@ import pytest
 
 import fpformats
 from fpformats.engine import backends
+from fpformats.kernels import native
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no compiler is here")
@@ -29,3 +30,10 @@ def test_a_way_is_used_for_a_while_and_then_no_more():
 def test_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="name is 'sse9'; allowed here: "), backends.using("sse9"):
         pass
+
+
+@pytest.mark.skipif("baseline" not in backends.available(), reason="no kernels are compiled")
+def test_kernels_that_count_modes_in_another_order_are_not_used(monkeypatch):
+    monkeypatch.setattr(native, "MODES", native.MODES[::-1])
+    with pytest.raises(ImportError, match="the compiled kernels count rounding modes as"):
+        native._load()

@@ -44,7 +44,7 @@ def test_codes_packed_in_the_same_pass_are_those_packed_afterwards(name, size):
     np.testing.assert_array_equal(decode(packed, fmt, shape=size), quantize(x, fmt))
     tensor = encode(torch.from_numpy(x), fmt, packed=True)
     np.testing.assert_array_equal(tensor.numpy(), packed)
-    np.testing.assert_array_equal(unpack(packed, fmt.bits, size), encode(x, fmt))
+    np.testing.assert_array_equal(unpack(packed, fmt.bits, shape=size), encode(x, fmt))
 
 
 @given(
@@ -158,7 +158,7 @@ def test_autograd_knows_what_was_written_to():
 def test_numbers_and_arrays_without_dimensions_keep_their_shape(fmt):
     for x in (np.array(1.3), np.float64(1.3), torch.tensor(1.3, dtype=torch.float64)):
         assert quantize(x, fmt).shape == encode(x, fmt).shape == ()
-        assert decode(encode(x, fmt), fmt, "float64").shape == ()
+        assert decode(encode(x, fmt), fmt, dtype="float64").shape == ()
     assert isinstance(encode(np.float64(1.3), fmt), np.unsignedinteger)
     out = np.empty((), np.float64)
     assert quantize(np.float64(1.3), fmt, out=out) is out
@@ -194,10 +194,22 @@ def test_codes_of_any_integer_type_are_decoded(dtype):
         (lambda: decode(np.zeros(2, np.uint8), E2M1, shape=2.5), ValueError, "shape is 2.5"),
         (lambda: encode(np.ones(3), E2M1, nan=1.5), ValueError, "nan is 1.5"),
         (lambda: encode(np.ones(3), E2M1, nan=True), ValueError, "nan is True"),
-        (lambda: quantize(np.ones(3), "E2M1"), TypeError, "fmt is 'E2M1'; it must be a Float"),
+        (
+            lambda: quantize(np.ones(3), 4),
+            TypeError,
+            "fmt is 4; it must be a FloatFormat or a name",
+        ),
+        (lambda: quantize(np.ones(3), "E2X1"), ValueError, "'E2X1' is not a format name"),
+        (lambda: quantize([1.0], E2M1), TypeError, r"x is of type list; write numpy.array\(x\) or"),
+        (lambda: quantize((1.0,), E2M1), TypeError, "x is of type tuple; write"),
+        (lambda: quantize(1, E2M1), TypeError, r"x is of type int; write float\(x\)"),
         (lambda: quantize_scaled(np.ones(3), E2M1, 1.0, block_size=2), ValueError, "block_size is"),
-        (lambda: decode(np.zeros(2, np.uint8), E2M1, [1]), TypeError, r"dtype is \[1\]"),
-        (lambda: decode(np.zeros(2, np.uint8), E2M1, "bfloat16"), TypeError, "NumPy does not"),
+        (lambda: decode(np.zeros(2, np.uint8), E2M1, dtype=[1]), TypeError, r"dtype is \[1\]"),
+        (
+            lambda: decode(np.zeros(2, np.uint8), E2M1, dtype="bfloat16"),
+            TypeError,
+            "NumPy does not",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(call, error, message):

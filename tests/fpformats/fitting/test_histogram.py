@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fpformats import strategies
-from fpformats.fitting.histogram import MANTISSA_BITS, Sketch
+from fpformats.fitting.histogram import MANTISSA_BITS, Histogram
 
 numbers = arrays(np.float32, st.integers(0, 60), elements=strategies.floats())
 finite = arrays(
@@ -22,11 +22,11 @@ finite = arrays(
 )
 
 
-def sketch_of(*batches):
-    sketch = Sketch()
+def histogram_of(*batches):
+    histogram = Histogram()
     for batch in batches:
-        sketch.update(batch)
-    return sketch
+        histogram.update(batch)
+    return histogram
 
 
 def assert_same(left, right):
@@ -39,21 +39,21 @@ def assert_same(left, right):
 
 @given(numbers, numbers, numbers)
 @settings(deadline=None)
-def test_any_cut_and_order_of_a_stream_gives_the_same_sketch(a, b, c):
-    whole = sketch_of(np.concatenate([c, a, b]))
-    assert_same(sketch_of(a, b, c), whole)
-    x, y, z = sketch_of(a), sketch_of(b), sketch_of(c)
+def test_any_cut_and_order_of_a_stream_gives_the_same_histogram(a, b, c):
+    whole = histogram_of(np.concatenate([c, a, b]))
+    assert_same(histogram_of(a, b, c), whole)
+    x, y, z = histogram_of(a), histogram_of(b), histogram_of(c)
     assert_same((x + y) + z, whole)
     assert_same(z + (y + x), whole)
     x.merge(y)
     x.merge(z)
     assert_same(x, whole)
-    assert_same(y, sketch_of(b))
+    assert_same(y, histogram_of(b))
 
 
 def test_long_batches_are_the_same_as_short_ones():
     x = np.random.default_rng(0).standard_normal(600_000).astype(np.float32)
-    assert_same(sketch_of(x), sketch_of(*np.split(x, 100)))
+    assert_same(histogram_of(x), histogram_of(*np.split(x, 100)))
 
 
 @given(finite)
@@ -62,7 +62,7 @@ def test_each_bin_holds_count_sum_and_sum_of_squares_of_its_numbers(x):
     keys = [(float(n), int(n.view(np.uint32)) >> (23 - MANTISSA_BITS)) for n in x]
     groups = {key: [n for n, other in keys if other == key] for _, key in keys}
     expected = sorted(groups.values(), key=lambda group: (group[0], math.copysign(1, group[0])))
-    bins = sketch_of(x).bins()
+    bins = histogram_of(x).bins()
     assert bins.counts.tolist() == [len(group) for group in expected]
     for i, group in enumerate(expected):
         assert bins.sums[i] == pytest.approx(math.fsum(group), rel=1e-14, abs=0)
@@ -73,41 +73,43 @@ def test_each_bin_holds_count_sum_and_sum_of_squares_of_its_numbers(x):
 @given(finite, st.integers(1, 5))
 @settings(deadline=None)
 def test_statistics_are_those_of_the_numbers(x, repeats):
-    sketch = Sketch()
-    sketch.update(x, repeats)
+    histogram = Histogram()
+    histogram.update(x, repeats)
     wide = np.repeat(x, repeats).astype(np.float64)
-    assert (sketch.count, sketch.nonfinite) == (wide.size, 0)
-    assert (sketch.min, sketch.max) == (wide.min(), wide.max())
+    assert (histogram.count, histogram.nonfinite) == (wide.size, 0)
+    assert (histogram.min, histogram.max) == (wide.min(), wide.max())
     size = np.abs(wide).max()
-    assert sketch.mean == pytest.approx(math.fsum(wide) / wide.size, rel=1e-12, abs=1e-14 * size)
-    assert sketch.variance == pytest.approx(wide.var(), rel=1e-9, abs=1e-14 * size**2)
+    assert histogram.mean == pytest.approx(math.fsum(wide) / wide.size, rel=1e-12, abs=1e-14 * size)
+    assert histogram.variance == pytest.approx(wide.var(), rel=1e-9, abs=1e-14 * size**2)
 
 
 @given(finite, st.floats(0, 1))
 @settings(deadline=None)
 def test_quantiles_are_right_to_the_width_of_a_bin(x, fraction):
-    found = sketch_of(x).quantile(fraction)
+    found = histogram_of(x).quantile(fraction)
     exact = float(np.quantile(x, fraction, method="inverted_cdf"))
     assert found == pytest.approx(exact, rel=2.0**-MANTISSA_BITS, abs=2.0**-126)
-    assert sketch_of(x).quantile(0) == x.min()
-    assert sketch_of(x).quantile(1) == x.max()
+    assert histogram_of(x).quantile(0) == x.min()
+    assert histogram_of(x).quantile(1) == x.max()
 
 
 @given(numbers, st.integers(1, 100))
 @settings(deadline=None)
 def test_repeats_count_as_often(x, repeats):
-    sketch = Sketch()
-    sketch.update(x, repeats)
-    assert_same(sketch, sketch_of(*[x] * repeats))
+    histogram = Histogram()
+    histogram.update(x, repeats)
+    assert_same(histogram, histogram_of(*[x] * repeats))
 
 
 def test_nan_and_infinities_are_counted_and_left_out():
-    sketch = sketch_of(np.array([1.0, np.nan, -np.nan, np.inf, -np.inf, 3.0], dtype=np.float32))
-    assert (sketch.count, sketch.nonfinite) == (2, 4)
-    assert (sketch.min, sketch.max, sketch.mean, sketch.variance) == (1, 3, 2, 1)
-    assert sketch.quantile(0.5) == 1
-    assert repr(sketch) == "Sketch(2 numbers from 1 to 3, 4 not finite)"
-    empty = sketch_of(np.array([np.nan], dtype=np.float32))
+    histogram = histogram_of(
+        np.array([1.0, np.nan, -np.nan, np.inf, -np.inf, 3.0], dtype=np.float32)
+    )
+    assert (histogram.count, histogram.nonfinite) == (2, 4)
+    assert (histogram.min, histogram.max, histogram.mean, histogram.variance) == (1, 3, 2, 1)
+    assert histogram.quantile(0.5) == 1
+    assert repr(histogram) == "Histogram(2 numbers from 1 to 3, 4 not finite)"
+    empty = histogram_of(np.array([np.nan], dtype=np.float32))
     assert (empty.count, empty.min, empty.max) == (0, math.inf, -math.inf)
     assert math.isnan(empty.mean)
     assert math.isnan(empty.variance)
@@ -118,90 +120,90 @@ def test_nan_and_infinities_are_counted_and_left_out():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_arrays_and_tensors_of_any_type_shape_and_stride_are_taken(dtype):
     x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = sketch_of(x.float().numpy().ravel())
-    assert_same(sketch_of(x), expected)
-    assert_same(sketch_of(x.permute(2, 0, 1)[::1]), expected)
-    assert_same(sketch_of(x.requires_grad_()), expected)
+    expected = histogram_of(x.float().numpy().ravel())
+    assert_same(histogram_of(x), expected)
+    assert_same(histogram_of(x.permute(2, 0, 1)[::1]), expected)
+    assert_same(histogram_of(x.requires_grad_()), expected)
     if dtype != torch.bfloat16:
-        assert_same(sketch_of(x.detach().numpy().T), expected)
-    assert_same(sketch_of(1.5), sketch_of(np.float32(1.5)))
-    assert_same(sketch_of(np.zeros(0, dtype=np.float32)), Sketch())
+        assert_same(histogram_of(x.detach().numpy().T), expected)
+    assert_same(histogram_of(1.5), histogram_of(np.float32(1.5)))
+    assert_same(histogram_of(np.zeros(0, dtype=np.float32)), Histogram())
 
 
 @given(numbers)
 @settings(deadline=None)
 def test_a_state_is_restored(x):
-    sketch = sketch_of(x)
-    state = sketch.state()
-    assert_same(Sketch.from_state(state), sketch)
+    histogram = histogram_of(x)
+    state = histogram.state()
+    assert_same(Histogram.from_state(state), histogram)
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-    restored = Sketch.from_state(tensors)
-    assert_same(restored, sketch)
+    restored = Histogram.from_state(tensors)
+    assert_same(restored, histogram)
     restored.update(np.ones(3, dtype=np.float32))
-    assert_same(Sketch.from_state(state), sketch)
-    assert_same(pickle.loads(pickle.dumps(sketch)), sketch)  # noqa: S301 - our own bytes
+    assert_same(Histogram.from_state(state), histogram)
+    assert_same(pickle.loads(pickle.dumps(histogram)), histogram)  # noqa: S301 - our own bytes
 
 
 def test_states_that_do_not_fit_are_refused():
-    state = sketch_of(np.ones(3, dtype=np.float32)).state()
+    state = histogram_of(np.ones(3, dtype=np.float32)).state()
     with pytest.raises(ValueError, match="state has no bins, ends"):
-        Sketch.from_state({"moments": state["moments"]})
+        Histogram.from_state({"moments": state["moments"]})
     with pytest.raises(ValueError, match=r"moments of shape \(3, 1\) .*; 2 bins need \(3, 2\)"):
-        Sketch.from_state({**state, "bins": np.array([1, 2])})
+        Histogram.from_state({**state, "bins": np.array([1, 2])})
 
 
 def test_memory_is_that_of_the_bins_in_use():
-    sketch = Sketch()
+    histogram = Histogram()
     for seed in range(3):
-        sketch.update(np.random.default_rng(seed).standard_normal(100_000).astype(np.float32))
-        state = sketch.state()
+        histogram.update(np.random.default_rng(seed).standard_normal(100_000).astype(np.float32))
+        state = histogram.state()
         assert sum(array.nbytes for array in state.values()) == 28 * len(state["bins"]) + 8
     every = np.arange(0, 1 << 32, 1 << 12, dtype=np.uint32).view(np.float32)
-    sketch.update(every)
-    assert len(sketch.state()["bins"]) == 1 << 20
+    histogram.update(every)
+    assert len(histogram.state()["bins"]) == 1 << 20
 
 
 def test_bad_updates_are_refused():
-    sketch = Sketch()
+    histogram = Histogram()
     with pytest.raises(TypeError, match="x has dtype int64"):
-        sketch.update(np.arange(3))
+        histogram.update(np.arange(3))
     for repeats in (0, -1, 1.0, True, 1 << 17):
         with pytest.raises(ValueError, match=r"repeats is .*; it must be an integer from 1"):
-            sketch.update(1.0, repeats)
-    assert sketch.count == 0
+            histogram.update(1.0, repeats)
+    assert histogram.count == 0
 
 
 def test_a_bin_that_is_full_is_not_wrapped_around():
     worst = np.uint32(0x3F800FFF).view(np.float32)  # the largest integer within a bin
-    state = sketch_of(np.array([worst])).state()
+    state = histogram_of(np.array([worst])).state()
     state["moments"] *= 2**38
-    sketch = Sketch.from_state(state) + Sketch.from_state(state)
-    assert sketch.count == 2**39
+    histogram = Histogram.from_state(state) + Histogram.from_state(state)
+    assert histogram.count == 2**39
     with pytest.raises(OverflowError, match="too many numbers"):
-        sketch.merge(sketch)
-    assert sketch.count == 2**39
+        histogram.merge(histogram)
+    assert histogram.count == 2**39
 
 
 WORKER = """
 import sys
 import numpy as np
 import torch.distributed as dist
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 
 rank, meeting_point = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", f"file://{meeting_point}", rank=rank, world_size=2)
 x = np.random.default_rng(0).standard_normal((2, 5000)).astype(np.float32)
 x[1] *= 1000
-sketch = Sketch()
-sketch.update(x[rank])
-sketch.all_reduce()
-whole = Sketch()
+histogram = Histogram()
+histogram.update(x[rank])
+histogram.all_reduce()
+whole = Histogram()
 whole.update(x)
 for name, array in whole.state().items():
-    assert array.tobytes() == sketch.state()[name].tobytes(), name
-full = Sketch()
+    assert array.tobytes() == histogram.state()[name].tobytes(), name
+full = Histogram()
 full.update(np.array([0x3F800FFF], dtype=np.uint32).view(np.float32))
-full = Sketch.from_state({**full.state(), "moments": full.state()["moments"] * 2**38})
+full = Histogram.from_state({**full.state(), "moments": full.state()["moments"] * 2**38})
 full.merge(full)
 try:
     full.all_reduce()
@@ -211,7 +213,7 @@ dist.destroy_process_group()
 """
 
 
-def test_processes_together_have_the_sketch_of_one(tmp_path):
+def test_processes_together_have_the_histogram_of_one(tmp_path):
     workers = [
         subprocess.Popen(  # noqa: S603 - our own program
             [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meet")],

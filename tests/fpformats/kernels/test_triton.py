@@ -17,8 +17,8 @@ from oracles import (
     STOCHASTIC,
     aimed_inputs,
     assert_same_bits,
-    carriers_of,
     definition_by_table,
+    dtypes_of,
     edge_formats,
     every_format,
     wide_formats,
@@ -27,7 +27,7 @@ from oracles import (
 import fpformats
 from fpformats import FloatFormat, Specials, parse
 from fpformats.kernels import philox
-from fpformats.kernels.grid import CARRIERS
+from fpformats.kernels.grid import FLOAT_DTYPES
 from fpformats.kernels.layout import Layout
 from fpformats.kernels.plan import make_plan
 from fpformats.rounding import FINITE, NEAREST
@@ -67,8 +67,8 @@ def _one_program_in_the_interpreter(monkeypatch):
         yield
 
 
-def plan_of(fmt, carrier="float32", rounding=NEAREST, saturation=FINITE):
-    return make_plan(fmt, CARRIERS[carrier], rounding, saturation)
+def plan_of(fmt, dtype="float32", rounding=NEAREST, saturation=FINITE):
+    return make_plan(fmt, FLOAT_DTYPES[dtype], rounding, saturation)
 
 
 def on_device(array):
@@ -104,14 +104,14 @@ def check_default(fmt, dtype):
     codes = np.arange(fmt.code_count).astype(fpformats.encode(np.zeros(1), fmt, nan=0).dtype)
     out = torch.empty(fmt.code_count, dtype=getattr(torch, dtype), device=DEVICE)
     values = cuda.decode(on_device(codes), plan_of(fmt, dtype), out)
-    assert_same_bits(values.cpu().numpy(), fpformats.decode(codes, fmt, dtype))
+    assert_same_bits(values.cpu().numpy(), fpformats.decode(codes, fmt, dtype=dtype))
 
 
 @pytest.mark.parametrize("bits", range(1, 5))
 def test_small_formats_round_encode_and_decode_as_defined(bits):
     for index, fmt in enumerate(every_format(bits)):
         if fmt.magnitude_bits == bits:
-            names = carriers_of(fmt)
+            names = dtypes_of(fmt)
             check_default(fmt, names[index % len(names)])
 
 
@@ -120,7 +120,7 @@ def test_small_formats_round_encode_and_decode_as_defined(bits):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_format_rounds_encodes_and_decodes_as_defined(bits, dtype):
     for fmt in every_format(8):
-        if fmt.magnitude_bits == bits and dtype in carriers_of(fmt):
+        if fmt.magnitude_bits == bits and dtype in dtypes_of(fmt):
             check_default(fmt, dtype)
 
 
@@ -135,7 +135,7 @@ def test_formats_of_every_kind_follow_every_policy(name):
 @pytest.mark.parametrize(("rounding", "saturation"), POLICIES)
 def test_every_format_follows_every_policy(rounding, saturation):
     for fmt in every_format(8):
-        check_policy(fmt, carriers_of(fmt)[0], rounding, saturation)
+        check_policy(fmt, dtypes_of(fmt)[0], rounding, saturation)
 
 
 @pytest.mark.parametrize("fmt", edge_formats(), ids=str)
@@ -165,7 +165,7 @@ LONG_FORMATS = [fmt for fmt in wide_formats() if plan_of(fmt, "float64") is not 
 def test_formats_of_many_codes_agree_with_the_portable_way(fmt):
     generator = np.random.default_rng(0)
     codes = generator.integers(0, fmt.code_count, 3000)
-    near = fpformats.decode(codes, fmt, "float64")
+    near = fpformats.decode(codes, fmt, dtype="float64")
     x = near * (1 + generator.integers(-2, 3, near.size) * 2.0 ** -(fmt.mantissa_bits + 2))
     nan = fmt.code_count - 1
     for rounding, saturation in ((NEAREST, FINITE), ("ToOdd", "SatNone")):
@@ -192,12 +192,12 @@ def test_every_half_precision_number_rounds_and_encodes_alike(name, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["E2M1U", "E4M3", "E5M2", "Binary8p3se", "E3M2"])
-def test_every_code_decodes_alike_in_every_carrier(name, dtype):
+def test_every_code_decodes_alike_in_every_dtype(name, dtype):
     fmt = parse(name)
     codes = torch.arange(fmt.code_count).to(torch.uint8)
     out = torch.empty(fmt.code_count, dtype=getattr(torch, dtype), device=DEVICE)
     values = cuda.decode(on_device(codes), plan_of(fmt, dtype), out)
-    assert_same(values, fpformats.decode(codes, fmt, dtype))
+    assert_same(values, fpformats.decode(codes, fmt, dtype=dtype))
 
 
 @pytest.mark.parametrize("mode", STOCHASTIC)
@@ -285,7 +285,7 @@ def check_scaled(fmt, x, scaling, scales, shifts):
     values = cuda.decode(
         codes, plan, torch.empty(x.shape, dtype=name, device=DEVICE), scaling=scaling
     )
-    assert_same(values, fpformats.decode_scaled(codes.cpu(), fmt, scales, shifts, name))
+    assert_same(values, fpformats.decode_scaled(codes.cpu(), fmt, scales, shifts, dtype=name))
 
 
 def test_float32_division_products_and_sums_are_rounded_one_by_one():
@@ -364,8 +364,8 @@ def test_packed_codes_are_those_of_pack(bits, count, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.empty(count, dtype=dtype, device=DEVICE)
         values = cuda.decode(packed, plan_of(fmt), out, packed_bits=bits).cpu()
-        codes = torch.from_numpy(fpformats.unpack(expected, bits, count))
-        assert_same(values, fpformats.decode(codes, fmt, dtype))
+        codes = torch.from_numpy(fpformats.unpack(expected, bits, shape=count))
+        assert_same(values, fpformats.decode(codes, fmt, dtype=dtype))
 
 
 def test_scaled_codes_are_packed_and_decoded_in_one_launch():

@@ -6,15 +6,13 @@ import pytest
 import torch
 from oracles import assert_same_bits
 
-from fpformats import exact, parse, quantize
+from fpformats import exact, pack, parse, quantize
 from fpformats.ops.blocks import (
     MXFP4,
-    MXFP6_E2M3,
-    MXFP6_E3M2,
     MXFP8_E4M3,
-    MXFP8_E5M2,
     MXINT8,
     NVFP4,
+    PRESETS,
     BlockFormat,
     ScaleRule,
     decode_blocks,
@@ -24,15 +22,6 @@ from fpformats.ops.blocks import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-PRESETS = {
-    "MXFP8_E4M3": MXFP8_E4M3,
-    "MXFP8_E5M2": MXFP8_E5M2,
-    "MXFP6_E2M3": MXFP6_E2M3,
-    "MXFP6_E3M2": MXFP6_E3M2,
-    "MXFP4": MXFP4,
-    "MXINT8": MXINT8,
-    "NVFP4": NVFP4,
-}
 UNSIGNED = BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, ScaleRule.Max)
 
 
@@ -97,11 +86,11 @@ def test_blocks_are_as_defined(fmt, rule):
 def test_blocks_lie_along_any_axis(name, axis):
     fmt, x = PRESETS[name], random_blocks((5, 40, 33), seed=1)
     expected = np.moveaxis(quantize_blocks(np.moveaxis(x, axis, -1), fmt), -1, axis)
-    assert_same_bits(quantize_blocks(x, fmt, axis), expected)
+    assert_same_bits(quantize_blocks(x, fmt, axis=axis), expected)
     tensor = torch.from_numpy(x)
-    assert_same_bits(quantize_blocks(tensor, fmt, axis), expected)
-    blocks = encode_blocks(tensor, fmt, axis)
-    np.testing.assert_array_equal(decode_blocks(blocks, fmt, axis), expected)
+    assert_same_bits(quantize_blocks(tensor, fmt, axis=axis), expected)
+    blocks = encode_blocks(tensor, fmt, axis=axis)
+    np.testing.assert_array_equal(decode_blocks(blocks, fmt, axis=axis), expected)
 
 
 def test_a_block_just_below_a_power_of_two_keeps_its_scale():
@@ -159,17 +148,21 @@ def test_nan_without_a_code_anywhere_is_refused():
 
 def test_what_blocks_cannot_do_is_refused():
     x = np.ones(32, np.float32)
-    for words in ({"out": x}, {"packed": True}, {"clip_gradient": True}):
-        for function in (quantize_blocks, encode_blocks):
-            with pytest.raises(TypeError, match="unexpected keyword"):
-                function(x, MXFP4, **words)
+    for function, words in (
+        (quantize_blocks, {"packed": True}), (quantize_blocks, {"clip_gradient": True}),
+        (quantize_blocks, {"nan": 0}), (encode_blocks, {"out": x}), (encode_blocks, {"nan": 0}),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            function(x, MXFP4, **words)
     for call in (
-        lambda: quantize_blocks(x, "E2M1"),
         lambda: encode_blocks(x, parse("E2M1")),
-        lambda: BlockFormat("E2M1", parse("E8M0"), 32),
+        lambda: BlockFormat(4, parse("E8M0"), 32),
     ):
-        with pytest.raises(TypeError, match=r"'E2M1'|E2M1: 4 bits"):
+        with pytest.raises(TypeError, match=r"E2M1: 4 bits|element is 4; it must be a FloatFormat"):
             call()
+    with pytest.raises(ValueError, match="fmt is 'E2M1'; block formats are"):
+        quantize_blocks(x, "E2M1")
+    assert BlockFormat("E2M1", "E8M0", 32) == MXFP4
     with pytest.raises(ValueError, match="there is one, and the format has none"):
         decode_blocks(encode_blocks(x[:16], NVFP4), MXFP4)
     with pytest.raises(ValueError, match="there is none, and the format has one"):
@@ -179,7 +172,7 @@ def test_what_blocks_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_carrier_is_kept(dtype):
+def test_the_dtype_is_kept(dtype):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     q = quantize_blocks(x, MXFP4)
     assert q.dtype == dtype
@@ -224,15 +217,59 @@ def test_impossible_compositions_are_refused(arguments, message):
         BlockFormat(**options)
 
 
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["NumPy", "torch"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_results_go_where_they_are_wanted(name, wrap):
+    x = wrap(np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32))
+    expected = quantize_blocks(x, name)
+    assert_same_bits(np.asarray(quantize_blocks(x, PRESETS[name])), np.asarray(expected))
+    blocks, out = encode_blocks(x, name), wrap(np.zeros((3, 40), np.float32))
+    assert decode_blocks(blocks, name, out=out) is out
+    # Integers in two's complement have one zero.
+    unsigned_zero = 0.0 if PRESETS[name].twos_complement else -0.0
+    assert_same_bits(np.asarray(out), np.asarray(expected) + unsigned_zero)
+    assert quantize_blocks(x, name, out=x) is x
+    assert_same_bits(np.asarray(x), np.asarray(expected))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", PRESETS)
+def test_packed_codes_of_blocks_come_back(name, axis):
+    x = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
+    plain = encode_blocks(x, name, axis=axis)
+    blocks = encode_blocks(x, name, axis=axis, packed=True)
+    np.testing.assert_array_equal(blocks.codes, pack(plain.codes, PRESETS[name].element.bits))
+    np.testing.assert_array_equal(blocks.scales, plain.scales)
+    values = decode_blocks(blocks, name, axis=axis, shape=x.shape)
+    assert_same_bits(values, decode_blocks(plain, name, axis=axis))
+
+
+def test_results_of_blocks_are_not_put_where_they_do_not_fit():
+    x = torch.ones(2, 32)
+    with pytest.raises(TypeError, match=r"out is Tensor of torch\.float64; x is Tensor"):
+        quantize_blocks(x, MXFP4, out=x.double())
+    with pytest.raises(ValueError, match="an input requires a gradient"):
+        quantize_blocks(x.clone().requires_grad_(), MXFP4, out=x)
+    blocks = encode_blocks(x, MXFP4)
+    with pytest.raises(ValueError, match=r"out has shape \(2, 31\); the result has"):
+        decode_blocks(blocks, MXFP4, out=torch.ones(2, 31))
+    with pytest.raises(TypeError, match="packed is of type int64"):
+        decode_blocks(blocks._replace(codes=blocks.codes.long()), MXFP4, shape=(2, 32))
+
+
 def test_bad_input_is_refused():
     x = np.ones((2, 32))
     with pytest.raises(TypeError, match="x is a float"):
         encode_blocks(1.0, MXFP4)
     with pytest.raises(TypeError, match="x has dtype int64"):
         encode_blocks(np.ones(3, np.int64), MXFP4)
+    with pytest.raises(ValueError, match="fmt is 'NVFP5'; block formats are MXFP8_E4M3, "):
+        encode_blocks(x, "NVFP5")
+    with pytest.raises(TypeError, match="fmt is 4; it must be a BlockFormat, such as MXFP4, or a"):
+        encode_blocks(x, 4)
     for axis in (2, -3, 1.0):
         with pytest.raises(ValueError, match=r"axis is .*; x has 2 dimensions"):
-            quantize_blocks(x, MXFP4, axis)
+            quantize_blocks(x, MXFP4, axis=axis)
     blocks = encode_blocks(x, MXFP4)
     with pytest.raises(ValueError, match=r"blocks.scales has shape .*; the codes need \(2, 1\)"):
         decode_blocks(blocks._replace(scales=blocks.scales[:1]), MXFP4)

@@ -16,7 +16,7 @@ from oracles import (
     GFLOAT_FORMATS,
     assert_same_bits,
     boundaries,
-    carriers_of,
+    dtypes_of,
     edge_formats,
     signed_boundaries,
     small_formats,
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 BOUNDED = [
     pytest.param(fmt, dtype, id=f"{fmt}-{dtype}")
     for fmt in small_formats() + edge_formats()
-    for dtype in carriers_of(fmt)
+    for dtype in dtypes_of(fmt)
 ]
 HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)
 
@@ -64,9 +64,9 @@ def test_every_value_midpoint_and_neighbour_rounds_as_defined(fmt, dtype):
 def test_every_code_decodes_as_defined_and_encodes_back(fmt, dtype):
     codes = np.arange(fmt.code_count)
     expected = values_at(codes, fmt, dtype)
-    decoded = decode(codes, fmt, dtype)
+    decoded = decode(codes, fmt, dtype=dtype)
     assert_same_bits(decoded, expected)
-    assert_same_bits(decode(torch.from_numpy(codes), fmt, dtype).numpy(), expected)
+    assert_same_bits(decode(torch.from_numpy(codes), fmt, dtype=dtype).numpy(), expected)
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(encode(decoded[finite], fmt), codes[finite])
 
@@ -87,17 +87,17 @@ def test_every_half_precision_input_rounds_as_defined(name):
     high = np.searchsorted(middles, magnitudes, side="right")  # ties up
     expected = np.copysign(table[np.where(low % 2 == 0, low, high)], HALVES)
     expected = np.where(np.isnan(HALVES), np.nan, expected if fmt.signed else expected.clip(0) + 0)
-    for carrier in ("float16", "float32", "float64"):
-        assert_same_bits(quantize(HALVES.astype(carrier), fmt), expected.astype(carrier))
-        x = torch.from_numpy(HALVES.astype(carrier))
-        assert_same_bits(quantize(x, fmt).numpy(), expected.astype(carrier))
+    for dtype in ("float16", "float32", "float64"):
+        assert_same_bits(quantize(HALVES.astype(dtype), fmt), expected.astype(dtype))
+        x = torch.from_numpy(HALVES.astype(dtype))
+        assert_same_bits(quantize(x, fmt).numpy(), expected.astype(dtype))
 
 
 @pytest.mark.parametrize("fmt", wide_formats() + edge_formats(), ids=str)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_wide_formats_round_as_defined(fmt, data):
-    for dtype in carriers_of(fmt):
+    for dtype in dtypes_of(fmt):
         aimed = strategies.near_ties(fmt, dtype) | strategies.floats(dtype)
         x = np.array(data.draw(st.lists(aimed, min_size=1, max_size=12)), dtype=dtype)
         expected = [float(exact.quantize(float(value), fmt)) for value in x]
@@ -107,9 +107,9 @@ def test_wide_formats_round_as_defined(fmt, data):
         codes = [exact.encode(float(value), fmt) for value in x]
         assert encode(x, fmt).tolist() == codes
         assert encode(torch.from_numpy(x), fmt).tolist() == codes
-        assert_same_bits(decode(encode(x, fmt), fmt, dtype), quantize(x, fmt))
+        assert_same_bits(decode(encode(x, fmt), fmt, dtype=dtype), quantize(x, fmt))
         assert_same_bits(
-            decode(encode(torch.from_numpy(x), fmt), fmt, dtype).numpy(), quantize(x, fmt)
+            decode(encode(torch.from_numpy(x), fmt), fmt, dtype=dtype).numpy(), quantize(x, fmt)
         )
 
 
@@ -125,7 +125,7 @@ def test_any_format_rounds_as_defined(data):
         assert encode(x, fmt) == exact.encode(float(x), fmt)
     code = data.draw(strategies.codes(fmt))
     decoded = np.float64(exact.decode(code, fmt))
-    assert_same_bits(np.float64(decode(code, fmt, dtype)), decoded)
+    assert_same_bits(np.float64(decode(code, fmt, dtype=dtype)), decoded)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_nan_never_becomes_a_number(name, dtype):
 
 
 @pytest.mark.parametrize("fmt", edge_formats(), ids=str)
-def test_nan_never_becomes_a_number_at_the_ends_of_a_carrier(fmt):
-    for dtype in carriers_of(fmt):
+def test_nan_never_becomes_a_number_at_the_ends_of_a_dtype(fmt):
+    for dtype in dtypes_of(fmt):
         _assert_nan_is_kept(fmt, np.dtype(dtype).type)
 
 
@@ -398,7 +398,7 @@ def test_only_integers_are_decoded():
         with pytest.raises(TypeError, match="they must be integers"):
             decode(codes, parse("E2M1"))
     with pytest.raises(TypeError, match="dtype has dtype int32"):
-        decode(3, parse("E2M1"), "int32")
+        decode(3, parse("E2M1"), dtype="int32")
 
 
 @pytest.mark.parametrize("codes", [16, -1, np.array([3, 16]), np.array([-1]), torch.tensor([16])])
@@ -422,13 +422,13 @@ def test_codes_of_wide_unsigned_tensors_are_checked_too():
         (np.float64, "E11M52", "use fpformats.exact"),
     ],
 )
-def test_a_carrier_that_cannot_hold_the_format_is_refused(dtype, name, advice):
+def test_a_dtype_that_cannot_hold_the_format_is_refused(dtype, name, advice):
     x = np.ones(2, dtype)
     for function in (quantize, encode):
         with pytest.raises(ValueError, match=f"{x.dtype} cannot hold .*{advice}"):
             function(x, parse(name))
     with pytest.raises(ValueError, match="cannot hold"):
-        decode(np.array([1]), parse(name), dtype)
+        decode(np.array([1]), parse(name), dtype=dtype)
 
 
 def test_policies_are_members_or_their_names():

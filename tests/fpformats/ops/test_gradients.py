@@ -309,8 +309,10 @@ def test_scales_of_codes_learn(dtype):
     codes = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 9]])
     scale = torch.tensor([[0.5], [0.3]], requires_grad=True)
     zero = torch.tensor([[0.1], [0.2]], requires_grad=True)
-    y = decode_scaled(codes, E2M1, scale, zero, dtype, block_size=(1, 4))
-    plain = decode_scaled(codes, E2M1, scale.detach(), zero.detach(), dtype, block_size=(1, 4))
+    y = decode_scaled(codes, E2M1, scale, zero, dtype=dtype, block_size=(1, 4))
+    plain = decode_scaled(
+        codes, E2M1, scale.detach(), zero.detach(), dtype=dtype, block_size=(1, 4)
+    )
     assert torch.equal(y, plain)
     y.sum().backward()
     assert torch.equal(scale.grad, decode(codes, E2M1).sum(1, keepdim=True))

@@ -69,7 +69,7 @@ def test_nearest_is_within_half_a_gap(data):
 def test_codes_and_values_are_in_bijection(data):
     fmt = data.draw(strategies.formats())
     code = data.draw(strategies.codes(fmt))
-    value = decode(code, fmt, "float64")
+    value = decode(code, fmt, dtype="float64")
     if math.isnan(value):
         assert encode(value, fmt) == fmt.nan_code
     else:

@@ -12,8 +12,8 @@ from oracles import (
     STOCHASTIC,
     aimed_inputs,
     assert_same_bits,
-    carriers_of,
     definition_by_table,
+    dtypes_of,
     every_format,
 )
 
@@ -40,7 +40,7 @@ def check_deterministic(fmt, dtype, wrap):
         nan = fmt.nan_code if fmt.has_nan else 0
         codes = encode(given_x, fmt, rounding=mode, saturation=saturation, nan=nan)
         numbers = ~np.isnan(expected)
-        back = decode(np.asarray(codes)[numbers], fmt, dtype)
+        back = decode(np.asarray(codes)[numbers], fmt, dtype=dtype)
         assert_same_bits(back, expected[numbers])
         assert (np.asarray(codes)[~numbers] == nan).all()
 
@@ -48,13 +48,13 @@ def check_deterministic(fmt, dtype, wrap):
 @pytest.mark.parametrize("bits", BITS)
 def test_every_format_rounds_and_saturates_as_defined(bits):
     for fmt in of_width(bits):
-        check_deterministic(fmt, carriers_of(fmt)[0], np.asarray)
+        check_deterministic(fmt, dtypes_of(fmt)[0], np.asarray)
 
 
 @pytest.mark.parametrize("bits", range(1, 5))
 def test_small_formats_round_and_saturate_alike_in_torch(bits):
     for fmt in of_width(bits):
-        check_deterministic(fmt, carriers_of(fmt)[0], torch.from_numpy)
+        check_deterministic(fmt, dtypes_of(fmt)[0], torch.from_numpy)
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_small_formats_round_and_saturate_alike_in_torch(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_every_format_rounds_and_saturates_as_defined_everywhere(bits, dtype):
     for fmt in of_width(bits):
-        if dtype in carriers_of(fmt):
+        if dtype in dtypes_of(fmt):
             check_deterministic(fmt, dtype, np.asarray)
             check_deterministic(fmt, dtype, torch.from_numpy)
 
@@ -80,7 +80,7 @@ def test_the_table_agrees_with_the_definition_in_rationals(bits):
 def test_stochastic_rounding_of_every_format_is_as_defined(mode):
     generator = np.random.default_rng(0)
     for index, fmt in enumerate(every_format(8)):
-        dtype = carriers_of(fmt)[index % len(carriers_of(fmt))]
+        dtype = dtypes_of(fmt)[index % len(dtypes_of(fmt))]
         bits = int(generator.integers(1, 33))
         saturation = SATURATIONS[index % len(SATURATIONS)]
         x = generator.choice(aimed_inputs(fmt, dtype), 12)
@@ -239,7 +239,7 @@ def test_nan_stays_nan_under_every_policy(mode, saturation):
         ("E5M2", "OverflowNaN", 61440.0, math.inf),
         ("E5M2", "OverflowNaN", 61439.9, 57344.0),
         ("E5M2", "SatNone", 61440.0, math.inf),
-        # Unsigned and finite, without a code for NaN: the carrier holds it.
+        # Unsigned and finite, without a code for NaN: the dtype holds it.
         ("E2M1U", "SatFinite", -3.0, 0.0),
         ("E2M1U", "SatNone", -3.0, math.nan),
         ("E2M1U", "OverflowNaN", 9.0, math.nan),
@@ -370,7 +370,7 @@ def test_compiled_policies_and_seeds_give_the_same_bits(name):
 def test_the_way_of_the_default_agrees_with_the_general_one():
     # SatPropagate differs only for infinities, so it sends finite numbers the general way.
     for fmt in (f for f in every_format(8) if f.magnitude_bits in (3, 7)):
-        for dtype in carriers_of(fmt):
+        for dtype in dtypes_of(fmt):
             x = aimed_inputs(fmt, dtype)
             x = x[np.isfinite(x)]
             assert_same_bits(quantize(x, fmt), quantize(x, fmt, saturation="SatPropagate"))
@@ -396,3 +396,31 @@ def test_wide_formats_follow_policies_at_the_ends_of_float64():
         random = 9 if mode in STOCHASTIC else None
         kept = quantize(x, fmt, rounding=mode, saturation="SatNone", random=random)
         np.testing.assert_array_equal(kept, x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [np.asarray, torch.from_numpy, float], ids=["NumPy", "torch", "float"]
+)
+def test_a_generator_gives_a_seed_each_time_and_reproduces(wrap):
+    x = wrap(np.full(200, 0.3)) if wrap is not float else 0.3
+    options = {"rounding": "StochasticA"}
+    for make in (np.random.default_rng, torch.Generator().manual_seed):
+        first, again = make(7), None
+        drawn = [np.asarray(quantize(x, "E2M1", random=first, **options)) for _ in range(2)]
+        again = make(7)
+        for each in drawn:
+            assert_same_bits(np.asarray(quantize(x, "E2M1", random=again, **options)), each)
+        if wrap is not float:
+            assert not np.array_equal(*drawn)
+
+
+def test_a_generator_gives_the_same_words_to_numpy_and_torch():
+    x, options = np.linspace(-6, 6, 100, dtype=np.float32), {"rounding": "StochasticB"}
+    here = quantize(x, "E2M1", random=np.random.default_rng(3), **options)
+    there = quantize(torch.from_numpy(x), "E2M1", random=np.random.default_rng(3), **options)
+    assert_same_bits(there.numpy(), here)
+
+
+def test_a_generator_is_not_taken_where_nothing_is_drawn():
+    with pytest.raises(ValueError, match="NearestTiesToEven uses no random words"):
+        quantize(np.ones(3), "E2M1", random=np.random.default_rng(0))

@@ -221,7 +221,7 @@ def test_gfloat_decodes_signed_extended_formats_of_p3109_alike(precision):
     fmt = parse(f"Binary8p{precision}se")
     theirs = gfloat.formats.format_info_p3109(8, precision)
     decoded = [gfloat.decode_float(theirs, code).fval for code in range(256)]
-    assert_same_bits(decode(np.arange(256), fmt, "float64"), np.array(decoded))
+    assert_same_bits(decode(np.arange(256), fmt, dtype="float64"), np.array(decoded))
 
 
 def test_numpy_half_overflows_to_infinity_as_without_saturation():

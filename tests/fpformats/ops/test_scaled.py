@@ -70,7 +70,9 @@ def test_narrow_values_are_computed_in_float32(dtype):
     q = quantize_scaled(x, fmt, 0.3, 0.7)
     assert q.dtype == dtype
     assert torch.equal(q, expected)
-    assert torch.equal(decode_scaled(encode_scaled(x, fmt, 0.3, 0.7), fmt, 0.3, 0.7, dtype), q)
+    assert torch.equal(
+        decode_scaled(encode_scaled(x, fmt, 0.3, 0.7), fmt, 0.3, 0.7, dtype=dtype), q
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (3, 1, 1), (3, 4, 5)])

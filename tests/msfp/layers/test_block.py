@@ -127,7 +127,7 @@ def test_the_packed_weight_is_the_rounded_one(name, dtype, channels, kernel, see
     weight.masked_fill_(torch.rand(weight.shape) < 0.1, -0.0).clamp_(-6e4, 6e4)
     layer.weight = nn.Parameter(weight)
     packed = BLOCK_LAYERS[kind].pack(layer, weight, BlockFormats(name))
-    expected = quantize_blocks(weight, BLOCK_FORMATS[name], 1)
+    expected = quantize_blocks(weight, BLOCK_FORMATS[name], axis=1)
     assert packed.weight.dtype == DTYPES[dtype]
     assert torch.equal(packed.weight.view(torch.uint8), expected.view(torch.uint8))
 

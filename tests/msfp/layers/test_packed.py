@@ -71,7 +71,7 @@ def test_a_layer_is_the_plain_one_on_rounded_inputs_and_weights(name, dtype):
     layer = sealed(name).to(dtype)
     x = inputs_of(layer, dtype)
     rounded = quantize_scaled(x, E2M2U, torch.tensor(0.23), torch.tensor(-0.27))
-    codes = unpack(layer.codes, 4, tuple(layer.weight_shape))
+    codes = unpack(layer.codes, 4, shape=tuple(layer.weight_shape))
     weight = (decode(codes, E2M1) * float_scale(layer)).to(dtype)
     plain = plain_counterpart(layer, weight, dtype)
     assert rounded.dtype == dtype
@@ -153,7 +153,7 @@ def test_scales_of_an_open_layer_stay_float32():
 def test_the_weight_is_the_float32_product_rounded_once(dtype):
     layer = sealed("linear").to(dtype)
     assert layer.weight.dtype == dtype
-    exact = decode(unpack(layer.codes, 4, (6, 12)), E2M1) * float_scale(layer)
+    exact = decode(unpack(layer.codes, 4, shape=(6, 12)), E2M1) * float_scale(layer)
     assert torch.equal(layer.weight, exact.to(dtype))
 
 

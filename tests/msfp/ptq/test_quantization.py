@@ -368,8 +368,8 @@ def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
     assert [s.input_format for s in summaries] == [s.weight_format for s in summaries]
 
     def rounded(layer, x, fmt, axis):
-        layer.weight.data = quantize_blocks(layer.weight.data, fmt, 1)
-        return layer(quantize_blocks(x, fmt, axis))
+        layer.weight.data = quantize_blocks(layer.weight.data, fmt, axis=1)
+        return layer(quantize_blocks(x, fmt, axis=axis))
 
     hidden = F.silu(rounded(plain.inner, X, MXFP8_E4M3, 1)).unsqueeze(2)
     hidden = F.gelu(rounded(plain.conv, hidden, inner, 1).squeeze(2)).mT

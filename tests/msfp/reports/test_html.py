@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from fpformats import E2M1, E2M2U
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp.reports import figures, html
 
 
@@ -35,7 +35,7 @@ def test_pictures_of_grey_and_colour_images_are_written(tmp_path):
 
 
 def test_the_distribution_names_how_many_values_of_each_grid_are_in_view():
-    inputs = Sketch()
+    inputs = Histogram()
     inputs.update(np.linspace(-0.25, 2.0, 1000, dtype=np.float32))
     grids = [("signed", E2M1, 0.5, 0.0), ("unsigned", E2M2U, 2.25 / 7, -0.25)]
     picture = figures.distribution_with_grids(inputs, grids, "input")

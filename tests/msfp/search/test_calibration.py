@@ -8,7 +8,7 @@ from calibrations import same
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp import Calibration, InputError
 from msfp.search.calibration import KEY
 
@@ -16,7 +16,7 @@ from msfp.search.calibration import KEY
 def part(call, total=3, names=("a", "b"), seed=0, **fields):
     """What one call saw: layers ran in this order, `b` after SiLU."""
     draw = np.random.default_rng(seed + call)
-    inputs = {name: Sketch() for name in names}
+    inputs = {name: Histogram() for name in names}
     for name in names:
         inputs[name].update(draw.standard_normal(500).astype(np.float32))
     return Calibration(
@@ -25,7 +25,7 @@ def part(call, total=3, names=("a", "b"), seed=0, **fields):
 
 
 def merged(*parts):
-    whole = Calibration({name: Sketch() for name in parts[0].inputs}, total=parts[0].total)
+    whole = Calibration({name: Histogram() for name in parts[0].inputs}, total=parts[0].total)
     for each in parts:
         whole.merge(each)
     return whole
@@ -53,15 +53,15 @@ def test_a_call_is_never_counted_twice():
 
 
 def test_an_interrupt_leaves_a_call_in_every_layer_or_in_none(monkeypatch):
-    whole, add, added = merged(part(0)), Sketch._add_moments, []
+    whole, add, added = merged(part(0)), Histogram._add_moments, []
 
-    def interrupted(sketch, *moments):
-        added.append(sketch)
+    def interrupted(histogram, *moments):
+        added.append(histogram)
         if len(added) > 3:  # the first layer is done
             raise KeyboardInterrupt
-        add(sketch, *moments)
+        add(histogram, *moments)
 
-    monkeypatch.setattr(Sketch, "_add_moments", interrupted)
+    monkeypatch.setattr(Histogram, "_add_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
         whole.merge(part(1))
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fpformats import quantize_scaled
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import RATIOS, ZERO_POINTS
 from msfp import Calibration, InputError, QuantizationConfig, quantize
 from msfp.search.layer_search import (
@@ -19,10 +19,10 @@ from msfp.search.layer_search import (
 )
 
 
-def sketched(numbers):
-    sketch = Sketch()
-    sketch.update(numbers)
-    return sketch
+def histogram_of(numbers):
+    histogram = Histogram()
+    histogram.update(numbers)
+    return histogram
 
 
 def test_candidates_at_four_bits_are_those_of_the_paper():
@@ -55,7 +55,7 @@ ACTIVATIONS = {"SiLU": F.silu, "GELU": F.gelu, "tanh GELU": partial(F.gelu, appr
 def test_unsigned_gains_three_decibels_after_silu_and_gelu(activation, sigma):
     normal = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
     inputs = activation(sigma * normal)
-    best, signed = search_input(sketched(inputs), 4, "mixup")
+    best, signed = search_input(histogram_of(inputs), 4, "mixup")
     signal = inputs.double().square().sum().item()
     assert not best.format.signed
     assert inputs.min() <= best.zero_point < 0
@@ -80,7 +80,7 @@ def brute_force(values, fmt, zero_points):
 def test_the_search_is_never_worse_than_trying_everything(bits):
     values = np.random.default_rng(2).standard_normal(60).astype(np.float32)
     values /= 1 + np.exp(-values)
-    choice, _ = search_input(sketched(values), bits, "mixup")
+    choice, _ = search_input(histogram_of(values), bits, "mixup")
     assert len(choice.by_format) == len(float_formats(bits, signed=True)) + len(
         float_formats(bits, signed=False)
     )
@@ -96,8 +96,8 @@ def test_the_search_is_never_worse_than_trying_everything(bits):
 @pytest.mark.parametrize("exponent", [-30, -3, 12])
 def test_the_search_does_not_depend_on_the_unit(silu_inputs, scheme, exponent):
     for values in (silu_inputs, np.random.default_rng(0).standard_normal(5000).astype(np.float32)):
-        here, _ = search_input(sketched(values), 4, scheme)
-        there, _ = search_input(sketched(values * np.float32(2.0**exponent)), 4, scheme)
+        here, _ = search_input(histogram_of(values), 4, scheme)
+        there, _ = search_input(histogram_of(values * np.float32(2.0**exponent)), 4, scheme)
         assert there.format == here.format
         assert there.scale == here.scale * 2.0**exponent
         if here.zero_point is not None:
@@ -107,24 +107,24 @@ def test_the_search_does_not_depend_on_the_unit(silu_inputs, scheme, exponent):
 @pytest.mark.parametrize("bits", range(3, 9))
 @pytest.mark.parametrize("scheme", ["mixup", "int_zero_point"])
 def test_each_further_bit_of_any_width_lowers_the_error(silu_inputs, bits, scheme):
-    choice, _ = search_input(sketched(silu_inputs), bits, scheme)
+    choice, _ = search_input(histogram_of(silu_inputs), bits, scheme)
     assert choice.format.bits == bits
     if bits > 3:
-        fewer, _ = search_input(sketched(silu_inputs), bits - 1, scheme)
+        fewer, _ = search_input(histogram_of(silu_inputs), bits - 1, scheme)
         assert choice.squared_error < fewer.squared_error / 2
 
 
 def test_a_few_outliers_do_not_make_inputs_asymmetric():
     values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     values[:20] = 30
-    assert not is_asymmetric(sketched(values))
-    assert is_asymmetric(sketched(np.abs(values)))
-    assert not is_asymmetric(sketched(-np.abs(values)))
-    assert not is_asymmetric(sketched(np.zeros(10, dtype=np.float32)))
+    assert not is_asymmetric(histogram_of(values))
+    assert is_asymmetric(histogram_of(np.abs(values)))
+    assert not is_asymmetric(histogram_of(-np.abs(values)))
+    assert not is_asymmetric(histogram_of(np.zeros(10, dtype=np.float32)))
 
 
 def test_symmetric_inputs_stay_signed():
-    normal = sketched(np.random.default_rng(1).standard_normal(10_000))
+    normal = histogram_of(np.random.default_rng(1).standard_normal(10_000))
     best, signed = search_input(normal, 4, "mixup")
     assert best.squared_error == signed.squared_error
     assert best.format.signed
@@ -132,13 +132,13 @@ def test_symmetric_inputs_stay_signed():
 
 
 def test_the_signed_scheme_never_chooses_unsigned(silu_inputs):
-    best, _ = search_input(sketched(silu_inputs), 4, "signed")
+    best, _ = search_input(histogram_of(silu_inputs), 4, "signed")
     assert best.format.signed
 
 
 def test_a_searched_clip_is_never_worse_than_none(silu_inputs):
-    searched, _ = search_input(sketched(silu_inputs), 4, "int_mse")
-    plain, _ = search_input(sketched(silu_inputs), 4, "int_minmax")
+    searched, _ = search_input(histogram_of(silu_inputs), 4, "int_mse")
+    plain, _ = search_input(histogram_of(silu_inputs), 4, "int_minmax")
     assert searched.squared_error < plain.squared_error
     assert plain.scale == pytest.approx(silu_inputs.max() / float(integer_format(4).max))
 
@@ -203,7 +203,7 @@ def test_the_plain_layer_keeps_its_weight_when_its_counterpart_is_sealed(quantiz
 
 def test_integers_with_a_zero_point_lie_between_symmetric_ones_and_mixup(silu_inputs):
     errors = [
-        search_input(sketched(silu_inputs), 4, scheme)[0].squared_error
+        search_input(histogram_of(silu_inputs), 4, scheme)[0].squared_error
         for scheme in ("int_minmax", "int_mse", "int_zero_point", "mixup")
     ]
     assert errors == sorted(errors, reverse=True)

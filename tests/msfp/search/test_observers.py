@@ -8,7 +8,7 @@ import torch.multiprocessing as multiprocessing
 from calibrations import same
 from torch import nn
 
-from fpformats.fitting.histogram import Sketch
+from fpformats.fitting.histogram import Histogram
 from msfp import Calibration, InputError, Sampler, calibrate, denoising_factors, store_calls
 from msfp.pipelines.call_files import stored_calls
 from msfp.pipelines.denoiser import quantizable_layers
@@ -56,7 +56,7 @@ def test_all_numbers_of_small_inputs_are_seen_and_no_others():
     network = Denoiser()
     calibration = calibrate(network, [call(0), call(1)])
     assert list(calibration.inputs) == ["inner", "conv", "out", "idle"]
-    expected = Sketch()
+    expected = Histogram()
     expected.update(torch.cat([noise(0, 1, 2, 8), noise(1, 1, 2, 8)]))
     found = calibration.inputs["inner"].state()
     assert all(np.array_equal(found[key], array) for key, array in expected.state().items())
@@ -79,7 +79,7 @@ def test_the_extremes_of_every_call_are_kept(reference):
 
 
 def test_what_is_drawn_is_like_all_that_there_is(reference, calibration):
-    whole = Sketch()
+    whole = Histogram()
     layer = reference.unet.mid_block.resnets[0].conv2
     handle = layer.register_forward_pre_hook(lambda _layer, args: whole.update(args[0]))
     for each in Sampler(4, 8).calls(8, seed=1):
@@ -121,10 +121,10 @@ def test_memory_does_not_grow_with_the_number_of_calls():
     once, often = (
         calibrate(Denoiser(), [call(0, timestep=5, width=9000)] * count) for count in (1, 60)
     )
-    for name, sketch in once.inputs.items():
-        size = sketch.state()["bins"].size
+    for name, histogram in once.inputs.items():
+        size = histogram.state()["bins"].size
         assert often.inputs[name].state()["bins"].size == size
-        assert often.inputs[name].count == 60 * sketch.count
+        assert often.inputs[name].count == 60 * histogram.count
 
 
 def test_weights_count_each_forward_by_the_square_of_its_factor():
@@ -132,7 +132,7 @@ def test_weights_count_each_forward_by_the_square_of_its_factor():
     assert integer_weights(factors) == {900: 1024, 500: 256, 100: 1}
     calls = [call(0, 900), call(1, 500), call(2, 100.2)]
     weighted = calibrate(Denoiser(), calls, factors=factors)
-    expected = Sketch()
+    expected = Histogram()
     for seed, repeats in enumerate((1024, 256, 1)):
         expected.update(noise(seed, 1, 2, 8), repeats)
     found = weighted.inputs["inner"].state()
@@ -232,9 +232,9 @@ def test_stored_calls_are_seen_as_the_pipeline_was(reference, tmp_path):
     assert len(files) == 3
     again = calibrate(copy.deepcopy(reference.unet), stored_calls(tmp_path))
     assert again.timesteps == direct.timesteps
-    for name, sketch in direct.inputs.items():
+    for name, histogram in direct.inputs.items():
         found = again.inputs[name].state()
-        assert all(np.array_equal(found[key], array) for key, array in sketch.state().items())
+        assert all(np.array_equal(found[key], array) for key, array in histogram.state().items())
 
 
 def test_calls_that_do_nothing_are_refused():

@@ -53,11 +53,11 @@ struct Memory {
   char* begin;
 };
 
-size_t bytes_of(Carrier carrier) {
-  return carrier == Carrier::float64 ? 8 : carrier == Carrier::float32 ? 4 : 2;
+size_t bytes_of(FloatDtype dtype) {
+  return dtype == FloatDtype::float64 ? 8 : dtype == FloatDtype::float32 ? 4 : 2;
 }
 
-void fill(char* memory, int64_t count, Carrier carrier) {
+void fill(char* memory, int64_t count, FloatDtype dtype) {
   std::mt19937 generator(7);
   std::normal_distribution<double> normal(0, 3);
   for (int64_t i = 0; i < count; ++i) {
@@ -66,30 +66,30 @@ void fill(char* memory, int64_t count, Carrier carrier) {
     uint32_t pattern;
     std::memcpy(&pattern, &single, 4);
     const uint16_t half = uint16_t(pattern >> 16);  // some pattern or other, where it is float16
-    if (carrier == Carrier::float64) std::memcpy(memory + 8 * i, &x, 8);
-    if (carrier == Carrier::float32) std::memcpy(memory + 4 * i, &single, 4);
-    if (bytes_of(carrier) == 2) std::memcpy(memory + 2 * i, &half, 2);
+    if (dtype == FloatDtype::float64) std::memcpy(memory + 8 * i, &x, 8);
+    if (dtype == FloatDtype::float32) std::memcpy(memory + 4 * i, &single, 4);
+    if (bytes_of(dtype) == 2) std::memcpy(memory + 2 * i, &half, 2);
   }
 }
 
 struct Case {
   int64_t count;
-  Carrier carrier;
+  FloatDtype dtype;
   Mode mode;
   bool is_default, scaled, streams;
   int packed_bits, threads;
 };
 
 std::string describe(const Case& c, const char* isa, const char* pass) {
-  return std::string(pass) + " of " + std::to_string(c.count) + " by " + isa + ", carrier " +
-         std::to_string(int(c.carrier)) + ", mode " + std::to_string(int(c.mode)) +
+  return std::string(pass) + " of " + std::to_string(c.count) + " by " + isa + ", dtype " +
+         std::to_string(int(c.dtype)) + ", mode " + std::to_string(int(c.mode)) +
          (c.scaled ? ", scaled" : "") + (c.streams ? ", streamed" : "") + ", packed " +
          std::to_string(c.packed_bits) + ", threads " + std::to_string(c.threads);
 }
 
 std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass) {
   const Plan plan = e2m1(c.mode, c.is_default);
-  const size_t width = bytes_of(c.carrier), shift = width;
+  const size_t width = bytes_of(c.dtype), shift = width;
   const std::string name = pass;
   const size_t codes = c.packed_bits ? size_t((c.count * c.packed_bits + 7) / 8) : size_t(c.count);
   const size_t in_bytes = name == "decode" ? codes : width * size_t(c.count);
@@ -98,11 +98,11 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
   if (name == "decode") {
     for (size_t i = 0; i < in_bytes; ++i) in.begin[i] = char(c.packed_bits ? i * 37 : i % 16);
   } else {
-    fill(in.begin, c.count, c.carrier);
+    fill(in.begin, c.count, c.dtype);
   }
   // Groups of five along rows of twelve, so that the last of a row is shorter.
   const Layout layout = {12, 5, 3};
-  const size_t scales = size_t(c.count / 12 + 1) * 3, lane = c.carrier == Carrier::float64 ? 8 : 4;
+  const size_t scales = size_t(c.count / 12 + 1) * 3, lane = c.dtype == FloatDtype::float64 ? 8 : 4;
   Memory scale(scales * lane, lane), zero(scales * lane, lane);
   for (size_t i = 0; i < scales; ++i) {
     const double s = 0.25 + double(i % 5), z = double(i % 3) - 1;
@@ -112,7 +112,7 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
   }
   Job job{};
   job.plan = &plan, job.in = in.begin, job.out = out.begin, job.count = c.count;
-  job.carrier = c.carrier, job.layout = {1, 1, 0}, job.random = {nullptr, 11, 32};
+  job.dtype = c.dtype, job.layout = {1, 1, 0}, job.random = {nullptr, 11, 32};
   if (c.scaled) job.scales = scale.begin, job.zero_points = zero.begin, job.layout = layout;
   job.nan_code = 3, job.code_bytes = 1, job.packed_bits = c.packed_bits, job.streams = c.streams;
   run(name == "quantize" ? passes.quantize : name == "encode" ? passes.encode : passes.decode, job,
@@ -121,18 +121,18 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
 }
 
 // Bits 0 to 2 of `wanted` are the gradients of x, scale and zero point; bit 3 clips.
-std::vector<char> gradients_of(const Passes& passes, Carrier carrier, int64_t count, int wanted,
+std::vector<char> gradients_of(const Passes& passes, FloatDtype dtype, int64_t count, int wanted,
                                int threads) {
   const Plan plan = e2m1(Mode::nearest_ties_to_even, true);
-  const size_t width = bytes_of(carrier), size = width * size_t(count);
+  const size_t width = bytes_of(dtype), size = width * size_t(count);
   Memory in(size, width), given(size, 0), out(3 * size, width);
-  fill(in.begin, count, carrier);
-  fill(given.begin, count, carrier);
+  fill(in.begin, count, dtype);
+  fill(given.begin, count, dtype);
   std::memset(out.begin, 0, 3 * size);
   const double wide[] = {0.25, 1.5, 4}, zeros[] = {-1, 0, 0.5};
   const float narrow[] = {0.25f, 1.5f, 4}, narrow_zeros[] = {-1, 0, 0.5f};
   Job job{};
-  job.plan = &plan, job.in = in.begin, job.count = count, job.carrier = carrier;
+  job.plan = &plan, job.in = in.begin, job.count = count, job.dtype = dtype;
   job.layout = {12, 5, 0}, job.random = {nullptr, 0, 32};
   job.scales = width == 8 ? (const void*)wide : narrow;
   job.zero_points = width == 8 ? (const void*)zeros : narrow_zeros;
@@ -155,13 +155,13 @@ void agree(const Case& c) {
 
 // Each gradient alone and all together, clipped or not, on memory of exactly their size.
 void gradients_agree() {
-  for (const Carrier carrier : {Carrier::float32, Carrier::float64}) {
+  for (const FloatDtype dtype : {FloatDtype::float32, FloatDtype::float64}) {
     for (const int64_t count : {0, 1, 17, 1023, 1025, 2500}) {
       for (int wanted = 1; wanted < 16; ++wanted) {
         std::vector<char> expected;
         for (const int threads : {1, 3}) {
           for (const Passes* passes : available_passes()) {
-            const std::vector<char> found = gradients_of(*passes, carrier, count, wanted, threads);
+            const std::vector<char> found = gradients_of(*passes, dtype, count, wanted, threads);
             if (expected.empty()) expected = found;
             expect(found == expected, std::string("gradients by ") + passes->name);
           }
@@ -178,10 +178,10 @@ void in_place_and_words() {
   std::vector<int64_t> words(count, 77);
   for (const Passes* passes : available_passes()) {
     Memory in(4 * count, 4), out(4 * count, 4);
-    fill(in.begin, count, Carrier::float32);
+    fill(in.begin, count, FloatDtype::float32);
     Job job{};
     job.plan = &plan, job.in = in.begin, job.out = out.begin, job.count = count;
-    job.carrier = Carrier::float32, job.layout = {1, 1, 0}, job.random = {words.data(), 0, 8};
+    job.dtype = FloatDtype::float32, job.layout = {1, 1, 0}, job.random = {words.data(), 0, 8};
     run(passes->quantize, job, 1);
     job.out = in.begin;
     run(passes->quantize, job, 2);
@@ -192,16 +192,16 @@ void in_place_and_words() {
 }  // namespace
 
 int main() {
-  const Carrier carriers[] = {Carrier::float16, Carrier::bfloat16, Carrier::float32, Carrier::float64};
+  const FloatDtype dtypes[] = {FloatDtype::float16, FloatDtype::bfloat16, FloatDtype::float32, FloatDtype::float64};
   for (const int64_t count : {0, 1, 7, 8, 15, 17, 63, 1023, 1024, 1025, 2500}) {
-    for (const Carrier carrier : carriers) {
+    for (const FloatDtype dtype : dtypes) {
       for (const bool scaled : {false, true}) {
         for (const int bits : {0, 4, 6, 7}) {
-          agree({count, carrier, Mode::nearest_ties_to_even, true, scaled, false, bits, 1});
-          agree({count, carrier, Mode::nearest_ties_to_even, true, scaled, true, bits, 2});
+          agree({count, dtype, Mode::nearest_ties_to_even, true, scaled, false, bits, 1});
+          agree({count, dtype, Mode::nearest_ties_to_even, true, scaled, true, bits, 2});
         }
         for (int mode = 0; mode <= int(Mode::stochastic_c); ++mode)
-          agree({count, carrier, Mode(mode), false, scaled, false, 4, 3});
+          agree({count, dtype, Mode(mode), false, scaled, false, 4, 3});
       }
     }
   }

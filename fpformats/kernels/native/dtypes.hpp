@@ -1,4 +1,4 @@
-// Between the carriers in memory and the lanes that are computed in: float32 and float64.
+// Between the dtypes in memory and the lanes that are computed in: float32 and float64.
 #pragma once
 
 #include <cstring>
@@ -67,9 +67,9 @@ inline void store_halves(const float* in, uint16_t* out, int64_t count) {
 
 // The lanes of a block that starts at `begin`; where memory holds lanes already, no copy is made.
 inline const float* load(const Job& job, int64_t begin, int64_t count, float* buffer) {
-  if (job.carrier == Carrier::float32) return static_cast<const float*>(job.in) + begin;
+  if (job.dtype == FloatDtype::float32) return static_cast<const float*>(job.in) + begin;
   const uint16_t* in = static_cast<const uint16_t*>(job.in) + begin;
-  if (job.carrier == Carrier::float16) {
+  if (job.dtype == FloatDtype::float16) {
     load_halves(in, buffer, count);
   } else {
 #pragma omp simd
@@ -106,7 +106,7 @@ inline void stream(const void* from, void* to, int64_t bytes) {
 
 // Where to put the lanes of a block: memory itself, if it holds lanes and is not streamed to.
 inline float* place(const Job& job, int64_t begin, float* buffer) {
-  const bool direct = job.carrier == Carrier::float32 && !job.streams;
+  const bool direct = job.dtype == FloatDtype::float32 && !job.streams;
   return direct ? static_cast<float*>(job.out) + begin : buffer;
 }
 
@@ -115,13 +115,13 @@ inline double* place(const Job& job, int64_t begin, double* buffer) {
 }
 
 inline void store(const Job& job, int64_t begin, int64_t count, const float* lanes) {
-  if (job.carrier == Carrier::float32) {
+  if (job.dtype == FloatDtype::float32) {
     float* out = static_cast<float*>(job.out) + begin;
     if (job.streams) stream(lanes, out, count * 4);
     return;
   }
   uint16_t* out = static_cast<uint16_t*>(job.out) + begin;
-  if (job.carrier == Carrier::float16) {
+  if (job.dtype == FloatDtype::float16) {
     store_halves(lanes, out, count);
   } else {
 #pragma omp simd

@@ -1,0 +1,87 @@
+# The compiled kernels; every address is of memory that the caller keeps alive.
+
+from typing import Any
+
+from numpy import int64, uint32
+from numpy.typing import NDArray
+
+class Scaling:
+    # Scales and zero points by address, 0 for none, and their layout (`layout.Layout`).
+    def __init__(
+        self, scales: int, zero_points: int, row_length: int, run_length: int, row_stride: int
+    ) -> None: ...
+
+class Random:
+    # Random words by address, or 0 and a seed; and how many bits each has.
+    def __init__(self, words: int, seed: int, bits: int) -> None: ...
+
+class Kernel:
+    # The passes of one plan, rounding mode and dtype; both are counted as in `native`.
+    def __init__(self, plan: Any, mode: int, dtype: int) -> None: ...
+    def quantize(
+        self,
+        source: int,
+        out: int,
+        count: int,
+        threads: int,
+        streams: bool,
+        scaling: Scaling | None = None,
+        random: Random | None = None,
+    ) -> None: ...
+    def encode(
+        self,
+        source: int,
+        out: int,
+        count: int,
+        threads: int,
+        nan_code: int,
+        code_bytes: int,
+        packed_bits: int,
+        scaling: Scaling | None = None,
+        random: Random | None = None,
+    ) -> int: ...
+    def decode(
+        self,
+        source: int,
+        out: int,
+        count: int,
+        threads: int,
+        streams: bool,
+        code_bytes: int,
+        packed_bits: int,
+        scaling: Scaling | None = None,
+    ) -> int: ...
+    def differentiate(
+        self,
+        source: int,
+        given: int,
+        x: int,
+        scale: int,
+        zero_point: int,
+        clips: bool,
+        count: int,
+        threads: int,
+        scaling: Scaling,
+        random: Random | None = None,
+    ) -> None: ...
+    def attempt(
+        self,
+        rows: int,
+        weights: int,
+        scales: int,
+        zero_points: int,
+        row_count: int,
+        length: int,
+        candidates: int,
+        out: int,
+        sums: bool,
+        threads: int,
+    ) -> None: ...
+
+def moments(numbers: int, count: int, low_bits: int) -> tuple[NDArray[uint32], NDArray[int64]]: ...
+def address(array: NDArray[Any]) -> int: ...
+def names() -> list[str]: ...
+def modes() -> list[str]: ...
+def dtypes() -> list[str]: ...
+def chosen() -> str: ...
+def choose(name: str) -> None: ...
