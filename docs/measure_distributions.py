@@ -14,11 +14,11 @@ from rich.table import Table
 from torch.nn.functional import gelu, silu
 
 import msfp
-from fpformats import FloatFormat, parse
-from fpformats.fitting.histogram import Histogram
-from fpformats.fitting.search import ZERO_POINTS, Choice, search
-from msfp.experiments.reference import ddim_pipeline
-from msfp.search.layer_search import float_formats, sqnr
+from fpformats import Choice, FloatFormat, Histogram, parse, search
+from fpformats.fitting.search import ZERO_POINTS
+from msfp import reference_pipeline
+from msfp.search.schemes import float_formats
+from msfp.support.decibels import sqnr
 
 COUNT = 1_000_000
 FORMATS = {
@@ -65,7 +65,7 @@ def negatives() -> Table:
         ("standard deviation 3, after SiLU", silu(normal(3.0))),
     ):
         table.add_row(name, f"{energy(histogram_of(x)):.3f}", f"{gain(x):.1f}")
-    seen = msfp.calibrate(ddim_pipeline(), CALLS.calls(SAMPLES, seed=0))
+    seen = msfp.calibrate(reference_pipeline(), calls=CALLS.calls(SAMPLES, seed=0))
     squeezed = [energy(seen.inputs[name]) for name in seen.ran if name in seen.activations]
     others = [energy(seen.inputs[name]) for name in seen.ran if name not in seen.activations]
     for name, found in (("after SiLU", squeezed), ("all others", others)):

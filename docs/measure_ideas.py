@@ -21,28 +21,30 @@ from torch import nn
 
 from fpformats import quantize_scaled
 from msfp.config import QuantizationConfig
-from msfp.evaluation.metrics import noise_errors, paired_psnr
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.evaluation.whole_sets import paired_psnr
+from msfp.experiments.study.ablation import Row
 from msfp.experiments.study.bench import Bench
-from msfp.experiments.study.ladder import Row
 from msfp.experiments.study.machine import machine
 from msfp.experiments.study.store import Store
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.trainable import open_layers
+from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories
-from msfp.ptq.quantization import quantize, seal
+from msfp.ptq.quantization import pack, quantize
 from msfp.schedulers.denoising_factors import denoising_factors
+from msfp.support.hooks import hooked
 from msfp.training.config import FinetuneConfig
 from msfp.training.objective import Objective, Predict
 from msfp.training.parameters import add_hubs
 from msfp.training.teacher import Teacher
-from msfp.training.trainer import Material, Trainer
+from msfp.training.trainer import Trainer, TrainingInputs
 
 SCALES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
 ZERO_POINTS = (0.5, 0.75, 1.0, 1.25, 1.5)
 RECORDS = Store(Path(__file__).parent / "results" / "ideas")
 BITS = 4
-CONFIG = QuantizationConfig(weights=BITS, activations=BITS, refine=None)
+CONFIG = QuantizationConfig(weight_bits=BITS, activation_bits=BITS, refine=None)
 ROWS = 32
 NUMBERS = 20_000
 """Numbers of a layer's input at a step, at most, whose error is measured."""
@@ -60,14 +62,12 @@ def inputs_by_step(denoiser: nn.Module, path: Trajectories) -> dict[str, list[to
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-        for name, layer in open_layers(denoiser).items()
+        for name, layer in trainable_layers(denoiser).items()
     ]
     rows = torch.arange(ROWS)
-    with Teacher(denoiser).active():
+    with hooked(hooks), Teacher(denoiser).active():
         for step in range(len(path.timesteps)):
             path.predict(denoiser, torch.full_like(rows, step), rows)
-    for hook in hooks:
-        hook.remove()
     return inputs
 
 
@@ -97,7 +97,7 @@ def time_dependent_scales(row: Row, bench: Bench) -> None:
     quantize(pipe, CONFIG, calibration=bench.calibration)
     denoiser = denoiser_of(pipe)
     inputs, by_step, by_quarter, weights = inputs_by_step(denoiser, bench.held_out), [], [], []
-    for name, layer in open_layers(denoiser).items():
+    for name, layer in trainable_layers(denoiser).items():
         quantizer = layer.input_quantizer
         if quantizer is None or quantizer.format.bits > BITS:
             continue
@@ -160,11 +160,11 @@ def path_matching(row: Row, bench: Bench) -> None:
     config = FinetuneConfig(steps=160, batch=32 // AHEAD, seed=row.seed)
     pipe.scheduler.set_timesteps(row.steps)
     objective = PathObjective(row.steps, pipe.scheduler)
-    material = Material(path, objective, Teacher(denoiser))
+    inputs = TrainingInputs(path, objective, Teacher(denoiser))
     add_hubs(denoiser, config, path.timesteps)
-    Trainer(denoiser, material, config).run()
-    seal(denoiser)
-    error = statistics.mean(noise_errors(denoiser, bench.held_out))
+    Trainer(denoiser, inputs, config).run()
+    pack(denoiser)
+    error = statistics.mean(noise_errors(denoiser, trajectories=bench.held_out))
     psnr = paired_psnr(bench.images(pipe), bench.reference)
     record(row, f"path-of-{AHEAD}-steps", {"noise_error": error, "psnr": psnr})
 

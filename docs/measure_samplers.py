@@ -19,8 +19,8 @@ from diffusers import (
 from rich.console import Console
 from rich.table import Table
 
-from msfp.evaluation.metrics import paired_psnr
-from msfp.experiments.reference import ddim_pipeline
+from msfp import reference_pipeline
+from msfp.evaluation.whole_sets import paired_psnr
 from msfp.schedulers.samplers import use_sampler
 
 IMAGES = 32
@@ -43,7 +43,7 @@ MULTISTEP: dict[str, tuple[Any, dict[str, Any]]] = {
 @torch.no_grad()
 def images(sampler: str, steps: int, error: float) -> torch.Tensor:
     """Return images in [0, 1] of predictions with an error."""
-    pipe, generator = ddim_pipeline(), torch.Generator().manual_seed(0)
+    pipe, generator = reference_pipeline(), torch.Generator().manual_seed(0)
     use_sampler(pipe, sampler)
     config = pipe.unet.config
     pipe.scheduler.set_timesteps(steps)
@@ -67,7 +67,7 @@ def path(name: str, call: int, output: float, moved: float = 0.0) -> list[float]
         moved: What is added to the sample after it.
     """
     kind, settings = MULTISTEP[name]
-    scheduler = kind.from_config(ddim_pipeline().scheduler.config, **settings)
+    scheduler = kind.from_config(reference_pipeline().scheduler.config, **settings)
     scheduler.set_timesteps(MULTISTEP_STEPS)
     x, samples = torch.zeros(1, 1, 1, 1, dtype=torch.float64), []
     for index, timestep in enumerate(scheduler.timesteps):

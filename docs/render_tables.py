@@ -6,15 +6,16 @@ python docs/render_tables.py
 import re
 from pathlib import Path
 
+from msfp.experiments.study.ablation import MODELS, RECIPES, SETTING
 from msfp.experiments.study.groups import ERROR, Group, comparisons
-from msfp.experiments.study.ladder import MODELS, RECIPES, SETTING
 from msfp.experiments.study.store import Store
 from msfp.experiments.study.tables import MARGINS, cell, label, markdown_table, verdict
 
 DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
-    "matched", "split", "branch-4", "branch-16", "samples-256",
+    "matched", "matched-sweeps", "matched-adaround", "split", "branch-4", "branch-16",
+    "samples-256",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
@@ -31,8 +32,8 @@ COLUMNS = ("digits", "transformer", "photographs")
 """What the reference models are called."""
 
 
-def ladder(model: str) -> Group:
-    """Return the records of a model at the ladder's own setting."""
+def group_of(model: str) -> Group:
+    """Return the records of a model at the setting of all recipes."""
     setting = {"model": model, "training": 0}
     setting |= dict(zip(("bits", "sampler", "steps"), SETTING, strict=True))
     records = Store(DOCS / "results").records().values()
@@ -41,7 +42,7 @@ def ladder(model: str) -> Group:
 
 def methods() -> str:
     """Return the table of what is done to weights before fine-tuning."""
-    groups = [ladder(model) for model in MODELS]
+    groups = [group_of(model) for model in MODELS]
     rows = []
     for recipe in METHODS:
         means = [cell(group.mean(recipe, ERROR), 2) for group in groups]
@@ -56,12 +57,12 @@ def methods() -> str:
 def ingredients() -> str:
     """Return the table of what each ingredient of fine-tuning changes."""
     # Each model's tests are a family by themselves, as on the page of results.
-    found = [comparisons({"": ladder(model)}, tuple(MARGINS)) for model in MODELS]
+    found = [comparisons({"": group_of(model)}, tuple(MARGINS)) for model in MODELS]
     rows = []
     for recipe, against in INGREDIENTS:
         for measure, name in ((ERROR, "error"), ("psnr", "PSNR")):
             cells = [verdict(tests.get((recipe, against, "", measure)), measure) for tests in found]
-            rows.append([RECIPES[recipe].label, RECIPES[against].label, name, *cells])
+            rows.append([RECIPES[recipe].title, RECIPES[against].title, name, *cells])
     return markdown_table(("recipe", "against", "of", *COLUMNS), rows)
 
 

@@ -1,1 +1,1 @@
-"""Between what users pass in and the kernels: arrays, scales, memory, and the way to a kernel."""
+"""From the user's arrays to a kernel: arrays, scales, memory, dispatch."""

@@ -1,1 +1,1 @@
-"""Finding a format, scale and zero point for data, by the squared error."""
+"""The search of a format, scale and zero point for data, by the squared error."""

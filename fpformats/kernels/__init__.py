@@ -1,1 +1,1 @@
-"""Kernels: the rounding itself, on arrays and a flat parameter struct."""
+"""The rounding itself, in C++, Triton and whole arrays."""

@@ -1,1 +1,1 @@
-"""The operations that users call: rounding, codes, scales, blocks, gradients."""
+"""What users call: rounding, codes, scales, blocks, gradients."""

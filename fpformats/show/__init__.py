@@ -1,1 +1,1 @@
-"""Formats as text, CSV and pictures."""
+"""Formats as text, CSV, HTML and pictures."""

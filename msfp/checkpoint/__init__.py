@@ -1,1 +1,1 @@
-"""Quantized denoisers as files, through diffusers or without it."""
+"""Quantized denoisers as files, written and read by diffusers or without it."""

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,14 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fpformats import FloatFormat, decode, parse
-from msfp.checkpoint.diffusers_quantizer import MSFPConfig
+from msfp.checkpoint.diffusers_config import MSFPConfig
+from msfp.checkpoint.integrity import as_stored
 from msfp.checkpoint.io import CONFIG_FILE, quantized_component
 from msfp.errors import InputError
 from msfp.layers.attention import OPERANDS
 from msfp.layers.formats import BlockFormats, LayerFormats
-from msfp.layers.trainable import open_layers
+from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.search.summary import LayerSummary
+from msfp.support.globs import matches
 
 BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number, by the name that safetensors has for its dtype."""
@@ -182,41 +183,42 @@ class _Stored(NamedTuple):
     read: Callable[[str], torch.Tensor]
 
 
-def inspect_layers(source: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
+def inspect_layers(model: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
     """Return what is known of each quantized layer, in definition order.
 
     A folder without summaries does not know that order; its layers are in alphabetical order.
 
     Args:
-        source: A pipeline with a sealed denoiser, such a denoiser, or the folder of either. Of a
+        model: A pipeline with a packed denoiser, such a denoiser, or the folder of either. Of a
             folder's tensors none but scales and zero points are read.
 
     Raises:
-        InputError: If nothing there is quantized by msfp, a layer is open, or a file cannot be
+        InputError: If nothing there is quantized by msfp, a layer is trainable, or a file cannot be
             read.
 
     Example:
         >>> import msfp
         >>> network = nn.Sequential(nn.Linear(8, 16))
-        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
-        >>> msfp.seal(network)
+        >>> config = msfp.QuantizationConfig(activation_bits=None, end_bits=4)
+        >>> _ = msfp.quantize(network, config)
+        >>> _ = msfp.pack(network)
         >>> facts = inspect_layers(network)[0]
         >>> facts.layer, facts.weight.bits, facts.bytes == 16 * 8 // 2 + 16 * 4 + 16 * 4
         ('0', 4, True)
     """
-    return _facts(*_stored(source))
+    return _facts(*_stored(model))
 
 
-def inspect_products(source: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
+def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
     """Return what is known of each operand of quantized attention products; may be empty.
 
     Args:
-        source: As for `inspect_layers`.
+        model: As for `inspect_layers`.
 
     Raises:
         InputError: As `inspect_layers` does.
     """
-    config, sizes, read = _stored(source)
+    config, sizes, read = _stored(model)
     found = []
     for module, formats in config.products.items():
         for operand in OPERANDS:
@@ -231,17 +233,18 @@ def inspect_products(source: DiffusionPipeline | nn.Module | str | Path) -> list
     return found
 
 
-def _stored(source: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
+def _stored(model: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
     """Return what stands in a folder or a denoiser."""
-    if isinstance(source, str | Path):
-        return _of_folder(Path(source))
-    denoiser = denoiser_of(source)
+    if isinstance(model, str | Path):
+        return _of_folder(Path(model))
+    denoiser = denoiser_of(model)
     config = getattr(getattr(denoiser, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, MSFPConfig):
         raise InputError(f"{type(denoiser).__name__} is not quantized: call msfp.quantize first")
-    if open_layers(denoiser):
-        raise InputError(f"layer {next(iter(open_layers(denoiser)))} is open: seal the denoiser")
-    tensors = denoiser.state_dict()
+    if trainable_layers(denoiser):
+        name = next(iter(trainable_layers(denoiser)))
+        raise InputError(f"layer {name} is trainable: call msfp.pack first")
+    tensors = as_stored(denoiser.state_dict())
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     return _Stored(config, sizes, tensors.__getitem__)
 
@@ -261,7 +264,7 @@ def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
         folder = folder / name
     try:
         description = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
-        return folder, MSFPConfig(**description)
+        return folder, MSFPConfig.from_dict(description)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is not a config of msfp: {error}") from error
 
@@ -348,13 +351,8 @@ def matching(facts: Iterable[Facts], glob: str) -> list[Facts]:
     Raises:
         InputError: If none does.
     """
-    kept = []
     facts = list(facts)
-    for each in facts:
-        parts = each.layer.split(".")
-        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        if any(fnmatchcase(name, glob) for name in names):
-            kept.append(each)
+    kept = [each for each in facts if matches(each.layer, glob)]
     if not kept:
         raise InputError(f"filter {glob!r} matches none of the {len(facts)} names")
     return kept
@@ -385,56 +383,3 @@ def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:
         return math.inf if math.isnan(number) else sign * number
 
     return sorted(facts, key=key)
-
-
-COLUMNS = (
-    "layer", "weights", "weights dB", "inputs", "sign", "zero point", "clip", "inputs dB",
-    "other sign dB", "cost dB", "reason", "bytes",
-)  # fmt: skip
-"""The columns of the per-layer table."""
-
-
-def cells(facts: LayerFacts) -> tuple[str, ...]:
-    """Return a layer's row of the per-layer table as text; what is not known is empty."""
-    return (
-        facts.layer,
-        str(facts.formats.weight),
-        _decibels(facts.weight_sqnr),
-        "" if facts.input is None else str(facts.formats.input),
-        facts.sign or "",
-        _zero_point(facts.zero_point),
-        _clip(facts.clip),
-        _decibels(facts.input_sqnr),
-        _decibels(facts.other_sign_sqnr),
-        _decibels(facts.cost_of_other_sign),
-        facts.reason or "",
-        str(facts.bytes),
-    )
-
-
-PRODUCT_COLUMNS = ("operand", "format", "sign", "zero point", "clip", "bytes")
-"""The columns of the table of attention's products."""
-
-
-def product_cells(facts: ProductFacts) -> tuple[str, ...]:
-    """Return an operand's row of the table of products as text."""
-    return (
-        facts.layer,
-        str(facts.format),
-        facts.sign,
-        _zero_point(facts.zero_point),
-        _clip(facts.clip),
-        str(facts.bytes),
-    )
-
-
-def _zero_point(number: float | None) -> str:
-    return "" if number is None else f"{number:.3f}"
-
-
-def _clip(clip: tuple[float, float]) -> str:
-    return "" if math.isnan(clip[0]) else f"{clip[0]:.3g} to {clip[1]:.3g}"
-
-
-def _decibels(number: float) -> str:
-    return "" if math.isnan(number) else f"{number:.1f}"

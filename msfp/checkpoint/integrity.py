@@ -1,10 +1,10 @@
-"""Telling whether the tensors of a checkpoint are those that were saved."""
+"""How a checkpoint holds tensors, and whether they are those that were saved."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fpformats import decode
+from msfp.checkpoint.migrations import config_of_version_1
 from msfp.errors import InputError
-from msfp.layers.formats import BlockFormats, LayerFormats, read_formats
+from msfp.layers.formats import BlockFormats, LayerFormats
+from msfp.support.container import Header, Kind, header_in, metadata
 
-FORMAT_VERSION = 1
-VERSION_KEY, CHECKSUM_KEY = "msfp_format_version", "msfp_checksum"
-"""Keys in the metadata of a safetensors file."""
+CHECKSUM = "checksum"
+FIRST_VERSION, FIRST_CHECKSUM = "msfp_format_version", "msfp_checksum"
+"""Metadata entries of files of version 1."""
+KIND = Kind("a quantized denoiser", migrations={1: config_of_version_1})
+"""Of the safetensors files; the facts of `config.json` have the same versions."""
+BRANCH = (".branch_down", ".branch_up")
+"""How the names of the factors of a low-rank branch end."""
 DTYPES = {
     "codes": torch.uint8,
     "weight_scale": torch.int32,
@@ -43,25 +49,29 @@ def checksum(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -
     return digest.hexdigest()
 
 
-def metadata(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -> dict[str, str]:
-    """Return what a safetensors file says of itself."""
-    return {
-        VERSION_KEY: str(FORMAT_VERSION),
-        CHECKSUM_KEY: checksum(tensors, description),
-    }
+def describe(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    return metadata(KIND, Header({}, {CHECKSUM: checksum(tensors, description)}))
 
 
-def verify(files: Sequence[str | Path], description: dict[str, Any]) -> None:
+def verify(
+    files: Sequence[str | Path],
+    description: dict[str, Any],
+    formats: Mapping[str, LayerFormats | BlockFormats],
+    products: Iterable[str],
+) -> None:
     """Check that files hold what was saved along with a description.
 
     Args:
         files: All safetensors files of one denoiser.
-        description: Its quantization config.
+        description: Its quantization config, as `config.json` has it.
+        formats: Those of its layers.
+        products: The names of its attention modules with quantized products.
 
     Raises:
-        InputError: If a file is not whole, of another format version or not of msfp, the tensors
-            or the description have been changed, or a tensor of a layer is of another dtype or
-            holds a scale or zero point that cannot be.
+        InputError: If a file is not whole, of a later version or not of msfp, the tensors or the
+            description have been changed, or a tensor of a layer is of another dtype or holds a
+            scale or zero point that cannot be.
     """
     tensors: dict[str, torch.Tensor] = {}
     for file in map(Path, files):
@@ -69,26 +79,57 @@ def verify(files: Sequence[str | Path], description: dict[str, Any]) -> None:
             raise InputError(f"{file.name} is not a safetensors file, and others are not read")
         try:
             with safe_open(file, framework="pt") as opened:
-                says = opened.metadata() or {}
+                given = _checksum_in(file.name, opened.metadata() or {})
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file.name} is not a whole safetensors file: {error}") from error
-        check_version(f"{file.name} has", says.get(VERSION_KEY))
-        given = says.get(CHECKSUM_KEY)
     if given != checksum(tensors, description):
         names = " and ".join(Path(file).name for file in files)
         raise InputError(f"{names} and config.json do not match their checksum")
-    for name, formats in description["layers"].items():
-        _check_layer(name, read_formats(formats), tensors)
-    for name in description["products"]:
+    for name, each in formats.items():
+        _check_layer(name, each, tensors)
+    for name in products:
         for key in (key for key in tensors if key.startswith(f"{name}.products.")):
             _check_numbers(key, tensors[key].float(), positive=key.endswith(".scale"))
 
 
-def check_version(subject: str, version: Any) -> None:
-    """Raise InputError unless a format version is the one that is read."""
-    if str(version) != str(FORMAT_VERSION):
-        raise InputError(f"{subject} format version {version}, this msfp reads {FORMAT_VERSION}")
+def _checksum_in(file: str, told: Mapping[str, str]) -> str:
+    """Return the checksum in the metadata of a file.
+
+    Raises:
+        InputError: If the file is not of a quantized denoiser, or of a later version.
+    """
+    if told.get(FIRST_VERSION) == "1":
+        return told.get(FIRST_CHECKSUM, "")
+    _, header = header_in(file, told, KIND)
+    return str(header.facts.get(CHECKSUM))
+
+
+def as_stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a denoiser's tensors with the factors of branches in float16 where that is exact.
+
+    Example:
+        >>> factor = torch.tensor([0.1]).half().float()
+        >>> [each.dtype for each in as_stored({"a.branch_up": factor, "a.bias": factor}).values()]
+        [torch.float16, torch.float32]
+    """
+    return {
+        name: tensor.half() if name.endswith(BRANCH) and _is_half(tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    """Return whether float16 holds all numbers of a float32 tensor."""
+    return tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
+
+
+def check_names(expected: set[str], given: set[str]) -> None:
+    """Raise InputError unless a checkpoint has the tensors that its config asks for."""
+    if expected - given:
+        raise InputError(f"tensors are missing: {sorted(expected - given)[:3]}")
+    if given - expected:
+        raise InputError(f"tensors are left over: {sorted(given - expected)[:3]}")
 
 
 def _check_layer(

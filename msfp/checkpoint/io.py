@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from msfp.checkpoint.diffusers_quantizer import MSFPConfig, MSFPMethod, attach, check_keys
-from msfp.checkpoint.integrity import verify
+from msfp.checkpoint.diffusers_config import MSFPConfig, MSFPMethod
+from msfp.checkpoint.diffusers_quantizer import attach
+from msfp.checkpoint.integrity import as_stored, check_names, verify
 from msfp.checkpoint.placeholders import make_room
-from msfp.checkpoint.stored_tensors import as_stored
 from msfp.errors import InputError
 from msfp.layers.attention import make_room_for_products
 from msfp.layers.base import quantized_layers, refuse_quantized
-from msfp.layers.trainable import open_layers
+from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.class_conditional import pipeline_class
 from msfp.pipelines.denoiser import COMPONENTS, denoiser_of
 from msfp.schedulers.samplers import restore_sampler
@@ -38,26 +38,26 @@ def packed_size(denoiser: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in as_stored(denoiser.state_dict()).values())
 
 
-def save(target: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
-    """Write a pipeline with a sealed denoiser, or a sealed network, to a folder, atomically.
+def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
+    """Write a pipeline with a packed denoiser, or a packed network, to a folder, atomically.
 
     Args:
-        target: A pipeline whose denoiser was quantized and sealed, or such a network by itself.
+        model: A pipeline whose denoiser was quantized and packed, or such a network by itself.
         folder: A new or an empty folder.
 
     Raises:
-        InputError: If the folder exists and is not empty, or the denoiser is not sealed. Nothing
+        InputError: If the folder exists and is not empty, or the denoiser is not packed. Nothing
             is written then.
     """
-    denoiser = denoiser_of(target)
+    denoiser = denoiser_of(model)
     if not quantized_layers(denoiser):
         raise InputError("denoiser has no quantized layers: call msfp.quantize first")
-    if open_layers(denoiser):
-        name = next(iter(open_layers(denoiser)))
-        raise InputError(f"layer {name} is open: seal the denoiser before it is saved")
+    if trainable_layers(denoiser):
+        name = next(iter(trainable_layers(denoiser)))
+        raise InputError(f"layer {name} is trainable: call msfp.pack before it is saved")
     with atomic_folder(Path(folder)) as partial:
-        if isinstance(target, DiffusionPipeline | ModelMixin):
-            target.save_pretrained(partial)
+        if isinstance(model, DiffusionPipeline | ModelMixin):
+            model.save_pretrained(partial)
         else:
             _save_network(denoiser, partial)
 
@@ -71,7 +71,7 @@ def _save_network(network: nn.Module, folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSOR_FILE, metadata)
 
 
-def load(folder: str | Path, into: nn.Module | None = None) -> Any:
+def load(folder: str | Path, *, into: nn.Module | None = None) -> Any:
     """Read a packed checkpoint; needs no data and no forward pass.
 
     Args:
@@ -147,12 +147,12 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
         raise InputError(f"its {CONFIG_FILE} has no quantization config of msfp")
     refuse_quantized("into", network)
     description = json.loads((folder / CONFIG_FILE).read_text())
-    config = MSFPConfig(**description["quantization_config"])
-    verify([folder / TENSOR_FILE], config.to_dict())
+    config = MSFPConfig.from_dict(description["quantization_config"])
+    verify([folder / TENSOR_FILE], config.described, config.layers, config.products)
     tensors: dict[str, torch.Tensor] = load_file(folder / TENSOR_FILE)
-    make_room(network, config.layers, config.entries, config.router)
+    make_room(network, config.layers, config.adapters, config.router)
     make_room_for_products(network, config.products)
-    check_keys(set(network.state_dict()), set(tensors))
+    check_names(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
-    attach(network, config.request, summaries=config.summaries)
+    attach(network, config.request, summaries=config.summaries, retired=config.retired)
     return network

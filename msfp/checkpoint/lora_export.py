@@ -17,45 +17,48 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from msfp.checkpoint.diffusers_quantizer import attach_anew
+from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.checkpoint.io import save
 from msfp.errors import InputError
 from msfp.layers.formats import LayerFormats
+from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import remove_router
-from msfp.layers.packed import SealedLayer, sealed_layers
+from msfp.layers.packed import PackedLayer, packed_layers
 from msfp.pipelines.denoiser import denoiser_name, denoiser_of
+from msfp.support.checks import check_type
 from msfp.support.files import atomic_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def export_entries(pipe: DiffusionPipeline, folder: str | Path) -> list[Path]:
+def export_adapters(model: DiffusionPipeline, folder: str | Path) -> list[Path]:
     """Write a plain packed checkpoint for each LoRA of the hub: all layers with that one.
 
     Args:
-        pipe: With a denoiser that was fine-tuned with a hub of several, and sealed.
+        model: With a denoiser that was fine-tuned with a hub of several, and packed.
         folder: A new or an empty folder.
 
     Returns:
-        The folders of the checkpoints, `entry-0` and so on.
+        The folders of the checkpoints, `adapter-0` and so on.
 
     Raises:
         InputError: If the denoiser has no hub of several.
     """
-    denoiser = denoiser_of(pipe)
-    entries = max((layer.choices for layer in sealed_layers(denoiser).values()), default=1)
-    if entries < 2:
-        raise InputError("pipe must have been fine-tuned with a hub of several LoRAs, and sealed")
+    check_type("model", model, DiffusionPipeline)
+    denoiser = denoiser_of(model)
+    adapters = max((layer.choices for layer in packed_layers(denoiser).values()), default=1)
+    if adapters < 2:
+        raise InputError("model must have been fine-tuned with a hub of several LoRAs, and packed")
     folder = Path(folder)
-    names = [f"entry-{entry}" for entry in range(entries)]
+    names = [f"adapter-{adapter}" for adapter in range(adapters)]
     with atomic_folder(folder) as partial:
-        for entry, name in enumerate(names):
-            with _in_place_of(pipe, _single(denoiser, entry)):
-                save(pipe, partial / name)
+        for adapter, name in enumerate(names):
+            with _in_place_of(model, _single(denoiser, adapter)):
+                save(model, partial / name)
     return [folder / name for name in names]
 
 
-def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
     """Write a packed checkpoint without branches, and these as a LoRA file of diffusers.
 
     Read both with `pipe = msfp.load(folder)` and, where the pipeline has that method, as those of
@@ -64,7 +67,7 @@ def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     (docs/fine-tuning.md shows how).
 
     Args:
-        pipe: With a denoiser that has branches beside its weights, and is sealed.
+        model: With a denoiser that has branches beside its weights, and is packed.
         folder: A new or an empty folder.
 
     Returns:
@@ -74,17 +77,18 @@ def export_lora(pipe: DiffusionPipeline, folder: str | Path) -> Path:
         InputError: If the denoiser has no branches, several to choose from, or one of a grouped
             convolution, which PEFT cannot hold.
     """
-    tensors = lora_tensors(pipe)
-    bare = copy.deepcopy(denoiser_of(pipe))
-    for layer in sealed_layers(bare).values():
+    check_type("model", model, DiffusionPipeline)
+    tensors = lora_tensors(model)
+    bare = copy.deepcopy(denoiser_of(model))
+    for layer in packed_layers(bare).values():
         if isinstance(layer.formats, LayerFormats):
             layer.formats = replace(layer.formats, branch_rank=0)
             layer.branch_down = layer.branch_up = None
-    attach_anew(bare)
+    attach_again(bare)
     folder = Path(folder)
     with atomic_folder(folder) as partial:
-        with _in_place_of(pipe, bare):
-            save(pipe, partial)
+        with _in_place_of(model, bare):
+            save(model, partial)
         save_file(tensors, partial / LORA_FILE, metadata={"format": "pt"})
     return folder / LORA_FILE
 
@@ -96,15 +100,15 @@ def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
         InputError: As `export_lora`.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in sealed_layers(denoiser_of(pipe)).items():
+    for name, layer in packed_layers(denoiser_of(pipe)).items():
         if layer.branch_down is None or layer.branch_up is None:
             continue
         if layer.choices > 1:
             raise InputError(
-                f"pipe must have one LoRA beside each weight, not {layer.choices} that a router "
-                "chooses from: export_entries writes a checkpoint for each, of which this takes one"
+                f"model must have one LoRA beside each weight, not {layer.choices} that a router "
+                "chooses from: export_adapters writes a checkpoint for each, which can be exported"
             )
-        if getattr(layer, "groups", 1) > 1:
+        if groups_of(layer) > 1:
             raise InputError(f"layer {name} is a grouped convolution: PEFT has no LoRA of those")
         key = f"{denoiser_name(pipe)}.{name}"
         shape = layer.weight_shape[1:]
@@ -112,40 +116,40 @@ def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
         tensors[f"{key}.lora_A.weight"] = down.reshape(-1, *shape).contiguous()
         tensors[f"{key}.lora_B.weight"] = up.reshape(*up.shape, *(1,) * (len(shape) - 1)).clone()
     if not tensors:
-        raise InputError("pipe must have been fine-tuned with LoRAs beside weights, and sealed")
+        raise InputError("model must have been fine-tuned with LoRAs beside weights, and packed")
     return tensors
 
 
-def _single(denoiser: nn.Module, entry: int) -> nn.Module:
-    """Return a copy of a denoiser whose layers have one of their entries, without a router."""
+def _single(denoiser: nn.Module, adapter: int) -> nn.Module:
+    """Return a copy of a denoiser whose layers have one of their adapters, without a router."""
     single = copy.deepcopy(denoiser)
-    for layer in sealed_layers(single).values():
-        _keep_entry(layer, entry)
+    for layer in packed_layers(single).values():
+        _keep_adapter(layer, adapter)
     remove_router(single)
-    attach_anew(single)
+    attach_again(single)
     return single
 
 
-def _keep_entry(layer: SealedLayer, entry: int) -> None:
-    """Drop all entries of a layer but one."""
+def _keep_adapter(layer: PackedLayer, adapter: int) -> None:
+    """Drop all adapters of a layer but one."""
     layer.routing = None
-    if layer.entries == 1:
-        _keep_branch(layer, entry)
+    if layer.adapters == 1:
+        _keep_branch(layer, adapter)
         return
     cached = layer.cache is not None
-    codes = layer.codes.view(layer.entries, -1)[entry].clone()
+    codes = layer.codes.view(layer.adapters, -1)[adapter].clone()
     layer.codes = nn.Parameter(codes, requires_grad=False)
-    layer.entries = 1
+    layer.adapters = 1
     layer.cache_weight(cached)
 
 
-def _keep_branch(layer: SealedLayer, entry: int) -> None:
+def _keep_branch(layer: PackedLayer, adapter: int) -> None:
     """Drop all branches of a layer but one."""
     if not isinstance(layer.formats, LayerFormats):
         return
-    layer.formats = replace(layer.formats, branch_entries=1)
+    layer.formats = replace(layer.formats, branch_adapters=1)
     for name in ("branch_down", "branch_up"):
-        factor = getattr(layer, name)[entry].clone()
+        factor = getattr(layer, name)[adapter].clone()
         setattr(layer, name, nn.Parameter(factor, requires_grad=False))
 
 

@@ -1,4 +1,4 @@
-"""What is kept of fine-tuning that has not ended, in one folder, so that it can go on."""
+"""What is kept of fine-tuning that has not ended, in one folder, so that it can resume."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from msfp.errors import InputError
 from msfp.reports.finetuning_page import Row
-from msfp.support.files import atomic_file
+from msfp.support.container import Kind, check_fingerprint, read, write
+from msfp.support.fingerprints import difference
+from msfp.training.config import FinetuneConfig, options_of_version_1
 
-FILE = "run.json"
+FILE = "run.safetensors"
+KIND = Kind("a record of fine-tuning", migrations={1: lambda header: header})
+FIRST_FILE = "run.json"
+"""What version 1, of msfp 0.2.0, had in the place of `FILE`."""
 
 
-class TuningRecord:
+class FinetuningRecord:
     """The rows of trainings that ended, and the state and time of the one that did not.
 
     Args:
         folder: Where it is kept.
-        facts: The settings that give the result, by option, as plain JSON types.
+        settings: What gives the result, by option, as plain JSON types.
         writes: Whether this process is the one that writes.
 
     Attributes:
@@ -32,20 +38,21 @@ class TuningRecord:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "tuned.state"
-        >>> record = TuningRecord(folder, {"--steps": 160})
+        >>> record = FinetuningRecord(folder, {"--steps": 160})
         >>> record.begin()
         >>> record.spent("single LoRA", 12.5)
-        >>> again = TuningRecord(folder, {"--steps": 160})
+        >>> again = FinetuningRecord(folder, {"--steps": 160})
         >>> again.resume()
         >>> again.seconds
         {'single LoRA': 12.5}
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], *, writes: bool = True) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self.facts: dict[str, Any] = json.loads(json.dumps(facts))
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.seconds: dict[str, float] = {}
         self._rows: dict[str, dict[str, Any]] = {}
+        self._images: dict[str, torch.Tensor] = {}
 
     def resume(self) -> None:
         """Read what was kept.
@@ -53,20 +60,30 @@ class TuningRecord:
         Raises:
             InputError: If it cannot be read, or is of other settings.
         """
-        file = self.folder / FILE
+        file, first = self.folder / FILE, self.folder / FIRST_FILE
+        if not file.exists() and first.exists():
+            self._resume_first(first)
+            return
         if not file.exists():  # nothing was kept before the end came
             return
+        facts = check_fingerprint(file, KIND, self.settings).facts
+        self._images = read(file, KIND)[1]
+        self.seconds, self._rows = facts["seconds"], facts["rows"]
+
+    def _resume_first(self, file: Path) -> None:
+        """Read what version 1 kept: a JSON file, and a file of images for each row."""
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            facts, self.seconds, self._rows = kept["facts"], kept["seconds"], kept["rows"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{file} is not of fine-tuning: {error}") from error
-        for key in sorted(facts.keys() | self.facts.keys()):
-            if facts.get(key) != self.facts.get(key):
-                raise InputError(
-                    f"{self.folder} is of a run with other settings: its {key} is "
-                    f"{facts.get(key)}, not {self.facts.get(key)}"
-                )
+            settings = settings_of_version_1(kept["facts"])
+            self.seconds, self._rows = kept["seconds"], kept["rows"]
+            for name in self._rows:
+                images = self.folder / f"{_slug(name)}.images.safetensors"
+                self._images[name] = load_file(images)["images"]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be read as {KIND.name}: {error}") from error
+        unlike = difference(settings, self.settings)
+        if unlike is not None:
+            raise InputError(f"{file} is {KIND.name} of another run: {unlike}")
 
     def begin(self) -> None:
         """Make the folder, and write down what the run is.
@@ -76,13 +93,13 @@ class TuningRecord:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write()
         except OSError as error:
             raise InputError(f"{self.folder} cannot be made: {error.strerror}") from error
+        self._write()
 
     def state(self, name: str) -> Path:
         """Return the file of the state of a training."""
-        return self._file(name, "safetensors")
+        return self.folder / f"{_slug(name)}.safetensors"
 
     def spent(self, name: str, seconds: float) -> None:
         """Write down how long a training has taken."""
@@ -93,22 +110,14 @@ class TuningRecord:
         """Return what was measured after a training, or None where it did not end."""
         if name not in self._rows:
             return None
-        file = self._file(name, "images.safetensors")
-        try:
-            return Row(**self._rows[name], images=load_file(file)["images"])
-        except (OSError, SafetensorError, LookupError, TypeError) as error:
-            raise InputError(f"{file} cannot be read: {error}") from error
+        return Row(**self._rows[name], images=self._images[name])
 
     def ended(self, row: Row) -> None:
         """Keep what was measured after a training, in place of its state."""
-        self._rows[row.name] = row.to_dict()
-        if not self.writes:
-            return
-        images = {"images": row.images.contiguous()}
-        with atomic_file(self._file(row.name, "images.safetensors")) as partial:
-            save_file(images, partial)
+        self._rows[row.name], self._images[row.name] = row.to_dict(), row.images
         self._write()
-        self.state(row.name).unlink(missing_ok=True)
+        if self.writes:
+            self.state(row.name).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the folder."""
@@ -116,16 +125,62 @@ class TuningRecord:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder if nothing can go on from it."""
-        if not any(self.folder.glob("*.safetensors")):
+        """Remove the folder if nothing can resume from it."""
+        states = {file.name for file in self.folder.glob("*.safetensors")} - {FILE}
+        if not states and not self._rows:
             self.discard()
 
-    def _file(self, name: str, suffix: str) -> Path:
-        return self.folder / f"{re.sub(r'[^0-9A-Za-z]+', '-', name)}.{suffix}"
-
     def _write(self) -> None:
-        if not self.writes:
-            return
-        kept = {"facts": self.facts, "seconds": self.seconds, "rows": self._rows}
-        with atomic_file(self.folder / FILE) as partial:
-            partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        if self.writes:
+            facts = {"seconds": self.seconds, "rows": self._rows}
+            write(self.folder / FILE, KIND, self._images, facts, self.settings)
+
+
+def _slug(name: str) -> str:
+    """Return a name as file names have it."""
+    return re.sub(r"[^0-9A-Za-z]+", "-", name)
+
+
+def option_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """Return what gives the result of a config, by the options of the command line.
+
+    Example:
+        >>> settings = option_settings(FinetuneConfig(hub=2))
+        >>> settings["--hub"], settings["--rates-router"], "--shard" in settings
+        (2, 0.001, False)
+    """
+    values = config.to_dict()
+    rates = {f"rates_{group}": rate for group, rate in values.pop("rates").items()}
+    for name in ("shard", "guidance_branches", "guidance_rows"):  # which the pipeline tells
+        del values[name]
+    return {f"--{name.replace('_', '-')}": value for name, value in (values | rates).items()}
+
+
+def settings_of_version_1(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that msfp 0.2.0 wrote, by the options that there are now."""
+    given = {name.removeprefix("--").replace("-", "_"): value for name, value in facts.items()}
+    known = {
+        "denoising_power": given.pop("power"),
+        "accumulation": given.pop("accumulate"),
+        "rates": {group: float(rate) for group, _, rate in map(_parted, given.pop("rate"))},
+        "temperature": _both_ends(given.pop("temperature")),
+    }
+    names = ("place", "initial", "student_every")
+    known |= {name: given.pop(name) for name in names}
+    options = options_of_version_1(known)
+    own = set(FinetuneConfig().to_dict())
+    options |= {name: given.pop(name) for name in list(given) if name in own}
+    retired = {name: options.pop(name) for name in list(options) if name not in own}
+    config = FinetuneConfig(**options)
+    checkpoint = {"checkpoint": given.pop("checkpoint")}
+    others = {f"--{name.replace('_', '-')}": value for name, value in (given | retired).items()}
+    return option_settings(config) | others | checkpoint
+
+
+def _both_ends(temperature: list[float]) -> list[float]:
+    """Return the first and the last of a temperature that may be given as one number."""
+    return [temperature[0], temperature[-1]]
+
+
+def _parted(word: str) -> tuple[str, str, str]:
+    return word.partition("=")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,25 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from msfp.errors import InputError
 from msfp.evaluation.comparison import check_pair
-from msfp.evaluation.metrics import noise_errors, paired_psnr
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.evaluation.whole_sets import paired_psnr
 from msfp.layers.lora.talora import precompute_routing, routing_of
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.recording import record_trajectories
 from msfp.pipelines.sampler import Sampler
-from msfp.pipelines.trajectories import Trajectories, record_trajectories
-from msfp.reports.finetuning_page import SHOWN, Row, TuningReport
+from msfp.pipelines.trajectories import Trajectories
+from msfp.reports.finetuning_page import SHOWN, FinetuningReport, Row
 from msfp.schedulers.denoising_factors import denoising_factors
-from msfp.support.progress import Advance, counted
+from msfp.support.progress import Progress, no_progress, of_part
 from msfp.training.config import FinetuneConfig
 from msfp.training.data.clean_images import chosen_files, clean_images
-from msfp.training.data.first_call import first_question
+from msfp.training.data.first_call import first_call
 from msfp.training.data.noised_images import data_trajectories
-from msfp.training.finetuning import check_checkpointing, check_routing, finetune
+from msfp.training.finetuning import check_checkpointing, finetune
 from msfp.training.guidance import guidance_branches
 from msfp.training.objective import loss_weights
-from msfp.training.reopening import check_reopening, reopen
 from msfp.training.state import History
-from msfp.training.trainer import Status
+from msfp.training.unpacking import check_unpacking, unpack
 
 MEASURED_IMAGES = 64
 
@@ -51,17 +51,17 @@ class Extent:
     seed: int
 
 
-class Tuning:
+class FinetuningRun:
     """Fine-tunes one packed pipeline, perhaps in several ways.
 
     Args:
-        full: The full-precision pipeline.
+        original: The full-precision pipeline.
         quantized: The packed one, as loaded; it is not changed.
         sampler: How both are called.
         extent: How much is recorded.
-        advance: Told of the progress of each stage of recording.
         config: What is to be trained, to be refused before anything is recorded.
         data: A folder of images, to train on them, noised, and not on the sampler's own samples.
+        progress: Told of each stage.
 
     Raises:
         InputError: If the pipelines are of different models or samplers, the packed one cannot be
@@ -70,38 +70,36 @@ class Tuning:
 
     def __init__(
         self,
-        full: DiffusionPipeline,
+        original: DiffusionPipeline,
         quantized: DiffusionPipeline,
         sampler: Sampler,
         extent: Extent,
-        advance: Advance,
         config: FinetuneConfig | None = None,
         data: Path | None = None,
+        progress: Progress = no_progress,
     ) -> None:
-        check_pair(denoiser_of(full), denoiser_of(quantized))
-        check_same_sampler(full, quantized)
-        check_reopening(denoiser_of(quantized), denoiser_of(full))
-        self.full, self.quantized, self.sampler, self.extent = full, quantized, sampler, extent
-        self.advance = advance
-        scheduler, self.rows_at_once = first_question(full, sampler.calls(1, extent.seed)[0])
+        check_pair(denoiser_of(original), denoiser_of(quantized))
+        check_same_sampler(original, quantized)
+        check_unpacking(denoiser_of(quantized), denoiser_of(original))
+        self.original, self.quantized, self.sampler = original, quantized, sampler
+        self.extent, self.data, self.progress = extent, data, progress
+        scheduler, self.rows_at_once = first_call(original, sampler.calls(1, extent.seed)[0])
         factors, unknown = _factors(scheduler)
         power = 0.0
         if config is not None:
-            power = config.denoising_power
+            power = config.dfa_power
             check_checkpointing(denoiser_of(quantized), config)
-            check_routing(denoiser_of(full), config)
             _check_rates(config)
             _check_power(power, unknown)
-        self.branches, self.branch_rows = guidance_branches(full, sampler, self.rows_at_once)
-        self.data = data
+        self.branches, self.branch_rows = guidance_branches(original, sampler, self.rows_at_once)
         self.path = self._path() if data is None else self._path_of(data)
         self.factors, unknown = _recorded_factors(scheduler, factors, self.path.timesteps, unknown)
         _check_power(power, unknown)
-        self.held_out = self._recorded("recording held-out", extent.held_out, extent.seed + 1)
-        self.images = self._sampled("full precision", full)
+        self.held_out = self._recorded("held-out", extent.held_out, extent.seed + 1)
+        self.images = self._sampled("full precision", original)
 
     def _path(self) -> Trajectories:
-        return self._recorded("recording trajectories", self.extent.trajectories, self.extent.seed)
+        return self._recorded("trajectories", self.extent.trajectories, self.extent.seed)
 
     def _path_of(self, data: Path) -> Trajectories:
         """Return the trajectories of noised images."""
@@ -109,19 +107,22 @@ class Tuning:
         calls = self.sampler.calls(self.extent.trajectories, seed)
         places = len(calls) * self.sampler.batch  # the last call is a whole batch as well
         files = chosen_files(data, places, len(self.sampler.conditions))
-        reading = counted(self.advance, "reading images", len(files))
-        images = clean_images(self.full, files, reading)
-        progress = counted(self.advance, "recording noised images", len(calls))
-        return data_trajectories(self.full, calls, images, seed=seed, progress=progress)
+        images = clean_images(self.original, files, self.progress)
+        return data_trajectories(
+            self.original, calls=calls, images=images, seed=seed,
+            progress=of_part(self.progress, "noised images"),
+        )  # fmt: skip
 
-    def _recorded(self, stage: str, count: int, seed: int) -> Trajectories:
+    def _recorded(self, part: str, count: int, seed: int) -> Trajectories:
         calls = self.sampler.calls(count, seed)
-        return record_trajectories(self.full, calls, counted(self.advance, stage, len(calls)))
+        progress = of_part(self.progress, part)
+        return record_trajectories(self.original, calls=calls, progress=progress)
 
     def _sampled(self, name: str, pipe: DiffusionPipeline) -> torch.Tensor:
         count = min(MEASURED_IMAGES, self.extent.held_out)
-        progress = counted(self.advance, f"sampling {name}", count)
-        return self.sampler(pipe, count, self.extent.seed + 2, progress)
+        return self.sampler(
+            pipe, count, self.extent.seed + 2, progress=of_part(self.progress, name)
+        )
 
     def measured(
         self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0, best: int | None = None
@@ -135,7 +136,7 @@ class Tuning:
             best: The step of its training that gave it, where held-out errors chose that.
         """
         images = self._sampled(name, pipe)
-        errors = noise_errors(denoiser_of(pipe), self.held_out, batch=self.rows_at_once)
+        errors = noise_errors(pipe, trajectories=self.held_out, batch=self.rows_at_once)
         moved = None
         if self.factors is not None:
             timesteps = self.held_out.timesteps
@@ -144,41 +145,39 @@ class Tuning:
         psnr = paired_psnr(images, self.images)
         return Row(name, errors, moved, psnr, images[:SHOWN], minutes, best)
 
-    def tuned(
+    def finetuned(
         self,
         config: FinetuneConfig,
         *,
-        file: Path | None = None,
+        state: Path | None = None,
         resume: bool = False,
         tensorboard: Path | None = None,
-        progress: Callable[[Status], None] | None = None,
+        progress: Progress = no_progress,
     ) -> tuple[DiffusionPipeline, History, float]:
         """Fine-tune a copy of the packed pipeline; return it, what was measured, and the seconds.
 
         Args:
             config: What is trained and how; its branches are those of the pipeline's guidance.
-            file: As for `finetune`.
+            state: As for `finetune`.
             resume: As for `finetune`.
             tensorboard: As for `finetune`.
             progress: As for `finetune`.
         """
         pipe = _with_own_denoiser(self.quantized)
-        denoiser, original = denoiser_of(pipe), denoiser_of(self.full)
-        reopen(denoiser, original)
-        calls = self.sampler.calls(self.extent.trajectories, self.extent.seed)
+        original = denoiser_of(self.original)
+        unpack(pipe, original=original)
         started = time.monotonic()
         device = next(original.parameters()).device
         if config.shard:  # a whole one beside the parts would be in their way
             original.to("cpu")
         history = finetune(
-            denoiser,
-            self.path,
-            replace(config, branches=self.branches, branch_rows=self.branch_rows),
+            pipe,
+            replace(config, guidance_branches=self.branches, guidance_rows=self.branch_rows),
+            trajectories=self.path,
             factors=self.factors,
             held_out=self.held_out,
-            teacher=original,
-            own_path=lambda: record_trajectories(pipe, calls),
-            file=file,
+            original=original,
+            state=state,
             resume=resume,
             tensorboard=tensorboard,
             progress=progress,
@@ -190,14 +189,14 @@ class Tuning:
         """Return how the pipelines were called, as plain JSON types."""
         kind = "labels" if isinstance(next(iter(self.sampler.conditions), ""), int) else "prompts"
         return {
-            "sampler": type(self.full.scheduler).__name__,
+            "sampler": type(self.original.scheduler).__name__,
             "sampler_steps": self.sampler.steps,
             "sampler_batch": self.sampler.batch,
             "guidance_scale": self.sampler.guidance_scale,
             "count": self.extent.trajectories,
             "held_out": self.extent.held_out,
             "seed": self.extent.seed,
-            "dtype": str(self.full.dtype).removeprefix("torch."),
+            "dtype": str(self.original.dtype).removeprefix("torch."),
             **({} if self.data is None else {"data": str(self.data)}),
             **({kind: list(self.sampler.conditions)} if self.sampler.conditions else {}),
         }
@@ -205,7 +204,7 @@ class Tuning:
     def report(
         self, title: str, names: dict[str, str], config: FinetuneConfig, rows: list[Row],
         history: History, pipe: DiffusionPipeline,
-    ) -> TuningReport:  # fmt: skip
+    ) -> FinetuningReport:  # fmt: skip
         """Return the report of a run that ended with a pipeline.
 
         Args:
@@ -217,7 +216,7 @@ class Tuning:
             pipe: The fine-tuned pipeline.
         """
         timesteps = self.held_out.timesteps
-        return TuningReport(
+        return FinetuningReport(
             title, config, timesteps.tolist(), self.images, rows, history,
             routing_table(pipe, timesteps), names | self.facts(),
         )  # fmt: skip
@@ -251,18 +250,21 @@ def _recorded_factors(
         return None, unknown
     grid, given = scheduler.timesteps.tolist(), recorded.tolist()
     if len(grid) == len(given) and factors.keys() >= set(grid):
-        factors = {asked: factors[own] for asked, own in zip(given, grid, strict=True)}
+        factors = {time: factors[own] for time, own in zip(given, grid, strict=True)}
     try:
         loss_weights(recorded, factors, 1.0)
     except InputError:
-        return None, f"the denoiser is asked at {given}, not at the sampler's {list(factors)}"
+        return (
+            None,
+            f"the denoiser is given the timesteps {given}, not the sampler's {list(factors)}",
+        )
     return factors, ""
 
 
 def _check_power(power: float, unknown: str) -> None:
     """Raise InputError if factors are wanted, and are not known for a reason."""
     if power > 0 and unknown:
-        raise InputError(f"denoising_power must be 0 (--power 0), not {power}: {unknown}")
+        raise InputError(f"dfa_power must be 0, not {power}: {unknown}")
 
 
 def _check_rates(config: FinetuneConfig) -> None:
@@ -287,48 +289,46 @@ def trains(config: FinetuneConfig) -> bool:
 
 def routing_table(pipe: DiffusionPipeline, timesteps: torch.Tensor) -> torch.Tensor | None:
     """Return the LoRA of each layer (rows) at each timestep, or None where there is no choice."""
-    denoiser = denoiser_of(pipe)
-    routing = routing_of(denoiser)
+    routing = routing_of(denoiser_of(pipe))
     if routing is None:
         return None
-    precompute_routing(denoiser, timesteps)
+    precompute_routing(pipe, timesteps=timesteps)
     winners = [routing.table[timestep.item()] for timestep in timesteps]
     return torch.cat(winners).T
 
 
-def ladder(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
+def ablation(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
     """Return what a config is made of, one ingredient after the other, without the config itself.
 
     Example:
-        >>> [name for name, _ in ladder(FinetuneConfig(hub=2, denoising_power=1.0))]
+        >>> [name for name, _ in ablation(FinetuneConfig(hub=2, dfa_power=1.0))]
         ['scales, biases and norms alone', 'single LoRA', 'hub of 2']
     """
-    plain = replace(config, hub=1, denoising_power=0.0, student_every=0)
-    rungs = [
+    plain = replace(config, hub=1, dfa_power=0.0)
+    parts = [
         ("scales, biases and norms alone", replace(plain, rates=replace(plain.rates, adapters=0))),
         ("single LoRA", plain),
         (f"hub of {config.hub}", replace(plain, hub=config.hub)),
-        ("denoising factors", replace(config, student_every=0)),
     ]
     kept: list[tuple[str, FinetuneConfig]] = []
-    for name, rung in rungs:
-        if trains(rung) and rung != config and rung not in [other for _, other in kept]:
-            kept.append((name, rung))
+    for name, part in parts:
+        if trains(part) and part != config and part not in [other for _, other in kept]:
+            kept.append((name, part))
     return kept
 
 
-def check_same_sampler(full: DiffusionPipeline, quantized: DiffusionPipeline) -> None:
+def check_same_sampler(original: DiffusionPipeline, quantized: DiffusionPipeline) -> None:
     """Raise InputError unless two pipelines have one scheduler."""
-    one, other = full.scheduler, quantized.scheduler
+    one, other = original.scheduler, quantized.scheduler
     if type(one) is not type(other):
         raise InputError(
-            f"the teacher's sampler must be that of the quantized pipeline, "
+            f"the sampler of the original must be that of the quantized pipeline, "
             f"{type(other).__name__}, not {type(one).__name__}: choose one for both"
         )
     for key, value in one.config.items():
         if not key.startswith("_") and other.config.get(key) != value:
             raise InputError(
-                f"the teacher's sampler must be that of the quantized pipeline: {key} is "
+                f"the sampler of the original must be that of the quantized pipeline: {key} is "
                 f"{value!r}, not {other.config.get(key)!r}"
             )
 

@@ -1,4 +1,7 @@
-"""The command line `msfp`; its commands stand in msfp.cli.commands."""
+"""The command line `msfp`: its commands are in msfp.cli.commands.
+
+No command imports torch or diffusers before it runs, so that help and errors of usage come at once.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,16 @@ WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
 """Arguments that name what a command writes."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names alone, as do those of its commands."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)  # type: ignore[arg-type]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    top = argparse.ArgumentParser(prog="msfp", description="4-bit floating-point diffusion models.")
+    top = _Parser(prog="msfp", description="4-bit floating-point diffusion models.")
     top.add_argument("--version", action="version", version=f"msfp {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
@@ -45,7 +55,7 @@ def _left_behind(arguments: argparse.Namespace) -> str:
     """Return which files and folders of a command that was interrupted are there, all whole."""
     folder = getattr(arguments, "folder", None)
     if folder is not None and folder.exists():
-        return f"{folder} has what was done, and the same command goes on with it"
+        return f"{folder} has what was done, and the same command resumes from it"
     paths = [path for name in WRITTEN if isinstance(path := getattr(arguments, name, None), Path)]
     there = [str(path) for path in paths if path.exists()]
     return f"{' and '.join(there)} is there, whole" if there else "nothing was written"

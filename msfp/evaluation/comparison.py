@@ -13,21 +13,25 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram
 from msfp.checkpoint.io import packed_size
 from msfp.errors import InputError
-from msfp.evaluation.dataset_statistics import ReferenceStatistics
-from msfp.evaluation.features import Features
-from msfp.evaluation.fingerprint import KIND, comparison_facts
-from msfp.evaluation.image_metrics import ImageMeasures, ReferenceDistances
+from msfp.evaluation.dataset_statistics import DatasetStatistics
+from msfp.evaluation.features import Features, feature_network
+from msfp.evaluation.fingerprint import STATE, comparison_fingerprint
+from msfp.evaluation.image_metrics import ImageMetrics
+from msfp.evaluation.metrics import ImageSets, Measure, Setting
 from msfp.layers.base import quantized_layers
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.recording import record_trajectories
 from msfp.pipelines.sampler import Sampler
-from msfp.pipelines.trajectories import Trajectories, record_trajectories
-from msfp.search.layer_search import sqnr
+from msfp.pipelines.trajectories import Trajectories
 from msfp.search.observers import calibrate
-from msfp.support.autosave import TimedState
-from msfp.support.progress import Advance, counted
+from msfp.support.autosave import Autosave
+from msfp.support.checks import check_type
+from msfp.support.decibels import sqnr
+from msfp.support.hooks import hooked
+from msfp.support.progress import Progress, counted, no_progress
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,7 @@ class Comparison:
         sampler: The call of both pipelines.
         count: Images of each set.
         seed: Seed of the noise that both start from.
-        psnr: Paired PSNR of the images in dB, all pixels of all images together.
-        ssim: Mean structural similarity of the pairs, NaN where images are too small for it.
-        sqnr: Energy of the full-precision images over that of the errors, in dB.
-        frechet: Frechet distance of the quantized images from full-precision ones of other seeds,
-            all of them rounded to 8 bits as image files are.
-        frechet_floor: That of the full-precision images of equal seeds from the same: what is
-            measured with nothing quantized.
+        measures: What the metrics of images gave, in the order of tables.
         timesteps: The sampler's.
         noise_errors: Mean squared error of the prediction on full-precision trajectories, at each
             timestep.
@@ -52,7 +50,6 @@ class Comparison:
         layers: SQNR in dB of the output of each quantized layer given full-precision inputs, over
             the same trajectories.
         trajectories: How many images these were of.
-        reference: Distances from a data set, or None where its statistics were not given.
         bytes: Size of the tensors of the full-precision denoiser and of the quantized one.
         images: Some images of the full-precision pipeline and of the quantized one.
         inputs: What the layers of the full-precision denoiser read on these trajectories.
@@ -61,17 +58,12 @@ class Comparison:
     sampler: Sampler
     count: int
     seed: int
-    psnr: float
-    ssim: float
-    sqnr: float
-    frechet: float
-    frechet_floor: float
+    measures: list[Measure]
     timesteps: list[float]
     noise_errors: list[float]
     noise_sqnr: list[float]
     layers: dict[str, float]
     trajectories: int
-    reference: ReferenceDistances | None
     bytes: tuple[int, int]
     images: tuple[torch.Tensor, torch.Tensor]
     inputs: dict[str, Histogram]
@@ -81,41 +73,27 @@ class Comparison:
         """Mean over timesteps."""
         return sum(self.noise_errors) / len(self.noise_errors)
 
-    def table(self, features: str) -> list[tuple[str, str, str]]:
-        """Return rows of a measure, its value and what it is of; `features` names the network."""
-        pairs = f"{self.count} images of either model from equal noise"
+    @property
+    def values(self) -> dict[str, float]:
+        """The measures by their keys, such as "psnr"."""
+        return {measure.key: measure.value for measure in self.measures}
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return rows of a measure, its value and what it was measured on."""
         size, packed = (f"{number / 1e6:.2f}" for number in self.bytes)
+        steps = f"{self.trajectories} full-precision trajectories of {len(self.timesteps)} steps"
         return [
-            (
-                "noise-prediction error",
-                f"{self.noise_error:.4f}",
-                f"{self.trajectories} full-precision trajectories of {len(self.timesteps)} steps",
-            ),
-            ("paired PSNR, dB", f"{self.psnr:.2f}", pairs),
-            ("paired SSIM", f"{self.ssim:.4f}", pairs),
-            ("paired SQNR, dB", f"{self.sqnr:.2f}", pairs),
-            (
-                f"Frechet distance ({features})",
-                f"{self.frechet:.4g}",
-                f"{self.count} images, from {self.count} full-precision ones of another seed",
-            ),
-            (
-                "its noise floor",
-                f"{self.frechet_floor:.4g}",
-                "the same, with the full-precision images of equal seeds",
-            ),
-            *([] if self.reference is None else self.reference.table(self.count)),
+            ("noise-prediction error", f"{self.noise_error:.4f}", steps),
+            *((measure.label, measure.text, measure.note) for measure in self.measures),
             ("size, MB", packed, f"{size} in full precision"),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as plain JSON types, None where one is not finite."""
-        left_out = ("sampler", "images", "inputs", "reference")
-        values = {key: value for key, value in vars(self).items() if key not in left_out}
-        if self.reference is not None:
-            values["reference"] = asdict(self.reference)
+        left_out = ("sampler", "images", "inputs", "measures")
+        known = {key: value for key, value in vars(self).items() if key not in left_out}
         numbers: dict[str, Any] = _finite(
-            {**asdict(self.sampler), **values, "noise_error": self.noise_error}
+            {**asdict(self.sampler), **known, **self.values, "noise_error": self.noise_error}
         )
         return numbers
 
@@ -132,71 +110,81 @@ def _finite(value: Any) -> Any:
 
 
 def compare(
-    full: DiffusionPipeline,
-    quantized: DiffusionPipeline,
-    sampler: Sampler,
+    model: DiffusionPipeline,
     *,
-    count: int,
-    seed: int,
-    features: Features,
-    reference: ReferenceStatistics | None = None,
-    state: Path | None = None,
-    advance: Advance = lambda *_: None,
+    original: DiffusionPipeline,
+    sampler: Sampler,
+    count: int = 64,
+    seed: int = 1000,
+    features: Features | str = "pixels",
+    features_name: str | None = None,
+    statistics: DatasetStatistics | None = None,
+    state: str | Path | None = None,
+    progress: Progress = no_progress,
 ) -> Comparison:
-    """Sample both pipelines from equal noise, and ask both denoisers the same.
+    """Sample two pipelines from equal noise, and give both denoisers the same inputs.
 
     Images are compared batch by batch, so that their number is not limited by memory. On a CPU a
-    comparison that goes on from its state has the bits of one that was never stopped.
+    comparison that resumes from its state has the bits of one that was never stopped.
 
     Args:
-        full: The pipeline in full precision.
-        quantized: The same, quantized.
+        model: The quantized pipeline.
+        original: The same pipeline in full precision.
         sampler: How to call them.
         count: Images of each set, at least two.
         seed: Seed of their noise; the next one is for the other full-precision images, and that
             after it for the trajectories.
-        features: In which Frechet distances are measured.
-        reference: Of a data set, in the same features; images of one channel count as RGB then.
-        state: A safetensors file that is gone on from if it exists, and written anew each minute,
-            or less often where that takes long; it is left for the caller to remove.
-        advance: Told of the progress of each stage.
+        features: In which Frechet distances are measured: a function of images, or a name as
+            `feature_network` takes it.
+        features_name: What tables call a function.
+        statistics: Of a data set, in the same features; images of one channel count as RGB then.
+        state: A safetensors file to resume from if it exists. It is written again each minute, or
+            less often where that takes long, and left for the caller to remove.
+        progress: Told of each stage.
 
     Raises:
-        InputError: If the second is not the first one quantized, a pipeline takes other
-            conditions, the reference is of other features or of images of another size, or the
+        InputError: If the first is not the second one quantized, a pipeline takes other
+            conditions, the statistics are of other features or of images of another size, or the
             state is of another comparison or cannot be written.
     """
-    check_pair(denoiser_of(full), denoiser_of(quantized))
-    sampler.arguments(full)
+    for name, pipe in (("model", model), ("original", original)):
+        check_type(name, pipe, DiffusionPipeline)
+    check_pair(denoiser_of(original), denoiser_of(model))
+    sampler.arguments(original)
     if count < 2:
         raise InputError(f"count must be at least 2, not {count}")
-    if reference is not None:
-        reference.check_features(features)
-    measures = ImageMeasures(features, reference)
-    calls = [(quantized, seed), (full, seed), (full, seed + 1)]
+    network = feature_network(features) if isinstance(features, str) else features
+    name = features if isinstance(features, str) else getattr(features, "__name__", "")
+    label: str = features_name or name
+    if statistics is not None:
+        statistics.check_features(network)
+    metrics = ImageMetrics(Setting(network, label, statistics))
+    calls = [(model, seed), (original, seed), (original, seed + 1)]
     file = None
     if state is not None:
-        file = TimedState(state, KIND, comparison_facts(calls, sampler, count, reference))
-        file.restore(measures)
-    progress = counted(advance, "images of both, and of another seed", count)
-    progress(measures.count)
-    batches = [sampler.batches(pipe, count, noise, measures.count) for pipe, noise in calls]
+        fingerprint = comparison_fingerprint(calls, sampler, count, statistics)
+        file = Autosave(Path(state), STATE, fingerprint)
+        file.restore(metrics)
+    done = counted(progress, "images of both, and of another seed", count)
+    done(metrics.count)
+    batches = [sampler.batches(pipe, count, noise, metrics.count) for pipe, noise in calls]
     for sets in zip(*batches, strict=True):
-        measures.update(*sets)
-        if file is not None and measures.count < count:
-            file.save(measures)
-        progress(len(sets[0]))
-    paths, inputs = _observed(full, sampler, seed + 2)
+        metrics.update(ImageSets(*sets))
+        if file is not None and metrics.count < count:
+            file.save(metrics)
+        done(len(sets[0]))
+    paths, inputs = _observed(original, sampler, seed + 2)
     return Comparison(
         sampler=sampler,
         count=count,
         seed=seed,
+        measures=metrics.measures(),
+        images=metrics.images,
         timesteps=paths.timesteps.tolist(),
         trajectories=sampler.batch,
-        bytes=(packed_size(denoiser_of(full)), packed_size(denoiser_of(quantized))),
+        bytes=(packed_size(denoiser_of(original)), packed_size(denoiser_of(model))),
         inputs=inputs,
-        **measures.found(),
-        **_errors(denoiser_of(full), denoiser_of(quantized), paths, advance),
+        **_errors(denoiser_of(original), denoiser_of(model), paths, progress),
     )
 
 
@@ -221,18 +209,18 @@ def _observed(
     recorded: list[Trajectories] = []
 
     def record(pipe: DiffusionPipeline) -> None:
-        recorded.append(record_trajectories(pipe, sampler.calls(1, seed)))
+        recorded.append(record_trajectories(pipe, calls=sampler.calls(1, seed)))
 
-    calibration = calibrate(pipe, record)
+    calibration = calibrate(pipe, calls=record)
     return recorded[0], calibration.inputs
 
 
 @torch.no_grad()
 def _errors(
-    full: nn.Module, quantized: nn.Module, paths: Trajectories, advance: Advance
+    full: nn.Module, quantized: nn.Module, paths: Trajectories, progress: Progress
 ) -> dict[str, Any]:
     """Return the errors of the predictions by timestep, and those of the layers' outputs."""
-    progress = counted(advance, "errors by timestep and layer", len(paths.timesteps))
+    done = counted(progress, "errors by timestep and layer", len(paths.timesteps))
     rows = torch.arange(paths.samples.shape[1])
     errors: list[float] = []
     ratios: list[float] = []
@@ -246,7 +234,7 @@ def _errors(
             energy, noise = prediction.double().square().sum(), difference.square().sum()
             errors.append(noise.item() / difference.numel())
             ratios.append(sqnr(energy.item(), noise.item()))
-            progress(1)
+            done(1)
     return {"noise_errors": errors, "noise_sqnr": ratios, "layers": layers}
 
 
@@ -269,9 +257,6 @@ def _compared(full: nn.Module, quantized: nn.Module) -> Iterator[dict[str, float
         for name, layer in layers.items()
     ]
     found: dict[str, float] = {}
-    try:
+    with hooked(handles):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
     found |= {name: sqnr(*sums) for name, sums in totals.items() if sums[0] > 0}

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from msfp.errors import InputError
-from msfp.evaluation.features import Features
-from msfp.evaluation.frechet import FeatureMoments, FeatureStatistics, checked_features
-from msfp.pipelines.sampler import Progress
-from msfp.support.autosave import TimedState
+from msfp.evaluation.features import Features, checked_features
+from msfp.evaluation.frechet import FeatureMoments, FeatureStatistics
+from msfp.support.autosave import Autosave, run_as_fingerprint
+from msfp.support.container import Header, Kind, read, write
 from msfp.support.image_files import Resize, image_files, listed, read_batches
+from msfp.support.progress import Progress, counted, no_progress
 from msfp.version import __version__
 
-KEY, VERSION = "msfp_statistics", 1
-KIND = "a state of msfp statistics"
+
+def _without_version(header: Header) -> Header:
+    """Return the header of statistics of version 1, whose facts named the version."""
+    return Header({}, {key: value for key, value in header.facts.items() if key != "version"})
+
+
+KIND = Kind(
+    "statistics of a data set", first_key="msfp_statistics", migrations={1: _without_version}
+)
+STATE = Kind(
+    "a state of msfp statistics",
+    first_key="a state of msfp statistics",
+    migrations={1: run_as_fingerprint},
+)
 TOLERANCE = 1e-2
 """Largest relative difference of the features of one image that devices may make."""
 
 
 @dataclass(frozen=True)
-class ReferenceStatistics:
+class DatasetStatistics:
     """Statistics of the images of a folder, and how they were made.
 
     Attributes:
@@ -55,7 +65,6 @@ class ReferenceStatistics:
     def description(self) -> dict[str, Any]:
         """Return how they were made, as plain JSON types."""
         return {
-            "version": VERSION,
             "features": self.features,
             "count": self.statistics.count,
             "size": self.size,
@@ -66,31 +75,31 @@ class ReferenceStatistics:
         }
 
     def save(self, file: Path) -> None:
-        """Write a .safetensors file."""
+        """Write a .safetensors file.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
         tensors = {
             "mean": self.statistics.mean,
             "covariance": self.statistics.covariance,
             "probe": self.probe,
         }
-        save_file(tensors, file, {KEY: json.dumps(self.description())})
+        write(file, KIND, tensors, self.description())
 
     @classmethod
-    def load(cls, file: Path) -> ReferenceStatistics:
+    def load(cls, file: Path) -> DatasetStatistics:
         """Read what `save` wrote.
 
         Raises:
             InputError: If the file is something else.
         """
+        (_, told), tensors = read(file, KIND)
         try:
-            with safe_open(file, framework="pt") as opened:
-                told = json.loads((opened.metadata() or {})[KEY])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if told["version"] != VERSION:
-                raise InputError(f"reference {file} is of version {told['version']}, not {VERSION}")
             statistics = FeatureStatistics(tensors["mean"], tensors["covariance"], told["count"])
             return cls(statistics, told["features"], told["size"], told["resize"], tensors["probe"])
-        except (OSError, SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"reference {file} is not a file of msfp statistics") from error
+        except (LookupError, TypeError) as error:
+            raise InputError(f"{file} cannot be read as {KIND.name}: {error}") from error
 
 
 def same_features(given: torch.Tensor, known: torch.Tensor) -> bool:
@@ -103,16 +112,16 @@ def probe_images(size: int) -> torch.Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def reference_statistics(
-    folder: Path,
+def dataset_statistics(
+    folder: str | Path,
     network: Features,
     *,
     name: str,
     size: int,
     resize: Resize = "bicubic",
-    state: Path | None = None,
-    progress: Progress | None = None,
-) -> ReferenceStatistics:
+    state: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> DatasetStatistics:
     """Return the statistics of all images of a folder.
 
     Args:
@@ -121,29 +130,29 @@ def reference_statistics(
         name: What to call the network.
         size: Height and width that the central square of each image is brought to.
         resize: By which filter of Pillow.
-        state: A safetensors file that is gone on from if it exists, and written anew each minute,
-            or less often where that takes long. On a CPU the statistics have the bits of those
-            that were never stopped.
-        progress: Called with the number of images just read, or found in the state.
+        state: A safetensors file to resume from if it exists. It is written again each minute, or
+            less often where that takes long. On a CPU the statistics have the bits of those that
+            were never stopped.
+        progress: Told of each batch, and of what the state has.
 
     Raises:
         InputError: If there are fewer than two images, one cannot be read, the network does not
             take them, or the state is of other images, of another network or size, or cannot be
             written.
     """
+    folder = Path(folder)
     files = image_files(folder)
     probe = checked_features(network, probe_images(size)).float().contiguous()
     moments, saved = FeatureMoments(), None
     if state is not None:
         run = {"size": size, "resize": resize, "values of features": probe.flatten().tolist()}
-        saved = TimedState(state, KIND, run | {"images": listed(folder)})
+        saved = Autosave(Path(state), STATE, run | {"images": listed(folder)})
         saved.restore(moments)
-    if progress is not None and moments.count:
-        progress(moments.count)
+    done = counted(progress, "images", len(files))
+    done(moments.count)
     for images in read_batches(files[moments.count :], size, resize):
         moments.update(checked_features(network, images))
         if saved is not None:
             saved.save(moments)
-        if progress is not None:
-            progress(len(images))
-    return ReferenceStatistics(moments.statistics(), name, size, resize, probe)
+        done(len(images))
+    return DatasetStatistics(moments.statistics(), name, size, resize, probe)

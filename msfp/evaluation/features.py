@@ -14,10 +14,16 @@ from msfp.errors import InputError
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 """Maps images (n, channels, height, width) in [0, 1] to features (n, any)."""
+FEATURE_BATCH = 64
+"""Images that features are computed of at a time."""
 PIXELS = 8
 """Rows and columns that images are averaged to where pixels are the features."""
 
-DIGITS = "msfp.experiments.reference:digit_features"
+NAMED = {
+    "digits": "msfp.experiments.reference.features:digit_features",
+    "photographs": "msfp.experiments.reference.features:photograph_features",
+}
+"""Features that ship with the reference models, by their short names."""
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
@@ -34,10 +40,10 @@ def feature_network(name: str, device: str = "cpu") -> Features:
     """Return the features of a name.
 
     Args:
-        name: "pixels"; "digits", the classifier that ships with the reference model, which reads
-            the mean of the channels; the file of a TorchScript module; or `module:function` of a
-            Python module that can be imported from here. The last two are given images in [0, 1]
-            and must return (n, features).
+        name: "pixels"; "digits" or "photographs", the classifiers that ship with the reference
+            models, of which the first reads the mean of the channels; the file of a TorchScript
+            module; or `module:function` of a Python module that can be imported from here. The
+            last two are given images in [0, 1] and must return (n, features).
         device: Where a TorchScript module computes them; all are given and return host memory.
 
     Raises:
@@ -45,12 +51,13 @@ def feature_network(name: str, device: str = "cpu") -> Features:
     """
     if name == "pixels":
         return pixels
-    module, colon, attribute = (DIGITS if name == "digits" else name).partition(":")
+    module, colon, attribute = NAMED.get(name, name).partition(":")
     if colon:
         return _imported(name, module, attribute)
     if not Path(name).is_file():
         raise InputError(
-            f"features must be pixels, digits, a TorchScript file or module:function, not {name!r}"
+            f"features must be pixels, {', '.join(NAMED)}, a TorchScript file or "
+            f"module:function, not {name!r}"
         )
     try:
         network = torch.jit.load(name, map_location=device).eval()
@@ -70,3 +77,25 @@ def _imported(name: str, module: str, attribute: str) -> Features:
     if not callable(function):
         raise InputError(f"features {name} must be a function, not a {type(function).__name__}")
     return function
+
+
+@torch.no_grad()
+def checked_features(features: Features, images: torch.Tensor) -> torch.Tensor:
+    """Return the features of images, shape (images, any).
+
+    Raises:
+        InputError: If the network does not take such images, or gives another shape.
+    """
+    try:
+        given = torch.cat([features(some) for some in images.split(FEATURE_BATCH)])
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"features cannot be computed of images of shape {tuple(images.shape)}: {line}"
+        ) from error
+    if given.dim() != 2 or len(given) != len(images):
+        raise InputError(
+            f"features must have shape (images, any), not {tuple(given.shape)} for "
+            f"{len(images)} images"
+        )
+    return given

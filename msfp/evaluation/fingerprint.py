@@ -1,4 +1,4 @@
-"""What tells one comparison of two pipelines from another, by which a state is known."""
+"""The fingerprint of a comparison of two pipelines, by which its state is known."""
 
 from __future__ import annotations
 
@@ -11,39 +11,64 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.evaluation.dataset_statistics import ReferenceStatistics
+from msfp.evaluation.dataset_statistics import DatasetStatistics
 from msfp.layers.base import quantized_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.sampler import Sampler
-from msfp.support.run_files import digest
-
-KIND = "a state of msfp evaluate"
-VERSION = 1
-"""Of what the tensors mean."""
+from msfp.support.autosave import run_as_fingerprint
+from msfp.support.container import Header, Kind, Named
+from msfp.support.fingerprints import digest
 
 
-def comparison_facts(
+def _first_fingerprint(header: Header) -> Header:
+    """Return the header of a state of version 1, which named the statistics the reference."""
+    told = run_as_fingerprint(header)
+    known = {key: value for key, value in told.fingerprint.items() if key != "version"}
+    known["statistics"] = known.pop("reference")
+    known["formats"] = [
+        each.replace("branch_entries", "branch_adapters") for each in known["formats"]
+    ]
+    return told._replace(fingerprint=known)
+
+
+def _first_tensors(tensors: Named) -> Named:
+    """Return the tensors of a state of version 1, which were not named by their metric."""
+    renamed = {"count": tensors["0/count"]}
+    for name, tensor in tensors.items():
+        of_features = name[0].isdigit()
+        renamed[f"frechet/{name}" if of_features else name.removeprefix("pairs/")] = tensor
+    return renamed
+
+
+STATE = Kind(
+    "a state of msfp evaluate",
+    first_key="a state of msfp evaluate",
+    migrations={1: _first_fingerprint},
+    tensor_migrations={1: _first_tensors},
+)
+
+
+def comparison_fingerprint(
     calls: list[tuple[DiffusionPipeline, int]],
     sampler: Sampler,
     count: int,
-    reference: ReferenceStatistics | None,
+    statistics: DatasetStatistics | None,
 ) -> dict[str, Any]:
-    """Return what makes a comparison another one, as JSON gives it back.
+    """Return what must be equal for a comparison to resume, as JSON gives it back.
 
     Args:
         calls: The quantized pipeline and the full-precision one, each with the seed of its noise.
         sampler: How they are called.
         count: Images of each set.
-        reference: Of a data set, or None.
+        statistics: Of a data set, or None.
 
     Raises:
         InputError: If the weights of a pipeline are not in memory.
     """
     (quantized, seed), (full, _), *_ = calls
     layers = quantized_layers(denoiser_of(quantized))
-    real = {} if reference is None else vars(reference.statistics)
+    real = {} if statistics is None else vars(statistics.statistics)
     return {
-        "version": VERSION,
         "count": int(count),
         "seed": int(seed),
         **asdict(sampler),
@@ -51,7 +76,7 @@ def comparison_facts(
         "full-precision pipeline": pipeline_digest(full),
         "quantized pipeline": pipeline_digest(quantized),
         "formats": [str(layer.formats) for layer in layers.values()],
-        "reference": digest((name, torch.as_tensor(value)) for name, value in real.items()),
+        "statistics": digest((name, torch.as_tensor(value)) for name, value in real.items()),
     }
 
 

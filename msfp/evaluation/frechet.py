@@ -8,10 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from msfp.errors import InputError
-from msfp.evaluation.features import Features
-
-FEATURE_BATCH = 64
-"""Images that the features are computed of at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +70,6 @@ class FeatureMoments:
         mean = self._sum / self.count
         covariance = (self._products - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return FeatureStatistics(mean, covariance, self.count)
-
-
-@torch.no_grad()
-def checked_features(features: Features, images: torch.Tensor) -> torch.Tensor:
-    """Return the features of images, shape (images, any).
-
-    Raises:
-        InputError: If the network does not take such images, or gives another shape.
-    """
-    try:
-        given = torch.cat([features(some) for some in images.split(FEATURE_BATCH)])
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[-1]
-        raise InputError(
-            f"features cannot be computed of images of shape {tuple(images.shape)}: {line}"
-        ) from error
-    if given.dim() != 2 or len(given) != len(images):
-        raise InputError(
-            f"features must have shape (images, any), not {tuple(given.shape)} for "
-            f"{len(images)} images"
-        )
-    return given
 
 
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:

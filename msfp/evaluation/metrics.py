@@ -1,193 +1,283 @@
-"""How far a quantized denoiser is from the full-precision one."""
+"""What is measured of images: one class for each metric, and the list of them.
+
+A metric takes sets of images batch by batch and gives its measures at the end. `METRICS` is the
+list that evaluations, tables, pages and saved states read: another metric is a class here and a
+place in the list.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from msfp.errors import InputError
-from msfp.evaluation.features import Features
-from msfp.evaluation.frechet import (
-    FeatureMoments,
-    FeatureStatistics,
-    checked_features,
-    frechet_distance,
-)
-from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.trajectories import Trajectories
-from msfp.search.layer_search import sqnr
-from msfp.support.run_files import part
+from msfp.evaluation.dataset_statistics import DatasetStatistics
+from msfp.evaluation.features import Features, checked_features
+from msfp.evaluation.frechet import FeatureMoments, FeatureStatistics, frechet_distance
+from msfp.support.container import part
+from msfp.support.decibels import sqnr
+from msfp.support.image_files import eight_bits
 
 SSIM_WINDOW = 11
 """Pixels that the window of the structural similarity is wide."""
 
 
-@torch.no_grad()
-def noise_errors(
-    denoiser: DiffusionPipeline | nn.Module, trajectories: Trajectories, *, batch: int = 64
-) -> list[float]:
-    """Return the mean squared error of the prediction at each timestep of held-out trajectories.
+class ImageSets(NamedTuple):
+    """Images in [0, 1], three tensors of shape (n, channels, height, width).
 
-    The noise has unit variance, so an error of 0.01 is one hundredth of it. What is predicted
-    beside it, such as a variance, does not count.
-
-    Args:
-        denoiser: Asked what the one that made the trajectories was asked; or a pipeline with it.
-        trajectories: All rows of each timestep count.
-        batch: The most rows in one forward. The errors depend on it by rounding alone.
-
-    Raises:
-        InputError: If `batch` is less than 1, or it is a pipeline without a denoiser.
-    """
-    denoiser = denoiser_of(denoiser)
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, not {batch}")
-    rows = torch.arange(trajectories.samples.shape[1])
-
-    def error(step: int, some: torch.Tensor) -> float:
-        asked = trajectories.predict(denoiser, torch.full_like(some, step), some)
-        off = trajectories.of_sample(asked - trajectories.predictions[step, some])
-        return off.square().mean().item()
-
-    # Weighted by shares of the rows, so that those of one forward have the weight 1 exactly.
-    return [
-        sum(len(some) / len(rows) * error(step, some) for some in rows.split(batch))
-        for step in range(len(trajectories.timesteps))
-    ]
-
-
-def paired_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of images in [0, 1] against their pairs.
-
-    The squared error is averaged over all images before the logarithm.
-
-    Example:
-        >>> round(paired_psnr(torch.full((2, 1, 4, 4), 0.1), torch.zeros(2, 1, 4, 4)), 3)
-        20.0
-    """
-    return float(peak_signal_noise_ratio(images.double(), reference.double(), data_range=1.0))
-
-
-def paired_sqnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the energy of reference images over that of their pairs' errors, in dB.
-
-    Example:
-        >>> round(paired_sqnr(torch.full((2, 1, 4, 4), 0.9), torch.ones(2, 1, 4, 4)), 3)
-        20.0
-    """
-    noise = (images.double() - reference.double()).square().sum()
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
-
-
-def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the mean structural similarity of images in [0, 1] and their pairs.
-
-    That of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11 pixels; 1 for
-    equal images.
-
-    Example:
-        >>> images = torch.rand(2, 1, 16, 16)
-        >>> round(paired_ssim(images, images), 3)
-        1.0
-    """
-    similarity = structural_similarity_index_measure(
-        images.double(), reference.double(), data_range=1.0
-    )
-    return float(similarity)  # type: ignore[arg-type]
-
-
-class PairedMeasures:
-    """PSNR, SQNR and SSIM of images in [0, 1] against their pairs, which come in batches.
-
-    Each is what `paired_psnr`, `paired_sqnr` and `paired_ssim` give for all batches together.
+    Attributes:
+        quantized: Of the quantized pipeline.
+        full: Of the full-precision pipeline, from the same noise.
+        other: Of the full-precision pipeline, from other noise.
     """
 
-    def __init__(self) -> None:
-        self._psnr = PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
-        self._ssim = StructuralSimilarityIndexMeasure(data_range=1.0).set_dtype(torch.float64)
-        for metric in (self._psnr, self._ssim):
-            metric.persistent(True)
+    quantized: torch.Tensor
+    full: torch.Tensor
+    other: torch.Tensor
+
+
+class Measure(NamedTuple):
+    """A number that was measured.
+
+    Attributes:
+        key: Its name in JSON.
+        label: Its name in tables.
+        value: The number; NaN where there is none.
+        text: The number as tables show it.
+        note: What it was measured on.
+    """
+
+    key: str
+    label: str
+    value: float
+    text: str
+    note: str
+
+
+class Setting(NamedTuple):
+    """What metrics may depend on.
+
+    Attributes:
+        features: In which sets of images are compared.
+        features_name: What tables call the features.
+        statistics: Of a data set to compare with, or None.
+    """
+
+    features: Features
+    features_name: str
+    statistics: DatasetStatistics | None
+
+
+class Metric(ABC):
+    """A metric of sets of images that come in batches.
+
+    Attributes:
+        name: In saved states.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @abstractmethod
+    def update(self, sets: ImageSets) -> None:
+        """Add a batch."""
+
+    @abstractmethod
+    def result(self, count: int) -> list[Measure]:
+        """Return what was measured on so many images of each set."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that `restore` needs to resume with the batches after these."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take what `state` gave; a batch must follow before anything is measured."""
+
+
+def _of_pairs(count: int) -> str:
+    return f"{count} images of either model from equal noise"
+
+
+class Psnr(Metric):
+    """Peak signal-to-noise ratio of pairs; the squared error is averaged over all of them."""
+
+    name = "psnr"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._metric = PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
+        self._metric.persistent(True)
+
+    def update(self, sets: ImageSets) -> None:
+        """Add a batch."""
+        self._metric.update(sets.quantized.double(), sets.full.double())
+
+    def result(self, count: int) -> list[Measure]:
+        """Return the ratio in dB."""
+        value = float(self._metric.compute())
+        return [Measure("psnr", "paired PSNR, dB", value, f"{value:.2f}", _of_pairs(count))]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return its sums."""
+        return self._metric.state_dict()
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take its sums."""
+        self._metric.load_state_dict(state)
+
+
+class Ssim(Metric):
+    """Mean structural similarity of pairs, NaN where images are smaller than its window.
+
+    That of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11 pixels.
+    """
+
+    name = "ssim"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._metric = StructuralSimilarityIndexMeasure(data_range=1.0).set_dtype(torch.float64)
+        self._metric.persistent(True)
+        self._fits = True
+
+    def update(self, sets: ImageSets) -> None:
+        """Add a batch."""
+        self._fits = min(sets.full.shape[2:]) >= SSIM_WINDOW
+        if self._fits:
+            self._metric.update(sets.quantized.double(), sets.full.double())
+
+    def result(self, count: int) -> list[Measure]:
+        """Return the mean similarity, 1 for equal images."""
+        value = float(self._metric.compute()) if self._fits else math.nan
+        note = _of_pairs(count) if self._fits else f"images are under {SSIM_WINDOW} pixels"
+        return [Measure("ssim", "paired SSIM", value, f"{value:.4f}", note)]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return its sums."""
+        return self._metric.state_dict()
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take its sums."""
+        self._metric.load_state_dict(state)
+
+
+class Sqnr(Metric):
+    """Energy of full-precision images over that of the errors."""
+
+    name = "sqnr"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         self._energy = self._noise = 0.0
-        self._has_ssim = True
 
-    def update(self, images: torch.Tensor, reference: torch.Tensor) -> None:
-        """Add images and their pairs, both of shape (n, channels, height, width)."""
-        images, reference = images.double(), reference.double()
-        self._psnr.update(images, reference)
+    def update(self, sets: ImageSets) -> None:
+        """Add a batch."""
+        images, reference = sets.quantized.double(), sets.full.double()
         self._energy += reference.square().sum().item()
         self._noise += (images - reference).square().sum().item()
-        self._has_ssim = min(images.shape[2:]) >= SSIM_WINDOW
-        if self._has_ssim:
-            self._ssim.update(images, reference)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all that `restore` needs to go on with the batches after these."""
-        sums = torch.tensor([self._energy, self._noise], dtype=torch.float64)
+    def result(self, count: int) -> list[Measure]:
+        """Return the ratio in dB."""
+        value = sqnr(self._energy, self._noise)
+        return [Measure("sqnr", "paired SQNR, dB", value, f"{value:.2f}", _of_pairs(count))]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return its sums."""
+        return {"sums": torch.tensor([self._energy, self._noise], dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take its sums."""
+        self._energy, self._noise = state["sums"].tolist()
+
+
+class Frechet(Metric):
+    """Frechet distances (Heusel et al., NeurIPS 2017) of images rounded to 8 bits, as in files."""
+
+    name = "frechet"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._moments = [FeatureMoments() for _ in ImageSets._fields]
+
+    def update(self, sets: ImageSets) -> None:
+        """Add a batch."""
+        for moments, images in zip(self._moments, sets, strict=True):
+            moments.update(features_of(images, self.setting))
+
+    def result(self, count: int) -> list[Measure]:
+        """Return distances from full-precision images, and from those of a data set."""
+        quantized, full, other = (moments.statistics() for moments in self._moments)
+        apart, floor = frechet_distance(quantized, other), frechet_distance(full, other)
+        note = f"{count} images, from {count} full-precision ones of another seed"
+        label = f"Frechet distance ({self.setting.features_name})"
+        return [
+            _distance("frechet", label, apart, note),
+            _distance(
+                "frechet_floor",
+                "its noise floor",
+                floor,
+                "the same, with the full-precision images of equal seeds",
+            ),
+            *self._from_data_set(count, quantized, full, other),
+        ]
+
+    def _from_data_set(self, count: int, *sets: FeatureStatistics) -> list[Measure]:
+        """Return the distances of the three sets from a data set, where there is one."""
+        if self.setting.statistics is None:
+            return []
+        real = self.setting.statistics.statistics
+        quantized, full, other = (frechet_distance(each, real) for each in sets)
+        of = f"{count} images, from {real.count} of the data set"
+        noise = "what it differs by from the line above is noise"
+        return [
+            _distance("data_set", "Frechet distance from the data set", quantized, of),
+            _distance("data_set_full", "the same in full precision", full, "from equal noise"),
+            _distance("data_set_other", "and of another seed", other, noise),
+        ]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the sums of the three sets, by their number."""
         return {
-            **{f"psnr/{name}": each for name, each in self._psnr.state_dict().items()},
-            **{f"ssim/{name}": each for name, each in self._ssim.state_dict().items()},
-            "sqnr/sums": sums,
+            f"{index}/{name}": tensor
+            for index, moments in enumerate(self._moments)
+            for name, tensor in moments.tensors().items()
         }
 
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what `tensors` gave; a batch must follow before anything is measured."""
-        self._psnr.load_state_dict(part("psnr", tensors))
-        self._ssim.load_state_dict(part("ssim", tensors))
-        self._energy, self._noise = tensors["sqnr/sums"].tolist()
-
-    @property
-    def psnr(self) -> float:
-        """Peak signal-to-noise ratio in dB."""
-        return float(self._psnr.compute())
-
-    @property
-    def sqnr(self) -> float:
-        """Energy of the pairs over that of the errors, in dB."""
-        return sqnr(self._energy, self._noise)
-
-    @property
-    def ssim(self) -> float:
-        """Mean structural similarity, NaN where images are smaller than its window."""
-        return float(self._ssim.compute()) if self._has_ssim else math.nan
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take the sums of the three sets."""
+        for index, moments in enumerate(self._moments):
+            moments.restore(part(str(index), state))
 
 
-class FrechetDistance:
-    """Distance between sets of images in chosen features (Heusel et al., NeurIPS 2017).
+def _distance(key: str, label: str, value: float, note: str) -> Measure:
+    return Measure(key, label, value, f"{value:.4g}", note)
 
-    Args:
-        features: Maps images in [0, 1] to features of shape (n, any).
-        real: The images to compare with, in [0, 1], at least two.
+
+METRICS: tuple[type[Metric], ...] = (Psnr, Ssim, Sqnr, Frechet)
+"""The metrics of an evaluation, in the order of its tables."""
+
+
+def features_of(images: torch.Tensor, setting: Setting) -> torch.Tensor:
+    """Return the features of images as they would be read from a file; RGB beside a data set.
 
     Raises:
-        InputError: If what the features give has another shape.
-
-    Example:
-        >>> from msfp.evaluation.features import pixels
-        >>> images = torch.rand(40, 1, 8, 8)
-        >>> distance = FrechetDistance(pixels, images)
-        >>> distance(images) < 1e-3 < distance(images / 2)
-        True
+        InputError: If the data set's images are of another size.
     """
-
-    def __init__(self, features: Features, real: torch.Tensor) -> None:
-        self._features, self._real = features, _statistics(features, real)
-
-    def __call__(self, images: torch.Tensor) -> float:
-        """Return the distance of images in [0, 1] from the real ones."""
-        return frechet_distance(_statistics(self._features, images), self._real)
-
-
-def _statistics(features: Features, images: torch.Tensor) -> FeatureStatistics:
-    """Return the statistics of the features of images."""
-    moments = FeatureMoments()
-    moments.update(checked_features(features, images))
-    return moments.statistics()
+    if setting.statistics is None:
+        return checked_features(setting.features, eight_bits(images))
+    size = setting.statistics.size
+    if images.shape[2:] != (size, size):
+        height, width = images.shape[2:]
+        raise InputError(
+            f"statistics must be of images as large as the model's, {height}x{width}, not "
+            f"{size}x{size}"
+        )
+    return checked_features(setting.features, eight_bits(images).expand(-1, 3, -1, -1))

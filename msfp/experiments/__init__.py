@@ -1,1 +1,1 @@
-"""Reference models, the demo and the study."""
+"""The models that ship, the demo and the study."""

@@ -1,1 +1,1 @@
-"""Quantized layers, and how their products are computed."""
+"""Quantized layers, their LoRAs, and what computes their products."""

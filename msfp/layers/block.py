@@ -1,6 +1,6 @@
 """Layers whose weight and input are rounded to block formats, MX and NVFP4.
 
-There is nothing to search, and nothing is trained: they are sealed from the start.
+There is nothing to search, and nothing is trained: they are packed from the start.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import nn
 from fpformats import Blocks, decode_blocks, encode_blocks, pack, quantize_blocks, unpack
 from msfp.errors import InputError
 from msfp.layers.formats import BlockFormats
-from msfp.layers.packed import SealedLayer, from_bits, sealed_layers, to_bits
+from msfp.layers.packed import PackedLayer, from_bits, packed_layers, to_bits
 
 WEIGHT_AXIS = 1
 """The axis of a weight that its blocks lie along: the input channels."""
 
 
-class BlockLayer(SealedLayer):
-    """A sealed layer with a scale for each block of input channels.
+class BlockLayer(PackedLayer):
+    """A packed layer with a scale for each block of input channels.
 
     Attributes:
         weight_scale: Codes of the scales of the weight's blocks, uint8, of the shape of the weight
@@ -37,41 +37,41 @@ class BlockLayer(SealedLayer):
     @classmethod
     def empty_like(cls, layer: nn.Module, formats: BlockFormats) -> Self:
         """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
-        sealed = cls._with_codes(layer, formats)
-        fmt, device = formats.weight_blocks, sealed.codes.device
-        shape = list(sealed.weight_shape)
+        packed = cls._with_codes(layer, formats)
+        fmt, device = formats.weight_blocks, packed.codes.device
+        shape = list(packed.weight_shape)
         shape[WEIGHT_AXIS] = -(-shape[WEIGHT_AXIS] // fmt.size)
         scale = torch.zeros(shape, dtype=torch.uint8, device=device)
-        sealed.register_buffer("weight_scale", scale)
+        packed.register_buffer("weight_scale", scale)
         bits = torch.zeros((), dtype=torch.int32, device=device)
-        sealed.register_buffer("tensor_scale", bits if fmt.tensor_scale else None)
-        return sealed
+        packed.register_buffer("tensor_scale", bits if fmt.tensor_scale else None)
+        return packed
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
+    def of_weight(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
         """Return a layer with the attributes and the bias of another, and with a weight to pack."""
-        sealed = cls.empty_like(layer, formats)
+        packed = cls.empty_like(layer, formats)
         blocks = encode_blocks(weight, formats.weight_blocks, axis=WEIGHT_AXIS)
-        sealed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
-        sealed.weight_scale = blocks.scales
+        packed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
+        packed.weight_scale = blocks.scales
         if blocks.tensor_scale is not None:
-            sealed.tensor_scale = to_bits(blocks.tensor_scale)
-        return sealed
+            packed.tensor_scale = to_bits(blocks.tensor_scale)
+        return packed
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, each block of channels to its own scale; same shape, dtype."""
         if self.formats is None or self.formats.input_blocks is None:
             return x
-        axis = -1 if isinstance(self, nn.Linear) else 1 - len(self.weight_shape)
+        axis = self.kind.channel_axis(x)
         rounded: torch.Tensor = quantize_blocks(x, self.formats.input_blocks, axis=axis)
         return rounded
 
-    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
-        """Return the values of the codes, of the only entry, by the scales of their blocks."""
+    def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
+        """Return the values of the codes, of the only adapter, by the scales of their blocks."""
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
-        del entry
+        del adapter
         codes = unpack(self.codes, self.formats.bits, shape=tuple(self.weight_shape))
         whole = None if self.tensor_scale is None else from_bits(self.tensor_scale)
         blocks = Blocks(codes, self.weight_scale, whole)
@@ -81,29 +81,9 @@ class BlockLayer(SealedLayer):
         return weight
 
 
-class BlockLinear(BlockLayer, nn.Linear):  # type: ignore[override]
-    """nn.Linear with weight and input in blocks."""
-
-
-class BlockConv1d(BlockLayer, nn.Conv1d):  # type: ignore[override]
-    """nn.Conv1d with weight and input in blocks."""
-
-
-class BlockConv2d(BlockLayer, nn.Conv2d):  # type: ignore[override]
-    """nn.Conv2d with weight and input in blocks."""
-
-
-BLOCK_LAYERS: dict[type[nn.Module], type[BlockLayer]] = {
-    nn.Linear: BlockLinear,
-    nn.Conv1d: BlockConv1d,
-    nn.Conv2d: BlockConv2d,
-}
-"""The counterpart of each plain layer."""
-
-
 def block_layers(denoiser: nn.Module) -> dict[str, BlockLayer]:
     """Return the block layers of a denoiser by name, in definition order."""
-    layers = sealed_layers(denoiser)
+    layers = packed_layers(denoiser)
     return {name: layer for name, layer in layers.items() if isinstance(layer, BlockLayer)}
 
 

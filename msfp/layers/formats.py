@@ -8,24 +8,19 @@ from typing import Any, Self
 import torch
 
 from fpformats import FloatFormat, parse
-from fpformats.ops.blocks import MXFP4, MXFP6_E2M3, MXFP8_E4M3, NVFP4, BlockFormat
-from msfp.config import check_choice
+from fpformats.ops.blocks import PRESETS, BlockFormat
+from msfp.config import BLOCK_SCHEMES
 from msfp.errors import InputError
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.support.checks import check_choice
 
 TENSOR, CHANNEL, BLOCK = "tensor", "channel", "block"
 """The granularities of one scale, of one for each channel, and of one for each block."""
-BLOCK_FORMATS: dict[str, BlockFormat] = {
-    "MXFP4": MXFP4,
-    "MXFP6_E2M3": MXFP6_E2M3,
-    "MXFP8_E4M3": MXFP8_E4M3,
-    "NVFP4": NVFP4,
-}
 KEYS = {
     "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
 }  # fmt: skip
 """The keys of a layer in a checkpoint's config."""
-BRANCH_ENTRIES = "branch_entries"
+BRANCH_ADAPTERS = "branch_adapters"
 """One more key, of layers that have several branches."""
 
 
@@ -40,7 +35,7 @@ class LayerFormats:
         input_granularity: "tensor" where the inputs have one scale, "channel" where each of their
             channels has its own.
         branch_rank: Rank of the branch of full precision, 0 where there is none.
-        branch_entries: Branches of that rank, of which the routing chooses one.
+        branch_adapters: Branches of that rank, of which the routing chooses one.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
@@ -54,7 +49,7 @@ class LayerFormats:
     input: FloatFormat | None = None
     input_granularity: str = TENSOR
     branch_rank: int = 0
-    branch_entries: int = 1
+    branch_adapters: int = 1
 
     @property
     def bits(self) -> int:
@@ -67,8 +62,8 @@ class LayerFormats:
             parts.append(f"input={self.input}")
         if self.branch_rank:
             parts.append(f"branch_rank={self.branch_rank}")
-        if self.branch_entries > 1:
-            parts.append(f"branch_entries={self.branch_entries}")
+        if self.branch_adapters > 1:
+            parts.append(f"branch_adapters={self.branch_adapters}")
         return ", ".join(parts)
 
     @classmethod
@@ -86,7 +81,7 @@ class LayerFormats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
-        several = {BRANCH_ENTRIES: self.branch_entries} if self.branch_entries > 1 else {}
+        several = {BRANCH_ADAPTERS: self.branch_adapters} if self.branch_adapters > 1 else {}
         return {
             "weight_format": str(self.weight),
             "weight_granularity": CHANNEL,
@@ -102,7 +97,7 @@ class BlockFormats:
     """Formats of one layer whose weight and inputs are in blocks, which have scales of their own.
 
     Attributes:
-        weight: Name of the format of the weight, a key of `BLOCK_FORMATS`.
+        weight: Name of the format of the weight, one of `fpformats`.
         input: That of the inputs, or None where they are left as they are.
 
     Example:
@@ -119,12 +114,12 @@ class BlockFormats:
     @property
     def weight_blocks(self) -> BlockFormat:
         """The format of the weight."""
-        return BLOCK_FORMATS[self.weight]
+        return PRESETS[self.weight]
 
     @property
     def input_blocks(self) -> BlockFormat | None:
         """The format of the inputs, or None."""
-        return None if self.input is None else BLOCK_FORMATS[self.input]
+        return None if self.input is None else PRESETS[self.input]
 
     @property
     def bits(self) -> int:
@@ -152,17 +147,17 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
         InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
             a granularity, a rank or a number of branches is not one that there can be.
     """
-    if not isinstance(names, dict) or set(names) - {BRANCH_ENTRIES} != KEYS:
+    if not isinstance(names, dict) or set(names) - {BRANCH_ADAPTERS} != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
     check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
     rank = names["branch_rank"]
     if type(rank) is not int or rank < 0:
         raise InputError(f"branch_rank must be a whole number from 0 on, not {rank!r}")
-    entries = names.get(BRANCH_ENTRIES)
-    if entries is not None and (type(entries) is not int or entries < 2 or not rank):
+    adapters = names.get(BRANCH_ADAPTERS)
+    if adapters is not None and (type(adapters) is not int or adapters < 2 or not rank):
         raise InputError(
-            f"{BRANCH_ENTRIES} must be a whole number from 2 on where branch_rank is above 0, and "
-            f"absent elsewhere, not {entries!r}"
+            f"{BRANCH_ADAPTERS} must be a whole number from 2 on where branch_rank is above 0, and "
+            f"absent elsewhere, not {adapters!r}"
         )
     in_blocks = names["weight_granularity"] == BLOCK
     allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
@@ -177,15 +172,16 @@ def _layer_formats(names: dict[str, Any]) -> LayerFormats:
         None if given is None else narrow_format("input_format", given),
         names["input_granularity"],
         names["branch_rank"],
-        names.get(BRANCH_ENTRIES) or 1,
+        names.get(BRANCH_ADAPTERS) or 1,
     )
 
 
 def _block_formats(names: dict[str, Any]) -> BlockFormats:
     if names["branch_rank"]:
         raise InputError(f"branch_rank must be 0 in block formats, not {names['branch_rank']}")
-    check_choice("weight_format", names["weight_format"], tuple(BLOCK_FORMATS))
-    check_choice("input_format", names["input_format"], (*BLOCK_FORMATS, None))
+    known = dict.fromkeys(name for widths in BLOCK_SCHEMES.values() for name in widths.values())
+    check_choice("weight_format", names["weight_format"], known)
+    check_choice("input_format", names["input_format"], (*known, None))
     return BlockFormats(names["weight_format"], names["input_format"])
 
 

@@ -1,9 +1,9 @@
-"""Sealed linear and convolution layers, with packed weights and quantized inputs.
+"""Packed linear and convolution layers, with packed weights and quantized inputs.
 
-A quantized layer (`msfp.layers.base`) is open while it holds the full-precision weight
-(`msfp.layers.trainable`), and sealed once it holds nothing but packed codes and scales, as the
+A quantized layer (`msfp.layers.base`) is trainable while it holds the full-precision weight
+(`msfp.layers.trainable`), and packed once it holds nothing but packed codes and scales, as the
 layers here do.
-Open layers can be trained; only sealed ones are saved. `msfp.layers.block` has sealed
+Open layers can be trained; only packed ones are saved. `msfp.layers.block` has packed
 layers with a scale for each block.
 
 Scales are kept as the bits of float32 numbers in int32 tensors, so that neither `model.half()` nor
@@ -26,16 +26,17 @@ from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer, quantized_layers
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import CHANNEL, BlockFormats, LayerFormats
+from msfp.layers.kinds import groups_of, plain_class
 from msfp.layers.lora.routers import Router
 from msfp.layers.lora.talora import attach_router
-from msfp.pipelines.denoiser import PLAIN_LAYERS, denoiser_of
+from msfp.pipelines.denoiser import denoiser_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class DequantizedWeight(torch.Tensor):
-    """The weight of a sealed layer as others see it: a copy that cannot be written through."""
+    """The weight of a packed layer as others see it: a copy that cannot be written through."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -48,16 +49,16 @@ class DequantizedWeight(torch.Tensor):
         )
 
 
-class SealedLayer(QuantizedLayer):
+class PackedLayer(QuantizedLayer):
     """A layer that keeps packed codes and dequantizes them at each forward.
 
     A new one is a plain layer of its nn class until it is given formats, as by `empty_like`.
 
     Attributes:
-        weight_shape: Shape of an entry's weight.
-        codes: The packed codes, uint8, one-dimensional. Each entry begins with a new byte.
+        weight_shape: Shape of an adapter's weight.
+        codes: The packed codes, uint8, one-dimensional. Each adapter begins with a new byte.
         dtype: What `weight` is in; moves with casts of the module.
-        cache: Dequantized weights, entries first, or None.
+        cache: Dequantized weights, adapters first, or None.
     """
 
     formats: LayerFormats | BlockFormats | None = None
@@ -67,28 +68,28 @@ class SealedLayer(QuantizedLayer):
     cache: torch.Tensor | None
 
     @abstractmethod
-    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
-        """Return the weight of an entry, computed in float32 from its codes and cast to a dtype."""
+    def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
+        """Return an adapter's weight, computed in float32 from its codes and cast to a dtype."""
 
     @classmethod
     def _with_codes(
-        cls, layer: nn.Module, formats: LayerFormats | BlockFormats, entries: int = 1
+        cls, layer: nn.Module, formats: LayerFormats | BlockFormats, adapters: int = 1
     ) -> Self:
         """Return a layer with the attributes and the bias of another, and codes of 0."""
-        sealed = adopt(cls, layer)
+        packed = adopt(cls, layer)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        sealed.formats, sealed.entries, sealed.cache = formats, entries, None
-        sealed.weight_shape, sealed.dtype = weight.shape, weight.dtype
-        del sealed._parameters["weight"]
-        size = entries * -(-weight.numel() * formats.bits // 8)
+        packed.formats, packed.adapters, packed.cache = formats, adapters, None
+        packed.weight_shape, packed.dtype = weight.shape, weight.dtype
+        del packed._parameters["weight"]
+        size = adapters * -(-weight.numel() * formats.bits // 8)
         codes = torch.zeros(size, dtype=torch.uint8, device=weight.device)
         # A parameter, not a buffer, because offloading leaves buffers where they are.
-        sealed.codes = nn.Parameter(codes, requires_grad=False)
-        return sealed
+        packed.codes = nn.Parameter(codes, requires_grad=False)
+        return packed
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight of the first entry; before there are formats, the parameter."""
+        """The dequantized weight of the first adapter; before there are formats, the parameter."""
         if self.formats is not None:
             return self.quantized_weight().as_subclass(DequantizedWeight)
         weight = self._parameters.get("weight")
@@ -96,11 +97,11 @@ class SealedLayer(QuantizedLayer):
             raise AttributeError("weight is not set yet")
         return weight
 
-    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the values of an entry's codes, computed in float32 and cast to a dtype.
+    def quantized_weight(self, adapter: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values of an adapter's codes, computed in float32 and cast to a dtype.
 
         Args:
-            entry: The entry of the hub.
+            adapter: The adapter of the hub.
             dtype: Any floating-point dtype, or None for that of the module.
         """
         if self.formats is None:
@@ -108,14 +109,14 @@ class SealedLayer(QuantizedLayer):
         dtype = self.dtype if dtype is None else dtype
         # What is cached in float32 is exact, and can be rounded to any dtype.
         if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
-            return self.cache[entry].to(dtype)
-        return self.decoded_weight(entry, NARROW.get(dtype, "float32")).to(dtype)
+            return self.cache[adapter].to(dtype)
+        return self.decoded_weight(adapter, NARROW.get(dtype, "float32")).to(dtype)
 
     def cache_weight(self, enabled: bool) -> None:
         """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
         self.cache = None
         if enabled and self.formats is not None:
-            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.entries)])
+            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.adapters)])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move and cast; codes and scales are integers, which casts leave alone."""
@@ -134,8 +135,8 @@ class SealedLayer(QuantizedLayer):
         return f"{super().extra_repr()}, {self.formats}"
 
 
-class ScaledLayer(SealedLayer):
-    """A sealed layer with a scale for each output channel.
+class ScaledLayer(PackedLayer):
+    """A packed layer with a scale for each output channel.
 
     Attributes:
         weight_scale: Bits of the scales, int32, shape (out,).
@@ -150,39 +151,39 @@ class ScaledLayer(SealedLayer):
     input_zero_point: torch.Tensor | None
 
     @classmethod
-    def empty_like(cls, layer: nn.Module, formats: LayerFormats, entries: int = 1) -> Self:
+    def empty_like(cls, layer: nn.Module, formats: LayerFormats, adapters: int = 1) -> Self:
         """Return a layer with the attributes and the bias of another, and codes and scales of 0.
 
-        Where its formats have several branches, these are the entries, and there is one weight.
+        Where its formats have several branches, these are the adapters, and there is one weight.
         """
-        several = formats.branch_entries > 1
-        sealed = cls._with_codes(layer, formats, 1 if several else entries)
+        several = formats.branch_adapters > 1
+        packed = cls._with_codes(layer, formats, 1 if several else adapters)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         inputs = formats.input
         by_channel = formats.input_granularity == CHANNEL
-        channels = weight.shape[1] * getattr(layer, "groups", 1)
+        channels = weight.shape[1] * groups_of(layer)
         for name, shape, needed in (
             ("weight_scale", (len(weight),), True),
             ("input_scale", (channels,) if by_channel else (), inputs is not None),
             ("input_zero_point", (), inputs is not None and not inputs.signed),
         ):
             bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
-            sealed.register_buffer(name, bits if needed else None)
+            packed.register_buffer(name, bits if needed else None)
         rank, columns = formats.branch_rank, weight[0].numel()
         for name, rows, width in (
             ("branch_down", rank, columns),
             ("branch_up", len(weight), rank),
         ):
-            shape = (*((formats.branch_entries,) if several else ()), rows, width)
+            shape = (*((formats.branch_adapters,) if several else ()), rows, width)
             factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             # Products may differ in the last bit where a gradient is asked for.
             fixed = nn.Parameter(factor, requires_grad=False)
-            sealed.register_parameter(name, fixed if rank else None)
-        return sealed
+            packed.register_parameter(name, fixed if rank else None)
+        return packed
 
     @classmethod
     @torch.no_grad()
-    def pack(
+    def of_weights(
         cls,
         layer: nn.Module,
         weights: Sequence[torch.Tensor],
@@ -192,26 +193,26 @@ class ScaledLayer(SealedLayer):
         """Return a layer with the attributes and the bias of another, and with weights to pack.
 
         Args:
-            layer: The layer to be like, plain or open.
-            weights: One weight for each entry of a hub.
+            layer: The layer to be like, plain or trainable.
+            weights: One weight for each adapter of a hub.
             weight_quantizer: The grid of the weights.
             input_quantizer: That of the inputs, or None to leave them as they are.
         """
         inputs, fmt = input_quantizer, weight_quantizer.format
         down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
         formats = LayerFormats.of(weight_quantizer, inputs, up)
-        sealed = cls.empty_like(layer, formats, len(weights))
-        sealed.branch_down, sealed.branch_up = down, up
+        packed = cls.empty_like(layer, formats, len(weights))
+        packed.branch_down, packed.branch_up = down, up
         codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]
-        sealed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
-        sealed.weight_scale = to_bits(weight_quantizer.scale).reshape(len(weights[0]))
+        packed.codes = nn.Parameter(torch.cat(codes), requires_grad=False)
+        packed.weight_scale = to_bits(weight_quantizer.scale).reshape(len(weights[0]))
         if inputs is not None:
             channel = formats.input_granularity == CHANNEL
-            sealed.input_scale = to_bits(inputs.scale.flatten() if channel else inputs.scale)
-            sealed.input_zero_point = (
+            packed.input_scale = to_bits(inputs.scale.flatten() if channel else inputs.scale)
+            packed.input_zero_point = (
                 None if inputs.zero_point is None else to_bits(inputs.zero_point)
             )
-        return sealed
+        return packed
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype; computed in float32 if it is narrower."""
@@ -226,12 +227,12 @@ class ScaledLayer(SealedLayer):
         )
         return rounded
 
-    def decoded_weight(self, entry: int, dtype: str) -> torch.Tensor:
-        """Return `scale * value` of an entry's codes, computed in float32 and cast to a dtype."""
+    def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
+        """Return `scale * value` of an adapter's codes, computed in float32 and cast to a dtype."""
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
         weight: torch.Tensor = decode_scaled(
-            self.codes.view(self.entries, -1)[entry],
+            self.codes.view(self.adapters, -1)[adapter],
             self.formats.weight,
             from_bits(self.weight_scale).view(-1, *(1,) * (len(self.weight_shape) - 1)),
             dtype=dtype,
@@ -259,26 +260,6 @@ class ScaledLayer(SealedLayer):
         return weights, Quantizer(self.formats.input, scale, zero)
 
 
-class QuantLinear(ScaledLayer, nn.Linear):  # type: ignore[override]
-    """nn.Linear with packed weight and quantized input."""
-
-
-class QuantConv1d(ScaledLayer, nn.Conv1d):  # type: ignore[override]
-    """nn.Conv1d with packed weight and quantized input."""
-
-
-class QuantConv2d(ScaledLayer, nn.Conv2d):  # type: ignore[override]
-    """nn.Conv2d with packed weight and quantized input."""
-
-
-SCALED_LAYERS: dict[type[nn.Module], type[ScaledLayer]] = {
-    nn.Linear: QuantLinear,
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-}
-"""The sealed counterpart of each plain layer, with a scale for each output channel."""
-
-
 def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
     """Return a layer of another class with the attributes, hooks and parameters of one.
 
@@ -292,11 +273,10 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
     return adopted
 
 
-def dequantized(layer: SealedLayer) -> nn.Module:
-    """Return the plain layer of the first entry of a sealed one, its branch merged."""
-    plain_class = next(plain for plain in PLAIN_LAYERS if isinstance(layer, plain))
-    plain = adopt(plain_class, layer)
-    for name in ("formats", "entries", "weight_shape", "dtype", "cache"):
+def dequantized(layer: PackedLayer) -> nn.Module:
+    """Return the plain layer of the first adapter of a packed one, its branch merged."""
+    plain = adopt(plain_class(type(layer)), layer)
+    for name in ("formats", "adapters", "weight_shape", "dtype", "cache"):
         del plain.__dict__[name]
     weight = layer.quantized_weight()
     if layer.branch_down is not None and layer.branch_up is not None:
@@ -317,19 +297,19 @@ def from_bits(bits: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32)
 
 
-def sealed_layers(denoiser: nn.Module) -> dict[str, SealedLayer]:
-    """Return the sealed layers of a denoiser by name, in definition order."""
+def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
+    """Return the packed layers of a denoiser by name, in definition order."""
     layers = quantized_layers(denoiser)
-    return {name: layer for name, layer in layers.items() if isinstance(layer, SealedLayer)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, PackedLayer)}
 
 
-def cache_weights(denoiser: DiffusionPipeline | nn.Module, enabled: bool = True) -> None:
-    """Keep dequantized weights in memory for speed, or dequantize at each forward.
+def cache_weights(model: DiffusionPipeline | nn.Module, *, enabled: bool = True) -> None:
+    """Keep dequantized weights in memory for speed, in place, or dequantize at each forward.
 
     Outputs are the same bits either way. What is cached is not saved.
 
     Args:
-        denoiser: A network with sealed layers, or a pipeline with one.
+        model: With packed layers: a pipeline or its denoiser.
         enabled: Whether to keep them.
 
     Raises:
@@ -338,11 +318,12 @@ def cache_weights(denoiser: DiffusionPipeline | nn.Module, enabled: bool = True)
     Example:
         >>> import msfp
         >>> network = nn.Sequential(nn.Linear(64, 64))
-        >>> layers = msfp.quantize(network, msfp.QuantizationConfig(4, None, 4))
-        >>> msfp.seal(network)
+        >>> config = msfp.QuantizationConfig(activation_bits=None, end_bits=4)
+        >>> layers = msfp.quantize(network, config)
+        >>> _ = msfp.pack(network)
         >>> cache_weights(network)
     """
-    for layer in sealed_layers(denoiser_of(denoiser)).values():
+    for layer in packed_layers(denoiser_of(model)).values():
         layer.cache_weight(enabled)
 
 

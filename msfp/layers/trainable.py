@@ -14,18 +14,12 @@ from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import LayerFormats
+from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import LoRAHub
-from msfp.layers.packed import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantLinear,
-    ScaledLayer,
-    SealedLayer,
-    adopt,
-)
+from msfp.layers.packed import PackedLayer, ScaledLayer, adopt
 
 
-class OpenLayer(QuantizedLayer):
+class TrainableLayer(QuantizedLayer):
     """A layer that quantizes its weight at each forward, with gradients.
 
     Attributes:
@@ -37,7 +31,7 @@ class OpenLayer(QuantizedLayer):
         quantizing: False makes it the plain layer, in full precision.
     """
 
-    sealed_class: type[ScaledLayer]
+    packed_class: type[ScaledLayer]
     weight: torch.Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
@@ -48,40 +42,30 @@ class OpenLayer(QuantizedLayer):
     def wrap(
         cls, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None
     ) -> Self:
-        """Return an open layer that shares the parameters of a plain one."""
-        opened = adopt(cls, layer)
-        opened.weight_quantizer = weight_quantizer
-        opened.input_quantizer = input_quantizer
-        opened.register_module("hub", None)
-        opened.register_parameter("branch_down", None)
-        opened.register_parameter("branch_up", None)
-        return opened
+        """Return a trainable layer that shares the parameters of a plain one."""
+        trainable = adopt(cls, layer)
+        trainable.weight_quantizer = weight_quantizer
+        trainable.input_quantizer = input_quantizer
+        trainable.register_module("hub", None)
+        trainable.register_parameter("branch_down", None)
+        trainable.register_parameter("branch_up", None)
+        return trainable
 
     @property
     def formats(self) -> LayerFormats:  # type: ignore[override]
         """Formats of weight and inputs."""
         return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
 
-    def merged_weight(self, entry: int = 0) -> torch.Tensor:
-        """Return the weight with the correction of an entry of the hub, before it is rounded."""
+    def merged_weight(self, adapter: int = 0) -> torch.Tensor:
+        """Return the weight with the correction of an adapter of the hub, before it is rounded."""
         if self.hub is None or self.hub.beside:
             return self.weight
-        return self.weight + self.hub.correction(entry).view_as(self.weight)
+        return self.weight + self.hub.correction(adapter).view_as(self.weight)
 
-    def quantized_weight(self, entry: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the rounded weight for an entry of the hub, in a dtype or that of the weight."""
-        weight: torch.Tensor = self.weight_quantizer(self.merged_weight(entry))
+    def quantized_weight(self, adapter: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the rounded weight for an adapter of the hub, in a dtype or that of the weight."""
+        weight: torch.Tensor = self.weight_quantizer(self.merged_weight(adapter))
         return weight.to(dtype)
-
-    def quantized_weights(
-        self, entries: Sequence[int], dtype: torch.dtype
-    ) -> Sequence[torch.Tensor]:
-        """Return the rounded weights for some entries of the hub, rounded as one tensor."""
-        if len(entries) == 1:
-            return super().quantized_weights(entries, dtype)
-        merged = torch.stack([self.merged_weight(entry) for entry in entries])
-        weights: torch.Tensor = self.weight_quantizer(merged)
-        return weights.to(dtype).unbind()
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype."""
@@ -103,7 +87,7 @@ class OpenLayer(QuantizedLayer):
 
     @property
     def weights_are_routed(self) -> bool:
-        """Whether the hub is inside the quantizer, and its entries are chosen by the routing."""
+        """Whether the hub is inside the quantizer, and its adapters are chosen by the routing."""
         return self.routing is not None and not self._hub_is_beside
 
     @property
@@ -131,24 +115,44 @@ class OpenLayer(QuantizedLayer):
         return torch.cat([own_down, down], dim=-2), torch.cat([own_up, up], dim=-1)
 
     @torch.no_grad()
-    def seal(self) -> SealedLayer:
-        """Return the sealed layer of the same outputs, with an entry for each of the hub.
+    def pack(self) -> PackedLayer:
+        """Return the packed layer of the same outputs, with an adapter for each of the hub.
 
         A weight that processes share out is gathered for good.
         """
         if parametrize.is_parametrized(self, "weight"):
             parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
         count = 1 if self.hub is None or self.hub.beside else len(self.hub.up)
-        weights = [self.merged_weight(entry) for entry in range(count)]
+        weights = [self.merged_weight(adapter) for adapter in range(count)]
         layer = adopt(type(self), self)
         for name, factor in zip(("branch_down", "branch_up"), self._beside(), strict=True):
             kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
             layer.register_parameter(name, kept)
-        return self.sealed_class.pack(layer, weights, self.weight_quantizer, self.input_quantizer)
+        return self.packed_class.of_weights(
+            layer, weights, self.weight_quantizer, self.input_quantizer
+        )
 
-    def _routed(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to each sample the weight of its entry, with the gradient of the choice."""
-        return self._chosen(super()._routed(x), x)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the rounded weight gives, of several with the gradient of the choice."""
+        if not self.weights_are_routed:
+            return super().product(x)
+        rounded = self.quantize_input(x)
+        used = self.winners.unique().tolist()
+        weights = dict(zip(used, self._rounded_weights(used, x.dtype), strict=True))
+        y = self._by_adapter(
+            rounded, lambda part, adapter: self.compute(part, weights[adapter], self.bias)
+        )
+        return self._chosen(y, rounded)
+
+    def _rounded_weights(
+        self, adapters: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[torch.Tensor]:
+        """Return the rounded weights for some adapters of the hub, rounded as one tensor."""
+        if len(adapters) == 1:
+            return [self.quantized_weight(adapters[0], dtype)]
+        merged = torch.stack([self.merged_weight(adapter) for adapter in adapters])
+        weights: torch.Tensor = self.weight_quantizer(merged)
+        return weights.to(dtype).unbind()
 
     def _chosen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return an output with the gradient of the choice; `x` is what the hub reads."""
@@ -162,7 +166,7 @@ class OpenLayer(QuantizedLayer):
         return routed
 
     def gains(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Return what the loss gains from each entry's correction, shape (batch, entries).
+        """Return what the loss gains from each adapter's correction, shape (batch, adapters).
 
         That is the inner product of the output's gradient with the layer applied with the
         correction alone, in float32. Its factors are shared out between the two sides, so that but
@@ -175,13 +179,13 @@ class OpenLayer(QuantizedLayer):
         if self.hub is None:
             raise ValueError("the layer has no hub")
         down, up = (factor.to(grad.dtype) for factor in self.hub.all_factors())
-        x, entries = x.to(grad.dtype), range(len(up))
-        if self.groups_of_channels > 1:
-            added = [self.low_rank(x, down[entry], up[entry]) for entry in entries]
+        x, adapters = x.to(grad.dtype), range(len(up))
+        if groups_of(self) > 1:
+            added = [self.low_rank(x, down[adapter], up[adapter]) for adapter in adapters]
             return torch.stack([(y.float() * grad).flatten(1).sum(1) for y in added], dim=1)
         inner = self.squeeze(x, down.flatten(0, 1))
-        outer = self.mix(grad, up.mT.flatten(0, 1))
-        channels = -1 if isinstance(self, nn.Linear) else 1
+        outer = self.kind.mix(grad, up.mT.flatten(0, 1))
+        channels = self.kind.channel_axis(grad)
         product = (inner.float() * outer).movedim(channels, 1).unflatten(1, (len(up), -1))
         gained: torch.Tensor = product.flatten(2).sum(2)
         return gained
@@ -192,15 +196,15 @@ class OpenLayer(QuantizedLayer):
 
 
 class _Choice(torch.autograd.Function):
-    """An output as it is, with the gradient of each sample's choice among the entries.
+    """An output as it is, with the gradient of each sample's choice among the adapters.
 
-    Straight through the quantizer, the output moves with the choice of an entry by what that
-    entry adds to it.
+    Straight through the quantizer, the output moves with the choice of an adapter by what that
+    adapter adds to it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, choices: torch.Tensor, x: torch.Tensor, layer: OpenLayer
+        ctx: Any, y: torch.Tensor, choices: torch.Tensor, x: torch.Tensor, layer: TrainableLayer
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.like = layer, choices
@@ -216,42 +220,18 @@ class _Choice(torch.autograd.Function):
 _choose: Callable[..., torch.Tensor] = _Choice.apply
 
 
-class OpenLinear(OpenLayer, nn.Linear):
-    """nn.Linear with quantized weight and input, to be trained."""
-
-    sealed_class = QuantLinear
-
-
-class OpenConv1d(OpenLayer, nn.Conv1d):
-    """nn.Conv1d with quantized weight and input, to be trained."""
-
-    sealed_class = QuantConv1d
-
-
-class OpenConv2d(OpenLayer, nn.Conv2d):
-    """nn.Conv2d with quantized weight and input, to be trained."""
-
-    sealed_class = QuantConv2d
-
-
-OPEN_LAYERS: dict[type[nn.Module], type[OpenLayer]] = {
-    nn.Linear: OpenLinear,
-    nn.Conv1d: OpenConv1d,
-    nn.Conv2d: OpenConv2d,
-}
-"""The open counterpart of each plain layer."""
-
-
-def open_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
-    """Return the open layers of a denoiser by name, in definition order."""
+def trainable_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:
+    """Return the trainable layers of a denoiser by name, in definition order."""
     return {
-        name: module for name, module in denoiser.named_modules() if isinstance(module, OpenLayer)
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, TrainableLayer)
     }
 
 
-def untrained_layers(denoiser: nn.Module) -> dict[str, OpenLayer]:
-    """Return what `open_layers` does; raise InputError if there are none, or they have LoRAs."""
-    layers = open_layers(denoiser)
+def untrained_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:
+    """Return the trainable layers; raise InputError if there are none, or they have LoRAs."""
+    layers = trainable_layers(denoiser)
     if not layers or any(layer.hub is not None for layer in layers.values()):
-        raise InputError("denoiser must have been quantized and not yet sealed or fine-tuned")
+        raise InputError("denoiser must have been quantized and not yet packed or fine-tuned")
     return layers

@@ -1,1 +1,1 @@
-"""The user's pipeline: its denoiser, how it is called, and recordings of those calls."""
+"""The user's pipeline: its denoiser, its calls, and recordings of these."""

@@ -1,39 +1,47 @@
-"""Keeping the arguments of a denoiser's forwards on disk, to make the same calls again.
+"""Saving the arguments of a denoiser's forwards, to make the same calls again.
 
 folder/
-  00000.safetensors   the tensors of one call; its metadata say where they go
+  00000.safetensors   the tensors of one forward; its metadata say where they belong
   00001.safetensors ...
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.sampler import PipelineCall
-from msfp.support.files import atomic_file
+from msfp.pipelines.sampler import PipelineCall, check_calls
+from msfp.support.container import Header, Kind, read, write
+from msfp.support.hooks import hooked
 
-KEY = "msfp_call"
+
+def _named_arguments(header: Header) -> Header:
+    """Return the header of a call of version 1, whose facts were the tree of arguments itself."""
+    return Header({}, {"arguments": header.facts})
 
 
-def store_calls(
-    pipe: DiffusionPipeline | nn.Module, call: PipelineCall, folder: str | Path
+KIND = Kind("a saved call", first_key="msfp_call", migrations={1: _named_arguments})
+
+
+def save_calls(
+    model: DiffusionPipeline | nn.Module,
+    folder: str | Path,
+    *,
+    calls: PipelineCall | Sequence[PipelineCall],
 ) -> list[Path]:
-    """Make a call of a pipeline, and write each forward of its denoiser to a file.
+    """Make calls of a pipeline, and write each forward of its denoiser to a file.
 
     Args:
-        pipe: A pipeline, or the denoiser itself.
-        call: What to do with it.
+        model: A pipeline, or the denoiser itself.
         folder: A folder, which may hold files already; new ones get the numbers that follow.
+        calls: What to do with the model: a function, or several.
 
     Returns:
         The files that were written.
@@ -44,66 +52,60 @@ def store_calls(
     Example:
         >>> import tempfile
         >>> folder, network = tempfile.mkdtemp(), nn.Linear(3, 3)
-        >>> files = store_calls(network, lambda network: network(torch.ones(2, 3)), folder)
+        >>> files = save_calls(network, folder, calls=lambda network: network(torch.ones(2, 3)))
         >>> [file.name for file in files]
         ['00000.safetensors']
     """
-    folder = Path(folder)
+    folder, given = Path(folder), check_calls("calls", calls)
     folder.mkdir(parents=True, exist_ok=True)
-    first = len(stored_files(folder))
+    first = len(call_files(folder))
     files: list[Path] = []
 
-    def write(_denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def save(_denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         tree = _stripped({"args": list(args), "kwargs": kwargs}, "", tensors)
         file = folder / f"{first + len(files):05d}.safetensors"
-        with atomic_file(file) as partial:
-            save_file(tensors, partial, metadata={KEY: json.dumps(tree)})
+        write(file, KIND, tensors, {"arguments": tree})
         files.append(file)
 
-    handle = denoiser_of(pipe).register_forward_pre_hook(write, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            call(pipe)
-    finally:
-        handle.remove()
+    hook = denoiser_of(model).register_forward_pre_hook(save, with_kwargs=True)
+    with hooked([hook]), torch.no_grad():
+        for call in given:
+            call(model)
     return files
 
 
-def stored_files(folder: str | Path) -> list[Path]:
-    """Return the files of a folder that `store_calls` wrote, in order."""
+def call_files(folder: str | Path) -> list[Path]:
+    """Return the files of a folder that `save_calls` wrote, in order."""
     return sorted(Path(folder).glob("*.safetensors"))
 
 
-def stored_calls(folder: str | Path) -> list[PipelineCall]:
-    """Return the stored calls of a folder, for `calibrate`; each is read when it is made.
+def load_calls(folder: str | Path) -> list[PipelineCall]:
+    """Return the saved calls of a folder, for `calibrate`; each is read when it is made.
 
     Raises:
         InputError: If the folder holds none.
     """
-    files = stored_files(folder)
+    files = call_files(folder)
     if not files:
-        raise InputError(f"{folder} holds no stored calls: store_calls writes them")
-    return [_Replay(file) for file in files]
+        raise InputError(f"{folder} holds no saved calls: msfp.save_calls writes them")
+    return [_SavedCall(file) for file in files]
 
 
-class _Replay:
+class _SavedCall:
     """Makes the call that a file holds."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def __call__(self, pipe: DiffusionPipeline | nn.Module) -> None:
+    def __call__(self, model: DiffusionPipeline | nn.Module) -> None:
         """Run the denoiser of a pipeline, on its device."""
-        denoiser = denoiser_of(pipe)
-        device = next(denoiser.parameters()).device
+        denoiser = denoiser_of(model)
+        header, tensors = read(self.file, KIND, next(denoiser.parameters()).device)
         try:
-            with safe_open(self.file, framework="pt", device=str(device)) as opened:
-                tree = json.loads((opened.metadata() or {})[KEY])
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, LookupError, ValueError) as error:
-            raise InputError(f"{self.file} is not a stored call: {error}") from error
-        arguments = _restored(tree, tensors)
+            arguments = _restored(header.facts["arguments"], tensors)
+        except (LookupError, ValueError, TypeError) as error:
+            raise InputError(f"{self.file} cannot be read as {KIND.name}: {error}") from error
         denoiser(*arguments["args"], **arguments["kwargs"])
 
 
@@ -118,7 +120,9 @@ def _stripped(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"list": [_stripped(v, f"{path}.{k}", tensors) for k, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise InputError(f"argument{path} of the denoiser is a {type(value).__name__}: not stored")
+    raise InputError(
+        f"argument{path} of the denoiser is a {type(value).__name__}, which cannot be saved"
+    )
 
 
 def _restored(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

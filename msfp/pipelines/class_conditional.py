@@ -26,7 +26,7 @@ from msfp.errors import InputError
 class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
     """What samples images of classes; the label after the last class stands for "no class".
 
-    As in diffusers' `DiTPipeline`, the branch of the class comes before that of "no class".
+    As in diffusers' `DiTPipeline`, the guidance branch of the class comes first.
     """
 
     @property

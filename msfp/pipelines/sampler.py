@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from msfp.config import MAX_SEED, MIN_SEED, check_number, check_whole
 from msfp.errors import InputError
+from msfp.support.checks import MAX_SEED, MIN_SEED, check_number, check_whole
+from msfp.support.progress import Progress, counted, no_progress
 
-Progress = Callable[[int], None]
-"""Called with the number of images, or of calls, that were just finished."""
 PipelineCall = Callable[[Any], object]
 """A function that does something with a pipeline, or with a bare denoiser."""
 CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
@@ -74,19 +73,30 @@ class Sampler:
             check_number("guidance_scale", self.guidance_scale, -1e6, 1e6)
 
     def __call__(
-        self, pipe: DiffusionPipeline, count: int, seed: int, progress: Progress | None = None
+        self,
+        pipe: DiffusionPipeline,
+        count: int,
+        seed: int,
+        *,
+        progress: Progress = no_progress,
     ) -> torch.Tensor:
         """Return `count` images of shape (count, channels, height, width) in [0, 1], float32.
+
+        Args:
+            pipe: What to call.
+            count: Images in all.
+            seed: Of their noise.
+            progress: Told of each batch.
 
         Raises:
             InputError: If the pipeline takes other conditions or no guidance scale, or cannot
                 sample in its dtype, or the count or the seed is out of range.
         """
         images = []
+        finished = counted(progress, "sampling", count)
         for some in self.batches(pipe, count, seed):
             images.append(some)
-            if progress is not None:
-                progress(len(some))
+            finished(len(some))
         return torch.cat(images)
 
     def batches(

@@ -1,1 +1,1 @@
-"""Post-training quantization: quantize a whole denoiser, and refine it without training."""
+"""Post-training quantization of a whole denoiser, and refinement without training."""

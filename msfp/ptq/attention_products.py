@@ -6,10 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Histogram
-from fpformats.fitting.search import Choice, search
-from msfp.checkpoint.diffusers_quantizer import attach_anew
-from msfp.config import MAX_BITS, MIN_BITS, check_type, check_whole
+from fpformats import Choice, Histogram, search
+from msfp.checkpoint.diffusers_quantizer import attach_again
+from msfp.config import MAX_BITS, MIN_BITS
 from msfp.errors import InputError
 from msfp.layers.attention import (
     OPERANDS,
@@ -23,7 +22,10 @@ from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
-from msfp.search.layer_search import float_formats, search_input
+from msfp.search.layer_search import search_input
+from msfp.search.schemes import float_formats
+from msfp.support.checks import check_type, check_whole
+from msfp.support.hooks import hooked
 
 
 class _Recorder:
@@ -55,30 +57,34 @@ def _search(name: str, histogram: Histogram, bits: int) -> Choice:
 
 @torch.no_grad()
 def quantize_attention(
-    denoiser: DiffusionPipeline | nn.Module,
-    trajectories: Trajectories,
+    model: DiffusionPipeline | nn.Module,
     bits: int,
     *,
+    trajectories: Trajectories,
     samples: int = 64,
     seed: int = 0,
-) -> None:
-    """Quantize the products of every attention module, by what one forward shows of them.
+) -> list[str]:
+    """Quantize the products of every attention module, in place, by one forward's operands.
 
     Args:
-        denoiser: Quantized by `quantize`, open, or a pipeline with one; changed in place.
-        trajectories: Recorded from the full-precision denoiser.
+        model: Quantized by `quantize` and trainable: a pipeline or its denoiser.
         bits: Of all four operands.
-        samples: Noisy samples in the forward, at most.
+        trajectories: Recorded from the full-precision denoiser.
+        samples: Most noisy samples in the forward.
         seed: Seed of the draws.
 
+    Returns:
+        The names of the attention modules.
+
     Raises:
-        InputError: If the denoiser is not quantized, or is sealed, or there is no attention, a
+        InputError: If the denoiser is not quantized, or is packed, or there is no attention, a
             processor does not call scaled dot-product attention, or `bits` is not from 3 to 8. The
             denoiser is then as it was.
     """
-    denoiser = denoiser_of(denoiser)
-    check_type("trajectories", trajectories, Trajectories)
+    denoiser = denoiser_of(model)
     check_whole("bits", bits, MIN_BITS, MAX_BITS)
+    check_whole("samples", samples, 1, 10**6)
+    check_type("trajectories", trajectories, Trajectories)
     untrained_layers(denoiser)
     if attention_products(denoiser):
         raise InputError("the products of attention are quantized already")
@@ -89,12 +95,9 @@ def quantize_attention(
     generator = torch.Generator().manual_seed(seed)
     steps, rows = trajectories.samples.shape[:2]
     step, row = spread_batch(steps, rows, samples, generator)
-    switches = [Switch(modules[name], recorders[name].round_operand) for name in modules]
-    try:
+    switches = (Switch(modules[name], recorders[name].round_operand) for name in modules)
+    with hooked(switches):
         trajectories.predict(denoiser, step, row)
-    finally:
-        for switch in switches:
-            switch.remove()
     for name, recorder in recorders.items():
         if not recorder.histograms["query"].count:
             kind = type(modules[name].processor).__name__
@@ -102,4 +105,5 @@ def quantize_attention(
     device = next(denoiser.parameters()).device
     for name, recorder in recorders.items():
         recorder.products(bits).to(device).attach(modules[name])
-    attach_anew(denoiser, attention=bits)
+    attach_again(denoiser, attention_bits=bits)
+    return list(recorders)

@@ -12,16 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fpformats import FloatFormat
-from fpformats.fitting.histogram import Histogram
-from fpformats.fitting.search import search
+from fpformats import FloatFormat, Histogram, search
+from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.kinds import kind_of
 from msfp.layers.trainable import untrained_layers
+from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
-from msfp.search.layer_search import candidates
+from msfp.search.schemes import formats_like
+from msfp.support.checks import check_type, check_whole
+from msfp.support.hooks import hooked
 
 CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 
@@ -64,11 +68,6 @@ class _Concatenations(TorchFunctionMode):
         return None
 
 
-def channel_dimension(layer: nn.Module, x: torch.Tensor) -> int:
-    """Return the dimension of a layer's input that its channels or features are in."""
-    return x.dim() - 1 if isinstance(layer, nn.Linear) else 1
-
-
 @torch.no_grad()
 def concatenated_inputs(
     denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
@@ -79,20 +78,16 @@ def concatenated_inputs(
 
     def hook(name: str) -> Callable[..., None]:
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            sizes = concatenations.parts(args[0], channel_dimension(layer, args[0]))
+            sizes = concatenations.parts(args[0], kind_of(layer).channel_axis(args[0]))
             if sizes is not None:
                 found[name] = args[0].detach(), sizes
 
         return look
 
     layers = untrained_layers(denoiser)
-    handles = [layers[name].register_forward_pre_hook(hook(name)) for name in layers]
-    try:
-        with concatenations:
-            trajectories.predict(denoiser, step, row)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (layers[name].register_forward_pre_hook(hook(name)) for name in layers)
+    with hooked(hooks), concatenations:
+        trajectories.predict(denoiser, step, row)
     return found
 
 
@@ -107,7 +102,7 @@ def split_quantizer(
         sizes: Channels of each part.
         formats: Signed formats to choose from.
     """
-    dim = channel_dimension(layer, x)
+    dim = kind_of(layer).channel_axis(x)
     choices = [search(_histogram(part), formats).by_format for part in x.split(list(sizes), dim)]
     best = min(formats, key=lambda fmt: sum(found[fmt].squared_error for found in choices))
     scales = torch.tensor([found[best].scale for found in choices], device=x.device)
@@ -122,22 +117,32 @@ def _histogram(x: torch.Tensor) -> Histogram:
 
 
 def split_inputs(
-    denoiser: nn.Module, trajectories: Trajectories, *, samples: int = 64, seed: int = 0
+    model: DiffusionPipeline | nn.Module,
+    *,
+    trajectories: Trajectories,
+    samples: int = 64,
+    seed: int = 0,
 ) -> list[str]:
-    """Give every layer that reads a concatenation, with a signed format, a scale for each part.
+    """Give each layer that reads a concatenation a scale for each of its parts, in place.
+
+    Layers with an unsigned input keep their one scale and zero point.
 
     Args:
-        denoiser: Quantized by `quantize`, open; changed in place.
+        model: Quantized by `quantize` and trainable: a pipeline or its denoiser.
         trajectories: Recorded from the full-precision denoiser.
-        samples: Noisy samples to look at, at most, of all timesteps alike.
+        samples: Most noisy samples to look at, of all timesteps alike.
         seed: Seed of the draws.
 
     Returns:
         The names of the layers whose input was split.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
+        InputError: If the denoiser has no quantized layer, or one that is packed or has LoRAs, or
+            an argument is of another type.
     """
+    denoiser = denoiser_of(model)
+    check_type("trajectories", trajectories, Trajectories)
+    check_whole("samples", samples, 1, 10**6)
     steps, rows = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     step, row = spread_batch(steps, rows, samples, generator)
@@ -146,12 +151,8 @@ def split_inputs(
     for name, (x, sizes) in concatenated_inputs(denoiser, trajectories, step, row).items():
         old = layers[name].input_quantizer
         if old is not None and old.format.signed:
-            layers[name].input_quantizer = split_quantizer(layers[name], x, sizes, _formats(old))
+            formats = formats_like(old.format)
+            layers[name].input_quantizer = split_quantizer(layers[name], x, sizes, formats)
             split.append(name)
+    attach_again(denoiser)
     return split
-
-
-def _formats(old: Quantizer) -> list[FloatFormat]:
-    """Return the formats of the kind and width of a quantizer's."""
-    floats = old.format.exponent_bits > 0  # integers have no exponent
-    return candidates(old.format.bits, "signed", signed=True) if floats else [old.format]

@@ -1,4 +1,4 @@
-"""First and second moments of what a layer reads and should give, streamed over batches.
+"""Moments of what a layer reads and should give, and the corrections that follow from them.
 
 A layer is a matrix that multiplies columns: the features of a token for a linear layer, the
 unfolded patch under the kernel for a convolution. An error e in a row of the matrix costs
@@ -11,55 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from msfp.layers.kinds import groups_of, kind_of
 
 MAX_CHUNK = 2**24
 """Numbers unfolded at once."""
 
 
-def as_columns(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the columns that a layer multiplies.
-
-    Args:
-        layer: A Conv1d or Conv2d, with any stride, dilation, groups and padding, or a Linear.
-        x: Its input, shape (batch, channels, ...) or, for a Linear, (batch, ..., features).
-
-    Returns:
-        Shape (groups, columns, positions), positions in the order of the output's. Columns are in
-        the order of `weight.flatten(1)`.
-
-    Example:
-        >>> as_columns(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(5, 4, 6, 6)).shape
-        torch.Size([2, 18, 80])
-    """
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return x.reshape(1, -1, x.shape[-1]).mT
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded: torch.Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):  # unfold knows images alone: these are of height 1
-        padded = padded.unsqueeze(2)
-        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
-    return _by_group(F.unfold(padded, kernel, dilation, stride=stride), layer.groups)
-
-
-def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Bring (batch, channels, positions) to (groups, channels of one, positions of all)."""
-    split: torch.Tensor = x.unflatten(1, (groups, -1))
-    return split.permute(1, 2, 0, 3).flatten(2)
-
-
-def as_rows(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
-    """Return a layer's output as matrix times columns, shape (groups, rows, positions)."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return y.reshape(1, -1, y.shape[-1]).mT
-    return _by_group(y.flatten(2), layer.groups)
-
-
 def as_matrix(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Return a weight as the matrix that multiplies the columns, shape (groups, rows, columns)."""
-    matrix: torch.Tensor = weight.flatten(1).unflatten(0, (getattr(layer, "groups", 1), -1))
+    matrix: torch.Tensor = weight.flatten(1).unflatten(0, (groups_of(layer), -1))
     return matrix
 
 
@@ -130,21 +92,57 @@ def layer_moments(
     """Return the moments of a batch of a layer's inputs and wanted outputs, unfolded in chunks.
 
     Args:
-        layer: A Conv1d, Conv2d or Linear, for its shapes.
+        layer: For its shapes.
         inputs: What it reads.
         outputs: What it should give, bias included.
         most: Positions to use at most, drawn evenly from all samples; None uses all.
         generator: Source of that draw.
     """
-    matrix = as_matrix(layer, layer.get_parameter("weight"))
+    kind, matrix = kind_of(layer), as_matrix(layer, layer.get_parameter("weight"))
     moments = Moments(*matrix.shape, dtype=inputs.dtype, device=inputs.device)
     positions = outputs.numel() // matrix.shape[0] // matrix.shape[1] // len(outputs)
     kept = positions if most is None else min(positions, -(-most // len(outputs)))
     chunk = max(1, MAX_CHUNK // (positions * matrix.shape[0] * matrix.shape[2]))
     for x, y in zip(inputs.split(chunk), outputs.split(chunk), strict=True):
-        read, given = as_columns(layer, x), as_rows(layer, y)
+        read, given = kind.columns(layer, x), kind.rows(layer, y)
         if kept < positions:
             drawn = torch.randint(read.shape[-1], (kept * len(x),), generator=generator)
             read, given = (part[..., drawn.to(x.device)] for part in (read, given))
         moments.add(read, given)
     return moments
+
+
+def matched_matrix(
+    matrix: torch.Tensor, moments: Moments, upper: torch.Tensor, *, centred: bool
+) -> torch.Tensor:
+    """Return the matrix that gives the wanted outputs best from the inputs as they are read.
+
+    With moments damped by d it minimises the mean square of `y - M x` plus d times the squared
+    distance from the given matrix. Errors of the inputs that show in the inputs themselves are so
+    made up for; without any, the matrix is returned.
+
+    Args:
+        matrix: The full-precision weights, shape (groups, rows, columns).
+        moments: Of the quantized inputs x and the full-precision outputs y.
+        upper: The `upper_factor` of the second moments of x, damped.
+        centred: Whether a bias makes up for the means (ordinary least squares with intercept).
+
+    Returns:
+        Shape (groups, rows, columns).
+    """
+    second = moments.second(centred=centred)
+    residual = moments.cross(centred=centred) - matrix @ second
+    half = torch.linalg.solve_triangular(upper.mT, residual, upper=False, left=False)
+    change: torch.Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    return matrix + change
+
+
+def matched_bias(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """Return the bias with which the mean output is the wanted one, shape (groups * rows,).
+
+    Args:
+        matrix: The weights as quantized, shape (groups, rows, columns).
+        moments: Of the quantized inputs and the full-precision outputs, bias included.
+    """
+    mean = (matrix @ moments.input_mean[..., None])[..., 0]
+    return (moments.output_mean - mean).flatten()

@@ -1,65 +1,59 @@
-"""Taking a whole denoiser from full precision to open layers, and from those to sealed ones."""
+"""Taking a whole denoiser from full precision to trainable layers, and these to packed ones."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.checkpoint.diffusers_quantizer import attach, attach_anew
-from msfp.config import (
-    BLOCK_SCHEMES,
-    FLOAT_SCHEMES,
-    LayerSettings,
-    QuantizationConfig,
-    RefinementConfig,
-    check_type,
-)
+from msfp.checkpoint.diffusers_quantizer import attach, attach_again
+from msfp.config import LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
 from msfp.layers.attention import attention_modules
 from msfp.layers.base import refuse_quantized
-from msfp.layers.trainable import open_layers
-from msfp.pipelines.denoiser import (
-    denoiser_of,
-    has_timestep,
-    quantizable_layers,
-    replace_layers,
-    settings_by_layer,
-)
+from msfp.layers.selection import quantizable_layers, replace_layers, settings_by_layer
+from msfp.layers.trainable import trainable_layers
+from msfp.pipelines.denoiser import denoiser_of, has_timestep
+from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
-from msfp.pipelines.trajectories import Recording, Trajectories
+from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
 from msfp.ptq.refinement import refine
 from msfp.search.calibration import Calibration
 from msfp.search.layer_search import quantize_layer
 from msfp.search.observers import calibrate
+from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.search.summary import LayerSummary
+from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
+from msfp.support.progress import Progress, counted, no_progress
 
 
 def quantize(
-    pipe: DiffusionPipeline | nn.Module,
-    config: QuantizationConfig,
+    model: DiffusionPipeline | nn.Module,
+    config: QuantizationConfig | None = None,
     *,
     calibration: Calibration | PipelineCall | Sequence[PipelineCall] | None = None,
     trajectories: Trajectories | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[LayerSummary]:
     """Quantize a denoiser in place.
 
+    The layers that the config chooses are swapped for trainable quantized layers that share their
+    parameters; those of block schemes for packed ones, as in `msfp.layers.block`.
+
     Args:
-        pipe: A pipeline or its denoiser. The Linear, Conv1d and Conv2d layers that the config
-            chooses are swapped for open quantized layers that share their parameters; those of
-            block schemes for packed ones, as in `msfp.layers.block`.
-        config: Bit widths, scheme, choice of layers, and how weights are refined.
+        model: A pipeline or its denoiser, in full precision.
+        config: Bit widths, scheme, choice of layers, and how weights are refined; None for the
+            defaults.
         calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
             it is to make. Not needed where inputs are not quantized, or to block formats.
         trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
             by. Not needed where `calibration` is calls, which are recorded as they are made.
-        progress: Called with each layer's name once it is searched, and once it is refined.
+        progress: Told of each stage.
 
     Returns:
         What was chosen, one summary for each layer.
@@ -77,11 +71,12 @@ def quantize(
 
     Example:
         >>> network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
-        >>> config = QuantizationConfig(weights=4, activations=None, first_last=4)
+        >>> config = QuantizationConfig(weight_bits=4, activation_bits=None, end_bits=4)
         >>> [layer.name for layer in quantize(network, config)]
         ['0', '2']
     """
-    denoiser = denoiser_of(pipe)
+    denoiser = denoiser_of(model)
+    config = QuantizationConfig() if config is None else config
     check_type("config", config, QuantizationConfig)
     if trajectories is not None:
         check_type("trajectories", trajectories, Trajectories)
@@ -96,29 +91,29 @@ def quantize(
     recordable = calls is not None or trajectories is not None
     refinement = refinement_of(denoiser, config, settings, recordable=recordable)
     if calls is not None:
-        if trajectories is None and (refinement or config.attention):
+        if trajectories is None and (refinement or config.attention_bits):
             recording = Recording(calls)
-            seen = calibrate(pipe, recording.calls)
-            trajectories = _recorded(pipe, recording, config)
+            seen = calibrate(model, calls=recording.calls, progress=progress)
+            trajectories = _recorded(model, recording, config)
         else:
-            seen = calibrate(pipe, calls)
+            seen = calibrate(model, calls=calls, progress=progress)
     settings = _settings(denoiser, config, seen)
     if trajectories is None:
         refinement = None
+    found = counted(progress, "searching", len(settings))
     searched = {}
     for name, each in settings.items():
         searched[name] = quantize_layer(name, plain[name], each, seen)
         release_memory()
-        if progress is not None:
-            progress(name)
+        found(1)
     swapped: dict[nn.Module, nn.Module]
     swapped = {plain[name]: layer for name, (layer, _) in searched.items()}
     replace_layers(denoiser, swapped)
     try:
         if trajectories is not None and refinement is not None:
-            refine(denoiser, trajectories, refinement, progress=progress)
-        if trajectories is not None and config.attention is not None:
-            quantize_attention(denoiser, trajectories, config.attention)
+            refine(denoiser, refinement, trajectories=trajectories, progress=progress)
+        if trajectories is not None and config.attention_bits is not None:
+            quantize_attention(denoiser, config.attention_bits, trajectories=trajectories)
     except BaseException:
         replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
         raise
@@ -142,8 +137,8 @@ def refinement_of(
         settings: What is to be searched for each layer.
         recordable: Whether there are calls or trajectories.
     """
-    in_blocks = any(each.scheme in BLOCK_SCHEMES for each in settings.values())
-    for name in ("refine", "attention"):
+    in_blocks = any(isinstance(SCHEMES[each.scheme], BlockScheme) for each in settings.values())
+    for name in ("refine", "attention_bits"):
         if getattr(config, name) in ("auto", None):
             continue
         if in_blocks:
@@ -153,22 +148,24 @@ def refinement_of(
                 f"{name} needs calls of the pipeline as calibration, or trajectories that "
                 "msfp.record_trajectories recorded"
             )
-    if config.attention is not None and not attention_modules(denoiser):
-        raise InputError(f"attention must be None: {type(denoiser).__name__} has no such module")
+    if config.attention_bits is not None and not attention_modules(denoiser):
+        raise InputError(
+            f"attention_bits must be None: {type(denoiser).__name__} has no such module"
+        )
     if config.refine != "auto":
         return config.refine
-    suited = config.scheme in FLOAT_SCHEMES and not in_blocks and has_timestep(denoiser)
+    suited = SCHEMES[config.scheme].refined and not in_blocks and has_timestep(denoiser)
     return RefinementConfig() if suited and recordable else None
 
 
 def _recorded(
-    pipe: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
+    model: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
 ) -> Trajectories | None:
     """Return the trajectories of calls, or None where there can and need be none."""
     try:
-        return recording.trajectories(pipe)
+        return recording.trajectories(model)
     except InputError as error:
-        if config.refine != "auto" or config.attention is not None:
+        if config.refine != "auto" or config.attention_bits is not None:
             raise
         warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
         return None
@@ -183,7 +180,7 @@ def _settings(
         if any(each.needs_calibration for each in settings.values()):
             raise InputError(
                 "calibration must be given, such as a function that calls the pipeline or what "
-                "msfp.calibrate returned, or activations be None"
+                "msfp.calibrate returned, or activation_bits be None"
             )
         return settings
     settings = settings_by_layer(denoiser, config, calibration.ran)
@@ -216,18 +213,24 @@ def _check_input(name: str, calibration: Calibration) -> None:
         )
 
 
-def seal(denoiser: DiffusionPipeline | nn.Module) -> None:
-    """Pack the weights of every open layer of a denoiser, which then can be saved.
+def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
+    """Replace trainable layers by packed ones, in place; the denoiser can then be saved.
 
     Args:
-        denoiser: Quantized by `quantize`, or a pipeline with one; changed in place.
+        model: Quantized by `quantize`: a pipeline or its denoiser.
+
+    Returns:
+        The names of the layers.
 
     Raises:
         InputError: If it is a pipeline without a denoiser.
     """
-    denoiser = denoiser_of(denoiser)
-    layers = list(open_layers(denoiser).values())
+    denoiser = denoiser_of(model)
+    trainable = trainable_layers(denoiser)
+    names, layers = list(trainable), list(trainable.values())
+    del trainable
     while layers:  # one by one, so that no full-precision weight stays longer than it must
         layer = layers.pop()
-        replace_layers(denoiser, {layer: layer.seal()})
-    attach_anew(denoiser)
+        replace_layers(denoiser, {layer: layer.pack()})
+    attach_again(denoiser)
+    return names

@@ -2,98 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats import quantize_scaled
-from msfp.checkpoint.diffusers_quantizer import attach_anew
-from msfp.config import RefinementConfig, check_type
+from msfp.checkpoint.diffusers_quantizer import attach_again
+from msfp.config import RefinementConfig
 from msfp.errors import InputError
-from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.trainable import OpenLayer, untrained_layers
+from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.concatenations import split_inputs
-from msfp.ptq.correction import matched_bias, matched_matrix
 from msfp.ptq.low_rank_branches import add_branches
-from msfp.ptq.moments import as_matrix, layer_moments
-from msfp.ptq.rounding.adaround import adaround
-from msfp.ptq.rounding.gptq import damped, gptq, upper_factor
-from msfp.ptq.side_by_side import Meeting, meet_layers
-from msfp.ptq.weight_search import search_scales
-from msfp.search.layer_search import float_formats
+from msfp.ptq.moments import as_matrix, layer_moments, matched_bias, matched_matrix
+from msfp.ptq.rounding.gptq import damped, upper_factor
+from msfp.ptq.rounding.methods import ROUNDINGS
+from msfp.ptq.side_by_side import Visit, visit_layers
+from msfp.support.checks import check_type
+from msfp.support.progress import Progress, counted, no_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
-"""Samples in one forward where none are asked for, and the most numbers in all of them."""
+"""Samples in one forward where no number is given, and the most numbers in all of them."""
 
 
 class _Refiner:
-    """Refines each layer that it meets; all is computed in float32, whatever the dtype.
+    """Refines each layer that it visits; all is computed in float32, whatever the dtype.
 
     Args:
         config: What is corrected and how.
         biased: Names of the layers whose bias is corrected.
-        progress: Called with each layer's name.
+        layers: How many layers there are to refine.
+        progress: Told of each layer.
+
+    Attributes:
+        refined: Names of the layers that were refined.
     """
 
     def __init__(
-        self, config: RefinementConfig, biased: set[str], progress: Callable[[str], None] | None
+        self, config: RefinementConfig, biased: set[str], layers: int, progress: Progress
     ) -> None:
-        self.config, self.biased, self.progress = config, biased, progress
+        self.config, self.biased = config, biased
+        self.refined: set[str] = set()
+        self.done = counted(progress, "refining", layers)
         self.generator = torch.Generator().manual_seed(config.seed)
 
-    def __call__(self, meeting: Meeting) -> None:
-        layer, config = meeting.layer, self.config
-        _check_finite(meeting)
+    def __call__(self, visit: Visit) -> None:
+        layer, config = visit.layer, self.config
+        _check_finite(visit)
         # The branch reads what is not rounded, and so makes up for its own errors.
-        wanted = -layer.add_branch(meeting.inputs, -meeting.outputs)
+        wanted = -layer.add_branch(visit.inputs, -visit.outputs)
         moments = layer_moments(
             layer,
-            layer.quantize_input(meeting.inputs).float(),
+            layer.quantize_input(visit.inputs).float(),
             wanted.float(),
             most=config.positions,
             generator=self.generator,
         )
         matrix = as_matrix(layer, layer.weight.float())
-        centred = meeting.name in self.biased and layer.bias is not None
+        centred = visit.name in self.biased and layer.bias is not None
         second = damped(moments.second(centred=centred), config.damping)
-        upper = _upper_factor(second, meeting.name, config.damping)
+        upper = _upper_factor(second, visit.name, config.damping)
         if config.match_inputs:
             matrix = matched_matrix(matrix, moments, upper, centred=centred)
-        if config.scales != "weight":
-            self._search(matrix, second, layer)
         matrix = self._rounded(matrix, second, upper, layer)
         layer.weight = _parameter(matrix, layer.weight)
         if centred:
             layer.bias = _parameter(matched_bias(matrix, moments), layer.bias)
-        if self.progress is not None:
-            self.progress(meeting.name)
-
-    def _search(self, matrix: torch.Tensor, second: torch.Tensor, layer: OpenLayer) -> None:
-        """Give a layer the format and scales that serve its output best."""
-        old = layer.weight_quantizer
-        formats = [old.format]
-        if old.format.exponent_bits:  # not integers
-            formats = float_formats(old.format.bits, signed=True)
-        if self.config.scales == "diagonal":
-            second = second.diagonal(dim1=-2, dim2=-1)
-        fmt, scale = search_scales(matrix, second, formats)
-        layer.weight_quantizer = Quantizer(fmt, scale.reshape(old.scale.shape))
+        self.refined.add(visit.name)
+        self.done(1)
 
     def _rounded(
-        self, matrix: torch.Tensor, second: torch.Tensor, upper: torch.Tensor, layer: OpenLayer
+        self, matrix: torch.Tensor, second: torch.Tensor, upper: torch.Tensor, layer: TrainableLayer
     ) -> torch.Tensor:
         fmt = layer.weight_quantizer.format
         scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
-        if self.config.rounding == "gptq":
-            return gptq(matrix, second, fmt, scale, sweeps=self.config.sweeps, upper=upper)
-        if self.config.rounding == "adaround":
-            return adaround(matrix, second, fmt, scale)
-        rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
-        return rounded
+        return ROUNDINGS[self.config.rounding](matrix, second, fmt, scale, upper=upper)
 
 
 def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
@@ -112,56 +95,64 @@ def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tens
         ) from error
 
 
-def _check_finite(meeting: Meeting) -> None:
+def _check_finite(visit: Visit) -> None:
     """Raise InputError unless a layer reads and gives finite numbers."""
-    for what, x in (("input", meeting.inputs), ("output", meeting.outputs)):
+    for what, x in (("input", visit.inputs), ("output", visit.outputs)):
         if not x.isfinite().all():
             raise InputError(
-                f"the {what} of layer {meeting.name!r} is not finite: does the pipeline give "
+                f"the {what} of layer {visit.name!r} is not finite: does the pipeline give "
                 "proper images in this dtype?"
             )
 
 
 def refine(
-    denoiser: DiffusionPipeline | nn.Module,
-    trajectories: Trajectories,
-    config: RefinementConfig,
+    model: DiffusionPipeline | nn.Module,
+    config: RefinementConfig | None = None,
     *,
-    progress: Callable[[str], None] | None = None,
-) -> None:
-    """Round the weights of a quantized denoiser anew and correct them, without training.
+    trajectories: Trajectories,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Round the weights of a quantized denoiser again and correct them, in place, without training.
 
-    The layers are met in the order in which they run, each with the inputs that it gets from the
-    layers already refined and the outputs that it has in full precision. `quantize` does this
+    The layers are visited in the order in which they run, each with the inputs that it gets from
+    the layers already refined and the outputs that it has in full precision. `quantize` does this
     where its config has a `RefinementConfig`.
 
     Args:
-        denoiser: Quantized by `quantize` to the nearest values, open, or a pipeline with one;
-            changed in place. Its weights become values of their grids, and stay open to `finetune`.
+        model: Quantized by `quantize` to the nearest values, and trainable: a pipeline or its
+            denoiser. Its weights become values of their grids, and stay trainable by `finetune`.
+        config: What is corrected and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser. Samples are drawn from all
             timesteps alike.
-        config: What is corrected and how.
-        progress: Called with each layer's name once it is refined.
+        progress: Told of each layer.
+
+    Returns:
+        The names of the layers that were refined: those that read samples.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, one that is sealed or has LoRAs, or
+        InputError: If the denoiser has no quantized layer, one that is packed or has LoRAs, or
             branches already where it is to get some, or numbers are not finite.
     """
-    denoiser = denoiser_of(denoiser)
-    check_type("trajectories", trajectories, Trajectories)
+    denoiser = denoiser_of(model)
+    config = RefinementConfig() if config is None else config
     check_type("config", config, RefinementConfig)
-    untrained_layers(denoiser)
+    check_type("trajectories", trajectories, Trajectories)
+    layers = untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
         add_branches(denoiser, config.branch_rank)
     if config.split_inputs:
-        split_inputs(denoiser, trajectories, samples=samples, seed=config.seed)
+        split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     steps, rows = trajectories.samples.shape[:2]
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
-    meet_layers(denoiser, trajectories, step, row, _Refiner(config, biased, progress))
-    attach_anew(denoiser, refine=config)
+    refiner = _Refiner(config, biased, len(layers), progress)
+    visit_layers(denoiser, trajectories, step, row, refiner)
+    if idle := len(layers) - len(refiner.refined):  # layers that do not read the samples
+        refiner.done(idle)
+    attach_again(denoiser, refine=config)
+    return [name for name in layers if name in refiner.refined]
 
 
 def _samples(trajectories: Trajectories) -> int:
@@ -176,7 +167,7 @@ def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementC
         return set()
     if config.correct_bias == "all":
         return set(untrained_layers(denoiser))
-    met: list[str] = []
+    visited: list[str] = []
     first = torch.zeros(1, dtype=torch.int64)
-    meet_layers(denoiser, trajectories, first, first, lambda meeting: met.append(meeting.name))
-    return set(met[-1:])
+    visit_layers(denoiser, trajectories, first, first, lambda visit: visited.append(visit.name))
+    return set(visited[-1:])

@@ -1,4 +1,4 @@
-"""One forward of a denoiser in full precision and quantized at once, met at every layer.
+"""One forward of a denoiser in full precision and quantized at once, layer by layer.
 
 The batch is given twice. The first half runs through each layer in full precision, the second
 through the quantized layer, so that at a layer both are at hand: what it should give, and what it
@@ -16,41 +16,41 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from msfp.layers.trainable import OpenLayer, untrained_layers
+from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Visit:
     """A layer between its full-precision and its quantized half.
 
     Attributes:
         name: Dotted name of the layer in the denoiser.
-        layer: The open layer; its weight and bias are still those of full precision.
+        layer: The trainable layer; its weight and bias are still those of full precision.
         inputs: What it reads behind quantized predecessors, before its input quantizer.
-        outputs: What it gives in full precision, bias and branch included.
+        outputs: What it gives in full precision, bias and low-rank branch included.
     """
 
     name: str
-    layer: OpenLayer
+    layer: TrainableLayer
     inputs: torch.Tensor
     outputs: torch.Tensor
 
 
-Visit = Callable[[Meeting], None]
+Visitor = Callable[[Visit], None]
 
 
-class _Pair:
+class _Halves:
     """A layer that is applied to both halves of a batch, and may be changed in between.
 
     Layers may run again, as the first time embedding of DiT does: they are visited once, and stay
     what they were for the full-precision half.
     """
 
-    def __init__(self, name: str, layer: OpenLayer, visit: Visit, batch: int) -> None:
-        self.name, self.layer, self.visit, self.batch = name, layer, visit, batch
+    def __init__(self, name: str, layer: TrainableLayer, visitor: Visitor, batch: int) -> None:
+        self.name, self.layer, self.visitor, self.batch = name, layer, visitor, batch
         self.weight, self.bias = layer.weight, layer.bias
-        self.met = False
+        self.visited = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Stand in for the forward of the layer."""
@@ -59,40 +59,40 @@ class _Pair:
             return type(layer).forward(layer, x)
         full, quantized = x.chunk(2)
         outputs = layer.add_branch(full, layer.compute(full, self.weight, self.bias))
-        if not self.met:
-            self.met = True
-            self.visit(Meeting(self.name, layer, quantized, outputs))
+        if not self.visited:
+            self.visited = True
+            self.visitor(Visit(self.name, layer, quantized, outputs))
         return torch.cat([outputs, type(layer).forward(layer, quantized)])
 
 
 @torch.no_grad()
-def meet_layers(
+def visit_layers(
     denoiser: nn.Module,
     trajectories: Trajectories,
     step: torch.Tensor,
     row: torch.Tensor,
-    visit: Visit,
+    visitor: Visitor,
 ) -> torch.Tensor:
     """Run recorded samples through a denoiser in full precision and quantized, in one forward.
 
     Args:
-        denoiser: Quantized by `quantize`, open and without LoRAs.
+        denoiser: Quantized by `quantize`, trainable and without LoRAs.
         trajectories: Recorded from the full-precision denoiser.
         step: Numbers of sampler steps, shape (batch,).
         row: Numbers of rows, shape (batch,).
-        visit: Called at each layer, the first time that it runs. What it puts into the layer holds
-            for the quantized half alone.
+        visitor: Called at each layer, the first time that it runs. What it puts into the layer
+            holds for the quantized half alone.
 
     Returns:
         The predictions, those of full precision before those of the quantized denoiser.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, or one that is sealed or has LoRAs.
+        InputError: If the denoiser has no quantized layer, or one that is packed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
     for name, layer in layers.items():
         # On the instance, where nn.Module looks first; the class keeps its own.
-        layer.forward = _Pair(name, layer, visit, len(step)).forward  # type: ignore[method-assign]
+        layer.forward = _Halves(name, layer, visitor, len(step)).forward  # type: ignore[method-assign]
     try:
         return trajectories.predict(denoiser, step.repeat(2), row.repeat(2))
     finally:

@@ -1,1 +1,1 @@
-"""HTML pages and pictures."""
+"""Pictures, tables and HTML pages."""

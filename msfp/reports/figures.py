@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from fpformats import FloatFormat, values
-from fpformats.fitting.histogram import Histogram
+from fpformats import FloatFormat, Histogram, values
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933", "#9aa5b1")
@@ -212,20 +211,20 @@ def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> F
     """Draw which LoRA the router gives each layer (rows) at each timestep (columns)."""
     picture = figure(7.2, 4.6)
     axes = axes_of(picture)
-    entries = int(choices.max()) + 1
-    shades = mpl.colormaps["viridis"].resampled(max(entries, 2))
+    adapters = int(choices.max()) + 1
+    shades = mpl.colormaps["viridis"].resampled(max(adapters, 2))
     image = axes.imshow(
         choices,
         aspect="auto",
         cmap=shades,
         vmin=-0.5,
-        vmax=max(entries, 2) - 0.5,
+        vmax=max(adapters, 2) - 0.5,
         interpolation="nearest",
     )
     axes.set_xticks(range(0, len(timesteps), 2), [f"{t:g}" for t in timesteps[::2]])
     axes.set_xlabel("timestep t")
     axes.set_ylabel("layer, in the order of definition")
-    picture.colorbar(image, ax=axes, ticks=range(entries), label="LoRA chosen")
+    picture.colorbar(image, ax=axes, ticks=range(adapters), label="LoRA chosen")
     return picture
 
 

@@ -52,7 +52,7 @@ class Row:
 
 
 @dataclass
-class TuningReport:
+class FinetuningReport:
     """What a run of fine-tuning did.
 
     Attributes:

@@ -11,21 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fpformats.fitting.histogram import Histogram
-from msfp.checkpoint.facts import (
-    COLUMNS,
-    PRODUCT_COLUMNS,
-    LayerFacts,
-    cells,
-    inspect_layers,
-    inspect_products,
-    overview,
-    product_cells,
-)
+from fpformats import Histogram
+from msfp.checkpoint.facts import LayerFacts, inspect_layers, inspect_products, overview
 from msfp.evaluation.comparison import Comparison
 from msfp.layers.formats import TENSOR
-from msfp.layers.packed import ScaledLayer, sealed_layers
+from msfp.layers.packed import ScaledLayer, packed_layers
 from msfp.reports import figures, html
+from msfp.reports.layer_table import COLUMNS, PRODUCT_COLUMNS, cells, product_cells
 from msfp.search.layer_search import search_input
 from msfp.support.versions import versions
 
@@ -41,11 +33,10 @@ class ModelReport:
 
     Attributes:
         title: Heading of the page.
-        denoiser: The sealed denoiser.
+        denoiser: The packed denoiser.
         inputs: What the layers of the full-precision denoiser read; may be empty.
         weights: The full-precision weights of its layers.
         comparison: With the full-precision pipeline, or None where that was not made.
-        features: The feature network of the comparison.
     """
 
     title: str
@@ -53,7 +44,6 @@ class ModelReport:
     inputs: Mapping[str, Histogram]
     weights: Mapping[str, torch.Tensor]
     comparison: Comparison | None = None
-    features: str = ""
 
     def html(self) -> str:
         """Return the page."""
@@ -90,7 +80,7 @@ class ModelReport:
         return [
             ("Images from equal noise", [
                 html.image(html.png(pictures), "Every column starts from the same noise."),
-                html.table(("measure", "value", "of"), found.table(self.features)),
+                html.table(("measure", "value", "of"), found.table()),
                 html.paragraph(
                     f"A Frechet distance between {found.count} images of either model and as many "
                     "others depends on their number. It says something only where it is well above "
@@ -128,7 +118,7 @@ class ModelReport:
 
         Layers in blocks have no grid of their own.
         """
-        layers = sealed_layers(self.denoiser)
+        layers = packed_layers(self.denoiser)
         parts = []
         for each in sorted(facts, key=self._quality)[:WORST]:
             layer = layers[each.layer]
@@ -167,14 +157,15 @@ def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list
         )
     if comparison is not None:
         size, packed = comparison.bytes
-        above = comparison.frechet - comparison.frechet_floor
+        values = comparison.values
+        above = values["frechet"] - values["frechet_floor"]
         sentences += [
             f"The denoiser takes {packed / 1e6:.2f} MB, {packed / size:.0%} of the "
             f"{size / 1e6:.2f} MB in full precision.",
-            f"Paired images have a PSNR of {comparison.psnr:.1f} dB and a structural similarity "
-            f"of {comparison.ssim:.3f}.",
+            f"Paired images have a PSNR of {values['psnr']:.1f} dB and a structural similarity "
+            f"of {values['ssim']:.3f}.",
             f"The Frechet distance is {abs(above):.3g} {'above' if above > 0 else 'below'} its "
-            f"noise floor of {comparison.frechet_floor:.3g}.",
+            f"noise floor of {values['frechet_floor']:.3g}.",
         ]
     return sentences
 
@@ -207,7 +198,7 @@ def weight_distribution(
     Args:
         facts: Of the layer.
         weight: Output channels first.
-        scale_bits: As in a sealed layer.
+        scale_bits: As in a packed layer.
     """
     scale = scale_bits.view(torch.float32).view(-1, *(1,) * (weight.dim() - 1))
     normalised = Histogram()

@@ -1,1 +1,1 @@
-"""All that is known of diffusers' schedulers: samplers by name, denoising factors."""
+"""All that is known of diffusers' schedulers: samplers, denoising factors."""

@@ -43,8 +43,8 @@ def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
         InputError: If there is no such sampler, or it cannot follow the pipeline's schedule.
 
     Example:
-        >>> from msfp.experiments.reference import ddim_pipeline
-        >>> pipe = ddim_pipeline()
+        >>> from msfp import reference_pipeline
+        >>> pipe = reference_pipeline()
         >>> use_sampler(pipe, "dpm++")
         >>> pipe(batch_size=1, num_inference_steps=2, output_type="np").images.shape
         (1, 16, 16, 1)

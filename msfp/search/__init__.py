@@ -1,1 +1,1 @@
-"""What layers read, and the search of their grids."""
+"""What layers read, and the search of the grid that each gets."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
+import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram
 from msfp.errors import InputError
-from msfp.support.files import atomic_file
+from msfp.support.container import Header, Kind, read, write
 
-FORMAT_VERSION = 1
-KEY = "msfp_calibration"
-"""Key of the JSON in the metadata of the file."""
+
+def _without_version(header: Header) -> Header:
+    """Return the header of a calibration of version 1, whose facts named the version."""
+    facts = {key: value for key, value in header.facts.items() if key != "format_version"}
+    return Header({}, {"description": {}} | facts)
+
+
+KIND = Kind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
 SHORT = 60
 """Characters of a value that are shown."""
 
@@ -134,14 +136,12 @@ class Calibration:
         Raises:
             InputError: If the file cannot be written.
         """
-        file = Path(file)
         tensors = {
-            f"{name}.{key}": array
+            f"{name}.{key}": torch.from_numpy(array)
             for name, histogram in self.inputs.items()
             for key, array in histogram.state().items()
         }
-        description = {
-            "format_version": FORMAT_VERSION,
+        facts = {
             "layers": list(self.inputs),
             "activations": self.activations,
             "timesteps": list(self.timesteps.items()),
@@ -150,11 +150,7 @@ class Calibration:
             "total": self.total,
             "description": self.description,
         }
-        try:
-            with atomic_file(file) as partial:
-                save_file(tensors, partial, metadata={KEY: json.dumps(description)})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"calibration {file} cannot be written: {error}") from error
+        write(Path(file), KIND, tensors, facts)
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
@@ -163,36 +159,23 @@ class Calibration:
         Raises:
             InputError: If the file cannot be read, or is no whole calibration of this version.
         """
+        header, tensors = read(Path(file), KIND)
         try:
-            with safe_open(file, framework="np") as opened:
-                text = (opened.metadata() or {}).get(KEY)
-                if text is None:
-                    raise InputError(f"{file} is a safetensors file, but not of a calibration")
-                description = json.loads(text)
-                version = description.get("format_version")
-                if version != FORMAT_VERSION:
-                    raise InputError(
-                        f"calibration {file} has format version {version}, this msfp reads "
-                        f"{FORMAT_VERSION}"
-                    )
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return cls._from(description, tensors)
-        except InputError:
-            raise
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
-            raise InputError(f"calibration {file} cannot be read: {error}") from error
+            return cls._from(header.facts, tensors)
+        except (LookupError, ValueError, TypeError) as error:
+            raise InputError(f"{file} cannot be read as {KIND.name}: {error}") from error
 
     @classmethod
-    def _from(cls, description: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Self:
-        weights = description["weights"]
+    def _from(cls, facts: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        weights = facts["weights"]
         return cls(
-            inputs={name: _histogram(name, tensors) for name in description["layers"]},
-            activations=description["activations"],
-            timesteps=dict(description["timesteps"]),
+            inputs={name: _histogram(name, tensors) for name in facts["layers"]},
+            activations=facts["activations"],
+            timesteps=dict(facts["timesteps"]),
             weights=None if weights is None else dict(weights),
-            calls=description["calls"],
-            total=description["total"],
-            description=description.get("description", {}),
+            calls=facts["calls"],
+            total=facts["total"],
+            description=facts["description"],
         )
 
 
@@ -202,6 +185,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHORT else f"{text[: SHORT // 2]}...{text[-SHORT // 2 :]}"
 
 
-def _histogram(name: str, tensors: Mapping[str, np.ndarray]) -> Histogram:
+def _histogram(name: str, tensors: Mapping[str, torch.Tensor]) -> Histogram:
     """Return the histogram of a layer."""
-    return Histogram.from_state({key: tensors[f"{name}.{key}"] for key in Histogram().state()})
+    return Histogram.from_state(
+        {key: tensors[f"{name}.{key}"].numpy() for key in Histogram().state()}
+    )

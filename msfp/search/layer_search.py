@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from fpformats import FloatFormat, Specials
-from fpformats.fitting.histogram import Histogram
-from fpformats.fitting.search import RATIOS, ZERO_POINTS, Choice, search
-from msfp.config import BLOCK_SCHEMES, FLOAT_SCHEMES, LayerSettings, Scheme
+from fpformats import Choice, FloatFormat, Histogram, search
+from fpformats.fitting.search import RATIOS, ZERO_POINTS
+from msfp.config import BLOCK_SCHEMES, LayerSettings, Scheme
 from msfp.errors import InputError
-from msfp.layers.block import BLOCK_LAYERS, BlockLayer
+from msfp.layers.block import BlockLayer
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.families import family_of
 from msfp.layers.formats import BlockFormats
-from msfp.layers.packed import SCALED_LAYERS, SealedLayer
-from msfp.layers.trainable import OPEN_LAYERS, OpenLayer
-from msfp.pipelines.denoiser import PlainLayer
+from msfp.layers.kinds import PlainLayer
+from msfp.layers.packed import PackedLayer
+from msfp.layers.trainable import TrainableLayer
 from msfp.search.calibration import Calibration
+from msfp.search.schemes import SCHEMES, BlockScheme, scaled_scheme
 from msfp.search.summary import LayerSummary
+from msfp.support.decibels import sqnr
 
-MAX_EXPONENT_BITS = 5
 ASYMMETRY = 0.4
 """Inputs are asymmetric where negatives have less than this part of the positives' energy.
 
@@ -36,42 +37,6 @@ WEIGHT_RATIOS = np.linspace(0.3, 1.0, 36)
 NO_CLIP = np.ones(1)
 
 
-def float_formats(bits: int, *, signed: bool) -> list[FloatFormat]:
-    """Return the finite-only formats of a width, from the finest mantissa to the widest range.
-
-    Example:
-        >>> [str(fmt) for fmt in float_formats(4, signed=False)]
-        ['E1M3U', 'E2M2U', 'E3M1U', 'E4M0U']
-    """
-    free = bits - signed
-    return [
-        FloatFormat(e, free - e, signed=signed, specials=Specials.FINITE_ONLY)
-        for e in range(1, min(free, MAX_EXPONENT_BITS) + 1)
-    ]
-
-
-def integer_format(bits: int, *, signed: bool = True) -> FloatFormat:
-    """Return the integers of a width as a format, symmetric if signed: E0My has a uniform step.
-
-    Example:
-        >>> integer_format(4).values().tolist() == [v / 4 for v in range(-7, 8)]
-        True
-    """
-    return FloatFormat(0, bits - signed, signed=signed, specials=Specials.FINITE_ONLY)
-
-
-def candidates(bits: int, scheme: Scheme, *, signed: bool) -> list[FloatFormat]:
-    """Return the formats that a scheme chooses from."""
-    if scheme in FLOAT_SCHEMES:
-        return float_formats(bits, signed=signed)
-    return [integer_format(bits, signed=signed)]
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """Return the ratio of two sums of squares in decibels, at most 200."""
-    return float(10 * np.log10(max(signal, 1e-300) / max(noise, signal * 1e-20, 1e-300)))
-
-
 def is_asymmetric(inputs: Histogram) -> bool:
     """Return whether negative inputs are small beside the positive ones, whatever the unit.
 
@@ -81,18 +46,24 @@ def is_asymmetric(inputs: Histogram) -> bool:
     return bool(squares[sums < 0].sum() < ASYMMETRY * squares[sums > 0].sum())
 
 
-def search_input(inputs: Histogram, bits: int, scheme: Scheme) -> tuple[Choice, Choice]:
-    """Return the best choice for a layer's input, and the best signed one."""
-    clips = scheme != "int_minmax"
-    formats = candidates(bits, scheme, signed=True)
-    if scheme in ("mixup", "int_zero_point") and is_asymmetric(inputs):
-        formats += candidates(bits, scheme, signed=False)
+def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Choice]:
+    """Return the best choice for a layer's input, and the best signed one.
+
+    Args:
+        inputs: What calibration saw.
+        bits: Width of the formats.
+        name: Of a scheme that is not one of blocks.
+    """
+    scheme = scaled_scheme(name)
+    formats = scheme.formats(bits, signed=True)
+    if scheme.unsigned and is_asymmetric(inputs):
+        formats += scheme.formats(bits, signed=False)
     choice = search(
         inputs,
         formats,
-        ratios=RATIOS if clips else NO_CLIP,
+        ratios=RATIOS if scheme.clips else NO_CLIP,
         zero_points=ZERO_POINTS,
-        refine=clips,
+        refine=scheme.clips,
     )
     signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
     return choice, min(signed, key=lambda each: each.squared_error)
@@ -108,13 +79,13 @@ def search_weight(
         settings: What to search. The quantizer has a scale for each output channel; they are
             equal where the granularity is the tensor.
     """
-    clips = settings.scheme != "int_minmax"
+    scheme = scaled_scheme(settings.scheme)
     choice = search(
         weight,
-        candidates(settings.weights, settings.scheme, signed=True),
-        ratios=WEIGHT_RATIOS if clips else NO_CLIP,
+        scheme.formats(settings.weight_bits, signed=True),
+        ratios=WEIGHT_RATIOS if scheme.clips else NO_CLIP,
         axis=0 if settings.granularity == "channel" else None,
-        refine=clips,
+        refine=scheme.clips,
     )
     shape = (len(weight), *(1,) * (weight.dim() - 1))
     scale = torch.as_tensor(choice.scale, dtype=torch.float32, device=weight.device)
@@ -143,7 +114,7 @@ def finite_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def quantize_layer(
     name: str, layer: PlainLayer, settings: LayerSettings, calibration: Calibration | None
-) -> tuple[OpenLayer | BlockLayer, LayerSummary]:
+) -> tuple[TrainableLayer | BlockLayer, LayerSummary]:
     """Search the grids of one layer.
 
     Args:
@@ -153,25 +124,25 @@ def quantize_layer(
         calibration: What its input looked like; not needed where inputs have no bits.
 
     Returns:
-        The open quantized counterpart, or the block layer, and what was found.
+        The trainable quantized counterpart, or the block layer, and what was found.
     """
     weight = finite_weight(name, layer.weight)
-    if settings.scheme in BLOCK_SCHEMES:
+    if isinstance(SCHEMES[settings.scheme], BlockScheme):
         return _block_layer(name, layer, weight, settings)
     weight_quantizer, summary = _searched(name, weight, settings)
     input_quantizer = None
-    if settings.activations is not None and calibration is not None:
+    if settings.activation_bits is not None and calibration is not None:
         inputs = calibration.inputs[name]
-        choice, signed = search_input(inputs, settings.activations, settings.scheme)
+        choice, signed = search_input(inputs, settings.activation_bits, settings.scheme)
         input_quantizer = _input_quantizer(choice).to(weight.device)
         activation = calibration.activations.get(name)
         summary = replace(summary, activation=activation, **_facts(inputs, choice, signed))
-    return OPEN_LAYERS[type(layer)].wrap(layer, weight_quantizer, input_quantizer), summary
+    return family_of(layer).trainable.wrap(layer, weight_quantizer, input_quantizer), summary
 
 
 def pack_layer(
     name: str, layer: nn.Module, weight: torch.Tensor, settings: LayerSettings
-) -> tuple[SealedLayer, LayerSummary]:
+) -> tuple[PackedLayer, LayerSummary]:
     """Search the grid of one layer's weight and pack it, without calibration.
 
     Args:
@@ -181,13 +152,13 @@ def pack_layer(
         settings: What to search; inputs are quantized in block formats alone.
 
     Returns:
-        The sealed counterpart, and what was found.
+        The packed counterpart, and what was found.
     """
     values = finite_weight(name, weight)
-    if settings.scheme in BLOCK_SCHEMES:
+    if isinstance(SCHEMES[settings.scheme], BlockScheme):
         return _block_layer(name, layer, values, settings)
     quantizer, summary = _searched(name, values, settings)
-    return SCALED_LAYERS[type(layer)].pack(layer, [weight], quantizer, None), summary
+    return family_of(layer).packed.of_weights(layer, [weight], quantizer, None), summary
 
 
 def _searched(
@@ -204,9 +175,10 @@ def _block_layer(
 ) -> tuple[BlockLayer, LayerSummary]:
     """Return the layer in blocks and its summary; there is nothing to search."""
     names = BLOCK_SCHEMES[settings.scheme]
-    inputs = None if settings.activations is None else names[settings.activations]
-    formats = BlockFormats(names[settings.weights], inputs)
-    blocks = BLOCK_LAYERS[type(layer)].pack(layer, weight, formats)
+    bits = settings.activation_bits
+    inputs = None if bits is None else names[bits]
+    formats = BlockFormats(names[settings.weight_bits], inputs)
+    blocks = family_of(layer).block.of_weight(layer, weight, formats)
     noise = blocks.quantized_weight(dtype=torch.float32) - weight
     quality = sqnr(energy(weight), energy(noise))
     return blocks, LayerSummary(name, formats.weight, quality, {formats.weight: quality}, inputs)

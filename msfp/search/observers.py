@@ -15,14 +15,17 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram
 from msfp.errors import InputError
 from msfp.layers.base import refuse_quantized
-from msfp.pipelines.denoiser import denoiser_of, quantizable_layers, timestep_or_none
-from msfp.pipelines.sampler import PipelineCall, Progress, check_calls
+from msfp.layers.selection import quantizable_layers
+from msfp.pipelines.denoiser import denoiser_of, timestep_or_none
+from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.schedulers.integer_weights import integer_weights, weight_at
 from msfp.search.activation_trace import ActivationTrace
 from msfp.search.calibration import Calibration
+from msfp.support.hooks import hooked
+from msfp.support.progress import Progress, counted, no_progress
 
 SAMPLES_PER_CALL = 4096
 """Numbers drawn from a larger input of a layer, to which its extremes are added."""
@@ -68,18 +71,14 @@ class _Observer:
     @contextmanager
     def watching(self, denoiser: nn.Module) -> Iterator[None]:
         """Hook a denoiser and its layers inside the block."""
-        handles = [
+        hooks = [
             denoiser.register_forward_pre_hook(self._enter, with_kwargs=True),
             denoiser.register_forward_hook(lambda *_: self._tracing.close()),
         ]
         for name, layer in quantizable_layers(denoiser).items():
-            handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        try:
-            with self._tracing, torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            hooks.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        with hooked(hooks), self._tracing, torch.no_grad():
+            yield
         for name in self._pending:
             self._flush(name)
 
@@ -125,13 +124,13 @@ class _Observer:
 
 
 def calibrate(
-    pipe: DiffusionPipeline | nn.Module,
-    calls: PipelineCall | Sequence[PipelineCall],
+    model: DiffusionPipeline | nn.Module,
     *,
+    calls: PipelineCall | Sequence[PipelineCall],
     factors: dict[float, float] | None = None,
     file: str | Path | None = None,
     description: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Calibration:
     """Make calls of a pipeline, and histogram what each quantizable layer of its denoiser reads.
 
@@ -139,9 +138,9 @@ def calibrate(
     processes share the calls out, and each gets what one process alone would, bit for bit.
 
     Args:
-        pipe: A pipeline with a full-precision denoiser, or any network to be quantized.
-        calls: What to do with it: a function of `pipe`, or several, each of which seeds itself.
-            `Sampler.calls`, `prompt_calls` and `stored_calls` make them. All timesteps that they
+        model: A pipeline with a full-precision denoiser, or any network to be quantized.
+        calls: What to do with it: a function of `model`, or several, each of which seeds itself.
+            `Sampler.calls`, `prompt_calls` and `load_calls` make them. All timesteps that they
             visit count, and all that they batch, such as both branches of classifier-free
             guidance.
         factors: The sampler's `denoising_factors`, to weigh each forward of the denoiser by the
@@ -165,11 +164,11 @@ def calibrate(
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1))
-        >>> calibration = calibrate(network, lambda network: network(torch.ones(4, 1)))
+        >>> calibration = calibrate(network, calls=lambda network: network(torch.ones(4, 1)))
         >>> calibration.inputs["0"], calibration.activations
         (Histogram(4 numbers from 1 to 1), {'2': 'SiLU'})
     """
-    denoiser = denoiser_of(pipe)
+    denoiser = denoiser_of(model)
     refuse_quantized("the denoiser", denoiser)
     calls = check_calls("calls", calls)
     calibration = Calibration(
@@ -186,12 +185,12 @@ def calibrate(
         file = file.with_stem(f"{file.stem}-{rank}-of-{processes}") if shared else file
         calibration = _resumed(calibration, file)
     saved = time.monotonic()
+    done = counted(progress, "calibrating", len(range(rank, len(calls), processes)))
     try:
         for index in range(rank, len(calls), processes):
             if index not in calibration.calls:
-                calibration.merge(_seen(pipe, denoiser, calls[index], index, calibration))
-            if progress is not None:
-                progress(1)
+                calibration.merge(_seen(model, denoiser, calls[index], index, calibration))
+            done(1)
             if file is not None and time.monotonic() > saved + SAVE_INTERVAL:
                 calibration.save(file)
                 saved = time.monotonic()
@@ -217,7 +216,7 @@ def _resumed(calibration: Calibration, file: Path) -> Calibration:
 
 
 def _seen(
-    pipe: DiffusionPipeline | nn.Module,
+    model: DiffusionPipeline | nn.Module,
     denoiser: nn.Module,
     call: PipelineCall,
     index: int,
@@ -226,7 +225,7 @@ def _seen(
     """Make one call and return what was seen, with the layers of a whole calibration."""
     observer = _Observer(calibration.weights)
     with observer.watching(denoiser):
-        call(pipe)
+        call(model)
     seen = observer.seen
     if not seen.inputs:
         raise InputError(f"call {index} did not run the {type(denoiser).__name__}")

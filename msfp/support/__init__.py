@@ -1,1 +1,1 @@
-"""What every room may use, with no models in it: checks, files, progress, hooks."""
+"""What all rooms share, without models: checks, files, progress, hooks."""

@@ -1,18 +1,24 @@
-"""Progress bars with time left, one for each stage of a long command."""
+"""How far long work is: one protocol for all of it, and bars that follow it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-Advance = Callable[[str, int, int], None]
-"""Called with a stage's name, the units of it that are done and their total."""
+from typing import Protocol
 
 
-def counted(advance: Advance, stage: str, total: int) -> Callable[[int], None]:
+class Progress(Protocol):
+    """Told how far a stage of some work is."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> object:
+        """Take a stage's name, its units that are done, their total, and perhaps a note."""
+
+
+def no_progress(_stage: str, _done: int, _total: int, _note: str = "", /) -> None:
+    """Tell nobody."""
+
+
+def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
     """Return a function of the units of a stage that were just done.
 
     Example:
@@ -27,34 +33,37 @@ def counted(advance: Advance, stage: str, total: int) -> Callable[[int], None]:
     def count(units: int) -> None:
         nonlocal done
         done += units
-        advance(stage, done, total)
+        progress(stage, done, total)
 
     return count
 
 
-@contextmanager
-def stages() -> Iterator[Advance]:
-    """Yield a function of a stage's name, its units done and their total; bars go to stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks = {}
+def of_part(progress: Progress, part: str) -> Progress:
+    """Return what tells another of stages of a part, whose name it adds to theirs.
 
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+    Example:
+        >>> of_part(print, "held out")("recording", 1, 4)
+        recording held out 1 4
+    """
 
-        yield advance
+    def tell(stage: str, done: int, total: int, note: str = "", /) -> object:
+        return progress(f"{stage} {part}", done, total, note)
+
+    return tell
 
 
 @contextmanager
-def noted_bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function of units done, their total and a note; the bar goes to stderr."""
+def progress_bars() -> Iterator[Progress]:
+    """Yield what draws a bar for each stage, with the time left, on stderr.
+
+    Example:
+        >>> with progress_bars() as progress:
+        ...     progress("sampling", 64, 64)
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -62,10 +71,12 @@ def noted_bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, note="")
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
 
-        def advance(done: int, total: int, note: str) -> None:
-            progress.update(task, completed=done, total=total, note=note)
+        def draw(stage: str, done: int, total: int, note: str = "", /) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
 
-        yield advance
+        yield draw

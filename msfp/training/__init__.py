@@ -1,1 +1,1 @@
-"""Distilling the full-precision denoiser into the quantized one along the sampler's trajectory."""
+"""Fine-tuning: the quantized denoiser learns from the full-precision one."""

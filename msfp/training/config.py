@@ -1,4 +1,4 @@
-"""How a quantized denoiser is brought back, as frozen, JSON-able objects."""
+"""How a quantized denoiser is fine-tuned, as frozen objects that JSON can hold."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from msfp.config import (
-    MAX_HUB,
-    MAX_RANK,
+from msfp.config import MAX_RANK
+from msfp.errors import InputError
+from msfp.support.checks import (
     MAX_SEED,
     MIN_SEED,
     check_choice,
+    check_keys,
     check_number,
     check_truth,
     check_whole,
 )
-from msfp.errors import InputError
-from msfp.layers.lora.routers import RouterKind
 
-Place = Literal["inside", "beside"]
-Initial = Literal["zero", "svd"]
+Routing = Literal["learned", "segments"]
+"""Keys of `msfp.layers.lora.routers.ROUTERS`, those that are trained."""
+LoRAPosition = Literal["inside", "beside"]
 Precision = Literal["no", "fp16", "bf16"]
+MAX_HUB = 16
 
 
 @dataclass(frozen=True)
@@ -59,37 +60,33 @@ def _learning_rates(rates: Any) -> LearningRates:
         return rates
     if not isinstance(rates, Mapping):
         raise InputError(f"rates must be LearningRates or a table of them, not {rates!r}")
-    groups = [each.name for each in dataclasses.fields(LearningRates)]
-    unknown = rates.keys() - set(groups)
-    if unknown:
-        raise InputError(f"rates has no group {min(unknown)!r}: it may have {', '.join(groups)}")
+    check_keys("rates", rates, [each.name for each in dataclasses.fields(LearningRates)])
     return LearningRates(**rates)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a quantized denoiser is brought back.
+    """How a quantized denoiser is brought back by training.
 
     Attributes:
-        hub: LoRAs per layer; 1 is a single LoRA without a router, 2 or 4 is the paper's TALoRA.
+        hub: LoRAs of each layer; 1 is a single LoRA without a router, 2 or 4 is the paper's
+            TALoRA.
         rank: Rank of each LoRA.
         steps: Optimizer steps.
         batch: Samples in a step, over all processes and accumulated parts.
         rates: Learning rates by group.
-        denoising_power: The power of the denoising factor that the loss at a timestep is weighted
-            by: 0 is no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
+        dfa_power: Power of the denoising factor that the loss at a timestep is weighted by: 0 is
+            no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
         seed: Seed of initialisation and batches.
-        routing: "learned" by a router with an embedding of the timestep of its own, by one that
-            reads the "denoiser"'s, or "segments" with equally many of the sampler's steps.
-        place: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight, Q(W) x +
-            B A x, as branches of the layer.
-        initial: LoRAs begin at "zero", or as the "svd" of the rounding error of the weight.
-        temperature: Of the router's softmax, at the first step and at the last; geometric between.
-        branches: Coefficients with which the sampler adds up the rows of the trajectories that are
-            branches of one sample: (1 - g, g) for guidance of scale g with the unconditional
-            branch first. The loss is that of the sum, and a share of that of each branch.
-        branch_rows: Samples of a call of the pipeline: as many rows of one branch are followed by
-            those of the next.
+        routing: What chooses among the LoRAs of a hub: a "learned" router, or "segments" with
+            equally many of the sampler's steps.
+        lora_position: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight,
+            Q(W) x + B A x, as low-rank branches of the layer.
+        guidance_branches: Coefficients with which the sampler adds up the rows of the trajectories
+            that are guidance branches of one sample: (1 - g, g) for guidance of scale g with the
+            unconditional branch first. The loss is that of the sum, and a share of that of each.
+        guidance_rows: Samples of a call of the pipeline: as many rows of one guidance branch are
+            followed by those of the next.
         accumulation: Parts that a process takes its batch in.
         clip: Largest norm of the gradient, or None.
         ema: Decay of the moving average of what is trained, which then is the result; 0 for none.
@@ -97,10 +94,8 @@ class FinetuneConfig:
         checkpointing: Compute activations again in the backward pass, to save memory.
         shard: Leave each of several processes its part of the full-precision weights; a layer's is
             gathered while it computes.
-        cache_teacher: Train towards the recorded predictions; False asks the full-precision
-            denoiser again at each step.
-        student_every: Steps after which the student's own path is recorded anew; every other step
-            then trains on it. 0 for never.
+        cache_teacher: Train towards the recorded predictions; False computes those of the
+            full-precision denoiser again at each step.
         evaluate_every: Steps after which the error on held-out trajectories is measured; the
             parameters of the lowest are the result. 0 for never.
         patience: Evaluations without a new lowest error after which training stops; 0 for never.
@@ -119,14 +114,12 @@ class FinetuneConfig:
     steps: int = 160
     batch: int = 32
     rates: LearningRates = field(default_factory=LearningRates)
-    denoising_power: float = 0.0
+    dfa_power: float = 0.0
     seed: int = 0
-    routing: RouterKind = "learned"
-    place: Place = "inside"
-    initial: Initial = "zero"
-    temperature: tuple[float, float] = (1.0, 1.0)
-    branches: tuple[float, ...] = (1.0,)
-    branch_rows: int = 1
+    routing: Routing = "learned"
+    lora_position: LoRAPosition = "inside"
+    guidance_branches: tuple[float, ...] = (1.0,)
+    guidance_rows: int = 1
     accumulation: int = 1
     clip: float | None = None
     ema: float = 0.0
@@ -134,49 +127,44 @@ class FinetuneConfig:
     checkpointing: bool = False
     shard: bool = False
     cache_teacher: bool = True
-    student_every: int = 0
     evaluate_every: int = 0
     patience: int = 0
     save_every: int = 50
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", _learning_rates(self.rates))
-        for name in ("temperature", "branches"):
-            value = getattr(self, name)
-            if not isinstance(value, Iterable) or isinstance(value, str):
-                raise InputError(f"{name} must be a list of numbers, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
+        branches: Any = self.guidance_branches
+        if not isinstance(branches, Iterable) or isinstance(branches, str):
+            raise InputError(f"guidance_branches must be a list of numbers, not {branches!r}")
+        object.__setattr__(self, "guidance_branches", tuple(branches))
         check_whole("hub", self.hub, 1, MAX_HUB)
         check_whole("rank", self.rank, 1, MAX_RANK)
         check_whole("seed", self.seed, MIN_SEED, MAX_SEED)
         for name in ("steps", "save_every"):
             check_whole(name, getattr(self, name), 1, 10**9)
-        for name in ("batch", "branch_rows", "accumulation"):
+        for name in ("batch", "guidance_rows", "accumulation"):
             check_whole(name, getattr(self, name), 1, 10**6)
-        for name in ("student_every", "evaluate_every", "patience"):
+        for name in ("evaluate_every", "patience"):
             check_whole(name, getattr(self, name), 0, 10**9)
         for name in ("checkpointing", "shard", "cache_teacher"):
             check_truth(name, getattr(self, name))
-        check_number("denoising_power", self.denoising_power, 0, 4)
+        check_number("dfa_power", self.dfa_power, 0, 4)
         check_number("ema", self.ema, 0, 0.999999)
         if self.clip is not None:
             check_number("clip", self.clip, 1e-12, 1e12)
-        for temperature in self.temperature:
-            check_number("temperature", temperature, 1e-3, 1e3)
-        for coefficient in self.branches:
-            check_number("branches", coefficient, -1e6, 1e6)
-        check_choice("routing", self.routing, get_args(RouterKind))
-        check_choice("place", self.place, get_args(Place))
-        check_choice("initial", self.initial, get_args(Initial))
+        for coefficient in self.guidance_branches:
+            check_number("guidance_branches", coefficient, -1e6, 1e6)
+        check_choice("routing", self.routing, get_args(Routing))
+        check_choice("lora_position", self.lora_position, get_args(LoRAPosition))
         check_choice("precision", self.precision, get_args(Precision))
         self._check_together()
 
     def _check_together(self) -> None:
         """Raise InputError where one value does not allow another."""
-        if len(self.temperature) != 2:
-            raise InputError(f"temperature must be the first and the last, not {self.temperature}")
-        if not self.branches or not any(self.branches):
-            raise InputError(f"branches must be coefficients, not all 0, not {self.branches}")
+        if not any(self.guidance_branches):
+            raise InputError(
+                f"guidance_branches must be coefficients, not all 0, not {self.guidance_branches}"
+            )
         if self.patience and not self.evaluate_every:
             raise InputError("patience needs evaluate_every to be above 0")
         if self.batch < self.accumulation:
@@ -187,13 +175,35 @@ class FinetuneConfig:
     @property
     def is_routed(self) -> bool:
         """Whether a router that is trained chooses among several LoRAs."""
-        return self.hub > 1 and self.routing != "segments"
-
-    @property
-    def reads_denoiser(self) -> bool:
-        """Whether that router reads the denoiser's embedding of the timestep."""
-        return self.is_routed and self.routing == "denoiser"
+        return self.hub > 1 and self.routing == "learned"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)
+
+
+OPTIONS_OF_1 = {
+    "denoising_power": "dfa_power",
+    "place": "lora_position",
+    "branches": "guidance_branches",
+    "branch_rows": "guidance_rows",
+}
+"""Names that options had in msfp 0.2.0, and what they are now."""
+RETIRED_OF_1: dict[str, Any] = {"initial": "zero", "temperature": [1.0, 1.0], "student_every": 0}
+"""Options of msfp 0.2.0 that are gone, with the values that change nothing."""
+
+
+def options_of_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as msfp 0.2.0 wrote them by the names that they have now.
+
+    Those that are gone are left out where they change nothing, and kept where they do.
+
+    Example:
+        >>> options_of_version_1({"place": "inside", "initial": "zero", "student_every": 40})
+        {'lora_position': 'inside', 'student_every': 40}
+    """
+    return {
+        OPTIONS_OF_1.get(name, name): value
+        for name, value in options.items()
+        if name not in RETIRED_OF_1 or value != RETIRED_OF_1[name]
+    }

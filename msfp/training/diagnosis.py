@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from msfp.layers.trainable import OpenLayer, open_layers
+from msfp.layers.trainable import TrainableLayer, trainable_layers
+from msfp.support.hooks import hooked
 
 
 def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str | None:
     """Return the first layer whose output has NaN or infinity in a forward, or None.
 
     Args:
-        denoiser: Whose layers are watched: the open ones as wholes, and others without parts.
+        denoiser: Whose layers are watched: the trainable ones as wholes, and others without parts.
         forward: Runs it.
 
     Example:
@@ -33,17 +34,13 @@ def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str |
 
         return look
 
-    layers = open_layers(denoiser).values()
+    layers = trainable_layers(denoiser).values()
     parts = {part for layer in layers for part in layer.modules() if part is not layer}
-    handles = [
+    hooks = [
         module.register_forward_hook(watch(name))
         for name, module in denoiser.named_modules()
-        if isinstance(module, OpenLayer) or not (list(module.children()) or module in parts)
+        if isinstance(module, TrainableLayer) or not (list(module.children()) or module in parts)
     ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(hooks), torch.no_grad():
+        forward()
     return found[0] if found else None

@@ -3,74 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.config import check_type
 from msfp.errors import InputError
 from msfp.layers.block import refuse_block_layers
 from msfp.layers.lora.talora import routing_of
-from msfp.layers.lora.time_embedding import TimeConditioning, time_conditioning, time_scale
 from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories
-from msfp.ptq.quantization import seal
+from msfp.ptq.quantization import pack
+from msfp.support.checks import check_type
+from msfp.support.container import check_fingerprint
 from msfp.support.files import check_folder
-from msfp.support.run_files import described
+from msfp.support.progress import Progress, no_progress
 from msfp.training.config import FinetuneConfig
-from msfp.training.fingerprint import run_facts
+from msfp.training.fingerprint import run_fingerprint
 from msfp.training.objective import Objective, loss_weights
 from msfp.training.parameters import add_hubs, check_rates
 from msfp.training.processes import accelerator
-from msfp.training.state import KIND, History
+from msfp.training.state import STATE, History
 from msfp.training.teacher import Teacher
-from msfp.training.trainer import Material, Status, Trainer
+from msfp.training.trainer import Trainer, TrainingInputs
 
 MAX_TEACHER_ERROR = 0.02
 """How far predictions may be from those recorded, relative to them: the rounding of bfloat16."""
-ASKED = 4
-"""Timesteps at which the full-precision denoiser is asked for them."""
+CHECKED = 4
+"""Timesteps at which predictions of the full-precision denoiser are compared with those."""
 
 
 def finetune(
-    denoiser: DiffusionPipeline | nn.Module,
-    trajectories: Trajectories,
-    config: FinetuneConfig,
+    model: DiffusionPipeline | nn.Module,
+    config: FinetuneConfig | None = None,
     *,
+    trajectories: Trajectories,
     factors: dict[float, float] | None = None,
     held_out: Trajectories | None = None,
-    teacher: DiffusionPipeline | nn.Module | None = None,
-    own_path: Callable[[], Trajectories] | None = None,
-    file: str | Path | None = None,
+    original: DiffusionPipeline | nn.Module | None = None,
+    state: str | Path | None = None,
     resume: bool = False,
     tensorboard: str | Path | None = None,
-    progress: Callable[[Status], None] | None = None,
+    progress: Progress = no_progress,
 ) -> History:
-    """Train the open layers of a quantized denoiser towards recorded predictions, then seal them.
+    """Train a quantized denoiser towards recorded predictions and pack it, in place.
 
     Each step lowers `w(t) * ||prediction - quantized prediction||^2` over a batch of recorded
     noisy samples, w the `timestep_weights` of the denoising factors; of guided samples, that of
-    the guided prediction and a share of that of each branch. Trained are the LoRAs and the router,
-    and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020), biases and
-    norms.
+    the guided prediction and a share of that of each guidance branch. Trained are the LoRAs and
+    the router, and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020),
+    biases and norms.
 
     Args:
-        denoiser: Quantized by `quantize` or opened by `reopen`, and open, or a pipeline with one;
-            changed in place.
+        model: Quantized by `quantize` or unpacked by `unpack`: a pipeline or its denoiser.
+        config: What is trained and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser.
-        config: What is trained and how.
         factors: The sampler's `denoising_factors`; needed unless their power is 0.
         held_out: Other trajectories of the same sampler, to measure the error on.
-        teacher: The full-precision denoiser, or a pipeline with it, where the open one does not
-            hold its weights any more. None where `quantize` made the open one.
-        own_path: Records the path of the denoiser as it is when called, by the calls that
-            recorded the trajectories; needed where the config has `student_every`.
-        file: A safetensors file to save the state to from time to time.
-        resume: Whether to go on from that file.
+        original: The full-precision denoiser, or a pipeline with it, where the trainable one does
+            not hold its weights any more. None where `quantize` made the trainable one.
+        state: A safetensors file to save the state to from time to time.
+        resume: Whether to resume from that file.
         tensorboard: A folder for the logs of TensorBoard.
         progress: Told of each step.
 
@@ -78,113 +73,83 @@ def finetune(
         The losses and held-out errors.
 
     Raises:
-        InputError: If the denoiser has no open quantized layer, something that the config needs
-            is missing, nothing is to be trained, the trajectories or factors are of another
-            denoiser or sampler, the file cannot be written or is the state of another run; all
-            before anything is changed. Or if the loss or a held-out error is not finite.
+        InputError: If the denoiser has no trainable quantized layer, something that the config
+            needs is missing, nothing is to be trained, the trajectories or factors are of another
+            denoiser or sampler, the state cannot be written or is of another run; all before
+            anything is changed. Or if the loss or a held-out error is not finite.
     """
-    denoiser = denoiser_of(denoiser)
-    teacher = None if teacher is None else denoiser_of(teacher)
-    check_type("trajectories", trajectories, Trajectories)
+    denoiser = denoiser_of(model)
+    config = FinetuneConfig() if config is None else config
     check_type("config", config, FinetuneConfig)
+    check_type("trajectories", trajectories, Trajectories)
     refuse_block_layers(denoiser)
     untrained_layers(denoiser)
-    weights = loss_weights(trajectories.timesteps, factors, config.denoising_power)
-    objective = Objective(weights, config.branches, config.branch_rows)
-    file = None if file is None else Path(file)
-    _check_file(file, resume=resume)
+    weights = loss_weights(trajectories.timesteps, factors, config.dfa_power)
+    objective = Objective(weights, config.guidance_branches, config.guidance_rows)
+    state = None if state is None else Path(state)
+    _check_state(state, resume=resume)
     if tensorboard is not None:
         check_folder("tensorboard", Path(tensorboard))
-    _check_needs(denoiser, config, held_out, own_path)
+    check_checkpointing(denoiser, config)
+    if config.evaluate_every and held_out is None:
+        raise InputError("held_out must be given where evaluate_every is above 0")
     _check_choices(denoiser, config, trajectories.timesteps)
-    run = {}
-    if file is not None:
-        run = run_facts(denoiser, trajectories, config, weights, held_out)
-    if file is not None and resume:
-        described(file, KIND, run)
-    original = Teacher(denoiser, teacher)
-    asked = bool(config.student_every) or not config.cache_teacher
-    _check_trajectories(original, objective, trajectories, held_out, asked=asked)
-    material = Material(
-        trajectories, objective, original, held_out, own_path, file,
-        None if tensorboard is None else Path(tensorboard), run,
+    fingerprint = {}
+    if state is not None:
+        fingerprint = run_fingerprint(denoiser, trajectories, config, weights, held_out)
+        if resume:
+            check_fingerprint(state, STATE, fingerprint)
+    teacher = Teacher(denoiser, None if original is None else denoiser_of(original))
+    exact = not config.cache_teacher
+    _check_trajectories(teacher, objective, trajectories, held_out, exact=exact)
+    inputs = TrainingInputs(
+        trajectories, objective, teacher, held_out, state,
+        None if tensorboard is None else Path(tensorboard), fingerprint,
     )  # fmt: skip
     # Made before the denoiser is changed, because it can refuse the precision or the logs.
     processes = accelerator(
-        trajectories.samples.device, config.precision, material.tensorboard
+        trajectories.samples.device, config.precision, inputs.tensorboard
     ).num_processes
-    reads = _conditioning(original, config, trajectories)
-    add_hubs(denoiser, config, trajectories.timesteps, reads)
+    add_hubs(denoiser, config, trajectories.timesteps)
     if config.shard and processes > 1:
-        material.teacher.shard()
-    trainer = Trainer(denoiser, material, config)
+        teacher.shard()
+    trainer = Trainer(denoiser, inputs, config)
     if resume:
         trainer.resume()
     history = trainer.run(progress)
     routing = routing_of(denoiser)
     if routing is not None:
         routing.clear()
-    seal(denoiser)
+    pack(denoiser)
     denoiser.requires_grad_(False)
     return history
 
 
-def _check_file(file: Path | None, *, resume: bool) -> None:
+def _check_state(file: Path | None, *, resume: bool) -> None:
     """Raise InputError unless the state can be written, and no other is lost by that."""
     if file is None:
         if resume:
-            raise InputError("resume needs the file of the state")
+            raise InputError("resume needs state, the file to resume from")
         return
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise InputError(
-            f"file {file} cannot be written: {file.parent} is not a folder to write in"
+            f"state {file} cannot be written: {file.parent} is not a folder to write in"
         )
     if resume and not file.is_file():
         raise InputError(f"there is no state to resume from: {file} does not exist")
     if file.exists() and not resume:
-        raise InputError(f"{file} holds the state of a run: resume it, or delete the file")
-
-
-def _check_needs(
-    denoiser: nn.Module,
-    config: FinetuneConfig,
-    held_out: Trajectories | None,
-    own_path: Callable[[], Trajectories] | None,
-) -> None:
-    """Raise InputError unless there is what a config needs."""
-    if config.student_every and own_path is None:
-        raise InputError("own_path must be given where student_every is above 0")
-    check_checkpointing(denoiser, config)
-    if config.evaluate_every and held_out is None:
-        raise InputError("held_out must be given where evaluate_every is above 0")
+        raise InputError(f"{file} holds the state of a run: give resume=True, or delete the file")
 
 
 def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
     """Raise InputError unless something is trained, and each LoRA of it at some timestep."""
     check_rates(denoiser, config)
-    check_routing(denoiser, config)
     steps = len(timesteps.unique())
     if config.routing == "segments" and config.hub > steps:
         raise InputError(
             f"hub must be at most {steps} where routing is by segments: the trajectories have no "
             f"more timesteps; not {config.hub}"
         )
-
-
-def check_routing(denoiser: nn.Module, config: FinetuneConfig) -> None:
-    """Raise InputError where a router is to read what the denoiser does not have."""
-    if config.reads_denoiser:
-        time_conditioning(denoiser)
-
-
-def _conditioning(
-    teacher: Teacher, config: FinetuneConfig, trajectories: Trajectories
-) -> tuple[TimeConditioning, float] | None:
-    """Return what a router reads of the full-precision denoiser, if it reads that."""
-    if not config.reads_denoiser:
-        return None
-    with teacher.active() as denoiser:
-        return time_conditioning(denoiser), time_scale(denoiser, trajectories)
 
 
 def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:
@@ -199,7 +164,7 @@ def _check_trajectories(
     trajectories: Trajectories,
     held_out: Trajectories | None,
     *,
-    asked: bool,
+    exact: bool,
 ) -> None:
     """Raise InputError unless trajectories are such as the full-precision denoiser makes.
 
@@ -208,9 +173,9 @@ def _check_trajectories(
         objective: The loss.
         trajectories: What is trained on.
         held_out: What errors are measured on, or None.
-        asked: Whether the teacher is asked during training, and so must be exact.
+        exact: Whether the teacher predicts during training, and so must be exact.
     """
-    exact = asked or teacher.is_whole
+    exact = exact or teacher.is_whole
     objective.count(trajectories)
     _check_path("trajectories", teacher, trajectories, exact=exact)
     if held_out is None:
@@ -224,22 +189,22 @@ def _check_trajectories(
 @torch.no_grad()
 def _check_path(name: str, teacher: Teacher, path: Trajectories, *, exact: bool) -> None:
     """Raise InputError unless the full-precision denoiser is the one that recorded a path."""
-    step = torch.linspace(0, len(path.timesteps) - 1, min(ASKED, len(path.timesteps))).long()
+    step = torch.linspace(0, len(path.timesteps) - 1, min(CHECKED, len(path.timesteps))).long()
     row = torch.zeros_like(step)
     wanted = path.predictions[step, row]
     try:
         with teacher.active() as denoiser:
-            said = path.predict(denoiser, step, row)
+            predicted = path.predict(denoiser, step, row)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{name} must be of a denoiser like this one: {error}") from error
-    if said.shape != wanted.shape:
+    if predicted.shape != wanted.shape:
         raise InputError(
             f"{name} must be of a denoiser like this one: their predictions have the shape "
-            f"{tuple(wanted.shape[1:])}, its own {tuple(said.shape[1:])}"
+            f"{tuple(wanted.shape[1:])}, its own {tuple(predicted.shape[1:])}"
         )
     if not path.predictions.isfinite().all():
         raise InputError(f"{name} must have finite predictions")
-    off = _distance(said, wanted)
+    off = _distance(predicted, wanted)
     most = MAX_TEACHER_ERROR
     if off > most and not exact:
         # What refinement left of the weights is nearest to the original where all is quantized.
@@ -251,7 +216,7 @@ def _check_path(name: str, teacher: Teacher, path: Trajectories, *, exact: bool)
         )
 
 
-def _distance(said: torch.Tensor, wanted: torch.Tensor) -> float:
+def _distance(predicted: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return how far predictions are from others, relative to those."""
     norm = wanted.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((said.float() - wanted.float()).norm() / norm)
+    return float((predicted.float() - wanted.float()).norm() / norm)

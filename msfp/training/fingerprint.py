@@ -1,8 +1,8 @@
-"""What makes a run of training another run, as plain JSON types.
+"""The fingerprint of a run of training: what must be equal for it to resume, as JSON types.
 
-What is read from files, such as weights and codes, is told by a digest. Trajectories are recorded
-anew when a run goes on, perhaps by other kernels: they are told by some of their numbers, which may
-differ by rounding.
+What is read from files, such as weights and codes, has a digest. Trajectories are recorded again
+when a run resumes, perhaps by other kernels: of them some numbers are compared, which may differ by
+rounding.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from msfp.layers.trainable import OpenLayer, open_layers
+from msfp.layers.trainable import TrainableLayer, trainable_layers
 from msfp.pipelines.trajectories import Trajectories
-from msfp.support.run_files import digest
+from msfp.support.fingerprints import digest
 from msfp.training.config import FinetuneConfig
 
 ROWS, VALUES = 512, 8
 """The most rows of a path that are told apart, and numbers of each."""
 
 
-def run_facts(
+def run_fingerprint(
     denoiser: nn.Module,
     path: Trajectories,
     config: FinetuneConfig,
     weights: torch.Tensor | None = None,
     held_out: Trajectories | None = None,
 ) -> dict[str, Any]:
-    """Return what makes a run another run, as JSON gives it back.
+    """Return what must be equal for a run to resume, as JSON gives it back.
 
     Args:
-        denoiser: Quantized and open, before it has hubs.
+        denoiser: Quantized and trainable, before it has hubs.
         path: What is trained on.
         config: What is trained and how.
         weights: The loss weight of each timestep.
@@ -43,7 +43,7 @@ def run_facts(
     return {
         **{
             f"layer {name}": f"{layer.formats}, shape {tuple(layer.weight.shape)}"
-            for name, layer in open_layers(denoiser).items()
+            for name, layer in trainable_layers(denoiser).items()
         },
         **{key: list(each) if isinstance(each, tuple) else each for key, each in options.items()},
         "held-out rows": None if held_out is None else held_out.samples.shape[1],
@@ -57,14 +57,14 @@ def run_facts(
 
 
 def _numbers(denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a denoiser computes with by name, the weights of open layers as they are rounded.
+    """Yield by name what a denoiser computes with; weights of trainable layers are rounded.
 
     Behind a branch a weight depends on the order of sums, but not what it is rounded to.
     """
-    layers = open_layers(denoiser)
+    layers = trainable_layers(denoiser)
     for name, value in denoiser.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
-        rounded = isinstance(layer, OpenLayer) and name.endswith(".weight")
+        rounded = isinstance(layer, TrainableLayer) and name.endswith(".weight")
         yield name, layer.quantized_weight() if layer is not None and rounded else value
 
 

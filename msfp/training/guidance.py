@@ -1,4 +1,4 @@
-"""Which rows of trajectories are branches of one sample, and how the sampler adds them up."""
+"""Which rows of trajectories are guidance branches of one sample, and how they are added up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msfp.pipelines.sampler import Sampler
 def guidance_branches(
     pipe: DiffusionPipeline, sampler: Sampler, rows: int
 ) -> tuple[tuple[float, ...], int]:
-    """Return `branches` and `branch_rows` of a `FinetuneConfig`.
+    """Return `guidance_branches` and `guidance_rows` of a `FinetuneConfig`.
 
     Args:
         pipe: A pipeline that may use classifier-free guidance.

@@ -13,9 +13,9 @@ from msfp.pipelines.trajectories import Trajectories
 from msfp.schedulers.denoising_factors import Normalisation, timestep_weights
 
 OWN_ERRORS = 0.2
-"""Weight of the branches' own squared errors, in units of what the sum makes of independent ones.
-Without them errors that cancel at one scale of guidance grow unseen, and no other scale can be
-sampled with."""
+"""Weight of the guidance branches' own squared errors, in units of what the sum makes of
+independent ones. Without them errors that cancel at one scale of guidance grow unseen, and no other
+scale can be sampled with."""
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Gives the targets of sampler steps and rows."""
 
@@ -50,7 +50,7 @@ def loss_weights(
             weights = timestep_weights(factors, power, normalisation)
             return torch.tensor([weights[key] for key in found])
     raise InputError(
-        f"factors must be given for every recorded timestep where denoising_power is {power}: "
+        f"factors must be given for every recorded timestep where dfa_power is {power}: "
         "measure them with the sampler and step count that recorded the trajectories"
     )
 
@@ -70,8 +70,8 @@ class Objective:
 
     Args:
         weights: Of each sampler step, shape (steps,).
-        branches: Coefficients of the rows that are branches of one sample.
-        branch_rows: Rows of one branch that are followed by those of the next.
+        branches: Coefficients of the rows that are guidance branches of one sample.
+        branch_rows: Rows of one guidance branch that are followed by those of the next.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Objective:
         self.branch_rows = branch_rows
 
     def count(self, path: Trajectories) -> int:
-        """Return how many samples a path has, each with a row for each branch."""
+        """Return how many samples a path has, each with a row for each guidance branch."""
         rows, branches = path.samples.shape[1], len(self.branches)
         if branches > 1 and rows % (branches * self.branch_rows):
             raise InputError(
-                f"trajectories have {rows} rows, which {branches} branches of {self.branch_rows} "
-                "do not fit"
+                f"trajectories must have a multiple of {branches * self.branch_rows} rows, for "
+                f"{branches} guidance branches of {self.branch_rows}, not {rows}"
             )
         return rows // branches
 
@@ -110,7 +110,7 @@ class Objective:
         """Return the weighted mean squared error of each sample, shape (samples,), float32.
 
         What is predicted beside the noise, such as a variance, does not count.
-        Where samples have branches of the coefficients c, it is that of their sum, plus
+        Where samples have guidance branches of the coefficients c, it is that of their sum, plus
         `OWN_ERRORS * sum(c**2)` times the mean of their own.
         """
         rows = self.rows(step, sample)

@@ -11,11 +11,10 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.lora.routers import TRAINING_TIMESTEPS, LearnedRouter, Router, SegmentRouter
+from msfp.layers.lora.routers import ROUTERS
 from msfp.layers.lora.talora import LoRAHub
-from msfp.layers.lora.time_embedding import TimeConditioning
 from msfp.layers.packed import add_router
-from msfp.layers.trainable import OpenLayer, open_layers
+from msfp.layers.trainable import TrainableLayer, trainable_layers
 from msfp.training.config import FinetuneConfig, LearningRates
 
 MIN_SCALE = 0.1
@@ -27,59 +26,36 @@ def add_hubs(
     denoiser: nn.Module,
     config: FinetuneConfig,
     timesteps: torch.Tensor,
-    reads: tuple[TimeConditioning, float] | None = None,
 ) -> None:
-    """Give every open layer a hub of LoRAs, and the denoiser a router where there is a choice.
+    """Give every trainable layer a hub of LoRAs, and the denoiser a router where there is a choice.
 
     Args:
-        denoiser: Quantized and open; changed in place.
-        config: Hub, rank, place, initialisation, kind of routing and seed.
+        denoiser: Quantized and trainable; changed in place.
+        config: Hub, rank, position, kind of routing and seed.
         timesteps: What the sampler gives the denoiser.
-        reads: What a router reads that reads the denoiser's embedding of the timestep, and what
-            timesteps are multiplied by for that.
     """
-    layers = open_layers(denoiser)
+    layers = trainable_layers(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
     for layer in layers.values():
         layer.hub = _hub(layer, config, generator)
     if config.hub > 1:
         device = next(iter(layers.values())).weight.device
-        router = _router(len(layers), config, timesteps, generator, reads)
+        kind = ROUTERS[config.routing]
+        router = kind.new(len(layers), config.hub, timesteps.cpu(), generator)
         add_router(denoiser, router.to(device))
 
 
-def _hub(layer: OpenLayer, config: FinetuneConfig, generator: torch.Generator) -> LoRAHub:
+def _hub(layer: TrainableLayer, config: FinetuneConfig, generator: torch.Generator) -> LoRAHub:
     """Return the new hub of a layer."""
     rows, columns = layer.weight.flatten(1).shape
     step = layer.weight_quantizer.scale.mean()
-    hub = LoRAHub(
+    return LoRAHub(
         rows, columns, config.hub, config.rank, step.cpu(), generator,
-        beside=config.place == "beside",
+        beside=config.lora_position == "beside",
     ).to(layer.weight.device)  # fmt: skip
-    if config.initial == "svd":
-        hub.fit((layer.weight - layer.quantized_weight()).flatten(1))
-    return hub
 
 
-def _router(
-    layers: int,
-    config: FinetuneConfig,
-    timesteps: torch.Tensor,
-    generator: torch.Generator,
-    reads: tuple[TimeConditioning, float] | None,
-) -> Router:
-    """Return the router that a config asks for."""
-    if config.routing == "segments":
-        return SegmentRouter.evenly(layers, config.hub, timesteps.cpu())
-    if reads is not None:
-        conditioning, scale = reads
-        return LearnedRouter(layers, config.hub, generator, scale, conditioning)
-    # Flow models are given times from 0 to 1.
-    scale = float(TRAINING_TIMESTEPS) if timesteps.max() <= 1 else 1.0
-    return LearnedRouter(layers, config.hub, generator, scale)
-
-
-def quantizers(layer: OpenLayer) -> list[Quantizer]:
+def quantizers(layer: TrainableLayer) -> list[Quantizer]:
     """Return the quantizers that a layer has."""
     both = (layer.input_quantizer, layer.weight_quantizer)
     return [quantizer for quantizer in both if quantizer is not None]
@@ -95,10 +71,10 @@ def trained_parameters(denoiser: nn.Module, rates: LearningRates) -> dict[str, f
 
 
 def check_rates(denoiser: nn.Module, config: FinetuneConfig) -> None:
-    """Raise InputError unless a config leaves something to be trained of an open denoiser.
+    """Raise InputError unless a config leaves something to be trained of a trainable denoiser.
 
     Args:
-        denoiser: Quantized and open, before it has hubs.
+        denoiser: Quantized and trainable, before it has hubs.
         config: With the rates.
     """
     rates = config.rates
@@ -109,7 +85,7 @@ def check_rates(denoiser: nn.Module, config: FinetuneConfig) -> None:
 
 def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, float]]:
     """Yield names and rates, those of frozen groups as well."""
-    for name, layer in open_layers(denoiser).items():
+    for name, layer in trainable_layers(denoiser).items():
         if layer.hub is not None:
             yield f"{name}.hub.down", rates.adapters
             yield f"{name}.hub.up", rates.adapters
@@ -124,8 +100,6 @@ def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, flo
         prefix = f"{name}." if name else ""
         norm = "Norm" in type(module).__name__
         for part, _ in module.named_parameters(recurse=False):
-            if name.startswith("router.conditioning"):
-                continue
             if name.split(".")[0] == "router":
                 yield prefix + part, rates.router
             elif norm or part == "bias":
@@ -146,7 +120,7 @@ class ScaleFloors:
     """Keeps learned scales above a part of what they are when this is made."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        layers = open_layers(denoiser).values()
+        layers = trainable_layers(denoiser).values()
         self.scales = [quantizer.scale for layer in layers for quantizer in quantizers(layer)]
         self.floors = [MIN_SCALE * scale.detach() for scale in self.scales]
 

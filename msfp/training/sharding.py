@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.utils import parametrize
 
-from msfp.layers.trainable import open_layers
+from msfp.layers.trainable import trainable_layers
 
 
 class Gathered(nn.Module):
@@ -46,15 +46,15 @@ class Gathered(nn.Module):
 
 
 def shard_weights(denoiser: nn.Module) -> dict[str, tuple[str, Gathered]]:
-    """Leave each process its part of the weight of every open layer.
+    """Leave each process its part of the weight of every trainable layer.
 
     Args:
-        denoiser: Quantized and open; changed in place.
+        denoiser: Quantized and trainable; changed in place.
 
     Returns:
         By the name of each weight, the name of its part and what divides it.
     """
-    shards, layers = {}, open_layers(denoiser)
+    shards, layers = {}, trainable_layers(denoiser)
     owners = Counter(id(layer.weight) for layer in layers.values())
     for name, layer in layers.items():
         if owners[id(layer.weight)] > 1:

@@ -1,4 +1,4 @@
-"""All that a run of training needs to go on where it was, in one safetensors file."""
+"""All that a run of training needs to resume, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.support.run_files import described, save_run, saved_tensors
+from msfp.support.autosave import run_as_fingerprint
+from msfp.support.container import Header, Kind, Named, check_fingerprint, read, write
+from msfp.training.config import options_of_version_1
 
-KIND = "a state of fine-tuning"
-Named = dict[str, torch.Tensor]
+
+def _first_fingerprint(header: Header) -> Header:
+    """Return the header of a state of version 1, whose options had other names."""
+    told = run_as_fingerprint(header)
+    return told._replace(fingerprint=options_of_version_1(told.fingerprint))
+
+
+STATE = Kind(
+    "a state of fine-tuning",
+    first_key="a state of fine-tuning",
+    migrations={1: _first_fingerprint},
+)
 
 
 @dataclass
@@ -46,13 +58,12 @@ class TrainingState:
         parameters: What is trained, by name.
         optimizer: That trains them.
         generator: Source of batches.
-        run: What must be equal for a saved state to be of the same run, as plain JSON types.
+        fingerprint: What must be equal for a run to resume, as plain JSON types.
 
     Attributes:
         history: What was measured so far.
         average: Moving averages of the parameters, empty for none.
         best: The parameters of the lowest held-out error, empty before there is one.
-        path: Samples and predictions of the student's own path, empty for none.
     """
 
     def __init__(
@@ -60,14 +71,13 @@ class TrainingState:
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
-        run: dict[str, Any],
+        fingerprint: dict[str, Any],
     ) -> None:
         self.parameters, self.optimizer, self.generator = parameters, optimizer, generator
-        self.run = run
+        self.fingerprint = fingerprint
         self.history = History()
         self.average: Named = {}
         self.best: Named = {}
-        self.path: Named = {}
 
     @property
     def step(self) -> int:
@@ -97,7 +107,6 @@ class TrainingState:
             "optimizer": moments,
             "average": self.average,
             "best": self.best,
-            "path": self.path,
             "generator": {"state": self.generator.get_state()},
         }
 
@@ -113,13 +122,11 @@ class TrainingState:
             for part, named in self._parts().items()
             for name, value in named.items()
         }
-        description = {
-            "run": self.run,
+        history = {
             "losses": self.history.losses,
             "errors": {str(step): error for step, error in self.history.errors.items()},
-            **facts,
         }
-        save_run(file, KIND, tensors, description)
+        write(file, STATE, tensors, history | facts, self.fingerprint)
 
     def load(self, file: Path) -> dict[str, Any]:
         """Take the state from a file; return what was written down.
@@ -127,11 +134,11 @@ class TrainingState:
         Raises:
             InputError: If the file is not a state, or that of another run.
         """
-        description = described(file, KIND, self.run)
-        errors = {int(step): error for step, error in description["errors"].items()}
-        self.history = History(description["losses"], errors)
+        _, facts = check_fingerprint(file, STATE, self.fingerprint)
+        errors = {int(step): error for step, error in facts["errors"].items()}
+        self.history = History(facts["losses"], errors)
         parts: dict[str, Named] = {}
-        for key, tensor in saved_tensors(file).items():
+        for key, tensor in read(file, STATE)[1].items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         _check_alike(file, parts["parameters"], self.parameters)
@@ -143,8 +150,8 @@ class TrainingState:
         self.generator.set_state(parts["generator"]["state"])
         place = _on(next(iter(self.parameters.values())).device)
         self.average = place(parts.get("average", {}))
-        self.best, self.path = place(parts.get("best", {})), place(parts.get("path", {}))
-        return description
+        self.best = place(parts.get("best", {}))
+        return facts
 
 
 def _on(device: torch.device) -> Callable[[Named], Named]:

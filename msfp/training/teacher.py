@@ -1,10 +1,9 @@
-"""The full-precision denoiser inside the open quantized one: they share what is not trained."""
+"""The full-precision denoiser inside the trainable one: they share what is not trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,19 +11,18 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.layers.attention import AttentionProducts
 from msfp.layers.lora.talora import RouterHook
-from msfp.layers.trainable import OpenLayer, open_layers
-from msfp.pipelines.trajectories import Trajectories
+from msfp.layers.trainable import TrainableLayer, trainable_layers
 from msfp.training.sharding import shard_weights
 
 
 class Teacher:
-    """Makes an open denoiser compute as its full-precision original did, for a while.
+    """Makes a trainable denoiser compute as its full-precision original did, for a while.
 
-    Open layers hold the full-precision weight; only of what training changes is a copy kept.
+    Trainable layers hold the full-precision weight; only of what training changes is a copy kept.
 
     Args:
-        denoiser: Quantized and open.
-        original: The full-precision denoiser, where the open one does not hold all its
+        denoiser: Quantized and trainable.
+        original: The full-precision denoiser, where the trainable one does not hold all its
             parameters any more; None to take those that it has now.
 
     Raises:
@@ -51,7 +49,7 @@ class Teacher:
         """Whether it has the full-precision weights: refinement makes of them values of a grid."""
         return self._given or not any(
             torch.equal(layer.weight, layer.quantized_weight())
-            for layer in open_layers(self.denoiser).values()
+            for layer in trainable_layers(self.denoiser).values()
         )
 
     def keep(self, names: Iterable[str]) -> None:
@@ -94,24 +92,10 @@ class Teacher:
     ) -> None:
         """Quantize or not, and put values in the place of parameters."""
         for module in self.denoiser.modules():
-            if isinstance(module, OpenLayer | AttentionProducts):
+            if isinstance(module, TrainableLayer | AttentionProducts):
                 module.quantizing = quantizing
         for name, value in values.items():
             parameters[name].data = value
-
-    def labelled(self, path: Trajectories, batch: int) -> Trajectories:
-        """Return a path with the full-precision predictions, asked for in batches."""
-        with self.active() as denoiser:
-            predictions = [
-                torch.cat(
-                    [
-                        path.predict(denoiser, torch.full_like(rows, step), rows)
-                        for rows in torch.arange(path.samples.shape[1]).split(batch)
-                    ]
-                )
-                for step in range(len(path.timesteps))
-            ]
-        return replace(path, predictions=torch.stack(predictions))
 
 
 def check_same_parameters(
@@ -121,9 +105,9 @@ def check_same_parameters(
     kind = type(original).__name__
     for name, value in original.named_parameters():
         if name not in parameters:
-            raise InputError(f"the teacher must be what was quantized: its {kind} alone has {name}")
+            raise InputError(f"original must be what was quantized: its {kind} alone has {name}")
         if parameters[name].shape != value.shape:
             raise InputError(
-                f"the teacher must be what was quantized: {name} of its {kind} has the shape "
+                f"original must be what was quantized: {name} of its {kind} has the shape "
                 f"{tuple(value.shape)}, not {tuple(parameters[name].shape)}"
             )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.layers.packed import ScaledLayer, sealed_layers
+from msfp.layers.packed import ScaledLayer, packed_layers
 
 MAX_CAST = 0.02
 """How far a weight that is not quantized may be, relative to it: what casts make of it is a tenth
@@ -32,10 +32,10 @@ def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
     made up for errors of its input; but not all of them.
 
     Args:
-        denoiser: Quantized and sealed.
+        denoiser: Quantized and packed.
         original: Of the same architecture.
     """
-    layers = {n: e for n, e in sealed_layers(denoiser).items() if isinstance(e, ScaledLayer)}
+    layers = {n: e for n, e in packed_layers(denoiser).items() if isinstance(e, ScaledLayer)}
     own = dict(denoiser.named_parameters())
     excess: dict[str, float] = {}
     for name, value in original.named_parameters():
@@ -54,9 +54,7 @@ def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
 
 
 def _other(name: str, how: str) -> InputError:
-    return InputError(
-        f"the teacher must be what was quantized: its weights are others: {name} {how}"
-    )
+    return InputError(f"original must be what was quantized: its weights are others: {name} {how}")
 
 
 def _relative(off: torch.Tensor, value: torch.Tensor) -> float:

@@ -1,11 +1,10 @@
-"""The loop of fine-tuning: steps, evaluations, the student's own path, saved states."""
+"""The loop of fine-tuning: steps, evaluations, saved states."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,10 +12,9 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.layers.lora.routers import LearnedRouter
 from msfp.layers.lora.talora import routing_of
 from msfp.pipelines.trajectories import Trajectories, draw_batch
-from msfp.training.batches import shares
+from msfp.support.progress import Progress, no_progress
 from msfp.training.config import FinetuneConfig
 from msfp.training.diagnosis import first_nonfinite
 from msfp.training.objective import Objective, Predict, recorded
@@ -27,26 +25,7 @@ from msfp.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Status:
-    """How far training is.
-
-    Attributes:
-        step: Steps taken.
-        steps: Steps there are to take.
-        loss: Of the last step.
-        error: The last error on held-out trajectories, or None.
-        seconds_left: Until the last step, at the mean pace so far.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    error: float | None
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class Material:
+class TrainingInputs:
     """What a run of training reads.
 
     Attributes:
@@ -54,46 +33,43 @@ class Material:
         objective: The loss.
         teacher: The full-precision denoiser inside the trained one.
         held_out: Trajectories that are not trained on, or None.
-        own_path: Records the path of the denoiser as it is now by the calls that recorded `path`,
-            or None.
-        file: Where the state is kept, or None.
+        state: Where the state is kept, or None.
         tensorboard: A folder for TensorBoard, or None.
-        run: What makes a run another run; needed where there is a file.
+        fingerprint: What must be equal for a run to resume; needed where there is a state.
     """
 
     path: Trajectories
     objective: Objective
     teacher: Teacher
     held_out: Trajectories | None = None
-    own_path: Callable[[], Trajectories] | None = None
-    file: Path | None = None
+    state: Path | None = None
     tensorboard: Path | None = None
-    run: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains a denoiser with LoRAs.
 
     Args:
-        denoiser: Quantized, open, with hubs; changed in place.
-        material: What training reads.
+        denoiser: Quantized, trainable, with hubs; changed in place.
+        inputs: What training reads.
         config: How to train.
     """
 
-    def __init__(self, denoiser: nn.Module, material: Material, config: FinetuneConfig) -> None:
-        self.denoiser, self.material, self.config = denoiser, material, config
-        self.objective = material.objective
+    def __init__(self, denoiser: nn.Module, inputs: TrainingInputs, config: FinetuneConfig) -> None:
+        self.denoiser, self.inputs, self.config = denoiser, inputs, config
+        self.objective = inputs.objective
         denoiser.requires_grad_(False)
         if config.checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         rates = trained_parameters(denoiser, config.rates)
-        material.teacher.keep(rates)
+        inputs.teacher.keep(rates)
         named = dict(denoiser.named_parameters())
         self.parameters = {name: named[name] for name in rates}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         device = next(iter(self.parameters.values())).device
-        self.accelerator = accelerator(device, config.precision, material.tensorboard)
+        self.accelerator = accelerator(device, config.precision, inputs.tensorboard)
         optimizer = torch.optim.AdamW(
             optimizer_groups(self.parameters, rates), betas=(0.9, 0.99), weight_decay=0.0,
             fused=True,
@@ -101,18 +77,18 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.floors = ScaleFloors(denoiser)
         generator = torch.Generator().manual_seed(config.seed)
-        self.state = TrainingState(self.parameters, optimizer, generator, material.run)
+        self.state = TrainingState(self.parameters, optimizer, generator, inputs.fingerprint)
         if config.ema:
             self.state.average = self.state.current()
         self.saved: int | None = None
 
     def resume(self) -> None:
-        """Go on from the saved state.
+        """Take up the saved state.
 
         Raises:
             InputError: If there is none, or it is of another run.
         """
-        file = self.material.file
+        file = self.inputs.state
         if file is None or not file.is_file():
             raise InputError(f"there is no state to resume from: {file} does not exist")
         scaler = self.state.load(file)["scaler"]
@@ -120,8 +96,11 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(scaler)
         self.saved = self.state.step
 
-    def run(self, progress: Callable[[Status], None] | None = None) -> History:
+    def run(self, progress: Progress = no_progress) -> History:
         """Train to the last step or until the held-out error stops falling.
+
+        Args:
+            progress: Told of each step, with its loss and the last held-out error as a note.
 
         Returns:
             What was measured. The denoiser has the best parameters.
@@ -130,33 +109,31 @@ class Trainer:
             InputError: If the loss or its gradient is not finite.
         """
         self._start_logs()
-        started, first = time.monotonic(), self.state.step
         history = self.state.history
         self._evaluate()
         while self.state.step < self.config.steps and not self._finished():
-            self._refresh_own_path()
             loss = self._step()
             self._evaluate()
             if self.state.step % self.config.save_every == 0:
                 self._save()
             self.accelerator.log({"loss": loss, **self._last_error()}, step=self.state.step)
-            if progress is not None:
-                done = self.state.step - first
-                pace = (time.monotonic() - started) / done
-                left = pace * (self.config.steps - self.state.step)
-                error = self._last_error().get("held_out_error")
-                progress(Status(self.state.step, self.config.steps, loss, error, left))
+            progress("fine-tuning", self.state.step, self.config.steps, self._note(loss))
         self._save()
         if self.config.checkpointing:
             self.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
         if self.state.best or self.state.average:
             self.state.put(self.state.best or self.state.average)
-        if self.material.tensorboard is not None:
+        if self.inputs.tensorboard is not None:
             self.accelerator.end_training()
         return history
 
+    def _note(self, loss: float) -> str:
+        """Return what progress says beside the number of steps."""
+        errors = (f", held-out error {error:.3g}" for error in self._last_error().values())
+        return f"loss {loss:.3g}{''.join(errors)}"
+
     def _start_logs(self) -> None:
-        if self.material.tensorboard is not None:
+        if self.inputs.tensorboard is not None:
             facts = {key: str(value) for key, value in self.config.to_dict().items()}
             self.accelerator.init_trackers("msfp", config=facts)
 
@@ -173,13 +150,14 @@ class Trainer:
         share = self.state.step / self.config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - share)
-        self._set_router(share)
-        path, targets = self._path_and_targets()
+        if (routing := routing_of(self.denoiser)) is not None:
+            routing.turn = self.state.step
+        path, targets = self.inputs.path, self._targets()
         count = self.objective.count(path)
         step, sample = draw_batch(
             len(path.timesteps), count, self.config.batch, self.state.generator
         )
-        # Samples of one entry then follow each other in most layers, which need no copy of them.
+        # Samples of one adapter then follow each other in most layers, which need no copy of them.
         order = step.argsort(stable=True)
         batch = step[order], sample[order]
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -202,45 +180,17 @@ class Trainer:
         self.state.history.losses.append(loss)
         return loss
 
-    def _set_router(self, share: float) -> None:
-        """Set what depends on the step in how a learned router is trained."""
-        router = dict(self.denoiser.named_children()).get("router")
-        routing = routing_of(self.denoiser)
-        if isinstance(router, LearnedRouter) and routing is not None:
-            first, last = self.config.temperature
-            router.temperature = first * (last / first) ** share
-            routing.turn = self.state.step
-
-    def _path_and_targets(self) -> tuple[Trajectories, Predict]:
-        """Return the path that the next step trains on, and what it trains towards."""
-        path = self.material.path
-        if self.state.path and self.state.step % 2:
-            own = self.state.path
-            path = replace(path, samples=own["samples"], predictions=own["predictions"])
+    def _targets(self) -> Predict:
+        """Return what a step trains towards."""
+        path = self.inputs.path
         if self.config.cache_teacher:
-            return path, recorded(path)
+            return recorded(path)
 
-        def ask(step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-            with self.material.teacher.active() as teacher:
+        def compute(step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+            with self.inputs.teacher.active() as teacher:
                 return path.predict(teacher, step, row)
 
-        return path, ask
-
-    def _refresh_own_path(self) -> None:
-        """Record the student's own path anew when it is time to."""
-        every, own_path = self.config.student_every, self.material.own_path
-        if not every or own_path is None or self.state.step % every:
-            return
-        path = own_path()
-        recorded_path = self.material.path
-        if path.samples.shape != recorded_path.samples.shape:
-            raise InputError(
-                f"own_path must make the calls that recorded the trajectories: its samples have "
-                f"the shape {tuple(path.samples.shape)}, not {tuple(recorded_path.samples.shape)}"
-            )
-        path = replace(recorded_path, samples=path.samples)
-        path = self.material.teacher.labelled(path, self.config.batch)
-        self.state.path = {"samples": path.samples, "predictions": path.predictions}
+        return compute
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -249,7 +199,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Measure the error on held-out trajectories when it is time to."""
-        held_out, step = self.material.held_out, self.state.step
+        held_out, step = self.inputs.held_out, self.state.step
         every = self.config.evaluate_every
         if held_out is None or not every or step in self.state.history.errors:
             return
@@ -280,12 +230,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Save the state, where there is a file to."""
-        if self.material.file is None or self.saved == self.state.step:
+        if self.inputs.state is None or self.saved == self.state.step:
             return
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             facts = None if scaler is None else scaler.state_dict()
-            self.state.save(self.material.file, scaler=facts)
+            self.state.save(self.inputs.state, scaler=facts)
         self.accelerator.wait_for_everyone()
         self.saved = self.state.step
 
@@ -322,5 +272,23 @@ class Trainer:
             where = f"the first output that is not finite is that of layer {layer}"
         good = "no state was saved"
         if self.saved is not None:
-            good = f"the last good state is {self.material.file}, of step {self.saved}"
+            good = f"the last good state is {self.inputs.state}, of step {self.saved}"
         raise InputError(f"{what} at step {self.state.step}; {where}; {good}")
+
+
+def shares(
+    batch: tuple[torch.Tensor, torch.Tensor], process: int, processes: int, parts: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the parts of a batch that one process takes, one after the other.
+
+    Each has timesteps from all of the sampler's grid.
+
+    Example:
+        >>> batch = torch.arange(8), torch.arange(8)
+        >>> [step.tolist() for step, _ in shares(batch, 1, 2, parts=2)]
+        [[1, 5], [3, 7]]
+    """
+    step, sample = batch
+    count = processes * parts
+    starts = [process + processes * part for part in range(parts)]
+    return [(step[start::count], sample[start::count]) for start in starts]

@@ -15,8 +15,7 @@ import torch
 from diffusers import UNet2DModel
 from race import race
 
-from msfp import QuantizationConfig, Sampler, calibrate, quantize, seal
-from msfp.experiments.reference import ddim_pipeline
+from msfp import QuantizationConfig, Sampler, calibrate, pack, quantize, reference_pipeline
 from msfp.support.malloc import keep_memory
 
 ROUNDS = 10
@@ -25,13 +24,13 @@ CONFIG = QuantizationConfig(refine=None)
 
 @pytest.fixture(scope="module")
 def pipes():
-    """The reference pipeline, and its sealed copies: with nothing beside the weights, and as is."""
+    """The reference pipeline, and its packed copies: with nothing beside the weights, and as is."""
     keep_memory()
-    pipes, calls = [ddim_pipeline()], Sampler(2, 8).calls(8, seed=1)
+    pipes, calls = [reference_pipeline()], Sampler(2, 8).calls(8, seed=1)
     for config in (CONFIG, QuantizationConfig()):
         pipes.append(copy.deepcopy(pipes[0]))
         quantize(pipes[-1], config, calibration=calls)
-        seal(pipes[-1].unet)
+        pack(pipes[-1].unet)
     return pipes
 
 
@@ -54,11 +53,11 @@ def test_calibration_against_the_sampling_it_rides_on(benchmark, pipes, batch):
     calls = Sampler(20 if benchmark.enabled else 1, batch).calls(batch, seed=0)
     ways = {
         "sampling": lambda: [call(pipe) for call in calls],
-        "calibrating": lambda: calibrate(pipe, calls),
+        "calibrating": lambda: calibrate(pipe, calls=calls),
     }
     race(benchmark, ways, rounds=3, baseline="sampling")
     benchmark.extra_info.update(table="costs", title=f"calibration, batch {batch}")
-    assert calibrate(pipe, calls).ran
+    assert calibrate(pipe, calls=calls).ran
 
 
 BIG = {
@@ -83,7 +82,7 @@ def a_big_model():
 def test_search_of_a_big_model(benchmark):
     unet, call = a_big_model()
     millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    calibration = calibrate(unet, call)
+    calibration = calibrate(unet, calls=call)
     started = time.perf_counter()
     layers = quantize(unet, CONFIG, calibration=calibration)
     seconds = time.perf_counter() - started
@@ -98,7 +97,7 @@ PEAK = """
 import re, sys, torch
 sys.path[:0] = sys.argv[1:]
 from test_model_costs import CONFIG, STATUS, a_big_model
-from msfp import calibrate, quantize, seal
+from msfp import calibrate, quantize, pack
 
 def say(what):
     print(what, int(re.search(r"VmHWM:\\s+(\\d+)", STATUS.read_text())[1]) // 1024, sep=", ")
@@ -110,12 +109,12 @@ say("model")
 with torch.no_grad():
     call(unet)
 say("forward")
-calibration = calibrate(unet, call)
+calibration = calibrate(unet, calls=call)
 say("calibration")
 quantize(unet, CONFIG, calibration=calibration)
 say("search")
-seal(unet)
-say("seal")
+pack(unet)
+say("pack")
 """
 
 
@@ -133,8 +132,8 @@ def test_peak_memory_of_a_big_model(request):
     print()
     peaks = [int(megabytes) for _, megabytes in lines]
     assert peaks == sorted(peaks)
-    _, model, _, calibration, search, seal = peaks
+    _, model, _, calibration, search, pack = peaks
     # The largest layer has 19 MB, all of them 464.
     assert model < calibration
     assert search - calibration < 100
-    assert seal - search < 50
+    assert pack - search < 50

@@ -8,10 +8,9 @@ import pytest
 import torch
 from race import race
 
-from fpformats import parse, quantize_scaled
+from fpformats import Histogram, parse, quantize_scaled, search
 from fpformats.engine import backends
-from fpformats.fitting.histogram import Histogram
-from fpformats.fitting.search import RATIOS, search
+from fpformats.fitting.search import RATIOS
 
 ROUNDS = 3
 FORMATS = {

@@ -15,26 +15,26 @@ from msfp import (
     finetune,
     quantize,
     record_trajectories,
+    reference_pipeline,
 )
-from msfp.experiments.reference import ddim_pipeline
 
 BATCH = 32
 WAYS = {
     "one LoRA": {},
-    "one LoRA, teacher asked": {"cache_teacher": False},
-    "one LoRA beside": {"place": "beside"},
+    "one LoRA, teacher computed": {"cache_teacher": False},
+    "one LoRA beside": {"lora_position": "beside"},
     "hub of 2, segments": {"hub": 2, "routing": "segments"},
     "hub of 2, learned": {"hub": 2},
-    "hub of 2, learned, teacher asked": {"hub": 2, "cache_teacher": False},
+    "hub of 2, learned, teacher computed": {"hub": 2, "cache_teacher": False},
     "hub of 4, learned": {"hub": 4},
-    "hub of 4, learned, teacher asked": {"hub": 4, "cache_teacher": False},
+    "hub of 4, learned, teacher computed": {"hub": 4, "cache_teacher": False},
 }
 
 
 def test_steps_of_fine_tuning_against_a_plain_one(benchmark):
     steps = 10 if benchmark.enabled else 1
-    pipe, sampler = ddim_pipeline(), Sampler(20 if benchmark.enabled else 2, BATCH)
-    path = record_trajectories(pipe, sampler.calls(BATCH, seed=0))
+    pipe, sampler = reference_pipeline(), Sampler(20 if benchmark.enabled else 2, BATCH)
+    path = record_trajectories(pipe, calls=sampler.calls(BATCH, seed=0))
     quantized = copy.deepcopy(pipe)
     config = QuantizationConfig(refine=None)
     quantize(quantized, config, calibration=sampler.calls(BATCH, seed=1))
@@ -52,7 +52,7 @@ def test_steps_of_fine_tuning_against_a_plain_one(benchmark):
 
     def tuned(**options):
         config = FinetuneConfig(steps=steps, batch=BATCH, **options)
-        return finetune(copy.deepcopy(quantized.unet), path, config)
+        return finetune(copy.deepcopy(quantized), config, trajectories=path)
 
     ways = {"plain": plain}
     ways |= {name: lambda options=options: tuned(**options) for name, options in WAYS.items()}

@@ -1,19 +1,9 @@
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
+from pages import DOCS, script
 
 from msfp.experiments.study import render as rendering
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from msfp import QuantizationConfig, quantize, seal
+from msfp import QuantizationConfig, pack, quantize
 from msfp.pipelines.denoiser import denoiser_of
 
 BLOCKS = {
@@ -208,9 +208,9 @@ def call(denoiser, timestep=500):
 
 
 def quantized(denoiser, **config):
-    """The denoiser, quantized in place and sealed; to nearest, where nothing else is said."""
+    """The denoiser, quantized in place and packed; to nearest, where nothing else is given."""
     quantize(denoiser, QuantizationConfig(**{"refine": None} | config), calibration=call)
-    seal(denoiser)
+    pack(denoiser)
     return denoiser
 
 

@@ -12,23 +12,22 @@ from msfp import FinetuneConfig, denoising_factors, finetune, record_trajectorie
 from msfp.training.objective import Objective
 from msfp.training.parameters import add_hubs
 from msfp.training.teacher import Teacher
-from msfp.training.trainer import Material, Trainer
+from msfp.training.trainer import Trainer, TrainingInputs
 
 
 def everything(folder, student, path, held_out, factors):
     file = folder / "state.safetensors"
 
-    def wait(_status):
+    def wait(*_told):
         time.sleep(1.0 if "--slowly" in sys.argv else 0.0)
 
     finetune(
-        student.unet,
-        path,
+        student,
         FinetuneConfig(**EVERYTHING),
+        trajectories=path,
         factors=factors,
         held_out=held_out,
-        own_path=lambda: record_trajectories(student, SAMPLER.calls(8, seed=5)),
-        file=file,
+        state=file,
         resume="--resume" in sys.argv,
         progress=wait,
     )
@@ -36,11 +35,11 @@ def everything(folder, student, path, held_out, factors):
 
 
 def plain(folder, student, path):
-    place = "beside" if "--beside" in sys.argv else "inside"
-    config = FinetuneConfig(**SHORT | {"steps": 3}, hub=2, place=place)
-    material = Material(path, Objective(torch.ones(4), (1.0,)), Teacher(student.unet))
+    position = "beside" if "--beside" in sys.argv else "inside"
+    config = FinetuneConfig(**SHORT | {"steps": 3}, hub=2, lora_position=position)
+    inputs = TrainingInputs(path, Objective(torch.ones(4), (1.0,)), Teacher(student.unet))
     add_hubs(student.unet, config, path.timesteps)
-    trainer = Trainer(student.unet, material, config)
+    trainer = Trainer(student.unet, inputs, config)
     trainer.run()
     tensors = {name: value.detach().clone() for name, value in trainer.parameters.items()}
     save_file(tensors, folder / "trained.safetensors")
@@ -53,8 +52,8 @@ def sharded(folder, full, student, path, held_out):
     # Of three samples the processes get other timesteps, and so other LoRAs.
     steps = {"steps": 3, "batch": 3, "hub": 2, "routing": "segments"}
     if "--beside" in sys.argv:
-        steps |= {"hub": 1, "place": "beside", "precision": "bf16"}
-    ways = {"cache_teacher": False, "checkpointing": True, "student_every": 2}
+        steps |= {"hub": 1, "lora_position": "beside", "precision": "bf16"}
+    ways = {"cache_teacher": False, "checkpointing": True}
     config = FinetuneConfig(
         **SHORT | steps | ways,
         evaluate_every=1,
@@ -64,20 +63,19 @@ def sharded(folder, full, student, path, held_out):
     )
     held = []
 
-    def count(status):
-        if "--stop" in sys.argv and status.step == 2:
+    def count(_stage, step, _steps, _note):
+        if "--stop" in sys.argv and step == 2:
             sys.exit()
         frozen = [p.numel() for p in student.unet.parameters() if not p.requires_grad]
         held.append(sum(frozen))
 
     history = finetune(
-        student.unet,
-        path,
+        student,
         config,
+        trajectories=path,
         held_out=held_out,
-        teacher=full.unet,
-        own_path=lambda: record_trajectories(student, SAMPLER.calls(8, seed=5)),
-        file=folder.parent / "shared.safetensors" if "--keep" in sys.argv else None,
+        original=full,
+        state=folder.parent / "shared.safetensors" if "--keep" in sys.argv else None,
         resume="--resume" in sys.argv,
         progress=count,
     )
@@ -92,11 +90,11 @@ def main():
     folder.mkdir(exist_ok=True)
     full = tiny_pipeline()
     student = tiny_quantized(full)
-    path = record_trajectories(full, SAMPLER.calls(8, seed=5))
+    path = record_trajectories(full, calls=SAMPLER.calls(8, seed=5))
     if "--plain" in sys.argv:
         plain(folder, student, path)
         return
-    held_out = record_trajectories(full, SAMPLER.calls(4, seed=77))
+    held_out = record_trajectories(full, calls=SAMPLER.calls(4, seed=77))
     if "--teacher" in sys.argv:
         sharded(folder, full, student, path, held_out)
         return

@@ -11,8 +11,8 @@ from msfp import QuantizationConfig, Sampler, finetune, quantize
 SAMPLER = Sampler(steps=4, batch=4)
 SHORT = {"rank": 2, "steps": 6, "batch": 8}
 EVERYTHING = {
-    **SHORT, "hub": 2, "temperature": (2.0, 0.5), "ema": 0.5, "student_every": 2,
-    "evaluate_every": 2, "save_every": 1, "clip": 0.1, "denoising_power": 1.0,
+    **SHORT, "hub": 2, "ema": 0.5, "evaluate_every": 2, "save_every": 1, "clip": 0.1,
+    "dfa_power": 1.0,
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def tiny_pipeline():
 
 
 def tiny_quantized(pipe):
-    """An open quantized copy of a pipeline, at 4 bits."""
+    """A trainable quantized copy of a pipeline, at 4 bits."""
     pipe = copy.deepcopy(pipe)
     quantize(pipe, QuantizationConfig(refine=None), calibration=SAMPLER.calls(4, seed=1))
     return pipe
@@ -45,5 +45,5 @@ def tiny_quantized(pipe):
 def tuned(pipe, path, config, **more):
     """The state of a copy of a pipeline's denoiser after fine-tuning, and the history."""
     pipe = copy.deepcopy(pipe)
-    history = finetune(pipe.unet, path, config, **more)
+    history = finetune(pipe, config, trajectories=path, **more)
     return pipe.unet.state_dict(), history

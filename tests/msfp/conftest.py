@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from msfp import QuantizationConfig, Sampler, calibrate, quantize, record_trajectories
-from msfp.experiments.reference import ddim_pipeline
+from msfp import (
+    QuantizationConfig,
+    Sampler,
+    calibrate,
+    quantize,
+    record_trajectories,
+    reference_pipeline,
+)
 
 torch.manual_seed(0)
 
@@ -18,22 +24,22 @@ def sampler():
 @pytest.fixture(scope="session")
 def reference():
     """The full-precision reference pipeline; not to be changed."""
-    return ddim_pipeline()
+    return reference_pipeline()
 
 
 @pytest.fixture(scope="session")
 def calibration(reference, sampler):
-    return calibrate(reference, sampler.calls(8, seed=1))
+    return calibrate(reference, calls=sampler.calls(8, seed=1))
 
 
 @pytest.fixture(scope="session")
 def trajectories(reference, sampler):
-    return record_trajectories(reference, sampler.calls(16, seed=5))
+    return record_trajectories(reference, calls=sampler.calls(16, seed=5))
 
 
 @pytest.fixture(scope="session")
 def quantized(reference, calibration):
-    """A function that gives a fresh open quantized copy of the reference and its summaries.
+    """A function that gives a fresh trainable quantized copy of the reference and its summaries.
 
     Weights are rounded to the nearest values, where the config does not say otherwise.
     """

@@ -13,7 +13,7 @@ from refusals import assert_refused
 
 from msfp import inspect_layers, load
 from msfp.cli.main import main
-from msfp.evaluation.dataset_statistics import ReferenceStatistics
+from msfp.evaluation.dataset_statistics import DatasetStatistics
 from msfp.evaluation.frechet import FeatureMoments, frechet_distance
 from msfp.layers.lora.talora import routing_of
 from msfp.pipelines.denoiser import denoiser_of
@@ -66,32 +66,30 @@ def walked(request, tmp_path_factory):
     sampling, training = calls(setting, folder)
     exclude = ("--exclude", "encoder_hid_proj") if setting == "ldm-class" else ()
     for words in (
-        ("quantize", folder / "plain", "--no-refine", *exclude, *sampling, "--count", 3,
+        ("quantize", folder / "plain", "--refine", "none", *exclude, *sampling, "--count", 3,
          "--output", folder / "w4a4"),
-        ("finetune", folder / "w4a4", "--teacher", folder / "plain", *training, "--count", 3,
-         "--held-out", 2, "--hub", 2, "--rank", 2, "--power", 1, "--steps", 2, "--batch", 2,
+        ("finetune", folder / "w4a4", "--original", folder / "plain", *training, "--count", 3,
+         "--held-out", 2, "--hub", 2, "--rank", 2, "--dfa-power", 1, "--steps", 2, "--batch", 2,
          "--evaluate-every", 2, "--save-every", 2,
          "--output", folder / "tuned"),
         ("statistics", folder / "data", "--features", "pixels", "--size", SIZES[setting],
-         "--output", folder / "reference.safetensors"),
+         "--output", folder / "statistics.safetensors"),
     ):  # fmt: skip
         assert msfp(*words) == 0
     return setting, folder
 
 
-def test_a_setting_ends_in_a_table_of_distances_from_the_reference(walked, capsys):
+def test_a_setting_ends_in_a_table_of_distances_from_the_data_set(walked, capsys):
     setting, folder = walked
     sampling, _ = calls(setting, folder)
-    words = ("--reference", folder / "reference.safetensors", *sampling, *SAMPLING)
-    code = msfp("evaluate", folder / "tuned", "--against", folder / "plain", *words,
+    words = ("--statistics", folder / "statistics.safetensors", *sampling, *SAMPLING)
+    code = msfp("evaluate", folder / "tuned", "--original", folder / "plain", *words,
                 "--json", folder / "table.json", "--report", folder / "table.html")  # fmt: skip
     assert code == 0
     found = json.loads((folder / "table.json").read_text())
-    distances = found["reference"]
-    assert distances["count"] == 9
-    assert found["features"] == distances["features"] == "pixels"
+    assert found["features"] == "pixels"
     # The distances are those of the PNG files that other tools would be given.
-    for name, model, seed in (("quantized", "tuned", 7), ("other", "plain", 8)):
+    for name, model, seed in (("data_set", "tuned", 7), ("data_set_other", "plain", 8)):
         images = folder / f"images-{name}"
         code = msfp("sample", folder / model, "--images", images, *sampling, "--count", 5,
                     "--seed", seed)  # fmt: skip
@@ -100,11 +98,13 @@ def test_a_setting_ends_in_a_table_of_distances_from_the_reference(walked, capsy
         size = ("--size", SIZES[setting])
         assert msfp("statistics", images, "--features", "pixels", *size, "--output", file) == 0
         one, other = (
-            ReferenceStatistics.load(folder / each).statistics
-            for each in (f"{name}.safetensors", "reference.safetensors")
+            DatasetStatistics.load(folder / each).statistics
+            for each in (f"{name}.safetensors", "statistics.safetensors")
         )
-        assert distances[name] == pytest.approx(frechet_distance(one, other), rel=1e-5)
-    assert "Frechet distance from the reference" in (folder / "table.html").read_text()
+        assert found[name] == pytest.approx(frechet_distance(one, other), rel=1e-5)
+    page = (folder / "table.html").read_text()
+    assert "Frechet distance from the data set" in page
+    assert "5 images, from 9 of the data set" in page
     assert "More images than the 192 features" in capsys.readouterr().out
 
 
@@ -124,7 +124,7 @@ def test_fine_tuning_adds_a_router_among_two_loras(walked):
     assert routing_of(denoiser_of(load(folder / "tuned"))) is not None
 
 
-def test_sampling_goes_on_where_it_stopped(walked):
+def test_sampling_resumes_where_it_stopped(walked):
     setting, folder = walked
     sampling, _ = calls(setting, folder)
     words = ("sample", folder / "w4a4", "--images", folder / "again", *sampling)
@@ -148,7 +148,7 @@ def test_an_interruption_says_where_the_images_are(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(PngFolder, "write", interrupted)
     words = ("--count", 4, "--batch", 2, "--steps", 1, "--images", tmp_path / "out")
     assert msfp("sample", "digits", *words) == 130
-    assert "out has what was done, and the same command goes on" in capsys.readouterr().err
+    assert "out has what was done, and the same command resumes from it" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["000000.png", "000001.png"]
 
 
@@ -159,7 +159,7 @@ def test_the_default_refines_from_the_same_calibration(tmp_path):
              "--calibration", tmp_path / "c.safetensors"]  # fmt: skip
     for glob in ("encoder_hid_proj", "*.conv_shortcut", "*.downsamplers"):
         words += ["--exclude", glob]
-    for name, more in (("nearest", ("--no-refine",)), ("refined", ())):
+    for name, more in (("nearest", ("--refine", "none")), ("refined", ())):
         assert msfp(*words, *more, "--output", tmp_path / name) == 0
     one, other = (load(tmp_path / name).unet for name in ("nearest", "refined"))
     weights = [unet.mid_block.resnets[0].conv1.weight for unet in (one, other)]
@@ -172,8 +172,9 @@ def test_the_default_refines_from_the_same_calibration(tmp_path):
 def test_a_checkpoint_samples_with_the_sampler_it_was_calibrated_on(setting, name, tmp_path):
     model = tmp_path / "plain"
     stand_in(setting, tmp_path).save_pretrained(model)
-    weights = ("--activations", "none", "--no-refine", "--include", "mid_block", "--first-last", 4)
-    code = msfp("quantize", model, *weights, "--sampler", name, "--output", tmp_path / "w4")
+    weights = ("--activation-bits", "none", "--refine", "none", "--end-bits", 4)
+    words = (*weights, "--include", "mid_block", "--sampler", name)
+    code = msfp("quantize", model, *words, "--output", tmp_path / "w4")
     assert code == 0
     words = ("--steps", 3, "--count", 2)
     assert msfp("sample", tmp_path / "w4", *words, "--output", tmp_path / "kept.png") == 0
@@ -182,11 +183,11 @@ def test_a_checkpoint_samples_with_the_sampler_it_was_calibrated_on(setting, nam
     assert (tmp_path / "kept.png").read_bytes() == (tmp_path / "named.png").read_bytes()
 
 
-def reference(folder, size=16, network="pixels"):
+def statistics(folder, size=16, network="pixels"):
     folder.mkdir(exist_ok=True)
     for number in range(2):
         Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(folder / f"{number}.png")
-    file = folder / "reference.safetensors"
+    file = folder / "statistics.safetensors"
     code = msfp("statistics", folder, "--features", network, "--size", size, "--output", file)
     assert code == 0
     return file
@@ -197,14 +198,17 @@ def latent(tmp_path):
     return tmp_path / "plain"
 
 
-def digits_at_four_bits(tmp_path):
-    words = ("--activations", "none", "--no-refine", "--output", tmp_path / "w4")
+@pytest.fixture(scope="module")
+def digits_at_four_bits(tmp_path_factory):
+    """A checkpoint; not to be changed."""
+    folder = tmp_path_factory.mktemp("digits") / "w4"
+    words = ("--activation-bits", "none", "--refine", "none", "--output", folder)
     assert msfp("quantize", "digits", *words) == 0
-    return tmp_path / "w4"
+    return folder
 
 
-def test_interrupted_statistics_go_on_from_their_state(tmp_path, monkeypatch, capsys):
-    file, state = reference(tmp_path / "images"), tmp_path / "s.safetensors"
+def test_interrupted_statistics_resume_from_their_state(tmp_path, monkeypatch, capsys):
+    file, state = statistics(tmp_path / "images"), tmp_path / "s.safetensors"
     words = ("statistics", tmp_path / "images", "--features", "pixels", "--size", 16,
              "--output", tmp_path / "again.safetensors", "--state", state)  # fmt: skip
     monkeypatch.setattr("msfp.support.autosave.SAVE_SECONDS", 0)
@@ -227,60 +231,62 @@ def test_interrupted_statistics_go_on_from_their_state(tmp_path, monkeypatch, ca
     (tmp_path / "other.safetensors").write_bytes(file.read_bytes())
     new = ("--output", tmp_path / "new.safetensors", "--state", tmp_path / "other.safetensors")
     assert msfp(*words[:6], *new) == 2
-    assert "other.safetensors is not a state of msfp statistics" in capsys.readouterr().err
+    assert (
+        "other.safetensors must be a state of msfp statistics, not statistics"
+        in capsys.readouterr().err
+    )
 
 
 BAD = {
     "size": (
-        lambda t: ["evaluate", digits_at_four_bits(t), "--against", "digits", "--reference",
-                   reference(t / "r", 8), "--count", 2, "--steps", 1],
-        "reference must be of images as large as the model's, 16x16, not 8x8",
+        lambda t, w4: ["evaluate", w4, "--original", "digits", "--statistics",
+                       statistics(t / "r", 8), "--count", 2, "--steps", 1],
+        "statistics must be of images as large as the model's, 16x16, not 8x8",
     ),
     "features": (
-        lambda t: ["evaluate", digits_at_four_bits(t), "--against", "digits", "--features",
-                   "torch:square", "--reference", reference(t / "r")],
+        lambda t, w4: ["evaluate", w4, "--original", "digits", "--features",
+                       "torch:square", "--statistics", statistics(t / "r")],
         r"features must have shape",
     ),
     "function": (
-        lambda t: ["statistics", reference(t / "r").parent, "--features", "torch:trace", "--size",
-                   16, "--output", t / "x.safetensors"],
+        lambda t, _: ["statistics", statistics(t / "r").parent, "--features", "torch:trace",
+                      "--size", 16, "--output", t / "x.safetensors"],
         "features cannot be computed of images of shape",
     ),
-    "reference": (
-        lambda t: ["evaluate", t, "--against", "digits", "--reference", t / "none"],
-        "is not a file of msfp statistics",
+    "statistics": (
+        lambda t, _: ["evaluate", t, "--original", "digits", "--statistics", t / "none"],
+        "none cannot be read as statistics of a data set",
     ),
     "state": (
-        lambda t: ["statistics", reference(t / "r").parent, "--features", "pixels", "--size", 16,
-                   "--output", t / "x.safetensors", "--state", t / "x.safetensors"],
+        lambda t, _: ["statistics", statistics(t / "r").parent, "--features", "pixels", "--size",
+                      16, "--output", t / "x.safetensors", "--state", t / "x.safetensors"],
         "state must be another file than output",
     ),
     "no images": (
-        lambda t: ["statistics", t, "--features", "pixels", "--size", 16,
-                   "--output", t / "x.safetensors"],
+        lambda t, _: ["statistics", t, "--features", "pixels", "--size", 16,
+                      "--output", t / "x.safetensors"],
         "must hold at least 2 files",
     ),
-    "where to": (lambda _: ["sample", "digits"], "one of the arguments --output --images is"),
+    "where to": (lambda *_: ["sample", "digits"], "one of the arguments --output --images is"),
     "dtype": (
-        lambda t: ["quantize", latent(t), "--dtype", "float16", "--output", t / "x"],
+        lambda t, _: ["quantize", latent(t), "--dtype", "float16", "--output", t / "x"],
         "dtype must be float32 for LDMPipeline of diffusers, not float16",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_exit_code_two(case, tmp_path, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_two(case, digits_at_four_bits, tmp_path, capsys):
     words, message = BAD[case]
-    assert_refused(words(tmp_path), message, tmp_path, capsys)
+    assert_refused(words(tmp_path, digits_at_four_bits), message, tmp_path, capsys)
 
 
-def test_a_torchscript_network_is_the_features_of_both_commands(tmp_path):
+def test_a_torchscript_network_is_the_features_of_both_commands(digits_at_four_bits, tmp_path):
     network = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())
     torch.jit.script(network).save(tmp_path / "network.pt")
-    file = reference(tmp_path / "r", network=tmp_path / "network.pt")
-    checkpoint = digits_at_four_bits(tmp_path)
-    words = ("--reference", file, "--count", 4, "--steps", 1, "--json", tmp_path / "a.json")
-    assert msfp("evaluate", checkpoint, "--against", "digits", *words) == 0
+    file = statistics(tmp_path / "r", network=tmp_path / "network.pt")
+    words = ("--statistics", file, "--count", 4, "--steps", 1, "--json", tmp_path / "a.json")
+    assert msfp("evaluate", digits_at_four_bits, "--original", "digits", *words) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["features"].endswith("network.pt")
-    assert found["reference"]["quantized"] > 0
+    assert found["data_set"] > 0

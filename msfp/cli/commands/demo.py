@@ -7,11 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from msfp.cli.commands.options import add_bits, seed
+from msfp.cli.config_options import add_config, config_from
+from msfp.cli.options import seed
 from msfp.config import QuantizationConfig
 
 TABLE_WIDTH = 100
 """Columns that the table needs; a narrower terminal wraps its lines."""
+NOT_HERE = (
+    "scheme", "include", "exclude", "first_layers", "last_layers", "granularity", "overrides",
+    "refine", "attention_bits",
+)  # fmt: skip
+"""Fields of the config that the methods of the table set, or that need none for this model."""
 
 
 def add(commands: Any) -> None:
@@ -19,8 +25,8 @@ def add(commands: Any) -> None:
     demo = commands.add_parser("demo", help="quantize and recover the reference model; report")
     demo.add_argument("--output", type=Path, default=Path("msfp-demo"), help="a new folder")
     demo.add_argument("--quick", action="store_true", help="a small run of about two minutes")
-    demo.add_argument("--seed", type=seed, default=0)
-    add_bits(demo)
+    demo.add_argument("--seed", type=seed, default=0, metavar="N", help="of all that is random")
+    add_config(demo, QuantizationConfig, "bits", skip=NOT_HERE)
     demo.set_defaults(run=run)
 
 
@@ -31,14 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.experiments.demo import bench, report
     from msfp.experiments.demo.results import FULL, QUICK, findings
     from msfp.support.files import atomic_folder, check_output
-    from msfp.support.progress import stages
+    from msfp.support.progress import progress_bars
 
     check_output(arguments.output)
     settings = QUICK if arguments.quick else FULL
-    config = QuantizationConfig(arguments.weights, arguments.activations, arguments.first_last)
+    config = config_from(arguments, QuantizationConfig)
     started = time.perf_counter()
-    with stages() as advance:
-        results = bench.run(config, settings, arguments.seed, advance)
+    with progress_bars() as progress:
+        results = bench.run(config, settings, arguments.seed, progress)
     with atomic_folder(arguments.output) as folder:
         report.write(results, folder)
     console = Console()

@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msfp.cli.commands import options
+from msfp.cli import options
+from msfp.cli.loading import NAMED, device, load_checkpoint, load_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from msfp.evaluation.comparison import Comparison
-    from msfp.evaluation.dataset_statistics import ReferenceStatistics
+    from msfp.evaluation.dataset_statistics import DatasetStatistics
+
+FEATURES = {"digits": "digits", "digits-transformer": "digits", "photographs": "photographs"}
+"""The features that suit each model that ships."""
 
 
 def add(commands: Any) -> None:
@@ -23,12 +27,12 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument(
-        "--against", required=True, metavar="MODEL",
-        help=f"the full-precision pipeline folder, or {options.REFERENCE!r}",
+        "--original", required=True, metavar="MODEL",
+        help=f"the full-precision pipeline folder, or {NAMED}",
     )  # fmt: skip
     options.add_features(evaluate)
     evaluate.add_argument(
-        "--reference", type=Path, metavar="FILE",
+        "--statistics", type=Path, metavar="FILE",
         help="statistics of a data set, from msfp statistics, to measure the distance from as well",
     )  # fmt: skip
     evaluate.add_argument(
@@ -42,56 +46,57 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compare, print a table, and write what was asked for."""
+    """Compare, print a table, and write what was wanted."""
     from msfp.errors import InputError
     from msfp.evaluation.comparison import compare
-    from msfp.evaluation.dataset_statistics import ReferenceStatistics
+    from msfp.evaluation.dataset_statistics import DatasetStatistics
     from msfp.evaluation.features import feature_network
-    from msfp.evaluation.fingerprint import KIND
+    from msfp.evaluation.fingerprint import STATE
     from msfp.support.autosave import check_state
-    from msfp.support.progress import stages
+    from msfp.support.progress import progress_bars
 
     options.check_files(arguments, json=".json", report=".html")
     if arguments.state is not None:
-        check_state(arguments.state, KIND)
+        check_state(arguments.state, STATE)
     if arguments.count < 2:
         raise InputError("count must be at least 2: a Frechet distance is one between sets")
     sampler = options.check_sampling(arguments)
-    reference = (
-        None if arguments.reference is None else ReferenceStatistics.load(arguments.reference)
-    )
-    name = arguments.features or _default_features(arguments, reference)
-    features = feature_network(name, options.device(arguments))
-    if reference is not None:
-        reference.check_features(features)
-    full = options.load_pipeline(arguments.against, arguments)
-    quantized = options.load_checkpoint(arguments.checkpoint, arguments)
-    with stages() as advance:
+    file = arguments.statistics
+    statistics = None if file is None else DatasetStatistics.load(file)
+    name = arguments.features or _default_features(arguments.original, statistics)
+    features = feature_network(name, device(arguments))
+    if statistics is not None:
+        statistics.check_features(features)
+    original = load_pipeline(arguments.original, arguments)
+    quantized = load_checkpoint(arguments.checkpoint, arguments)
+    with progress_bars() as progress:
         found = compare(
-            full, quantized, sampler, count=arguments.count, seed=arguments.seed,
-            features=features, reference=reference, state=arguments.state, advance=advance,
+            quantized, original=original, sampler=sampler, count=arguments.count,
+            seed=arguments.seed, features=features, features_name=name, statistics=statistics,
+            state=arguments.state, progress=progress,
         )  # fmt: skip
-    report = None if arguments.report is None else _report(arguments, found, full, quantized, name)
+    report = None
+    if arguments.report is not None:
+        title = f"{arguments.checkpoint.absolute().name} against {Path(arguments.original).name}"
+        report = _report(title, found, original, quantized)
     if arguments.json is not None:
-        description = {"checkpoint": str(arguments.checkpoint), "against": arguments.against}
+        description = {"checkpoint": str(arguments.checkpoint), "original": arguments.original}
         values = description | {"features": name} | found.to_dict()
         options.write_text(arguments.json, json.dumps(values, indent=1) + "\n")
     if arguments.json != options.STANDARD_OUTPUT:
-        _print(found, name)
+        _print(found)
     if report is not None:
         options.write_text(arguments.report, report)
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
 
 
-def _default_features(arguments: argparse.Namespace, reference: ReferenceStatistics | None) -> str:
-    """Return the features of the reference, or else what suits the model."""
-    if reference is not None:
-        return reference.features
-    return "digits" if arguments.against == options.REFERENCE else "pixels"
+def _default_features(original: str, statistics: DatasetStatistics | None) -> str:
+    """Return the features of the statistics, or else what suits the model."""
+    return FEATURES.get(original, "pixels") if statistics is None else statistics.features
 
 
-def _print(found: Comparison, features: str) -> None:
+def _print(found: Comparison) -> None:
     """Print the table."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -101,23 +106,19 @@ def _print(found: Comparison, features: str) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    for row in found.table(features):
+    for row in found.table():
         table.add_row(*row)
     Console().print(table)
 
 
 def _report(
-    arguments: argparse.Namespace,
-    found: Comparison,
-    full: DiffusionPipeline,
-    quantized: DiffusionPipeline,
-    features: str,
+    title: str, found: Comparison, original: DiffusionPipeline, quantized: DiffusionPipeline
 ) -> str:
     """Return the HTML page."""
-    from msfp.pipelines.denoiser import denoiser_of, quantizable_layers
+    from msfp.layers.selection import quantizable_layers
+    from msfp.pipelines.denoiser import denoiser_of
     from msfp.reports.model_page import ModelReport
 
-    layers = quantizable_layers(denoiser_of(full))
+    layers = quantizable_layers(denoiser_of(original))
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    title = f"{arguments.checkpoint.absolute().name} against {Path(arguments.against).name}"
-    return ModelReport(title, denoiser_of(quantized), found.inputs, weights, found, features).html()
+    return ModelReport(title, denoiser_of(quantized), found.inputs, weights, found).html()

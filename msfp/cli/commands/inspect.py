@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msfp.cli.commands import options
+from msfp.cli import options
 from msfp.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,18 +40,15 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table, or write it as JSON or CSV."""
     from msfp.checkpoint.facts import (
-        COLUMNS,
-        PRODUCT_COLUMNS,
         LayerFacts,
         ProductFacts,
-        cells,
         in_order,
         inspect_layers,
         inspect_products,
         matching,
         overview,
-        product_cells,
     )
+    from msfp.reports.layer_table import COLUMNS, PRODUCT_COLUMNS, cells, product_cells
 
     if arguments.json == arguments.csv == options.STANDARD_OUTPUT:
         raise InputError("json and csv must not both be -: standard output takes one of them")

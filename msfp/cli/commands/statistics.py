@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from msfp.cli.commands import options
+from msfp.cli import options
+from msfp.cli.loading import device
 
 
 def add(commands: Any) -> None:
@@ -26,38 +27,33 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     statistics.add_argument("--output", type=Path, required=True, help="a new .safetensors file")
     options.add_state(statistics)
-    statistics.add_argument("--device", help="of the network (default: cuda where there is one)")
+    options.add_device(statistics)
     statistics.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read every image, and write mean and covariance of their features."""
     from msfp.errors import InputError
-    from msfp.evaluation.dataset_statistics import KIND, reference_statistics
+    from msfp.evaluation.dataset_statistics import STATE, dataset_statistics
     from msfp.evaluation.features import feature_network
     from msfp.support.autosave import check_state
-    from msfp.support.files import atomic_file
-    from msfp.support.image_files import image_files
-    from msfp.support.progress import counted, stages
+    from msfp.support.progress import progress_bars
 
     options.check_files(arguments, output=".safetensors")
     if arguments.state is not None:
-        check_state(arguments.state, KIND)
+        check_state(arguments.state, STATE)
         if arguments.state.absolute() == arguments.output.absolute():
             raise InputError(f"state must be another file than output, {arguments.output}")
-    network = feature_network(arguments.features, options.device(arguments))
-    count = len(image_files(arguments.images))
-    with stages() as advance:
-        found = reference_statistics(
+    network = feature_network(arguments.features, device(arguments))
+    with progress_bars() as progress:
+        found = dataset_statistics(
             arguments.images, network, name=arguments.features, size=arguments.size,
-            resize=arguments.resize, state=arguments.state,
-            progress=counted(advance, "images", count),
+            resize=arguments.resize, state=arguments.state, progress=progress,
         )  # fmt: skip
-    with atomic_file(arguments.output) as partial:
-        found.save(partial)
+    found.save(arguments.output)
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
-    features = len(found.statistics.mean)
+    count, features = found.statistics.count, len(found.statistics.mean)
     print(f"{count} images, {features} features: {arguments.output}")
     if count <= features:
         print(f"More images than the {features} features are needed to know their covariance.")

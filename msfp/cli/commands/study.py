@@ -10,11 +10,11 @@ from typing import Any
 def add(commands: Any) -> None:
     """Describe the command."""
     study = commands.add_parser(
-        "study", help="measure recipes on the reference models; goes on where it was stopped"
+        "study", help="measure recipes on the reference models; resumes where it was stopped"
     )
     study.add_argument(
         "--output", type=Path, default=Path("msfp-study"),
-        help="a folder, new or of a study to go on with (default: msfp-study)",
+        help="a folder, new or of a study to resume (default: msfp-study)",
     )  # fmt: skip
     study.add_argument(
         "--rows", action="append", metavar="GLOB",
@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the rows that have no record, then write tables and plots."""
     from msfp.errors import InputError
+    from msfp.experiments.study.benchmark_models import has_model
     from msfp.experiments.study.render import render
     from msfp.experiments.study.run import chosen_rows, missing_rows, run_rows, valid_records
     from msfp.experiments.study.store import Store
-    from msfp.experiments.study.subjects import has_model
-    from msfp.support.progress import counted, stages
+    from msfp.support.progress import progress_bars
 
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"output {arguments.output} must be a folder")
@@ -49,9 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(row.name for row in rows))
         return
     if not arguments.render and rows:
-        with stages() as advance:
-            progress = counted(advance, "rows", len(rows))
-            run_rows(rows, arguments.output, arguments.models, lambda _row: progress(1))
+        with progress_bars() as progress:
+            run_rows(rows, arguments.output, arguments.models, progress)
     if not store.records():
         raise InputError(f"output {arguments.output} has no results.jsonl to render")
     valid, count = len(valid_records(store)), len(store.records())

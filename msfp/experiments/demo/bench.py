@@ -7,7 +7,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,16 +17,19 @@ from diffusers import DDIMPipeline
 
 from msfp.checkpoint.io import packed_size
 from msfp.config import QuantizationConfig, RefinementConfig, Scheme
-from msfp.evaluation.metrics import FrechetDistance, noise_errors, paired_psnr
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.evaluation.whole_sets import FrechetDistance, paired_psnr
 from msfp.experiments.demo.results import FULL_PRECISION, METHODS, Method, Results, Row, Settings
-from msfp.experiments.reference import ddim_pipeline, digit_features, quality
 from msfp.experiments.reference.digits import digits
-from msfp.pipelines.trajectories import Trajectories, record_trajectories
-from msfp.ptq.quantization import quantize, seal
+from msfp.experiments.reference.features import digit_features
+from msfp.experiments.reference.pipelines import quality, reference_pipeline
+from msfp.pipelines.recording import record_trajectories
+from msfp.pipelines.trajectories import Trajectories
+from msfp.ptq.quantization import pack, quantize
 from msfp.schedulers.denoising_factors import denoising_factors
 from msfp.search.observers import calibrate
 from msfp.search.summary import LayerSummary
-from msfp.support.progress import Advance, counted
+from msfp.support.progress import Progress, no_progress, of_part
 from msfp.training.config import FinetuneConfig
 from msfp.training.finetuning import finetune
 
@@ -37,63 +40,60 @@ class Bench:
     """What every method is measured with, made once from the full-precision model."""
 
     def __init__(
-        self, config: QuantizationConfig, settings: Settings, seed: int, advance: Advance
+        self,
+        config: QuantizationConfig,
+        settings: Settings,
+        seed: int,
+        progress: Progress = no_progress,
     ) -> None:
-        self.config, self.settings, self.seed, self.advance = config, settings, seed, advance
-        self.pipe = ddim_pipeline()
+        self.config, self.settings, self.seed, self.progress = config, settings, seed, progress
+        self.pipe = reference_pipeline()
         calls = settings.sampler.calls(settings.calibration, seed + 1)
-        progress = self._progress("calibrating", len(calls))
-        self.calibration = calibrate(self.pipe, calls, progress=progress)
-        self.training = self._record("recording trajectories", settings.trajectories, seed + 2)
-        self.held_out = self._record("recording held-out trajectories", settings.held_out, seed + 3)
+        self.calibration = calibrate(self.pipe, calls=calls, progress=progress)
+        self.training = self._record("trajectories", settings.trajectories, seed + 2)
+        self.held_out = self._record("held-out trajectories", settings.held_out, seed + 3)
         self.factors = denoising_factors(self.pipe.scheduler, settings.sampler.steps)
 
-    def _progress(self, stage: str, total: int) -> Callable[[int], None]:
-        return counted(self.advance, stage, total)
-
-    def _record(self, stage: str, count: int, seed: int) -> Trajectories:
+    def _record(self, name: str, count: int, seed: int) -> Trajectories:
         calls = self.settings.sampler.calls(count, seed)
-        return record_trajectories(self.pipe, calls, self._progress(stage, len(calls)))
+        progress = of_part(self.progress, name)
+        return record_trajectories(self.pipe, calls=calls, progress=progress)
 
     def sample(self, name: str, pipe: DDIMPipeline) -> torch.Tensor:
         """Return the images of a pipeline, from the same noise as every other's."""
-        count = self.settings.images
-        progress = self._progress(f"sampling {name}", count)
-        return self.settings.sampler(pipe, count, self.seed + 4, progress)
+        progress = of_part(self.progress, name)
+        return self.settings.sampler(pipe, self.settings.images, self.seed + 4, progress=progress)
 
     def searched(
         self, scheme: Scheme, refined: bool = False
     ) -> tuple[DDIMPipeline, list[LayerSummary], float]:
-        """Return an open quantized copy of the pipeline, its layers, and the seconds it took."""
+        """Return a trainable quantized copy of the pipeline, its layers, and the seconds."""
         pipe = copy.deepcopy(self.pipe)
         started = time.perf_counter()
-        stage, passes = ("refining", 2) if refined else ("searching", 1)
-        progress = self._progress(f"{stage} {scheme}", passes * len(self.calibration.inputs))
         refinement = RefinementConfig(seed=self.seed) if refined else None
         layers = quantize(
             pipe,
             replace(self.config, scheme=scheme, refine=refinement),
             calibration=self.calibration,
             trajectories=self.training if refined else None,
-            progress=lambda _name: progress(1),
+            progress=of_part(self.progress, scheme),
         )
         return pipe, layers, time.perf_counter() - started
 
     def finetune(self, pipe: DDIMPipeline, method: Method, seed: int) -> None:
-        """Fine-tune and seal an open pipeline as a method asks."""
+        """Fine-tune and pack a trainable pipeline as a method asks."""
         config = FinetuneConfig(
             hub=method.hub,
             steps=self.settings.finetune,
-            denoising_power=method.denoising_power,
+            dfa_power=method.dfa_power,
             seed=seed,
         )
-        progress = self._progress(f"fine-tuning {method.name}", config.steps)
         finetune(
-            pipe.unet,
-            self.training,
+            pipe,
             config,
+            trajectories=self.training,
             factors=self.factors,
-            progress=lambda _status: progress(1),
+            progress=of_part(self.progress, method.name),
         )
 
     def measure(
@@ -101,7 +101,7 @@ class Bench:
     ) -> tuple[Row, torch.Tensor]:
         """Return what can be measured of a pipeline by itself, and its images."""
         images = self.sample(name, pipe)
-        errors = noise_errors(pipe.unet, self.held_out)
+        errors = noise_errors(pipe, trajectories=self.held_out)
         row = Row(
             method=name,
             noise_error=statistics.mean(errors),
@@ -139,24 +139,26 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def run(config: QuantizationConfig, settings: Settings, seed: int, advance: Advance) -> Results:
+def run(
+    config: QuantizationConfig, settings: Settings, seed: int, progress: Progress = no_progress
+) -> Results:
     """Quantize the reference model by every method and measure each.
 
     Args:
         config: Bit widths; its scheme is replaced by each method's.
         settings: How much of everything to take.
         seed: Seed of all randomness.
-        advance: Told of the progress of each stage, from several threads.
+        progress: Told of each stage, from several threads.
 
     Returns:
         What was found.
     """
     stop = threading.Event()
 
-    def stoppable(stage: str, done: int, total: int) -> None:
+    def stoppable(stage: str, done: int, total: int, note: str = "", /) -> None:
         if stop.is_set():
             raise InterruptedError
-        advance(stage, done, total)
+        progress(stage, done, total, note)
 
     with one_thread_each() as pool:
         try:
@@ -179,7 +181,7 @@ def _run(bench: Bench, pool: ThreadPoolExecutor) -> Results:
         if method.hub:
             bench.finetune(pipe, method, bench.seed)
         else:
-            seal(pipe.unet)
+            pack(pipe)
         seconds += time.perf_counter() - started
         return pipe, *bench.measure(method.name, pipe, layers, seconds)
 

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from msfp.checkpoint.facts import COLUMNS, LayerFacts, inspect_layers
-from msfp.checkpoint.facts import cells as layer_cells
+from msfp.checkpoint.facts import LayerFacts, inspect_layers
 from msfp.checkpoint.io import save
 from msfp.experiments.demo.results import FULL_PRECISION, Results, Row, findings
 from msfp.reports import figures, html
+from msfp.reports.layer_table import COLUMNS
+from msfp.reports.layer_table import cells as layer_cells
 from msfp.reports.model_page import input_distribution
 from msfp.support.versions import versions
 
@@ -29,9 +30,9 @@ SHOWN = 12
 
 def title(results: Results) -> str:
     """Return the heading of a run."""
-    bits = results.config
-    ends = f"first and last layer at {bits.first_last} bits"
-    return f"W{bits.weights}A{bits.activations} diffusion model of digits ({ends})"
+    config = results.config
+    ends = f"first and last layer at {config.end_bits} bits"
+    return f"W{config.weight_bits}A{config.activation_bits} diffusion model of digits ({ends})"
 
 
 def cells(row: Row, results: Results) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline
 
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram
 from msfp.config import QuantizationConfig, Scheme
 from msfp.pipelines.sampler import Sampler
 from msfp.search.summary import LayerSummary
@@ -60,14 +60,14 @@ class Method:
         scheme: Which grids are searched.
         refined: Whether weights are corrected after the search, as msfp does by default.
         hub: LoRAs per layer, 0 for no fine-tuning.
-        denoising_power: Power of the denoising factor in the loss.
+        dfa_power: Power of the denoising factor in the loss.
     """
 
     name: str
     scheme: Scheme
     refined: bool = False
     hub: int = 0
-    denoising_power: float = 0.0
+    dfa_power: float = 0.0
 
 
 METHODS = (
@@ -80,7 +80,7 @@ METHODS = (
     Method("signed FP + LoRA", "signed", hub=1),
     Method("mixup-sign FP + LoRA", "mixup", hub=1),
     Method("mixup-sign FP + TALoRA", "mixup", hub=2),
-    Method("mixup-sign FP + TALoRA + DFA", "mixup", hub=2, denoising_power=1.0),
+    Method("mixup-sign FP + TALoRA + DFA", "mixup", hub=2, dfa_power=1.0),
 )
 FULL_PRECISION = "full precision"
 
@@ -128,7 +128,7 @@ class Results:
             LoRA at the default bit widths; None at others.
         images: Some images of each method, from equal noise.
         inputs: Calibration inputs of every layer.
-        pipe: The last method's pipeline, sealed.
+        pipe: The last method's pipeline, packed.
     """
 
     config: QuantizationConfig
@@ -171,8 +171,8 @@ def findings(results: Results) -> list[str]:
     rows = {row.method: row for row in results.rows}
     limit = max(results.seed_noise)
     sentences = []
-    ladder = [rows[method.name] for method in METHODS if method.hub == 0]
-    for worse, better in pairwise(ladder):
+    searched = [rows[method.name] for method in METHODS if method.hub == 0]
+    for worse, better in pairwise(searched):
         verb = "lowers" if better.noise_error < worse.noise_error else "does not lower"
         sentences.append(
             f"{better.method} {verb} the noise-prediction error of {worse.method} "

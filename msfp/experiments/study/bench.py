@@ -16,22 +16,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from msfp.checkpoint.io import packed_size
-from msfp.evaluation.metrics import (
-    FrechetDistance,
-    noise_errors,
-    paired_psnr,
-    paired_sqnr,
-    paired_ssim,
-)
-from msfp.experiments.study.ladder import FULL_PRECISION, REVISION, Row
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.evaluation.whole_sets import FrechetDistance, paired_psnr, paired_sqnr, paired_ssim
+from msfp.experiments.study.ablation import FULL_PRECISION, REVISION, Row
+from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS, full_precision
 from msfp.experiments.study.machine import forget_peak, machine, peak_bytes
-from msfp.experiments.study.store import Record
-from msfp.experiments.study.subjects import SUBJECTS, full_precision
-from msfp.layers.trainable import open_layers
+from msfp.experiments.study.store import VERSION, Record
+from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.sampler import PipelineCall
-from msfp.pipelines.trajectories import Trajectories, record_trajectories
-from msfp.ptq.quantization import quantize, seal
+from msfp.pipelines.recording import record_trajectories
+from msfp.pipelines.trajectories import Trajectories
+from msfp.ptq.quantization import pack, quantize
 from msfp.schedulers.denoising_factors import denoising_factors
 from msfp.search.calibration import Calibration
 from msfp.search.observers import calibrate
@@ -51,9 +46,9 @@ class Bench:
 
     def __init__(self, row: Row, trained: Path | None) -> None:
         self.seed, self.steps = row.seed, row.steps
-        self.subject = SUBJECTS[row.model]
-        self.settings = self.subject.settings
-        self.sampler = self.subject.sampler(row.steps)
+        self.model = BENCHMARK_MODELS[row.model]
+        self.settings = self.model.settings
+        self.sampler = self.model.sampler(row.steps)
         self.open = functools.partial(full_precision, row.model, row.training, trained, row.sampler)
         self.seconds: dict[str, float] = {}
 
@@ -71,22 +66,20 @@ class Bench:
         """What the layers of the full-precision model read."""
         calls = self.sampler.calls(self.settings.calibration, self._noise(1))
         with _timed(self.seconds, "calibrate"):
-            return calibrate(self.open(), calls)
+            return calibrate(self.open(), calls=calls)
 
     @functools.cached_property
     def training(self) -> Trajectories:
         """Trajectories to fine-tune on."""
         with _timed(self.seconds, "record"):
-            return record_trajectories(self.open(), self._training_calls())
-
-    def _training_calls(self) -> list[PipelineCall]:
-        return self.sampler.calls(self.settings.trajectories, self._noise(2))
+            calls = self.sampler.calls(self.settings.trajectories, self._noise(2))
+            return record_trajectories(self.open(), calls=calls)
 
     @functools.cached_property
     def held_out(self) -> Trajectories:
         """Trajectories to measure on."""
         calls = self.sampler.calls(self.settings.held_out, self._noise(3))
-        return record_trajectories(self.open(), calls)
+        return record_trajectories(self.open(), calls=calls)
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
@@ -96,20 +89,21 @@ class Bench:
     @functools.cached_property
     def sampled_distance(self) -> FrechetDistance:
         """Frechet distance from images of the full-precision model, from other noise."""
-        return FrechetDistance(self.subject.features, self.images(self.open(), 5))
+        return FrechetDistance(self.model.features, self.images(self.open(), 5))
 
     def images(self, pipe: DiffusionPipeline, purpose: int = 4) -> torch.Tensor:
         """Return the images of a pipeline, from the noise of those that are compared in pairs."""
         return self.sampler(pipe, self.settings.images, self._noise(purpose))
 
     def run(self, row: Row) -> tuple[Record, torch.Tensor]:
-        """Quantize, fine-tune and measure as a row asks; return its record and its images."""
+        """Quantize, fine-tune and measure as a row says; return its record and its images."""
         pipe = self.open()
         seconds, peak = self._prepare(pipe, row)
         full = row.recipe == FULL_PRECISION
         images = self.reference if full else self.images(pipe)
-        quantization, tune = row.quantization(), self.subject.finetune(row)
+        quantization, tune = row.quantization(), self.model.finetune(row)
         record = {
+            "version": VERSION,
             "name": row.name,
             "row": asdict(row),
             "revision": REVISION,
@@ -137,27 +131,24 @@ class Bench:
         """
         seconds: dict[str, float] = {"quantize": 0.0, "finetune": 0.0}
         peak: dict[str, int | None] = {}
-        config, tuning = row.quantization(), self.subject.finetune(row)
+        config, tuning = row.quantization(), self.model.finetune(row)
         if config is None:
             return seconds, peak
         calibration, trajectories, denoiser = self.calibration, self.training, denoiser_of(pipe)
         with _timed(seconds, "quantize", peak):
             quantize(pipe, config, calibration=calibration, trajectories=trajectories)
         if tuning is None:
-            if open_layers(denoiser):
-                seal(denoiser)
+            if trainable_layers(denoiser):
+                pack(denoiser)
             return seconds, peak
         with _timed(seconds, "finetune", peak):
-            finetune(
-                denoiser, trajectories, tuning,
-                factors=denoising_factors(pipe.scheduler, self.steps),
-                own_path=lambda: record_trajectories(pipe, self._training_calls()),
-            )  # fmt: skip
+            factors = denoising_factors(pipe.scheduler, self.steps)
+            finetune(pipe, tuning, trajectories=trajectories, factors=factors)
         return seconds, peak
 
     def _compared(self, pipe: DiffusionPipeline, images: torch.Tensor) -> dict[str, Any]:
         """Return what is measured against full precision, at equal inputs and at equal noise."""
-        errors = noise_errors(denoiser_of(pipe), self.held_out)
+        errors = noise_errors(pipe, trajectories=self.held_out)
         return {
             "noise_error": statistics.mean(errors),
             "noise_errors": errors,
@@ -182,8 +173,8 @@ class Bench:
 @functools.cache
 def real_distance(model: str) -> FrechetDistance:
     """Return the Frechet distance from the real images of a model."""
-    subject = SUBJECTS[model]
-    return FrechetDistance(subject.features, subject.real())
+    benchmark = BENCHMARK_MODELS[model]
+    return FrechetDistance(benchmark.features, benchmark.real())
 
 
 @contextmanager

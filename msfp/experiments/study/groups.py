@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from msfp.experiments.study.ladder import FULL_PRECISION, RECIPES
+from msfp.experiments.study.ablation import FULL_PRECISION, RECIPES
 from msfp.experiments.study.statistics import Difference, Mean, compare, geometric_mean, mean
 from msfp.experiments.study.store import Record
 
@@ -24,7 +24,7 @@ class Group:
             self.by_recipe[record["row"]["recipe"]][record["row"]["seed"]] = record
 
     def recipes(self) -> list[str]:
-        """Return the recipes that there are records of, in the ladder's order."""
+        """Return the recipes that there are records of, in the order of `RECIPES`."""
         return [name for name in RECIPES if name in self.by_recipe]
 
     def quantized(self) -> list[str]:

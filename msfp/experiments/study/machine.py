@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 import fpformats
-import msfp
 from msfp.support.versions import versions
 
 STATUS, CLEAR, PROCESSORS = (
@@ -48,10 +47,9 @@ def processor() -> str:
 def code() -> str:
     """Return a short hash of all Python files of both packages, which tells versions apart."""
     digest = hashlib.sha256()
-    for package in (fpformats, msfp):
-        for folder in package.__path__:
-            for file in sorted(Path(folder).rglob("*.py")):
-                digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    for folder in (*map(Path, fpformats.__path__), Path(__file__).parents[2]):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 

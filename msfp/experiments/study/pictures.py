@@ -26,7 +26,7 @@ Points = Sequence[tuple[str, Mean, Sequence[float]]]
 """Recipes: their labels, means and replicates."""
 
 
-def ladder_points(parts: Mapping[str, Points], heading: str) -> Figure:
+def recipe_points(parts: Mapping[str, Points], heading: str) -> Figure:
     """Draw the mean of each recipe with its interval, and every replicate, on log axes.
 
     Args:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from msfp.experiments.study.groups import ERROR, Group
-from msfp.experiments.study.ladder import (
+from msfp.experiments.study.ablation import (
     BITS,
     DEFAULT,
     FULL_PRECISION,
@@ -18,11 +17,12 @@ from msfp.experiments.study.ladder import (
     SETTING,
     Row,
 )
-from msfp.experiments.study.pictures import Timed, against_time, ladder_points, lines, strips
+from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS
+from msfp.experiments.study.groups import ERROR, Group
+from msfp.experiments.study.pictures import Timed, against_time, lines, recipe_points, strips
 from msfp.experiments.study.run import picture_file, valid_records
 from msfp.experiments.study.statistics import Mean
 from msfp.experiments.study.store import Record, Store
-from msfp.experiments.study.subjects import SUBJECTS
 from msfp.experiments.study.tables import (
     cell,
     comparison_table,
@@ -93,8 +93,8 @@ SHADES = {
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
 like all others, in `x8` their weights have 4 and their inputs 8.
 """
-LADDER_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
-"""What the ladder's own setting is called among others; its tests have a table of their own."""
+SETTING_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
+"""What the setting of all recipes is called among others; its tests have a table of their own."""
 UNTOLD = ("code", "date")
 """What differs from record to record of one machine."""
 SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
@@ -150,44 +150,44 @@ def render(folder: Path) -> Path:
     return page.write()
 
 
-def _ladder(records: Sequence[Record]) -> Group:
-    """Return the records of the shipped model at the ladder's own setting."""
+def _at_setting(records: Sequence[Record]) -> Group:
+    """Return the records of the shipped model at the setting of all recipes."""
     shipped = [record for record in records if record["row"]["training"] == 0]
     return Group([record for record in shipped if _setting(record) == SETTING])
 
 
 def _summary(of_models: Mapping[str, Sequence[Record]]) -> str:
     """Return the table that the page begins with: paired PSNR of some recipes, models across."""
-    ladders = {SUBJECTS[model].label: _ladder(own) for model, own in of_models.items()}
+    groups = {BENCHMARK_MODELS[model].label: _at_setting(own) for model, own in of_models.items()}
     rows = [
-        [RECIPES[recipe].label] + [cell(each.mean(recipe, "psnr"), 1) for each in ladders.values()]
+        [RECIPES[recipe].label] + [cell(each.mean(recipe, "psnr"), 1) for each in groups.values()]
         for recipe in SUMMARY
-        if any(recipe in each.by_recipe for each in ladders.values())
+        if any(recipe in each.by_recipe for each in groups.values())
     ]
     bits, sampler, steps = SETTING
     return (
         f"Paired PSNR in dB at {bits}, {sampler}, {steps} steps. What `msfp quantize` does unless "
         f"told otherwise is {RECIPES[DEFAULT].label}.\n\n"
-    ) + markdown_table(("recipe", *ladders), rows)
+    ) + markdown_table(("recipe", *groups), rows)
 
 
 def _add_model(page: Page, model: str, records: Sequence[Record]) -> None:
     """Add the sections of one reference model."""
-    page.add(f"## {SUBJECTS[model].label}\n")
+    page.add(f"## {BENCHMARK_MODELS[model].label}\n")
     page.add(_provenance(records))
     shipped = [record for record in records if record["row"]["training"] == 0]
     bits, sampler, steps = SETTING
-    ladder = _ladder(records)
-    if ladder.quantized():
-        page.add(f"### The ladder: {bits}, {sampler}, {steps} steps\n")
-        page.add(quality_table(ladder))
+    group = _at_setting(records)
+    if group.quantized():
+        page.add(f"### All recipes: {bits}, {sampler}, {steps} steps\n")
+        page.add(quality_table(group))
         page.add("Each against what it builds on, and some against one LoRA or plain rounding:\n")
-        page.add(comparison_table(ladder))
+        page.add(comparison_table(group))
         page.add("Frechet distances, and how they differ from full precision's at equal noise:\n")
-        page.add(distance_table(ladder))
+        page.add(distance_table(group))
         page.add("What it takes:\n")
-        page.add(cost_table(ladder))
-        _add_ladder_plots(page, model, ladder)
+        page.add(cost_table(group))
+        _add_plots(page, model, group)
     by_bits = {
         width: Group([r for r in shipped if _setting(r) == (width, sampler, steps)])
         for width in BITS
@@ -229,8 +229,8 @@ def _provenance(records: Sequence[Record]) -> str:
     return f"Each row: {'; '.join(settings)}. Run with {'; '.join(kinds)}.\n"
 
 
-def _add_ladder_plots(page: Page, model: str, group: Group) -> None:
-    """Add the plots of the ladder."""
+def _add_plots(page: Page, model: str, group: Group) -> None:
+    """Add the plots of all recipes."""
     means = {recipe: group.mean(recipe, ERROR) for recipe in group.quantized()}
     points: dict[str, list[tuple[str, Mean, list[float]]]] = defaultdict(list)
     for recipe, each in means.items():
@@ -239,7 +239,7 @@ def _add_ladder_plots(page: Page, model: str, group: Group) -> None:
             points[_kind(recipe)].append((_plotted(recipe), each, values))
     page.add_plot(
         f"{model}-errors",
-        ladder_points(points, "error of the prediction x 1000"),
+        recipe_points(points, "error of the prediction x 1000"),
         "Error of the prediction by recipe: every seed, the geometric mean and its 95% interval. "
         "Each part has its own axis.",
     )
@@ -286,7 +286,7 @@ def _timed(group: Group) -> list[Timed]:
 
 def _plotted(recipe: str) -> str:
     """Return what plots call a recipe."""
-    return RECIPES[recipe].label + (" (default)" if recipe == DEFAULT else "")
+    return RECIPES[recipe].title + (" (default)" if recipe == DEFAULT else "")
 
 
 def _kind(recipe: str) -> str:
@@ -315,7 +315,7 @@ def _add_settings(
     page.add("Frechet distance from real images:\n")
     page.add(settings_table(present, "frechet", 2))
     page.add("Each against what it builds on:\n")
-    others = {name: group for name, group in present.items() if name not in LADDER_NAMES}
+    others = {name: group for name, group in present.items() if name not in SETTING_NAMES}
     page.add(settings_tests(others))
     series: dict[str, dict[str, Mean]] = defaultdict(dict)
     for recipe in SHADES:

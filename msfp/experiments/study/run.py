@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from msfp.errors import InputError
+from msfp.experiments.study.ablation import RECIPES, REVISION, Row, all_rows
 from msfp.experiments.study.bench import Bench
-from msfp.experiments.study.ladder import REVISION, Row, ladder
+from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS, model_folder
 from msfp.experiments.study.store import Record, Store
-from msfp.experiments.study.subjects import SUBJECTS, model_folder
 from msfp.reports.figures import save_image_grid
+from msfp.support.progress import Progress, counted, no_progress
 from msfp.training.config import FinetuneConfig
 
 SHOWN = 12
@@ -21,7 +22,7 @@ SHOWN = 12
 
 
 def chosen_rows(globs: Sequence[str]) -> list[Row]:
-    """Return the rows of the ladder whose names match any of the globs.
+    """Return the rows whose names match any of the globs.
 
     Raises:
         InputError: If a glob matches none.
@@ -30,7 +31,7 @@ def chosen_rows(globs: Sequence[str]) -> list[Row]:
         >>> [row.name for row in chosen_rows(["digits-ddpm/0/mixup/W4A4/ddim-20/[01]"])]
         ['digits-ddpm/0/mixup/W4A4/ddim-20/0', 'digits-ddpm/0/mixup/W4A4/ddim-20/1']
     """
-    rows = ladder()
+    rows = all_rows()
     for glob in globs:
         if not any(fnmatchcase(row.name, glob) for row in rows):
             raise InputError(
@@ -46,27 +47,37 @@ def missing_rows(rows: Sequence[Row], store: Store) -> list[Row]:
 
 
 def valid_records(store: Store) -> list[Record]:
-    """Return the records that say what their rows would find now."""
-    rows = {row.name: row for row in ladder()}
+    """Return the records that say what their rows would find now, and those of retired recipes."""
+    rows = {row.name: row for row in all_rows()}
     records = store.records().items()
-    return [each for name, each in records if name in rows and _is_of(each, rows[name])]
+    return [
+        each
+        for name, each in records
+        if _is_retired(each) or (name in rows and _is_of(each, rows[name]))
+    ]
+
+
+def _is_retired(record: Record) -> bool:
+    """Return whether a record is of a recipe that this version cannot run."""
+    recipe = RECIPES.get(record["row"]["recipe"])
+    return recipe is not None and bool(recipe.retired)
 
 
 def _is_of(record: Record | None, row: Row) -> bool:
     """Return whether a record says what a row would find now."""
     if record is None or record.get("revision", 1) != REVISION:
         return False
-    subject = SUBJECTS[row.model]
-    quantization, tuning = row.quantization(), subject.finetune(row)
-    asked = {
-        "settings": asdict(subject.settings),
+    model = BENCHMARK_MODELS[row.model]
+    quantization, tuning = row.quantization(), model.finetune(row)
+    wanted = {
+        "settings": asdict(model.settings),
         "quantization": None if quantization is None else quantization.to_dict(),
         "finetune": None if tuning is None else tuning.to_dict(),
     }
     found = dict(record)
     if found["finetune"] is not None:  # fields that came later have their defaults
         found["finetune"] = _plain(FinetuneConfig().to_dict()) | found["finetune"]
-    return all(found[key] == _plain(value) for key, value in asked.items())
+    return all(found[key] == _plain(value) for key, value in wanted.items())
 
 
 def _plain(value: Any) -> Any:
@@ -80,15 +91,15 @@ def run_rows(
     rows: Sequence[Row],
     folder: Path,
     trained: Path | None,
-    progress: Callable[[Row], None] = lambda _row: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Run rows and append their records, each as soon as it is measured.
 
     Args:
-        rows: In an order that keeps those together which share a bench, as the ladder has them.
+        rows: In the order of `all_rows`.
         folder: Where the records and pictures are.
         trained: Folder of independently trained models, or None.
-        progress: Called after each row.
+        progress: Told of each row.
 
     Raises:
         InputError: If a full-precision model is missing; no row is run then.
@@ -96,6 +107,7 @@ def run_rows(
     for model, training in dict.fromkeys((row.model, row.training) for row in rows):
         model_folder(model, training, trained)
     store, bench, key = Store(folder), None, None
+    done = counted(progress, "rows", len(rows))
     for row in rows:
         if bench is None or key != Bench.key(row):
             bench, key = Bench(row, trained), Bench.key(row)
@@ -105,7 +117,7 @@ def run_rows(
             file.parent.mkdir(parents=True, exist_ok=True)
             save_image_grid(images[:SHOWN], file, columns=SHOWN)
         store.append(record)
-        progress(row)
+        done(1)
 
 
 def picture_file(folder: Path, name: str) -> Path:

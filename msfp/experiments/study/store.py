@@ -7,8 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from msfp.checkpoint.migrations import request_of_version_1
+from msfp.training.config import options_of_version_1
+
+VERSION = 2
+"""Of the records that are written; those of version 1, of msfp 0.2.0, do not name theirs."""
 Record = dict[str, Any]
-"""What is known of a row: `name`, `row`, how it was run and what was measured."""
+"""What is known of a row: `version`, `name`, `row`, how it was run and what was measured."""
 
 
 class Store:
@@ -45,4 +50,14 @@ def _parsed(line: str) -> Record | None:
         record: Record = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return record
+    return record if "version" in record else _of_version_1(record)
+
+
+def _of_version_1(record: Record) -> Record:
+    """Return a record of version 1 with the names that its settings have now."""
+    request, options = record["quantization"], record["finetune"]
+    return record | {
+        "version": VERSION,
+        "quantization": None if request is None else request_of_version_1(request),
+        "finetune": None if options is None else options_of_version_1(options),
+    }

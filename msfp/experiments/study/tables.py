@@ -7,8 +7,8 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from msfp.experiments.study.ablation import DEFAULT, FULL_PRECISION, RECIPES
 from msfp.experiments.study.groups import ERROR, Group, comparisons
-from msfp.experiments.study.ladder import DEFAULT, FULL_PRECISION, RECIPES
 from msfp.experiments.study.statistics import MIN_PAIRS, Difference, Mean
 from msfp.experiments.study.store import Record
 
@@ -23,8 +23,8 @@ DISTANCES = {
 
 def label(recipe: str) -> str:
     """Return what tables call a recipe."""
-    name = RECIPES[recipe].label
-    return f"**{name}** (default)" if recipe == DEFAULT else name
+    title = RECIPES[recipe].title
+    return f"**{title}** (default)" if recipe == DEFAULT else title
 
 
 def cell(value: Mean | None, digits: int) -> str:

@@ -13,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.lora.routers import Router
 from msfp.pipelines.denoiser import denoiser_of, timestep_of
 
@@ -26,13 +25,13 @@ KNOWN_TIMESTEPS = 4096
 class LoRAHub(nn.Module):
     """Low-rank corrections of one weight matrix, in units of its mean quantization step.
 
-    The correction of entry k is `step * up[k] @ down[k]`; `up` starts at zero. Measuring it in
+    The correction of adapter k is `step * up[k] @ down[k]`; `up` starts at zero. Measuring it in
     steps lets one learning rate serve all layers.
 
     Args:
         out_features: Rows of the matrix.
         in_features: Columns; for a convolution input channels times kernel size.
-        entries: LoRAs in the hub.
+        adapters: LoRAs in the hub.
         rank: Rank of each.
         step: The mean weight scale.
         generator: Source of the initial `down`.
@@ -51,7 +50,7 @@ class LoRAHub(nn.Module):
         self,
         out_features: int,
         in_features: int,
-        entries: int,
+        adapters: int,
         rank: int,
         step: torch.Tensor,
         generator: torch.Generator,
@@ -59,34 +58,23 @@ class LoRAHub(nn.Module):
         beside: bool = False,
     ) -> None:
         super().__init__()
-        down = torch.randn(entries, rank, in_features, generator=generator) / rank**0.5
+        down = torch.randn(adapters, rank, in_features, generator=generator) / rank**0.5
         self.down = nn.Parameter(down)
-        self.up = nn.Parameter(torch.zeros(entries, out_features, rank))
+        self.up = nn.Parameter(torch.zeros(adapters, out_features, rank))
         self.register_buffer("step", step.detach().clone())
         self.beside = beside
 
-    @torch.no_grad()
-    def fit(self, matrix: torch.Tensor) -> None:
-        """Make every entry's correction the nearest to a matrix that its rank allows, by SVD.
-
-        Args:
-            matrix: Such as the rounding error of the weight, shape (out_features, in_features).
-        """
-        down, up = low_rank(matrix.float() / self.step, self.down.shape[1])
-        self.up[:, :, : len(down)] = up
-        self.down[:, : len(down)] = down
-
-    def factors(self, entry: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors (rank, in_features) and (out_features, rank) of an entry."""
-        return self.down[entry], self.step * self.up[entry]
+    def factors(self, adapter: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors (rank, in_features) and (out_features, rank) of an adapter."""
+        return self.down[adapter], self.step * self.up[adapter]
 
     def all_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors of all entries: (entries, rank, in) and (entries, out, rank)."""
+        """Return the factors of all adapters: (adapters, rank, in) and (adapters, out, rank)."""
         return self.down, self.step * self.up
 
-    def correction(self, entry: int) -> torch.Tensor:
-        """Return the correction of an entry, shape (out_features, in_features)."""
-        down, up = self.factors(entry)
+    def correction(self, adapter: int) -> torch.Tensor:
+        """Return the correction of an adapter, shape (out_features, in_features)."""
+        down, up = self.factors(adapter)
         return up @ down
 
 
@@ -94,9 +82,9 @@ class Routing:
     """The router's choices for the forward that is running.
 
     Attributes:
-        choices: One-hot, shape (n, layers, entries), n the batch size or 1 where all samples are
+        choices: One-hot, shape (n, layers, adapters), n the batch size or 1 where all samples are
             at one timestep.
-        winners: The entry chosen, shape (n, layers), on the CPU.
+        winners: The adapter chosen, shape (n, layers), on the CPU.
         table: Winners by timestep, read and filled where no gradient is wanted.
         source: The router that the table is of, and the state that it was in.
         turn: Which layers give the router a gradient: one in `TURNS`, from this one on, or all
@@ -131,7 +119,7 @@ class Routing:
 
     @torch.no_grad()
     def winners_at(self, router: Router, timestep: torch.Tensor) -> torch.Tensor:
-        """Return the entries chosen at a timestep of shape (1,), from the table once it has them.
+        """Return the adapters chosen at a timestep of shape (1,), from the table once it has them.
 
         One that was replaced, or given other numbers, is asked again.
         """
@@ -210,21 +198,21 @@ def remove_router(denoiser: nn.Module) -> None:
 
 @torch.no_grad()
 def precompute_routing(
-    denoiser: DiffusionPipeline | nn.Module, timesteps: Sequence[float] | torch.Tensor
+    model: DiffusionPipeline | nn.Module, *, timesteps: Sequence[float] | torch.Tensor
 ) -> None:
-    """Ask the router once for each timestep of a sampler, so that sampling need not.
+    """Query the router once for each timestep of a sampler, so that sampling need not.
 
-    Sampling does so by itself when it comes to a timestep for the first time; this is for who wants
-    it done before. Outputs are the same bits.
+    Sampling does so by itself when it comes to a timestep for the first time; this does it before.
+    Outputs are the same bits.
 
     Args:
-        denoiser: With a router, or without one, which has nothing to precompute; or a pipeline.
+        model: A pipeline or its denoiser; without a router there is nothing to precompute.
         timesteps: What the denoiser will be given, such as `scheduler.timesteps`.
 
     Raises:
         InputError: If it is a pipeline without a denoiser.
     """
-    denoiser = denoiser_of(denoiser)
+    denoiser = denoiser_of(model)
     routing = routing_of(denoiser)
     if routing is None:
         return

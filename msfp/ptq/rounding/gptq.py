@@ -4,8 +4,7 @@ Columns are rounded one after the other, and each takes up what the errors of th
 done to the output (Frantar et al., ICLR 2023). With H = E[x x^T] the error of a row is `e H e^T`.
 Written `H = R D R^T`, R unit upper triangular, it is the sum over columns of `D_j (e R)_j ** 2`,
 and the j-th term is least if the weight rounded is `w_j + sum_{k<j} e_k R_kj`. So one Cholesky
-factor is all that is needed, and no inverse (Chee et al., NeurIPS 2023, theorem 6). Sweeps of
-coordinate descent then lower the error until no single weight has a better value.
+factor is all that is needed, and no inverse (Chee et al., NeurIPS 2023, theorem 6).
 """
 
 from __future__ import annotations
@@ -72,13 +71,11 @@ class _Columns:
         self.rounded = torch.zeros_like(self.wanted)
         self.error = torch.zeros_like(self.wanted)
 
-    def round(self, column: int, target: torch.Tensor) -> torch.Tensor:
-        """Round a column to the value nearest to a target; return the change of its error."""
+    def round(self, column: int, target: torch.Tensor) -> None:
+        """Round a column to the value nearest to a target."""
         value = quantize_scaled(target, self.format, self.scale[:, column])
-        error = self.wanted[:, column] - value
-        change: torch.Tensor = error - self.error[:, column]
-        self.rounded[:, column], self.error[:, column] = value, error
-        return change
+        self.rounded[:, column] = value
+        self.error[:, column] = self.wanted[:, column] - value
 
     def feed_forward(self, factor: torch.Tensor) -> None:
         """Round each column to make up for those before it."""
@@ -93,18 +90,6 @@ class _Columns:
                 rest = inside[:, j, j + 1 :, None] * self.error[:, start + j, None]
                 target[:, j + 1 :] += rest
 
-    def sweep(self, second: torch.Tensor) -> None:
-        """Round each column to the best value for all others as they are."""
-        size = second.shape[-1]
-        for start in range(0, size, BLOCK):
-            stop = min(start + BLOCK, size)
-            gradient = second[:, start:stop] @ self.error
-            inside = second[:, start:stop, start:stop]
-            for j in range(stop - start):
-                pull = gradient[:, j] / inside[:, j, j, None]
-                change = self.round(start + j, self.rounded[:, start + j] + pull)
-                gradient += inside[:, j, :, None] * change[:, None]
-
 
 def gptq(
     matrix: torch.Tensor,
@@ -112,7 +97,6 @@ def gptq(
     fmt: FloatFormat,
     scale: torch.Tensor,
     *,
-    sweeps: int = 0,
     upper: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round a matrix to the values of a format times a scale with little error of its output.
@@ -124,7 +108,6 @@ def gptq(
             columns).
         fmt: Any format.
         scale: One for each weight; any shape that broadcasts to the matrix's.
-        sweeps: Rounds of coordinate descent afterwards; each costs as much again.
         upper: The moments' `upper_factor`, where it is known already.
 
     Returns:
@@ -144,6 +127,4 @@ def gptq(
     upper = upper_factor(second) if upper is None else upper
     columns = _Columns(matrix, fmt, scale)
     columns.feed_forward(upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
-    for _ in range(sweeps):
-        columns.sweep(second)
     return columns.rounded.mT.contiguous()

@@ -12,8 +12,8 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.sampler import Progress
 from msfp.support.image_files import image_files, read_image
+from msfp.support.progress import Progress, counted, no_progress
 
 AUTOENCODERS = ("vae", "vqvae")
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -57,14 +57,14 @@ def chosen_files(folder: Path, count: int, conditions: int = 0) -> list[Path]:
 
 @torch.no_grad()
 def clean_images(
-    pipe: DiffusionPipeline, files: list[Path], progress: Progress | None = None
+    pipe: DiffusionPipeline, files: list[Path], progress: Progress = no_progress
 ) -> torch.Tensor:
     """Read images as the denoiser of a pipeline is to predict them.
 
     Args:
         pipe: Its denoiser says how large images are, its autoencoder, if it has one, encodes them.
         files: Of images, which are cut to the central square and resized as by `read_image`.
-        progress: Called with the number of images that were just read.
+        progress: Told of each image.
 
     Returns:
         Pixels in [-1, 1] or latents, float32, shape (files, channels, height, width).
@@ -76,11 +76,11 @@ def clean_images(
     size = _size(pipe, encoder)
     reader: Any = denoiser_of(pipe) if encoder is None else encoder
     images = []
+    done = counted(progress, "reading images", len(files))
     for file in files:
         image = _coloured(2 * read_image(file, size)[None] - 1, reader.config.in_channels)
         images.append(image if encoder is None else _latents(encoder, image))
-        if progress is not None:
-            progress(1)
+        done(1)
     return torch.cat(images)
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline has set up by the time it asks its denoiser for the first time."""
+"""What a pipeline has set up when it calls its denoiser for the first time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import nn
 
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.sampler import PipelineCall
+from msfp.support.hooks import hooked
 
 
-class FirstQuestion(NamedTuple):
+class FirstCall(NamedTuple):
     """What is known before the denoiser has computed anything.
 
     Attributes:
         scheduler: A copy, with the grid that the pipeline set and no step taken.
-        rows: Samples that the denoiser is asked for at once.
+        rows: Samples that the denoiser is given at once.
     """
 
     scheduler: SchedulerMixin
     rows: int
 
 
-class _AskedError(Exception):
+class _CalledError(Exception):
     """Ends a call of a pipeline where the denoiser would begin."""
 
 
-def first_question(pipe: DiffusionPipeline, call: PipelineCall) -> FirstQuestion:
+def first_call(pipe: DiffusionPipeline, call: PipelineCall) -> FirstCall:
     """Make a call of a pipeline up to the first forward of its denoiser, which is not run.
 
     Pipelines give their schedulers timesteps, sigmas and shifts of their own, which
@@ -41,25 +42,21 @@ def first_question(pipe: DiffusionPipeline, call: PipelineCall) -> FirstQuestion
         call: Such as `Sampler.calls` returns.
 
     Example:
-        >>> from msfp.experiments.reference import ddim_pipeline
-        >>> from msfp.pipelines.sampler import Sampler
-        >>> pipe = ddim_pipeline()
-        >>> scheduler, rows = first_question(pipe, Sampler(2, batch=4).calls(4, seed=0)[0])
+        >>> from msfp import Sampler, reference_pipeline
+        >>> pipe = reference_pipeline()
+        >>> scheduler, rows = first_call(pipe, Sampler(2, batch=4).calls(4, seed=0)[0])
         >>> scheduler.timesteps.tolist(), rows
         ([999, 499], 4)
     """
-    found: list[FirstQuestion] = []
+    found: list[FirstCall] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         sample = given[next(iter(given))]
-        found.append(FirstQuestion(copy.deepcopy(pipe.scheduler), len(sample)))
-        raise _AskedError
+        found.append(FirstCall(copy.deepcopy(pipe.scheduler), len(sample)))
+        raise _CalledError
 
-    handle = denoiser_of(pipe).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with contextlib.suppress(_AskedError):
-            call(pipe)
-    finally:
-        handle.remove()
+    hook = denoiser_of(pipe).register_forward_pre_hook(stop, with_kwargs=True)
+    with hooked([hook]), contextlib.suppress(_CalledError):
+        call(pipe)
     return found[0]

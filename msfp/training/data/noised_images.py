@@ -14,29 +14,33 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.layers.lora.routers import TRAINING_TIMESTEPS
 from msfp.pipelines.denoiser import denoiser_of, timestep_of
-from msfp.pipelines.sampler import PipelineCall, Progress
-from msfp.pipelines.trajectories import Trajectories, record_trajectories
+from msfp.pipelines.recording import record_trajectories
+from msfp.pipelines.sampler import PipelineCall, check_calls
+from msfp.pipelines.trajectories import Trajectories
+from msfp.support.checks import check_type
+from msfp.support.hooks import hooked
+from msfp.support.progress import Progress, no_progress
 
 OFF_GRID = 4e-3
 """How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16."""
 
 
 def data_trajectories(
-    pipe: DiffusionPipeline,
+    model: DiffusionPipeline,
+    *,
     calls: PipelineCall | Sequence[PipelineCall],
     images: torch.Tensor,
-    *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Trajectories:
     """Make calls of a pipeline with noised images in the place of its own samples; record them.
 
     Timesteps, prompts, labels and guidance are those of the calls. What the denoiser reads at each
-    step are images to which the pipeline's scheduler added the noise of that step, and what it says
-    of them is recorded as by `record_trajectories`: it is asked once for each.
+    step are images to which the pipeline's scheduler added the noise of that step, and what it
+    predicts from them is recorded as by `record_trajectories`.
 
     Args:
-        pipe: A full-precision pipeline.
+        model: A full-precision pipeline; its scheduler adds the noise.
         calls: As for `record_trajectories`. Image i of theirs has the place of `images[i]`; after
             the last one the first is next, with other noise.
         images: Clean images, or latents, as the denoiser is to predict them: of the shape that it
@@ -55,22 +59,18 @@ def data_trajectories(
             timesteps that are not the scheduler's, or as `record_trajectories`.
 
     Example:
-        >>> from msfp.experiments.reference import ddim_pipeline
-        >>> from msfp.experiments.reference.digits import digits
-        >>> from msfp.pipelines.sampler import Sampler
-        >>> calls = Sampler(steps=2, batch=4).calls(8, seed=0)
-        >>> paths = data_trajectories(ddim_pipeline(), calls, digits()[0])
+        >>> from msfp import Sampler, reference_pipeline
+        >>> calls, images = Sampler(steps=2, batch=4).calls(8, seed=0), torch.zeros(3, 1, 16, 16)
+        >>> paths = data_trajectories(reference_pipeline(), calls=calls, images=images)
         >>> paths.timesteps.tolist(), tuple(paths.samples.shape)
         ([999, 499], (2, 8, 1, 16, 16))
     """
-    _check(pipe, images)
-    given = [calls] if callable(calls) else list(calls)
-    noising = _Noising(pipe, images, seed)
-    handle = denoiser_of(pipe).register_forward_pre_hook(noising, with_kwargs=True)
-    try:
-        return record_trajectories(pipe, [noising.during(call) for call in given], progress)
-    finally:
-        handle.remove()
+    _check(model, images)
+    given = check_calls("calls", calls)
+    noising = _Noising(model, images, seed)
+    with hooked([denoiser_of(model).register_forward_pre_hook(noising, with_kwargs=True)]):
+        calls = [noising.during(call) for call in given]
+        return record_trajectories(model, calls=calls, progress=progress)
 
 
 def noised(
@@ -204,10 +204,11 @@ def _copies(sample: torch.Tensor) -> int:
 
 def _check(pipe: DiffusionPipeline, images: torch.Tensor) -> None:
     """Raise InputError unless images can be noised for a pipeline."""
+    check_type("model", pipe, DiffusionPipeline)
     scheduler = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "add_noise") and not hasattr(scheduler, "scale_noise"):
         raise InputError(
-            f"pipe must have a scheduler that can add noise; that of {type(pipe).__name__} is "
+            f"model must have a scheduler that can add noise; that of {type(pipe).__name__} is "
             f"{'missing' if scheduler is None else type(scheduler).__name__}"
         )
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():

@@ -20,7 +20,7 @@ from oracles import (
 from fpformats import FloatFormat, decode, encode, exact, p3109, parse, quantize, strategies
 from fpformats.kernels import philox
 
-pytestmark = pytest.mark.usefixtures("backend")
+on_backends = pytest.mark.usefixtures("backend")
 
 BITS = range(1, 9)
 POLICIES = [(mode, saturation) for mode in MODES for saturation in SATURATIONS]
@@ -30,41 +30,41 @@ def of_width(bits):
     return [fmt for fmt in every_format(8) if fmt.magnitude_bits == bits]
 
 
-def check_deterministic(fmt, dtype, wrap):
+def check_deterministic(fmt, dtype, each_backend, *wraps):
     x = aimed_inputs(fmt, dtype)
-    given_x = wrap(x)
-    for mode, saturation in POLICIES:
-        expected = definition_by_table(x, fmt, mode, saturation).astype(dtype)
-        rounded = quantize(given_x, fmt, rounding=mode, saturation=saturation)
-        assert_same_bits(np.asarray(rounded), expected)
-        nan = fmt.nan_code if fmt.has_nan else 0
-        codes = encode(given_x, fmt, rounding=mode, saturation=saturation, nan=nan)
-        numbers = ~np.isnan(expected)
-        back = decode(np.asarray(codes)[numbers], fmt, dtype=dtype)
-        assert_same_bits(back, expected[numbers])
-        assert (np.asarray(codes)[~numbers] == nan).all()
+    expected = {policy: definition_by_table(x, fmt, *policy).astype(dtype) for policy in POLICIES}
+
+    def check():
+        for given_x in (wrap(x) for wrap in wraps):
+            for (mode, saturation), wanted in expected.items():
+                check_policy(given_x, fmt, {"rounding": mode, "saturation": saturation}, wanted)
+
+    each_backend(check)
+
+
+def check_policy(x, fmt, policy, expected):
+    assert_same_bits(np.asarray(quantize(x, fmt, **policy)), expected)
+    nan = fmt.nan_code if fmt.has_nan else 0
+    codes = np.asarray(encode(x, fmt, **policy, nan=nan))
+    numbers = ~np.isnan(expected)
+    assert_same_bits(decode(codes[numbers], fmt, dtype=expected.dtype.name), expected[numbers])
+    assert (codes[~numbers] == nan).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_format_rounds_and_saturates_as_defined(bits):
+def test_every_format_rounds_and_saturates_as_defined(bits, each_backend):
+    wraps = [np.asarray, torch.from_numpy] if bits < 5 else [np.asarray]
     for fmt in of_width(bits):
-        check_deterministic(fmt, dtypes_of(fmt)[0], np.asarray)
-
-
-@pytest.mark.parametrize("bits", range(1, 5))
-def test_small_formats_round_and_saturate_alike_in_torch(bits):
-    for fmt in of_width(bits):
-        check_deterministic(fmt, dtypes_of(fmt)[0], torch.from_numpy)
+        check_deterministic(fmt, dtypes_of(fmt)[0], each_backend, *wraps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bits", BITS)
-def test_every_format_rounds_and_saturates_as_defined_everywhere(bits, dtype):
+def test_every_format_rounds_and_saturates_as_defined_everywhere(bits, dtype, each_backend):
     for fmt in of_width(bits):
         if dtype in dtypes_of(fmt):
-            check_deterministic(fmt, dtype, np.asarray)
-            check_deterministic(fmt, dtype, torch.from_numpy)
+            check_deterministic(fmt, dtype, each_backend, np.asarray, torch.from_numpy)
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -77,8 +77,8 @@ def test_the_table_agrees_with_the_definition_in_rationals(bits):
 
 
 @pytest.mark.parametrize("mode", STOCHASTIC)
-def test_stochastic_rounding_of_every_format_is_as_defined(mode):
-    generator = np.random.default_rng(0)
+def test_stochastic_rounding_of_every_format_is_as_defined(mode, each_backend):
+    generator, cases = np.random.default_rng(0), []
     for index, fmt in enumerate(every_format(8)):
         dtype = dtypes_of(fmt)[index % len(dtypes_of(fmt))]
         bits = int(generator.integers(1, 33))
@@ -91,37 +91,48 @@ def test_stochastic_rounding_of_every_format_is_as_defined(mode):
             for v, word in zip(x, words, strict=True)
         ]
         options = {"rounding": mode, "saturation": saturation, "random_bits": bits}
-        expected = np.array(expected, dtype=dtype)
-        assert_same_bits(quantize(x, fmt, random=words, **options), expected)
-        if index % 4 == 0:
-            tensors = torch.from_numpy(x), torch.from_numpy(words)
-            rounded = quantize(tensors[0], fmt, random=tensors[1], **options)
-            assert_same_bits(rounded.numpy(), expected)
+        cases.append((fmt, x, words, options, np.array(expected, dtype=dtype)))
+
+    def check():
+        for index, (fmt, x, words, options, expected) in enumerate(cases):
+            assert_same_bits(quantize(x, fmt, random=words, **options), expected)
+            if index % 4 == 0:
+                tensors = torch.from_numpy(x), torch.from_numpy(words)
+                rounded = quantize(tensors[0], fmt, random=tensors[1], **options)
+                assert_same_bits(rounded.numpy(), expected)
+
+    each_backend(check)
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_any_format_rounds_as_defined_under_any_policy(data):
+def test_any_format_rounds_as_defined_under_any_policy(data, each_backend):
     dtype = data.draw(st.sampled_from(["float32", "float64"]))
     fmt = data.draw(strategies.formats(dtype))
     policy = data.draw(strategies.policies())
     x = data.draw(strategies.near_ties(fmt, dtype) | strategies.floats(dtype))
     random = policy.pop("random")
     words = None if random is None else np.array(random)
-    rounded = quantize(x, fmt, **policy, random=words)
     word = {} if random is None else {"word": random}
-    expected = exact.quantize(float(x), fmt, **policy, **word)
-    assert_same_bits(rounded, np.dtype(dtype).type(float(expected)))
-    if not math.isnan(expected):
-        assert encode(x, fmt, **policy, random=words) == exact.encode(
-            float(x), fmt, **policy, **word
-        )
+    expected = float(exact.quantize(float(x), fmt, **policy, **word))
+    nothing = math.isnan(expected)
+    code = None if nothing else exact.encode(float(x), fmt, **policy, **word)
+
+    def check():
+        rounded = quantize(x, fmt, **policy, random=words)
+        assert_same_bits(rounded, np.dtype(dtype).type(expected))
+        assert nothing or encode(x, fmt, **policy, random=words) == code
+
+    each_backend(check)
 
 
 @pytest.mark.parametrize("name", ["E2M1", "E3M0", "E4M3", "E2M2NS", "E8M0", "Binary8p3se"])
 @pytest.mark.parametrize("mode", STOCHASTIC)
-def test_all_words_together_give_the_exact_probability(name, mode):
-    fmt, bits = parse(name), 6
+def test_all_words_together_give_the_exact_probability(name, mode, each_backend):
+    each_backend(lambda: check_probabilities(parse(name), mode, bits=6))
+
+
+def check_probabilities(fmt, mode, bits):
     words = np.arange(2**bits)
     steps = np.linspace(0, 1, 2 ** (bits + 1) + 1)  # halfway between probabilities too
     for code in [fmt.smallest_code, fmt.smallest_code + 1, fmt.max_code // 2, fmt.max_code - 1]:
@@ -140,6 +151,7 @@ def test_all_words_together_give_the_exact_probability(name, mode):
                 assert ups == round(v * 2**bits)
 
 
+@on_backends
 @pytest.mark.parametrize("mode", STOCHASTIC)
 def test_values_stay_where_they_are_whatever_the_word(mode):
     for name in ("E2M1", "E3M0", "E2M2NS"):
@@ -177,6 +189,7 @@ def test_the_generator_gives_the_known_answers_of_its_authors(counter, key, expe
         assert tuple(int(word[0]) for word in words) == expected
 
 
+@on_backends
 def test_a_seed_gives_the_same_words_whatever_the_shape_and_library():
     fmt, x = parse("E2M1"), np.random.default_rng(0).standard_normal(4096).astype(np.float32)
     rounded = quantize(x, fmt, rounding="StochasticA", random=5)
@@ -197,12 +210,14 @@ def test_a_seed_gives_the_same_words_whatever_the_shape_and_library():
     )
 
 
+@on_backends
 def test_a_seed_gives_an_unbiased_mean():
     x = np.full(200_000, 1.125)
     mean = quantize(x, parse("E2M1"), rounding="StochasticC", random=0).mean()
     assert abs(mean - 1.125) < 4 * 0.5 * math.sqrt(0.25 * 0.75 / x.size)
 
 
+@on_backends
 @pytest.mark.parametrize("saturation", SATURATIONS)
 @pytest.mark.parametrize("mode", [*MODES, *STOCHASTIC])
 def test_nan_stays_nan_under_every_policy(mode, saturation):
@@ -213,6 +228,7 @@ def test_nan_stays_nan_under_every_policy(mode, saturation):
         assert quantize(torch.tensor([math.nan]), parse(name), **policy).isnan().all()
 
 
+@on_backends
 @pytest.mark.parametrize(
     ("name", "saturation", "x", "expected"),
     [
@@ -257,6 +273,7 @@ def test_saturation_by_example(name, saturation, x, expected):
         assert rounded == expected or (math.isnan(rounded) and math.isnan(expected))
 
 
+@on_backends
 @pytest.mark.parametrize(
     ("name", "mode", "x", "expected"),
     [
@@ -281,6 +298,7 @@ def test_directed_modes_without_saturation_by_example(name, mode, x, expected):
     assert rounded == expected or (math.isnan(rounded) and math.isnan(expected))
 
 
+@on_backends
 def test_what_saturation_makes_nan_is_not_encoded_silently():
     fmt = parse("E2M1U")
     with pytest.raises(ValueError, match="x goes beyond E2M1U, which SatNone makes NaN"):
@@ -367,6 +385,7 @@ def test_compiled_policies_and_seeds_give_the_same_bits(name):
     )
 
 
+@on_backends
 def test_the_way_of_the_default_agrees_with_the_general_one():
     # SatPropagate differs only for infinities, so it sends finite numbers the general way.
     for fmt in (f for f in every_format(8) if f.magnitude_bits in (3, 7)):
@@ -376,6 +395,7 @@ def test_the_way_of_the_default_agrees_with_the_general_one():
             assert_same_bits(quantize(x, fmt), quantize(x, fmt, saturation="SatPropagate"))
 
 
+@on_backends
 @pytest.mark.parametrize("name", ["E2M1B149", "E1M2B148", "E0M0B127UNZ", "E3M0B140IEEE"])
 def test_formats_below_the_normal_numbers_of_float32(name):
     fmt = parse(name)
@@ -388,6 +408,7 @@ def test_formats_below_the_normal_numbers_of_float32(name):
         assert_same_bits(tensor.numpy(), expected)
 
 
+@on_backends
 def test_wide_formats_follow_policies_at_the_ends_of_float64():
     fmt = FloatFormat(11, 52, specials=parse("E5M2").specials)
     info = np.finfo(np.float64)
@@ -414,6 +435,7 @@ def test_a_generator_gives_a_seed_each_time_and_reproduces(wrap):
             assert not np.array_equal(*drawn)
 
 
+@on_backends
 def test_a_generator_gives_the_same_words_to_numpy_and_torch():
     x, options = np.linspace(-6, 6, 100, dtype=np.float32), {"rounding": "StochasticB"}
     here = quantize(x, "E2M1", random=np.random.default_rng(3), **options)

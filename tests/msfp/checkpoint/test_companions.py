@@ -125,7 +125,7 @@ def test_channels_last_and_cached_weights_keep_the_prediction(unet, untouched):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_denoiser_runs_under_autocast(unet, untouched, cached):
-    cache_weights(unet, cached)
+    cache_weights(unet, enabled=cached)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = call(unet)
         assert torch.equal(prediction, call(untouched))

@@ -6,23 +6,25 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from families import pipeline
+from tiny import tiny_pipeline, tiny_quantized
 from torch import nn
 
 import msfp
 from msfp import InputError, MSFPConfig, QuantizationConfig, Sampler, inspect_layers
-from msfp.checkpoint.facts import cells, in_order, matching
+from msfp.checkpoint.facts import in_order, matching
 from msfp.config import RefinementConfig
-from msfp.experiments.reference import PIPELINE_FOLDER
+from msfp.experiments.reference.pipelines import FOLDER
+from msfp.reports.layer_table import cells
 from msfp.reports.model_page import ModelReport
 from msfp.search.summary import LayerSummary
 
 
 @pytest.fixture(scope="module")
 def saved(reference, calibration, tmp_path_factory):
-    """A sealed pipeline, its summaries, and the folder that it was saved to."""
+    """A packed pipeline, its summaries, and the folder that it was saved to."""
     pipe = copy.deepcopy(reference)
     summaries = msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
-    msfp.seal(pipe.unet)
+    msfp.pack(pipe.unet)
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     msfp.save(pipe, folder)
     return pipe, summaries, folder
@@ -64,10 +66,10 @@ def test_a_network_outside_diffusers_keeps_its_summaries(tmp_path):
     plain = copy.deepcopy(network)
     summaries = msfp.quantize(
         network,
-        QuantizationConfig(first_last=4),
+        QuantizationConfig(end_bits=4),
         calibration=lambda network: network(torch.randn(64, 8)),
     )
-    msfp.seal(network)
+    msfp.pack(network)
     msfp.save(network, tmp_path / "network")
     loaded = msfp.load(tmp_path / "network", into=plain)
     for source in (tmp_path / "network", loaded):
@@ -76,7 +78,7 @@ def test_a_network_outside_diffusers_keeps_its_summaries(tmp_path):
 
 def test_weights_quantized_as_they_are_loaded_have_weight_summaries(tmp_path):
     unet = UNet2DModel.from_pretrained(
-        PIPELINE_FOLDER, subfolder="unet", quantization_config=MSFPConfig()
+        FOLDER / "digits-ddpm", subfolder="unet", quantization_config=MSFPConfig()
     )
     unet.save_pretrained(tmp_path)
     facts = inspect_layers(tmp_path)
@@ -157,11 +159,11 @@ def test_layers_are_sorted_from_the_worst_and_filtered_by_module(saved):
         matching(facts, "nothing")
 
 
-def test_what_is_not_sealed_or_not_quantized_is_refused(reference, quantized, tmp_path):
+def test_what_is_not_packed_or_not_quantized_is_refused(reference, tmp_path):
     with pytest.raises(InputError, match="is not quantized"):
         inspect_layers(reference)
-    with pytest.raises(InputError, match="is open"):
-        inspect_layers(quantized()[0])
+    with pytest.raises(InputError, match=r"conv_in is trainable: call msfp\.pack first"):
+        inspect_layers(tiny_quantized(tiny_pipeline()))
     with pytest.raises(InputError, match="has no denoiser that is quantized"):
         inspect_layers(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
@@ -172,9 +174,11 @@ def test_a_split_input_shows_the_largest_of_its_clips(tmp_path):
     pipe = pipeline("unet", tmp_path)
     config = QuantizationConfig(refine=RefinementConfig(split_inputs=True, branch_rank=2))
     msfp.quantize(pipe, config, calibration=Sampler(2, 2).calls(2, seed=0))
-    msfp.seal(pipe.unet)
+    msfp.pack(pipe.unet)
     msfp.save(pipe, tmp_path / "split")
     facts = inspect_layers(tmp_path / "split")
+    # Branches too count as they are stored, in half as many bits.
+    assert [each.bytes for each in inspect_layers(pipe)] == [each.bytes for each in facts]
     layers = {each.layer: pipe.unet.get_submodule(each.layer) for each in facts}
     split = [each for each in facts if layers[each.layer].formats.input_granularity == "channel"]
     assert split

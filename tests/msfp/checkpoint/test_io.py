@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_pipeline, tiny_quantized
 from torch import nn
 
 from msfp import (
@@ -15,15 +17,15 @@ from msfp import (
     QuantizationConfig,
     finetune,
     load,
+    pack,
     quantize,
     save,
-    seal,
 )
-from msfp.checkpoint.integrity import metadata
+from msfp.checkpoint.integrity import describe
 from msfp.checkpoint.io import packed_size
 from msfp.layers.attention import OPERANDS
 from msfp.layers.lora.routers import Router
-from msfp.layers.packed import sealed_layers
+from msfp.layers.packed import packed_layers
 
 SAMPLE = """
 import sys, torch, msfp
@@ -37,21 +39,21 @@ torch.save(images, sys.argv[2])
 def routed(quantized, trajectories):
     """A fine-tuned pipeline with a hub of two."""
     pipe, _ = quantized()
-    finetune(pipe.unet, trajectories, FinetuneConfig(hub=2, rank=2, steps=3, batch=4))
+    finetune(pipe.unet, FinetuneConfig(hub=2, rank=2, steps=3, batch=4), trajectories=trajectories)
     return pipe
 
 
 @pytest.fixture(scope="module")
-def sealed_pipe(reference, calibration):
+def packed_pipe(reference, calibration):
     pipe = copy.deepcopy(reference)
     quantize(pipe, QuantizationConfig(), calibration=calibration)
-    seal(pipe.unet)
+    pack(pipe.unet)
     return pipe
 
 
 @pytest.fixture
-def saved(sealed_pipe, tmp_path):
-    save(sealed_pipe, tmp_path / "model")
+def saved(packed_pipe, tmp_path):
+    save(packed_pipe, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -67,7 +69,7 @@ def test_a_new_process_samples_bit_equal(routed, sampler, tmp_path):
 def test_the_file_holds_the_bits_of_the_weights_and_little_else(saved):
     unet = load(saved).unet
     bits = 8 * packed_size(unet)
-    for layer in sealed_layers(unet).values():
+    for layer in packed_layers(unet).values():
         bits -= layer.weight_shape.numel() * layer.formats.weight.bits
         bits -= 32 * (len(layer.weight_scale) + 1 + (layer.input_zero_point is not None))
     plain = sum(p.numel() for p in unet.parameters() if p.dtype == torch.float32)
@@ -78,7 +80,7 @@ def test_the_file_holds_the_bits_of_the_weights_and_little_else(saved):
 
 def test_saving_what_was_loaded_gives_the_same_tensors_and_formats(saved, tmp_path):
     save(load(saved), tmp_path / "again")
-    assert describe(saved) == describe(tmp_path / "again")
+    assert description(saved) == description(tmp_path / "again")
     assert header(saved / TENSORS) == header(tmp_path / "again" / TENSORS)  # with the checksum
 
 
@@ -120,7 +122,7 @@ class Network(nn.Module):
 def network():
     network = Network()
     quantize(network, QuantizationConfig(), calibration=lambda net: net(torch.randn(2, 4, 100)))
-    seal(network)
+    pack(network)
     return network
 
 
@@ -144,8 +146,8 @@ def test_another_network_is_told_which_layer_it_lacks(network, tmp_path):
         load(tmp_path / "model", into=nn.Sequential(nn.Linear(8, 4)))
 
 
-def test_an_open_denoiser_is_not_saved(quantized, tmp_path):
-    with pytest.raises(InputError, match="seal the denoiser before it is saved"):
+def test_a_trainable_denoiser_is_not_saved(quantized, tmp_path):
+    with pytest.raises(InputError, match=r"layer conv_in is trainable: call msfp\.pack before"):
         save(quantized()[0], tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -190,24 +192,24 @@ def header(file):
         return opened.metadata()
 
 
-def describe(folder):
+def description(folder):
     return json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
 
 
-def rewrite(folder, description, tensors=None):
+def rewrite(folder, config, tensors=None):
     """Write changed files with a checksum that fits, as a wrong program would."""
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    config["quantization_config"] = description
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    whole = json.loads((folder / "unet" / "config.json").read_text())
+    whole["quantization_config"] = config
+    (folder / "unet" / "config.json").write_text(json.dumps(whole))
     tensors = load_file(folder / TENSORS) if tensors is None else tensors
-    save_file(tensors, folder / TENSORS, metadata(tensors, description))
+    save_file(tensors, folder / TENSORS, describe(tensors, config))
 
 
 def damage_json(change):
     def apply(folder):
-        description = describe(folder)
-        change(description)
-        rewrite(folder, description)
+        config = description(folder)
+        change(config)
+        rewrite(folder, config)
 
     return apply
 
@@ -216,7 +218,7 @@ def damage_tensors(change):
     def apply(folder):
         tensors = load_file(folder / TENSORS)
         change(tensors)
-        rewrite(folder, describe(folder), tensors)
+        rewrite(folder, description(folder), tensors)
 
     return apply
 
@@ -244,6 +246,16 @@ def without_metadata(folder):
     save_file(load_file(folder / TENSORS), folder / TENSORS)
 
 
+def tell(**changes):
+    """Change what the file of tensors says of itself."""
+
+    def apply(folder):
+        told = json.loads(header(folder / TENSORS)["msfp"]) | changes
+        save_file(load_file(folder / TENSORS), folder / TENSORS, {"msfp": json.dumps(told)})
+
+    return apply
+
+
 def other_library(folder):
     file = folder / "model_index.json"
     index = json.loads(file.read_text())
@@ -265,13 +277,19 @@ DAMAGE = {
     "truncated": (truncate, r"diffusion_pytorch_model\.safetensors"),
     "flipped byte": (flip_a_byte, "checksum"),
     "tampered": (tamper_with_json, "checksum"),
-    "no metadata": (without_metadata, "format version None, this msfp reads 1"),
+    "no metadata": (without_metadata, "must be a quantized denoiser, and its metadata do not say"),
+    "kind": (tell(kind="a calibration"), "must be a quantized denoiser, not a calibration"),
+    "file version": (tell(version=99), "a quantized denoiser of version 99; this msfp reads"),
+    "no checksum": (tell(facts={}), "checksum"),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), r"no file named|cannot be loaded"),
     "no json": (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot be"),
     "a list": (lambda folder: (folder / "unet" / "config.json").write_text("[]"), "no unet"),
-    "version": (damage_json(lambda d: d.update(format_version=99)), "format version 99"),
+    "version": (damage_json(lambda d: d.update(format_version=99)), "denoiser of version 99; this"),
     "library": (other_library, "must be a class of diffusers, not of antigravity"),
-    "unknown key": (damage_json(lambda d: d.update(colour=1)), r"unknown keys: \['colour'\]"),
+    "unknown key": (
+        damage_json(lambda d: d.update(colour=1)),
+        "has no 'colour': it may have",
+    ),
     "format": (formats_of("conv_in", weight_format="E9"), "layer 'conv_in'.*'E9' is not a format"),
     "wide format": (formats_of("conv_in", weight_format="E5M10"), "has 16 bits, more than 8"),
     "granularity": (
@@ -287,10 +305,13 @@ DAMAGE = {
         "input_scale expected shape",
     ),
     "rank": (formats_of("conv_in", branch_rank=-1), "branch_rank must be a whole number from 0"),
-    "branches": (formats_of("conv_in", branch_entries=1), "branch_entries must be a whole number"),
+    "branches": (
+        formats_of("conv_in", branch_adapters=1),
+        "branch_adapters must be a whole number",
+    ),
     "unrouted": (
-        formats_of("conv_in", branch_rank=1, branch_entries=2),
-        "branch_entries must be the 1 entries, not 2",
+        formats_of("conv_in", branch_rank=1, branch_adapters=2),
+        "branch_adapters must be the 1 adapters, not 2",
     ),
     "no branch": (formats_of("conv_in", branch_rank=1), r"missing: \['conv_in\.branch_down"),
     "no attention": (
@@ -303,8 +324,8 @@ DAMAGE = {
         damage_json(lambda d: d["layers"].update(conv_on=d["layers"]["conv_in"])),
         "UNet2DModel has no layer 'conv_on'",
     ),
-    "no entries": (damage_json(lambda d: d.update(entries=0)), "entries must be a positive int"),
-    "no router": (damage_json(lambda d: d.update(entries=2)), "missing.*router"),
+    "no adapters": (damage_json(lambda d: d.update(adapters=0)), "adapters must be a positive int"),
+    "no router": (damage_json(lambda d: d.update(adapters=2)), "missing.*router"),
     "missing": (damage_tensors(lambda t: t.pop("conv_in.codes")), r"missing: \['conv_in\.codes"),
     "no zero point": (
         damage_tensors(lambda t: t.pop(f"{UNSIGNED}.input_zero_point")),
@@ -318,7 +339,7 @@ DAMAGE = {
     "bias": (replace_tensor("conv_in.bias", torch.ones(3)), r"conv_in\.bias expected shape"),
     "scales": (replace_tensor("conv_in.weight_scale", bits_of(1.0)), r"weight_scale expected"),
     "float scales": (
-        replace_tensor("conv_in.weight_scale", torch.ones(32)),
+        replace_tensor("conv_in.weight_scale", torch.ones(8)),
         r"conv_in\.weight_scale must be torch\.int32, not torch\.float32",
     ),
     "wide codes": (
@@ -329,7 +350,7 @@ DAMAGE = {
         replace_tensor("conv_in.input_scale", bits_of(torch.nan)[0]),
         r"conv_in\.input_scale must be positive and finite float32 numbers",
     ),
-    "negative": (replace_tensor("conv_in.weight_scale", bits_of(*[-1.0] * 32)), "positive"),
+    "negative": (replace_tensor("conv_in.weight_scale", bits_of(*[-1.0] * 8)), "positive"),
     "infinite": (
         replace_tensor(f"{UNSIGNED}.input_zero_point", bits_of(torch.inf)[0]),
         "input_zero_point must be finite float32",
@@ -338,10 +359,23 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A whole checkpoint; not to be changed."""
+    pipe = tiny_quantized(tiny_pipeline())
+    pack(pipe)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save(pipe, folder)
+    assert load(folder)
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(saved, damage):
+def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(tiny, tmp_path, damage):
     change, message = DAMAGE[damage]
-    change(saved)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    change(folder)
     with pytest.raises(InputError, match=message) as caught:
-        load(saved)
+        load(folder)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import families
@@ -10,16 +11,21 @@ from msfp import (
     FinetuneConfig,
     InputError,
     QuantizationConfig,
+    export_adapters,
+    export_lora,
     finetune,
     load,
+    precompute_routing,
     quantize,
     record_trajectories,
-    reopen,
     save,
+    unpack,
 )
-from msfp.checkpoint.lora_export import export_entries, export_lora
-from msfp.layers.lora.talora import precompute_routing, router_of
-from msfp.layers.packed import sealed_layers
+from msfp.checkpoint.diffusers_quantizer import attach_again
+from msfp.layers.lora.routers import EmbeddingRouter
+from msfp.layers.lora.talora import router_of
+from msfp.layers.lora.time_embedding import time_conditioning
+from msfp.layers.packed import packed_layers
 
 SHORT = {"rank": 2, "steps": 3, "batch": 4}
 
@@ -33,14 +39,14 @@ def call(pipe):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A function of a fine-tuning's options that gives a sealed conditional pipeline."""
+    """A function of a fine-tuning's options that gives a packed conditional pipeline."""
 
     def make(**options):
         pipe = pipeline("conditional_unet", tmp_path_factory.mktemp("vocabulary"))
-        path = record_trajectories(pipe, call)
+        path = record_trajectories(pipe, calls=call)
         quantize(pipe, QuantizationConfig(refine=None), calibration=call)
-        config = FinetuneConfig(**SHORT, branches=(-6.5, 7.5), **options)
-        finetune(pipe.unet, path, config)
+        config = FinetuneConfig(**SHORT, guidance_branches=(-6.5, 7.5), **options)
+        finetune(pipe, config, trajectories=path)
         return pipe
 
     return make
@@ -53,19 +59,19 @@ def with_hub(tuned):
 
 @pytest.fixture(scope="module")
 def with_branch(tuned):
-    return tuned(place="beside")
+    return tuned(lora_position="beside")
 
 
 @pytest.fixture(scope="module")
 def with_branches(tuned):
-    return tuned(hub=2, place="beside")
+    return tuned(hub=2, lora_position="beside")
 
 
 def test_hub_and_router_travel_with_the_pipeline(with_hub, tmp_path):
     save(with_hub, tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    assert {layer.entries for layer in sealed_layers(loaded.unet).values()} == {2}
+    assert {layer.adapters for layer in packed_layers(loaded.unet).values()} == {2}
     assert torch.equal(call(loaded), call(with_hub))
 
 
@@ -87,8 +93,13 @@ def test_a_fixed_allocation_travels_as_such(tuned, tmp_path):
     assert torch.equal(call(loaded), call(pipe))
 
 
-def test_a_router_that_reads_the_denoiser_travels_with_what_it_reads(tuned, tmp_path):
-    pipe = tuned(hub=2, routing="denoiser")
+def test_a_router_that_reads_the_denoiser_travels_with_what_it_reads(with_hub, tmp_path):
+    """None is made any more, but those of msfp 0.2.0 are loaded, and saved again."""
+    pipe = copy.deepcopy(with_hub)
+    conditioning = time_conditioning(families.make("conditional_unet"))
+    pipe.unet.router = EmbeddingRouter(pipe.unet.router.layers, 2, conditioning)
+    attach_again(pipe.unet)
+    assert not torch.equal(call(pipe), call(with_hub))
     save(pipe, tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
@@ -98,67 +109,67 @@ def test_a_router_that_reads_the_denoiser_travels_with_what_it_reads(tuned, tmp_
     assert torch.equal(call(loaded), call(pipe))
 
 
-def loaded_counting_questions(pipe, folder):
-    """A saved pipeline as loaded, and a list that grows by one whenever its router is asked."""
+def loaded_counting_queries(pipe, folder):
+    """A saved pipeline as loaded, and a list that grows by one at each query of its router."""
     save(pipe, folder)
     loaded = load(folder)
     loaded.set_progress_bar_config(disable=True)
-    asked = []
-    loaded.unet.router.register_forward_hook(lambda *_: asked.append(1))
-    return loaded, asked
+    queries = []
+    loaded.unet.router.register_forward_hook(lambda *_: queries.append(1))
+    return loaded, queries
 
 
-def test_what_was_loaded_asks_the_router_once_for_each_timestep_of_a_sampler(with_hub, tmp_path):
-    loaded, asked = loaded_counting_questions(with_hub, tmp_path / "saved")
+def test_what_was_loaded_queries_the_router_once_for_each_timestep_of_a_sampler(with_hub, tmp_path):
+    loaded, queries = loaded_counting_queries(with_hub, tmp_path / "saved")
     first = call(loaded)
-    assert len(asked) == len(loaded.scheduler.timesteps)
+    assert len(queries) == len(loaded.scheduler.timesteps)
     assert torch.equal(call(loaded), first)
-    assert len(asked) == len(loaded.scheduler.timesteps)
+    assert len(queries) == len(loaded.scheduler.timesteps)
 
 
-def test_a_precomputed_routing_gives_the_same_images_without_asking_the_router(with_hub, tmp_path):
-    loaded, asked = loaded_counting_questions(with_hub, tmp_path / "saved")
-    precompute_routing(loaded.unet, loaded.scheduler.timesteps)
-    assert asked
-    asked.clear()
+def test_a_precomputed_routing_gives_the_same_images_without_another_query(with_hub, tmp_path):
+    loaded, queries = loaded_counting_queries(with_hub, tmp_path / "saved")
+    precompute_routing(loaded.unet, timesteps=loaded.scheduler.timesteps)
+    assert queries
+    queries.clear()
     assert torch.equal(call(loaded), call(with_hub))
-    assert not asked
+    assert not queries
 
 
-def test_each_entry_is_exported_as_a_plain_packed_checkpoint(with_hub, tmp_path):
+def test_each_adapter_is_exported_as_a_plain_packed_checkpoint(with_hub, tmp_path):
     before = call(with_hub)
-    folders = export_entries(with_hub, tmp_path / "entries")
-    assert [folder.name for folder in folders] == ["entry-0", "entry-1"]
+    folders = export_adapters(with_hub, tmp_path / "adapters")
+    assert [folder.name for folder in folders] == ["adapter-0", "adapter-1"]
     router = with_hub.unet.router
-    for entry, folder in enumerate(folders):
+    for adapter, folder in enumerate(folders):
         config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
-        assert config["entries"] == 1
+        assert config["adapters"] == 1
         loaded = load(folder)
         loaded.set_progress_bar_config(disable=True)
         assert not hasattr(loaded.unet, "router")
-        with_hub.unet.router = Always(entry, router.layers)
+        with_hub.unet.router = Always(adapter, router.layers)
         assert torch.equal(call(loaded), call(with_hub))
         with_hub.unet.router = router
     assert torch.equal(call(with_hub), before)
 
 
 class Always(torch.nn.Module):
-    """A router that always takes one entry."""
+    """A router that always takes one adapter."""
 
-    def __init__(self, entry, layers):
+    def __init__(self, adapter, layers):
         super().__init__()
-        self.entry, self.layers = entry, layers
+        self.adapter, self.layers = adapter, layers
 
     def forward(self, timesteps):
-        entries = torch.full((len(timesteps), self.layers), self.entry)
-        return torch.nn.functional.one_hot(entries, 2).float()
+        adapters = torch.full((len(timesteps), self.layers), self.adapter)
+        return torch.nn.functional.one_hot(adapters, 2).float()
 
 
 def test_a_branch_travels_with_the_pipeline(with_branch, tmp_path):
     save(with_branch, tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    assert all(layer.branch_up is not None for layer in sealed_layers(loaded.unet).values())
+    assert all(layer.branch_up is not None for layer in packed_layers(loaded.unet).values())
     assert torch.equal(call(loaded), call(with_branch))
 
 
@@ -178,36 +189,39 @@ def test_a_branch_is_exported_as_a_lora_that_diffusers_loads(with_branch, tmp_pa
 def test_a_hub_of_branches_travels_with_the_pipeline(with_branches, tmp_path):
     save(with_branches, tmp_path / "saved")
     config = json.loads((tmp_path / "saved/unet/config.json").read_text())["quantization_config"]
-    assert config["entries"] == 2
-    assert {layer["branch_entries"] for layer in config["layers"].values()} == {2}
+    assert config["adapters"] == 2
+    assert {layer["branch_adapters"] for layer in config["layers"].values()} == {2}
     loaded = load(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    assert {layer.entries for layer in sealed_layers(loaded.unet).values()} == {1}
+    assert {layer.adapters for layer in packed_layers(loaded.unet).values()} == {1}
     assert len(router_of(loaded.unet)(torch.arange(1000)).argmax(-1).unique()) == 2
     assert torch.equal(call(loaded), call(with_branches))
     with pytest.raises(InputError, match="has 2 weights or branches"):
-        reopen(loaded.unet, with_branches.unet)
+        unpack(loaded, original=with_branches)
 
 
 def test_each_branch_of_a_hub_is_exported_as_a_checkpoint_and_from_there_as_a_lora(
     with_branches, tmp_path
 ):
-    with pytest.raises(InputError, match="export_entries writes a checkpoint for each"):
+    with pytest.raises(InputError, match="export_adapters writes a checkpoint for each"):
         export_lora(with_branches, tmp_path / "lora")
     router = with_branches.unet.router
-    for entry, folder in enumerate(export_entries(with_branches, tmp_path / "entries")):
+    for adapter, folder in enumerate(export_adapters(with_branches, tmp_path / "adapters")):
         single = load(folder)
         single.set_progress_bar_config(disable=True)
         assert not hasattr(single.unet, "router")
-        with_branches.unet.router = Always(entry, router.layers)
+        with_branches.unet.router = Always(adapter, router.layers)
         torch.testing.assert_close(call(single), call(with_branches), atol=1e-5, rtol=1e-5)
         with_branches.unet.router = router
-        assert export_lora(single, tmp_path / f"lora-{entry}").is_file()
+        assert export_lora(single, tmp_path / f"lora-{adapter}").is_file()
 
 
 def test_what_has_nothing_to_export_is_refused(with_hub, with_branch, tmp_path):
     with pytest.raises(InputError, match="LoRAs beside weights"):
         export_lora(with_hub, tmp_path / "lora")
     with pytest.raises(InputError, match="a hub of several LoRAs"):
-        export_entries(with_branch, tmp_path / "entries")
+        export_adapters(with_branch, tmp_path / "adapters")
+    for export in (export_lora, export_adapters):
+        with pytest.raises(InputError, match="model must be of the type DiffusionPipeline, not UN"):
+            export(with_hub.unet, tmp_path / "unet")
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from msfp import Calibration, InputError, inspect_layers, load
 from msfp.checkpoint.facts import inspect_products
 from msfp.cli.main import main
-from msfp.evaluation.image_metrics import ImageMeasures
+from msfp.evaluation.image_metrics import ImageMetrics
 from msfp.layers.attention import OPERANDS
 
 QUICK = ("--steps", 2, "--count", 4, "--batch", 4)
@@ -35,7 +35,7 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     code = msfp(
         "quantize", "digits", *QUICK, "--output", folder / "model", "--report", folder / "q.html",
-        "--calibration", folder / "c.safetensors", "--no-refine",
+        "--calibration", folder / "c.safetensors", "--refine", "none",
     )  # fmt: skip
     assert code == 0
     return folder
@@ -49,14 +49,14 @@ def digits(tmp_path_factory):
         ("unet", ()),
     ],
 )
-def test_a_pipeline_goes_all_the_way(family, words, tmp_path, monkeypatch, capsys):
+def test_a_pipeline_is_taken_all_the_way(family, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pipeline(family, tmp_path / "vocabulary").save_pretrained("plain")
     (tmp_path / "prompts.txt").write_text("a\n\na a a\n")
     assert msfp("quantize", "plain", *QUICK, *words, "--output", "packed") == 0
     assert msfp("sample", "packed", *QUICK, *words, "--output", "grid.png") == 0
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    code = msfp("evaluate", "packed", "--against", "plain", *QUICK, *words, "--json", "e.json",
+    code = msfp("evaluate", "packed", "--original", "plain", *QUICK, *words, "--json", "e.json",
                 "--report", "e.html")  # fmt: skip
     assert code == 0
     assert "Frechet distance (pixels)" in capsys.readouterr().out
@@ -80,8 +80,9 @@ def test_a_kept_calibration_is_not_made_again(digits, tmp_path, capsys):
     before = (digits / "c.safetensors").read_bytes()
     code = msfp(
         "quantize", "digits", *QUICK, "--output", tmp_path / "again", "--calibration",
-        digits / "c.safetensors", "--weights", 5, "--first-last", 5, "--exclude", "time_embedding",
-        "--exclude", "*.to_q", "--scheme", "signed", "--no-refine", "--granularity", "tensor",
+        digits / "c.safetensors", "--weight-bits", 5, "--end-bits", 5, "--scheme", "signed",
+        "--exclude", "time_embedding", "--exclude", "*.to_q", "--refine", "none",
+        "--granularity", "tensor",
     )  # fmt: skip
     assert code == 0
     assert (digits / "c.safetensors").read_bytes() == before
@@ -101,14 +102,14 @@ def test_refined_weights_predict_better(digits, tmp_path):
     errors = {}
     for name, folder in (("nearest", digits / "model"), ("refined", tmp_path / "refined")):
         file = tmp_path / f"{name}.json"
-        assert msfp("evaluate", folder, "--against", "digits", *QUICK, "--json", file) == 0
+        assert msfp("evaluate", folder, "--original", "digits", *QUICK, "--json", file) == 0
         errors[name] = json.loads(file.read_text())["noise_error"]
     assert errors["refined"] < 0.8 * errors["nearest"]
 
 
 def test_weights_alone_take_no_calibration(tmp_path):
-    code = msfp("quantize", "digits", "--activations", "none", "--include", "mid_block",
-                "--first-last", 4, "--no-refine", "--output", tmp_path / "w4")  # fmt: skip
+    code = msfp("quantize", "digits", "--activation-bits", "none", "--include", "mid_block",
+                "--end-bits", 4, "--refine", "none", "--output", tmp_path / "w4")  # fmt: skip
     assert code == 0
     facts = inspect_layers(tmp_path / "w4")
     assert all(each.layer.startswith("mid_block.") and each.input is None for each in facts)
@@ -145,8 +146,9 @@ def test_inspect_prints_whole_lines(digits, capsys):
 def with_products(digits):
     """A checkpoint whose attention products are quantized to 5 bits."""
     code = msfp(
-        "quantize", "digits", *QUICK, "--attention", 5, "--no-refine", "--activations", "none",
-        "--output", digits / "products", "--report", digits / "products.html",
+        "quantize", "digits", *QUICK, "--attention-bits", 5, "--refine", "none",
+        "--activation-bits", "none", "--output", digits / "products",
+        "--report", digits / "products.html",
     )  # fmt: skip
     assert code == 0
     return digits / "products"
@@ -218,7 +220,7 @@ def test_inspect_writes_json_and_csv(digits, tmp_path, capsys):
 
 
 def test_evaluate_writes_json_alone_to_standard_output(digits, capsys):
-    code = msfp("evaluate", digits / "model", "--against", "digits", *QUICK, "--sampler", "dpm++",
+    code = msfp("evaluate", digits / "model", "--original", "digits", *QUICK, "--sampler", "dpm++",
                 "--json", "-")  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert code == 0
@@ -226,20 +228,20 @@ def test_evaluate_writes_json_alone_to_standard_output(digits, capsys):
     assert found["timesteps"] == [999, 499]
 
 
-def test_an_interrupted_evaluation_goes_on_from_its_state(digits, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes_from_its_state(digits, tmp_path, monkeypatch):
     state, file = tmp_path / "e.safetensors", tmp_path / "e.json"
-    words = ("evaluate", digits / "model", "--against", "digits", "--steps", 2, "--count", 6,
+    words = ("evaluate", digits / "model", "--original", "digits", "--steps", 2, "--count", 6,
              "--batch", 2, "--json", file, "--state", state)  # fmt: skip
     updates = []
-    update = ImageMeasures.update
+    update = ImageMetrics.update
 
-    def stopped_at_the_second(self, *sets):
-        updates.append(len(sets[0]))
+    def stopped_at_the_second(self, sets):
+        updates.append(len(sets.full))
         if len(updates) == 2:
             raise KeyboardInterrupt
-        update(self, *sets)
+        update(self, sets)
 
-    monkeypatch.setattr(ImageMeasures, "update", stopped_at_the_second)
+    monkeypatch.setattr(ImageMetrics, "update", stopped_at_the_second)
     monkeypatch.setattr("msfp.support.autosave.SAVE_SECONDS", 0)
     monkeypatch.setattr("msfp.support.autosave.SAVE_SHARE", math.inf)
     assert msfp(*words) == 130
@@ -250,7 +252,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_state(digits, tmp_path, monk
     assert not state.exists()
 
 
-def test_an_interrupted_calibration_goes_on_from_its_file(tmp_path):
+def test_an_interrupted_calibration_resumes_from_its_file(tmp_path):
     state = tmp_path / "c.safetensors"
     words = ("quantize", "digits", "--steps", "3", "--count", "400", "--batch", "2",
              "--output", tmp_path / "model", "--calibration", state)  # fmt: skip
@@ -285,7 +287,7 @@ def test_calls_that_a_file_has_seen_are_recorded_all_the_same(tmp_path):
 
 def test_a_calibration_by_other_labels_or_guidance_is_refused(tmp_path, capsys):
     pipeline("dit", tmp_path).save_pretrained(tmp_path / "plain")
-    words = ["quantize", tmp_path / "plain", *QUICK, "--no-refine", "--calibration",
+    words = ["quantize", tmp_path / "plain", *QUICK, "--refine", "none", "--calibration",
              tmp_path / "c.safetensors", "--labels", 1, 2]  # fmt: skip
     assert msfp(*words, "--output", tmp_path / "packed") == 0
     words += ["--output", tmp_path / "x"]
@@ -354,7 +356,8 @@ BAD = {
                 "quantize",
                 "digits",
                 *QUICK,
-                "--no-refine",
+                "--refine",
+                "none",
                 "--output",
                 t / "x",
                 "--calibration",
@@ -377,12 +380,12 @@ BAD = {
             "digits",
             "--scheme",
             "mx",
-            "--attention",
+            "--attention-bits",
             4,
             "--output",
             t / "x",
         ],
-        "attention must be None where layers are in block formats",
+        "attention_bits must be None where layers are in block formats",
     ),
     "glob": (
         lambda t, _: ["quantize", "digits", "--exclude", "transformer", "--output", t / "x"],
@@ -394,11 +397,20 @@ BAD = {
     ),
     "calibration": (
         lambda t, _: ["quantize", "digits", "--calibration", written(t, "a"), "--output", t / "x"],
-        "calibration .* cannot be read",
+        "cannot be read as a calibration",
     ),
     "block scheme": (
-        lambda t, _: ["quantize", "digits", "--scheme", "mx", "--weights", 5, "--output", t / "x"],
-        r"weights must be one of \(4, 6, 8\) with scheme 'mx', not 5",
+        lambda t, _: [
+            "quantize",
+            "digits",
+            "--scheme",
+            "mx",
+            "--weight-bits",
+            5,
+            "--output",
+            t / "x",
+        ],
+        r"weight_bits must be one of \(4, 6, 8\) with scheme 'mx', not 5",
     ),
     "filter": (
         lambda _, model: ["inspect", model, "--filter", "transformer"],
@@ -414,27 +426,49 @@ BAD = {
         "json and csv must not both be -",
     ),
     "refine": (
-        lambda t, _: ["quantize", "digits", "--refine", "--scheme", "int_mse", "--output", t / "x"],
-        "refine needs a scheme of floating point, mixup or signed, not int_mse",
+        lambda t, _: [
+            "quantize",
+            "digits",
+            "--scheme",
+            "mx",
+            "--refine-seed",
+            1,
+            "--output",
+            t / "x",
+        ],
+        "refine must be None where layers are in block formats",
+    ),
+    "refine twice": (
+        lambda t, _: [
+            "quantize",
+            "digits",
+            "--refine",
+            "none",
+            "--refine-rounding",
+            "gptq",
+            "--output",
+            t / "x",
+        ],
+        "--refine must not be given beside --refine-rounding",
     ),
     "features": (
-        lambda _, model: ["evaluate", model, "--against", "digits", "--features", "vgg"],
+        lambda _, model: ["evaluate", model, "--original", "digits", "--features", "vgg"],
         "features must be pixels, digits",
     ),
     "one image": (
-        lambda _, model: ["evaluate", model, "--against", "digits", "--count", 1],
+        lambda _, model: ["evaluate", model, "--original", "digits", "--count", 1],
         "count must be at least 2",
     ),
     "state": (
-        lambda t, model: ["evaluate", model, "--against", "digits", "--state", t / "state"],
+        lambda t, model: ["evaluate", model, "--original", "digits", "--state", t / "state"],
         r"state .* must be a new \.safetensors file",
     ),
     "no state": (
-        lambda t, model: ["evaluate", model, "--against", "digits", "--state", written(t, "kept")],
-        "is not a state of msfp evaluate",
+        lambda t, model: ["evaluate", model, "--original", "digits", "--state", written(t, "kept")],
+        "cannot be read as a state of msfp evaluate",
     ),
     "against itself": (
-        lambda _, model: ["evaluate", model, "--against", model],
+        lambda _, model: ["evaluate", model, "--original", model],
         "is quantized already",
     ),
 }

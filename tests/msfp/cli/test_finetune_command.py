@@ -10,14 +10,16 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from refusals import assert_refused
 from tiny import tiny_pipeline
 
 from msfp import load
 from msfp.cli import finetuning_run
+from msfp.cli.finetuning_record import FILE, KIND
 from msfp.cli.main import main
 from msfp.experiments.reference.digits import digits
-from msfp.layers.lora import time_embedding
-from msfp.layers.packed import sealed_layers
+from msfp.layers.packed import packed_layers
+from msfp.support.container import read, write
 from msfp.training import finetuning, processes
 from msfp.training.state import TrainingState
 
@@ -31,13 +33,13 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_pipeline().save_pretrained(folder / "full")
     command = ["quantize", folder / "full", "--output", folder / "quantized", "--steps", "3"]
-    assert main([*map(str, command), "--no-refine", "--count", "4", "--batch", "4"]) == 0
+    assert main([*map(str, command), "--refine", "none", "--count", "4", "--batch", "4"]) == 0
     return folder / "full", folder / "quantized"
 
 
 def words(folders, output, *more):
     full, quantized = folders
-    command = ["finetune", quantized, "--teacher", full, "--output", output, *SHORT, *more]
+    command = ["finetune", quantized, "--original", full, "--output", output, *SHORT, *more]
     return [str(word) for word in command]
 
 
@@ -84,7 +86,7 @@ def nothing_recorded(monkeypatch):
 def whole(folders, tmp_path_factory):
     """The output of a run that was not interrupted."""
     output = tmp_path_factory.mktemp("whole") / "tuned"
-    assert finetuned(folders, output, "--hub", "2", "--power", "1", "--save-every", "1") == 0
+    assert finetuned(folders, output, "--hub", "2", "--dfa-power", "1", "--save-every", "1") == 0
     return output
 
 
@@ -98,7 +100,7 @@ def alone(folders, tmp_path_factory):
 
 def test_it_writes_a_checkpoint_that_loads_with_its_hub_and_router(whole):
     pipe = load(whole)
-    assert all(layer.entries == 2 for layer in sealed_layers(pipe.unet).values())
+    assert all(layer.adapters == 2 for layer in packed_layers(pipe.unet).values())
     assert pipe.unet.router.kind == "learned"
     assert not list(whole.parent.glob("*.state*"))
 
@@ -114,14 +116,14 @@ def test_its_report_has_errors_images_routing_and_the_curve_of_training(whole):
     assert len(found["losses"]) == 4
     assert set(found["held_out_errors"]) == {"0", "2", "4"}
     assert found["rows"][-1]["best"] > 0
-    assert len(found["routing"]) == len(sealed_layers(load(whole).unet))
+    assert len(found["routing"]) == len(packed_layers(load(whole).unet))
 
 
 def test_its_report_says_how_it_was_run(folders, whole):
     full, quantized = folders
     run = {
         "checkpoint": str(quantized),
-        "teacher": str(full),
+        "original": str(full),
         "sampler": "DDIMScheduler",
         "sampler_steps": 3,
         "sampler_batch": 4,
@@ -141,14 +143,14 @@ def test_an_interrupted_run_is_resumed_to_the_same_codes(
     folders, whole, tmp_path, stopped_at, capsys
 ):
     output, state = tmp_path / "tuned", tmp_path / "tuned.state"
-    options = ["--hub", "2", "--power", "1", "--save-every", "1"]
+    options = ["--hub", "2", "--dfa-power", "1", "--save-every", "1"]
     stopped_at(2)
     assert finetuned(folders, output, *options) == 130
     assert f"{state} is there, whole" in capsys.readouterr().err
-    record = json.loads((state / "run.json").read_text())
-    assert record["seconds"]["fine-tuned"] > 0
-    record["seconds"]["fine-tuned"] += 600
-    (state / "run.json").write_text(json.dumps(record))
+    (fingerprint, facts), images = read(state / FILE, KIND)
+    assert facts["seconds"]["fine-tuned"] > 0
+    facts["seconds"]["fine-tuned"] += 600
+    write(state / FILE, KIND, images, facts, fingerprint)
     assert finetuned(folders, output, *options) == 2
     assert "give --resume, or delete the folder" in capsys.readouterr().err
     assert finetuned(folders, output, *options, "--resume") == 0
@@ -181,8 +183,8 @@ def test_a_killed_command_is_resumed_to_the_same_codes(folders, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 
 
-LADDER = ["quantized", "scales, biases and norms alone", "single LoRA", "hub of 2", "fine-tuned"]
-COMPARE = ["--hub", "2", "--power", "1", "--compare", "--save-every", "2"]
+PARTS = ["quantized", "scales, biases and norms alone", "single LoRA", "hub of 2", "fine-tuned"]
+COMPARE = ["--hub", "2", "--dfa-power", "1", "--compare", "--save-every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +192,9 @@ def compared(folders, tmp_path_factory):
     """The output of a comparison that was not interrupted, and the configs it trained by."""
     output, configs = tmp_path_factory.mktemp("compared") / "tuned", []
 
-    def spy(denoiser, path, config, **options):
+    def spy(model, config, **options):
         configs.append(config)
-        return finetuning.finetune(denoiser, path, config, **options)
+        return finetuning.finetune(model, config, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning_run, "finetune", spy)
@@ -203,8 +205,8 @@ def compared(folders, tmp_path_factory):
 def test_comparing_trains_without_each_ingredient(compared):
     output, configs = compared
     rows = numbers(output)["rows"]
-    assert [row["name"] for row in rows] == LADDER
-    told = [(config.rates.adapters > 0, config.hub, config.denoising_power) for config in configs]
+    assert [row["name"] for row in rows] == PARTS
+    told = [(config.rates.adapters > 0, config.hub, config.dfa_power) for config in configs]
     assert told == [(False, 1, 0), (True, 1, 0), (True, 2, 0), (True, 2, 1)]
     errors = [sum(row["errors"]) for row in rows]
     assert len(set(errors)) == len(errors)
@@ -212,27 +214,27 @@ def test_comparing_trains_without_each_ingredient(compared):
     assert [row["minutes"] > 0 for row in rows] == [False, True, True, True, True]
 
 
-def test_an_interrupted_comparison_goes_on_inside_the_rung_where_it_was(
+def test_an_interrupted_comparison_resumes_inside_the_training_where_it_was(
     folders, compared, tmp_path, stopped_at, monkeypatch
 ):
     output, steps = tmp_path / "tuned", []
-    stopped_at(3)  # a rung saves two states
+    stopped_at(3)  # each training saves two
     assert finetuned(folders, output, *COMPARE) == 130
     state = tmp_path / "tuned.state"
     assert {file.name for file in state.iterdir()} == {
-        "run.json",
-        "scales-biases-and-norms-alone.images.safetensors",
+        FILE,
         "single-LoRA.safetensors",
     }
+    assert list(read(state / FILE, KIND)[0].facts["rows"]) == ["scales, biases and norms alone"]
     monkeypatch.undo()
-    tuned = finetuning_run.Tuning.tuned
+    finetuned_by = finetuning_run.FinetuningRun.finetuned
 
     def counted(self, config, **options):
-        pipe, history, seconds = tuned(self, config, **options)
+        pipe, history, seconds = finetuned_by(self, config, **options)
         steps.append((options["resume"], len(history.losses)))
         return pipe, history, seconds
 
-    monkeypatch.setattr(finetuning_run.Tuning, "tuned", counted)
+    monkeypatch.setattr(finetuning_run.FinetuningRun, "finetuned", counted)
     assert finetuned(folders, output, *COMPARE, "--resume") == 0
     assert steps == [(True, 4), (False, 4), (False, 4)]
     assert not state.exists()
@@ -251,9 +253,10 @@ def test_what_interrupts_before_the_first_state_leaves_nothing(folders, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_training_that_brings_nothing_is_said_to(folders, tmp_path, capsys):
-    rates = [f"--rate={group}=1" for group in ("adapters", "weight_scales", "input_scales")]
-    assert finetuned(folders, tmp_path / "tuned", *rates, "--temperature", "2", "0.5") == 0
+def test_training_that_brings_nothing_is_reported_as_that(folders, tmp_path, capsys):
+    groups = ("adapters", "weight-scales", "input-scales")
+    rates = [word for group in groups for word in (f"--rates-{group}", "1")]
+    assert finetuned(folders, tmp_path / "tuned", *rates) == 0
     note = "'fine-tuned' is what its training began with: no later held-out error was lower."
     assert note in capsys.readouterr().out
     assert html.escape(note) in (tmp_path / "tuned" / "report.html").read_text()
@@ -261,7 +264,6 @@ def test_training_that_brings_nothing_is_said_to(folders, tmp_path, capsys):
     assert found["rows"][-1]["best"] == 0
     assert found["config"]["rates"]["weight_scales"] == 1.0
     assert found["config"]["rates"]["norms"] == 2e-4
-    assert found["config"]["temperature"] == [2.0, 0.5]
     assert found["config"]["cache_teacher"] is True
 
 
@@ -286,13 +288,12 @@ def test_it_trains_on_images_where_it_is_given_a_folder_of_them(
     assert found["rows"][1]["best"] > 0
 
 
-def test_a_teacher_that_is_asked_at_each_step_gives_the_same(folders, alone, tmp_path):
-    assert finetuned(folders, tmp_path / "asked", "--no-cache-teacher", "--temperature", "1") == 0
-    asked = numbers(tmp_path / "asked")
-    told = [found["config"]["cache_teacher"] for found in (numbers(alone), asked)]
+def test_a_teacher_that_predicts_at_each_step_gives_the_same(folders, alone, tmp_path):
+    assert finetuned(folders, tmp_path / "computed", "--no-cache-teacher") == 0
+    computed = numbers(tmp_path / "computed")
+    told = [found["config"]["cache_teacher"] for found in (numbers(alone), computed)]
     assert told == [True, False]
-    assert asked["config"]["temperature"] == [1.0, 1.0]
-    assert asked["losses"] == pytest.approx(numbers(alone)["losses"], rel=1e-2)
+    assert computed["losses"] == pytest.approx(numbers(alone)["losses"], rel=1e-2)
 
 
 @pytest.mark.usefixtures("nothing_recorded")
@@ -301,35 +302,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_recorded(
 ):
     full, quantized = folders
 
-    def refused(message, *more, teacher=full, checkpoint=quantized):
-        assert finetuned((teacher, checkpoint), tmp_path / "tuned", *more) == 2
+    def refused(message, *more, original=full, checkpoint=quantized):
+        assert finetuned((original, checkpoint), tmp_path / "tuned", *more) == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.glob("tuned*"))
 
     pipe = tiny_pipeline()
     DDIMPipeline(pipe.unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
-    refused("teacher's sampler must be that of", teacher=tmp_path / "other")
+    refused("sampler of the original must be that of", original=tmp_path / "other")
     refused("nothing to resume", "--resume")
     refused("prompts and labels must not be given", "--labels", "1")
     refused("fine-tuned with a hub cannot be", checkpoint=whole)
-    refused("rate must be GROUP=VALUE", "--rate", "lora=1")
-    refused("not 'norms=fast'", "--rate", "norms=fast")
-    refused("not 'norms'", "--rate", "norms")
-    refused("rate of norms must be between 0 and 1, not 2.0", "--rate", "norms=2")
-    refused("temperature must be between 0.001 and 1000.0, not 0.0", "--temperature", "0")
-    refused("temperature must be the first and the last", "--temperature", "1", "2", "3")
-    groups = ("adapters", "weight_scales", "input_scales", "biases", "norms")
-    refused("something to be trained", *(f"--rate={group}=0" for group in groups))
+    refused("rate of norms must be between 0 and 1, not 2.0", "--rates-norms", "2")
+    groups = ("adapters", "weight-scales", "input-scales", "biases", "norms")
+    frozen = [word for group in groups for word in (f"--rates-{group}", "0")]
+    refused("something to be trained", *frozen)
     refused("absent is not a folder", "--data", tmp_path / "absent")
     (tmp_path / "file").write_text("")
     refused("must be a folder to write in: Not a directory", "--tensorboard", tmp_path / "file")
     monkeypatch.setattr(processes, "is_tensorboard_available", lambda: False)
     refused("tensorboard must be installed", "--compare", "--tensorboard", tmp_path / "logs")
-    monkeypatch.setattr(time_embedding, "PROJECTIONS", ())
-    reads = ("--hub", "2", "--routing", "denoiser")
-    refused("routing must be learned or segments: UNet2DModel has no embedding", *reads)
     monkeypatch.setattr(UNet2DModel, "_supports_gradient_checkpointing", False)
     refused("checkpointing must be False", "--checkpointing")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rates-lora", "1"], "unrecognized arguments: --rates-lora 1"),
+        (["--rates-norms", "fast"], "argument --rates-norms: invalid float value: 'fast'"),
+        (["--rates-norms"], "argument --rates-norms: expected one argument"),
+    ],
+)
+def test_rates_that_cannot_be_read_are_refused(folders, more, message, tmp_path, capsys):
+    assert_refused(words(folders, tmp_path / "tuned", *more), message, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("nothing_recorded")
@@ -357,20 +363,24 @@ def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
     request.getfixturevalue("nothing_recorded")
     kept = {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
     for more, message in (
-        (["--power", "1"], "its --power is 0.0, not 1.0"),
+        (["--dfa-power", "1"], "its --dfa-power is 0.0, not 1.0"),
         (["--seed", "7"], "its --seed is 100, not 7"),
         (["--count", "12"], "its --count is 8, not 12"),
         (["--compare"], "its --compare is False, not True"),
-        (["--rate", "norms=0"], "its --rate is [], not ['norms=0']"),
+        (["--rates-norms", "0"], "its --rates-norms is 0.0002, not 0.0"),
     ):
         assert finetuned(folders, output, *options, *more, "--resume") == 2
-        assert f"of a run with other settings: {message}" in capsys.readouterr().err
+        assert (
+            f"{FILE} is a record of fine-tuning of another run: {message}"
+            in capsys.readouterr().err
+        )
     assert finetuned((folders[0], whole), output, *options, "--resume") == 2
-    assert "of a run with other settings: its checkpoint is" in capsys.readouterr().err
-    (tmp_path / "tuned.state" / "run.json").write_text("{")
+    assert "a record of fine-tuning of another run: its checkpoint is" in capsys.readouterr().err
+    file = tmp_path / "tuned.state" / FILE
+    file.write_text("{")
     assert finetuned(folders, output, *options, "--resume") == 2
-    assert "run.json is not of fine-tuning" in capsys.readouterr().err
-    (tmp_path / "tuned.state" / "run.json").write_bytes(kept[tmp_path / "tuned.state" / "run.json"])
+    assert f"{FILE} cannot be read as a record of fine-tuning" in capsys.readouterr().err
+    file.write_bytes(kept[file])
     assert kept == {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
 
 

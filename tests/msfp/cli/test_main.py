@@ -9,13 +9,63 @@ import pytest
 from diffusers import DDPMScheduler
 from refusals import assert_refused
 
-from msfp.cli.main import main
+from msfp.cli.main import COMMANDS, main, parser
 from msfp.experiments.demo import bench
+from msfp.version import __version__
 
 
 def run(*arguments, **options):
     command = [sys.executable, "-m", "msfp.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # noqa: S603
+
+
+LIGHT = """
+import sys
+from msfp.cli.main import main
+
+HEAVY = {"torch", "diffusers", "numpy", "rich", "transformers", "matplotlib"}
+for words in WORDS:
+    try:
+        main(words.split())
+    except SystemExit as stop:
+        assert stop.code == (2 if words.endswith("typo") else 0), words
+    heavy = HEAVY & {name.partition(".")[0] for name in sys.modules}
+    assert not heavy, f"{words} imports {heavy}"
+"""
+"""Runs command lines in one process that must import nothing which takes long."""
+
+
+def test_help_and_errors_of_usage_import_nothing_that_takes_long():
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    told = ["--help", "--version", "--typo", "typo"]
+    told += ["quantize digits --output x --weigth-bits typo"]
+    told += [f"{name} {option}" for name in names for option in ("--help", "--typo")]
+    code = LIGHT.replace("WORDS", repr(told))
+    process = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("usage: ") == 1 + len(names)
+    assert f"msfp {__version__}" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("whole", "short"),
+    [
+        (["quantize", "digits", "--output", "x", "--scheme", "signed"], "--schem"),
+        (["quantize", "digits", "--output", "x", "--weight-bits", "4"], "--weight"),
+        (["demo", "--quick"], "--qui"),
+        (["finetune", "q", "--original", "f", "--output", "x", "--rates-norms", "0"], "--rates-n"),
+    ],
+)
+def test_an_abbreviated_option_is_refused(whole, short, capsys):
+    parser().parse_args(whole)
+    cut = [short if short != word and word.startswith(short) else word for word in whole]
+    assert cut != whole
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(cut)
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {short}" in capsys.readouterr().err
 
 
 def test_output_that_nobody_reads_is_no_error(monkeypatch, tmp_path, capsys):
@@ -40,10 +90,11 @@ def rows_of(folder):
     return {row["method"]: row for row in results["rows"]}
 
 
+@pytest.mark.slow
 def test_the_demo_orders_the_methods_by_their_errors(demo):
     errors = {name: row["noise_error"] for name, row in rows_of(demo[0]).items()}
-    ladder = ["INT min-max", "INT MSE clip", "signed FP", "mixup-sign FP", "mixup-sign FP + LoRA"]
-    values = [errors[name] for name in ladder]
+    order = ["INT min-max", "INT MSE clip", "signed FP", "mixup-sign FP", "mixup-sign FP + LoRA"]
+    values = [errors[name] for name in order]
     assert values == sorted(values, reverse=True)
     assert len(set(values)) == len(values)
     assert errors["mixup-sign FP + LoRA"] < errors["signed FP + LoRA"]
@@ -52,12 +103,14 @@ def test_the_demo_orders_the_methods_by_their_errors(demo):
         assert errors[name] < errors["mixup-sign FP"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_brings_the_paired_images_back(demo):
     rows = rows_of(demo[0])
     assert rows["mixup-sign FP + LoRA"]["psnr"] > rows["mixup-sign FP"]["psnr"] + 2
     assert rows["full precision"]["noise_error"] < 1e-9
 
 
+@pytest.mark.slow
 def test_the_demo_counts_unsigned_layers_and_bytes(demo):
     rows = rows_of(demo[0])
     assert rows["signed FP"]["unsigned_layers"] == 0
@@ -65,6 +118,7 @@ def test_the_demo_counts_unsigned_layers_and_bytes(demo):
     assert rows["mixup-sign FP"]["bytes"] < rows["full precision"]["bytes"] / 6
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_table_and_findings(demo):
     out = demo[1].stdout
     assert "noise" in out
@@ -73,12 +127,14 @@ def test_the_demo_prints_its_table_and_findings(demo):
     assert re.search(r"(tie|beyond the seed)", out)
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_that_loads_nothing(demo):
     page = (demo[0] / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_checkpoint_that_samples(demo, tmp_path):
     process = run("sample", demo[0] / "checkpoint", "--count", 8, "--steps", 2,
                   "--output", tmp_path / "grid.png")  # fmt: skip
@@ -134,7 +190,10 @@ def file_in_the_way(tmp_path):
 
 
 BAD = {
-    "bits": (lambda t: ["demo", "--weights", "9", "--output", t / "x"], "whole number from 3 to 8"),
+    "bits": (
+        lambda t: ["demo", "--weight-bits", "9", "--output", t / "x"],
+        "weight_bits must be between 3 and 8, not 9",
+    ),
     "seed": (
         lambda t: ["demo", "--seed", "-1", "--output", t / "x"],
         "expected one argument|range",

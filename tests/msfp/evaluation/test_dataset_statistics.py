@@ -7,10 +7,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from msfp import InputError
-from msfp.evaluation.dataset_statistics import ReferenceStatistics, reference_statistics
+from msfp.evaluation.dataset_statistics import DatasetStatistics, dataset_statistics
 from msfp.evaluation.features import pixels
 from msfp.evaluation.frechet import FeatureMoments, frechet_distance
-from msfp.evaluation.metrics import FrechetDistance
+from msfp.evaluation.whole_sets import FrechetDistance
 from msfp.support.image_files import image_files, read_image
 
 
@@ -30,10 +30,12 @@ def reference_of(images):
 
 def test_statistics_of_a_folder_are_those_of_its_images(tmp_path):
     folder = folder_of(tmp_path)
-    seen = []
-    found = reference_statistics(folder, pixels, name="pixels", size=16, progress=seen.append)
+    told = []
+    found = dataset_statistics(
+        folder, pixels, name="pixels", size=16, progress=lambda *stage: told.append(stage)
+    )
     images = torch.stack([read_image(file, 16) for file in image_files(folder)])
-    assert seen == [6]
+    assert told == [("images", 0, 6), ("images", 6, 6)]
     others = torch.rand(9, 3, 16, 16)
     expected = FrechetDistance(pixels, images)(others)
     of_others = reference_of(others)
@@ -49,30 +51,32 @@ def each_batch_is_saved(monkeypatch):
 
 def stopped_after(images):
     def features(given):
-        stopped_after.asked += len(given)
-        if stopped_after.asked > images:
+        stopped_after.given += len(given)
+        if stopped_after.given > images:
             raise KeyboardInterrupt
         return pixels(given)
 
-    stopped_after.asked = -2  # for the probe
+    stopped_after.given = -2  # for the probe
     return features
 
 
 @pytest.mark.usefixtures("each_batch_is_saved")
-def test_statistics_that_were_stopped_go_on_to_the_same_bits(tmp_path):
-    folder, state, seen = folder_of(tmp_path, count=11), tmp_path / "s.safetensors", []
+def test_statistics_that_were_stopped_resume_to_the_same_bits(tmp_path):
+    folder, state, told = folder_of(tmp_path, count=11), tmp_path / "s.safetensors", []
     settings = {"name": "pixels", "size": 16}
-    whole = reference_statistics(folder, pixels, **settings)
+    whole = dataset_statistics(folder, pixels, **settings)
     for images in (6, 5):
         with pytest.raises(KeyboardInterrupt):
-            reference_statistics(folder, stopped_after(images), **settings, state=state)
+            dataset_statistics(folder, stopped_after(images), **settings, state=state)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["images", "s.safetensors"]
-    found = reference_statistics(folder, pixels, **settings, state=state, progress=seen.append)
-    assert seen == [8, 3]
+    found = dataset_statistics(
+        folder, pixels, **settings, state=state, progress=lambda *stage: told.append(stage)
+    )
+    assert told == [("images", 8, 11), ("images", 11, 11)]
     assert torch.equal(found.statistics.mean, whole.statistics.mean)
     assert torch.equal(found.statistics.covariance, whole.statistics.covariance)
     assert found.description() == whole.description()
-    again = reference_statistics(folder, pixels, **settings, state=state)
+    again = dataset_statistics(folder, pixels, **settings, state=state)
     assert torch.equal(again.statistics.covariance, whole.statistics.covariance)
 
 
@@ -81,7 +85,7 @@ OTHER_RUNS = {
     "filter": ({"resize": "lanczos"}, "its resize is bicubic, not lanczos"),
     "network": (
         {"network": lambda images: pixels(images) + 1},
-        "its values of features are others",
+        "its values of features differ",
     ),
     "images": ({}, "its images is 6 images .*, not 7 images "),
 }
@@ -92,19 +96,19 @@ OTHER_RUNS = {
 def test_the_state_of_other_statistics_is_refused(tmp_path, case):
     folder, state = folder_of(tmp_path), tmp_path / "s.safetensors"
     settings = {"network": pixels, "name": "pixels", "size": 16, "state": state}
-    reference_statistics(folder, **settings)
+    dataset_statistics(folder, **settings)
     before, (change, message) = state.read_bytes(), OTHER_RUNS[case]
     if case == "images":
         (folder / "another.png").write_bytes((folder / "0.png").read_bytes())
     with pytest.raises(InputError, match=message):
-        reference_statistics(folder, **settings | change)
+        dataset_statistics(folder, **settings | change)
     assert state.read_bytes() == before
 
 
 def test_a_file_holds_all_that_there_is_to_know(tmp_path):
-    found = reference_statistics(folder_of(tmp_path), pixels, name="pixels", size=16)
+    found = dataset_statistics(folder_of(tmp_path), pixels, name="pixels", size=16)
     found.save(tmp_path / "a.safetensors")
-    again = ReferenceStatistics.load(tmp_path / "a.safetensors")
+    again = DatasetStatistics.load(tmp_path / "a.safetensors")
     for one, other in (
         (again.statistics.mean, found.statistics.mean),
         (again.statistics.covariance, found.statistics.covariance),
@@ -117,7 +121,7 @@ def test_a_file_holds_all_that_there_is_to_know(tmp_path):
 
 
 def test_another_network_of_the_same_name_is_refused(tmp_path):
-    found = reference_statistics(folder_of(tmp_path), pixels, name="pixels", size=16)
+    found = dataset_statistics(folder_of(tmp_path), pixels, name="pixels", size=16)
     found.check_features(pixels)
     for other in (lambda images: pixels(images * 2), lambda images: pixels(images)[:, :9]):
         with pytest.raises(InputError, match="must be those of the reference, pixels"):
@@ -127,6 +131,9 @@ def test_another_network_of_the_same_name_is_refused(tmp_path):
 def test_files_of_something_else_are_refused(tmp_path):
     (tmp_path / "text").write_text("none")
     save_file({"mean": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for name in ("text", "other.safetensors", "absent"):
-        with pytest.raises(InputError, match="is not a file of msfp statistics"):
-            ReferenceStatistics.load(tmp_path / name)
+    unreadable, other = "cannot be read as statistics of a", "must be statistics of a data set, and"
+    for name, message in (
+        ("text", unreadable), ("other.safetensors", other), ("absent", unreadable)
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            DatasetStatistics.load(tmp_path / name)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from msfp import InputError
-from msfp.evaluation.features import feature_network
-from msfp.experiments.reference import digit_classifier
+from msfp.evaluation.features import checked_features, feature_network, pixels
+from msfp.experiments.reference.features import digit_classifier, photograph_classifier
 
 
 def test_pixels_are_the_means_of_patches():
@@ -18,6 +18,12 @@ def test_digits_are_the_features_of_the_classifier():
     images = torch.rand(3, 1, 16, 16)
     expected = digit_classifier().features(images * 2 - 1)
     assert torch.equal(feature_network("digits")(images), expected)
+
+
+def test_photographs_are_the_features_of_their_classifier():
+    images = torch.rand(2, 3, 32, 32)
+    expected = photograph_classifier().features(images * 2 - 1)
+    assert torch.equal(feature_network("photographs")(images), expected)
 
 
 def test_digits_in_colour_are_those_of_the_mean_of_the_channels():
@@ -39,7 +45,7 @@ def test_a_torchscript_file_and_a_function_of_a_module_are_loaded(tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("inception", "must be pixels, digits, a TorchScript file or module:function"),
+        ("inception", "must be pixels, digits, photographs, a TorchScript file or module:function"),
         ("nowhere_at_all:f", "cannot be imported"),
         ("math:nothing", "cannot be imported"),
         ("math:pi", "must be a function, not a float"),
@@ -49,3 +55,12 @@ def test_a_torchscript_file_and_a_function_of_a_module_are_loaded(tmp_path, monk
 def test_what_gives_no_features_is_refused(name, message):
     with pytest.raises(InputError, match=message):
         feature_network(name)
+
+
+def test_networks_that_do_not_fit_are_refused():
+    images = torch.rand(3, 3, 16, 16)
+    assert checked_features(pixels, images).shape == (3, 192)
+    with pytest.raises(InputError, match=r"cannot be computed of images of shape \(3, 3, 16, 16\)"):
+        checked_features(torch.nn.Conv2d(1, 4, 3), images)
+    with pytest.raises(InputError, match=r"must have shape \(images, any\), not \(3, 1, 16\)"):
+        checked_features(lambda x: x.mean((1, 2))[:, None], images)

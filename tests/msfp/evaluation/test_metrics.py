@@ -1,97 +1,111 @@
-import copy
-from dataclasses import replace
+import math
 
 import pytest
 import torch
-from families import make, pipeline
 
-import msfp
-from msfp import InputError, QuantizationConfig, Sampler, record_trajectories
-from msfp.cli.finetuning_run import Extent, Tuning
-from msfp.evaluation.metrics import noise_errors
-from msfp.pipelines.trajectories import Trajectories
-from msfp.training.objective import Objective
+from msfp import DatasetStatistics, InputError
+from msfp.evaluation.dataset_statistics import probe_images
+from msfp.evaluation.features import pixels
+from msfp.evaluation.frechet import FeatureMoments, frechet_distance
+from msfp.evaluation.image_metrics import ImageMetrics
+from msfp.evaluation.metrics import METRICS, ImageSets, Setting
+from msfp.evaluation.whole_sets import FrechetDistance, paired_psnr, paired_sqnr, paired_ssim
+from msfp.support.image_files import eight_bits
+
+SIZE = 16
 
 
 @pytest.fixture
-def paths():
-    pipe = pipeline("unet", None)
-    pipe.unet.conv_out.weight.data *= 1.5
-    return record_trajectories(pipe, Sampler(steps=3, batch=7).calls(7, seed=0))
+def setting():
+    """With statistics of a data set, so that all measures are there."""
+    moments = FeatureMoments()
+    moments.update(pixels(torch.rand(9, 3, SIZE, SIZE)))
+    probe = pixels(probe_images(SIZE))
+    statistics = DatasetStatistics(moments.statistics(), "pixels", SIZE, "bicubic", probe)
+    return Setting(pixels, "coarse pixels", statistics)
 
 
-def forwards(denoiser):
-    """The rows of each forward that follows."""
-    rows = []
-    denoiser.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
-    return rows
+def images(count, size=SIZE):
+    return ImageSets(*(torch.rand(count, 3, size, size) for _ in ImageSets._fields))
 
 
-def all_at_once(denoiser, paths):
-    """The errors by a forward of all rows for each timestep."""
-    rows = torch.arange(paths.samples.shape[1])
-    with torch.no_grad():
-        return [
-            (paths.predict(denoiser, torch.full_like(rows, step), rows) - prediction)
-            .square()
-            .mean()
-            .item()
-            for step, prediction in enumerate(paths.predictions)
-        ]
+def measured(metric, count):
+    return {measure.key: measure for measure in metric.result(count)}
 
 
-@pytest.mark.parametrize("batch", [7, 64])
-def test_rows_that_fit_into_one_forward_have_the_bits_of_their_mean(batch, paths):
-    denoiser = make("unet")
-    assert noise_errors(denoiser, paths, batch=batch) == all_at_once(denoiser, paths)
+def test_names_of_metrics_and_keys_of_measures_are_unique(setting):
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    metrics = ImageMetrics(setting)
+    metrics.update(images(4))
+    keys = [measure.key for measure in metrics.measures()]
+    assert len(set(keys)) == len(keys)
+    assert keys == [
+        "psnr", "ssim", "sqnr", "frechet", "frechet_floor",
+        "data_set", "data_set_full", "data_set_other",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("batch", [1, 3, 6])
-def test_errors_depend_on_the_rows_of_a_forward_by_rounding_alone(batch, paths):
-    denoiser = make("unet")
-    rows = forwards(denoiser)
-    found = noise_errors(denoiser, paths, batch=batch)
-    assert max(rows) == batch
-    assert sum(rows) == 3 * 7
-    assert found == pytest.approx(all_at_once(denoiser, paths), rel=1e-5)
+@pytest.mark.parametrize("kind", METRICS)
+def test_a_metric_that_is_restored_has_the_same_result(kind, setting):
+    first, second = images(3), images(4)
+    whole, stopped, resumed = kind(setting), kind(setting), kind(setting)
+    stopped.update(first)
+    state = stopped.state()
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    resumed.restore({name: tensor.clone() for name, tensor in state.items()})
+    resumed.update(second)
+    for batch in (first, second):
+        whole.update(batch)
+    assert measured(resumed, 7) == measured(whole, 7)
+    assert all(math.isfinite(each.value) for each in whole.result(7))
+    other = kind(setting)
+    other.update(second)
+    assert [each.value for each in other.result(4)] != [each.value for each in whole.result(7)]
 
 
-def test_a_variance_that_is_predicted_beside_the_noise_does_not_count():
-    torch.manual_seed(0)
-    path = Trajectories(
-        torch.tensor([9, 1]), torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, 6, 8, 8)
-    )
-    asked = replace(path, predictions=torch.randn(2, 4, 6, 8, 8))
-
-    def errors(channels):
-        class Denoiser(torch.nn.Module):
-            def forward(self, x, timestep):
-                step = (asked.timesteps == timestep[0]).nonzero().item()
-                return asked.predictions[step][: len(x), :channels]
-
-        denoiser = Denoiser()
-        some = replace(path, predictions=path.predictions[:, :, :channels])
-        objective = Objective(torch.ones(2), (-1.0, 2.0))
-        return noise_errors(denoiser, some), objective.held_out_error(denoiser, some, 2, range(2))
-
-    (both, guided), (noise, guided_noise) = errors(6), errors(3)
-    assert both == noise
-    assert guided == guided_noise
+def test_measures_of_batches_are_those_of_all_images_together(setting):
+    batches = [images(3), images(4)]
+    metrics = ImageMetrics(setting._replace(statistics=None))
+    for batch in batches:
+        metrics.update(batch)
+    quantized, full, other = (torch.cat(sets) for sets in zip(*batches, strict=True))
+    values = {measure.key: measure.value for measure in metrics.measures()}
+    distance = FrechetDistance(pixels, eight_bits(other))
+    expected = {
+        "psnr": paired_psnr(quantized, full),
+        "ssim": paired_ssim(quantized, full),
+        "sqnr": paired_sqnr(quantized, full),
+        "frechet": distance(eight_bits(quantized)),
+        "frechet_floor": distance(eight_bits(full)),
+    }
+    assert values == pytest.approx(expected, rel=1e-9)
 
 
-def test_at_least_one_row_must_be_in_a_forward(paths):
-    with pytest.raises(InputError, match="batch must be at least 1, not 0"):
-        noise_errors(make("unet"), paths, batch=0)
+def test_distances_from_a_data_set_are_those_of_the_three_sets(setting):
+    batch = images(6)
+    metrics = ImageMetrics(setting)
+    metrics.update(batch)
+    values = {measure.key: measure.value for measure in metrics.measures()}
+    for key, some in zip(("data_set", "data_set_full", "data_set_other"), batch, strict=True):
+        moments = FeatureMoments()
+        moments.update(pixels(eight_bits(some)))
+        distance = frechet_distance(moments.statistics(), setting.statistics.statistics)
+        assert values[key] == pytest.approx(distance, rel=1e-9)
 
 
-def test_held_out_rows_are_taken_as_many_at_once_as_a_call_has(tmp_path):
-    full = pipeline("conditional_unet", tmp_path)
-    sampler = Sampler(2, 2, ("a", "a a"), guidance_scale=3.0)
-    quantized = copy.deepcopy(full)
-    msfp.quantize(quantized, QuantizationConfig(refine=None), calibration=sampler.calls(2, 0))
-    msfp.seal(quantized.unet)
-    tuning = Tuning(full, quantized, sampler, Extent(4, 6, 0), lambda *_: None)
-    rows = forwards(quantized.unet)
-    measured = tuning.measured("quantized", quantized)
-    assert set(rows) == {4}  # two images in two branches
-    assert measured.errors == pytest.approx(noise_errors(quantized.unet, tuning.held_out), rel=1e-5)
+def test_small_images_have_no_structural_similarity_but_all_else(setting):
+    metrics = ImageMetrics(setting._replace(statistics=None))
+    metrics.update(images(4, size=8))
+    found = {measure.key: measure for measure in metrics.measures()}
+    assert math.isnan(found.pop("ssim").value)
+    assert all(math.isfinite(measure.value) for measure in found.values())
+
+
+def test_tables_name_the_features_and_images_of_another_size_than_the_data_set_are_refused(setting):
+    metrics = ImageMetrics(setting)
+    metrics.update(images(4))
+    labels = {measure.key: measure.label for measure in metrics.measures()}
+    assert labels["frechet"] == "Frechet distance (coarse pixels)"
+    with pytest.raises(InputError, match="as large as the model's, 8x8, not 16x16"):
+        ImageMetrics(setting).update(images(4, size=8))

@@ -5,18 +5,14 @@ import pytest
 import torch
 
 from msfp.errors import InputError
-from msfp.evaluation.metrics import FrechetDistance, noise_errors
-from msfp.experiments.reference import (
-    COLOUR_FOLDER,
-    PIPELINE_FOLDER,
-    colour_pipeline,
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.evaluation.whole_sets import FrechetDistance
+from msfp.experiments.reference.digits import digits
+from msfp.experiments.reference.features import (
     digit_classifier,
     digit_features,
-    digits_dit_pipeline,
     photograph_classifier,
-    quality,
 )
-from msfp.experiments.reference.digits import digits
 from msfp.experiments.reference.models import (
     DIGITS,
     DIGITS_DIT,
@@ -25,12 +21,13 @@ from msfp.experiments.reference.models import (
     noise_schedule,
 )
 from msfp.experiments.reference.photographs import held_out_crops
+from msfp.experiments.reference.pipelines import FOLDER, quality, reference_pipeline
 from msfp.experiments.reference.training import TrainingState, train_denoiser, training_steps
 from msfp.pipelines.class_conditional import PixelDiTPipeline
 
 
 def test_the_model_is_small_and_of_the_stated_kind(reference):
-    size = sum(file.stat().st_size for file in PIPELINE_FOLDER.rglob("*"))
+    size = sum(file.stat().st_size for file in (FOLDER / "digits-ddpm").rglob("*"))
     assert size <= 8_000_000
     assert 1_500_000 <= sum(p.numel() for p in reference.unet.parameters()) <= 2_000_000
     assert {k: v.shape for k, v in digits_unet().state_dict().items()} == {
@@ -50,8 +47,8 @@ def test_the_model_predicts_the_noise_in_real_digits(reference):
 
 
 def test_the_model_of_photographs_predicts_velocities_of_crops_that_it_has_not_seen():
-    pipe = colour_pipeline()
-    size = sum(file.stat().st_size for file in COLOUR_FOLDER.rglob("*"))
+    pipe = reference_pipeline("photographs")
+    size = sum(file.stat().st_size for file in (FOLDER / "colour-ddpm").rglob("*"))
     assert size <= 20_000_000
     assert 5_000_000 <= sum(p.numel() for p in pipe.unet.parameters()) <= 10_000_000
     images = held_out_crops()[0][:64]
@@ -90,7 +87,7 @@ def test_the_frechet_distance_tells_digits_from_noise_and_halves_from_each_other
 
 
 def test_full_precision_has_no_noise_error_against_itself(reference, trajectories):
-    assert max(noise_errors(reference.unet, trajectories)) < 1e-10
+    assert max(noise_errors(reference.unet, trajectories=trajectories)) < 1e-10
 
 
 @pytest.mark.parametrize("kind", [DIGITS, DIGITS_DIT], ids=lambda kind: kind.name)
@@ -123,9 +120,8 @@ def test_seeds_train_different_models(tmp_path):
 def test_training_writes_a_pipeline_that_samples(tmp_path):
     tiny = dataclasses.replace(DIGITS_DIT, steps=1, batch=2)
     train_denoiser(tiny, tmp_path / "model")
-    images = digits_dit_pipeline(tmp_path / "model")(
-        [1, 2, 3], num_inference_steps=2, output_type="np"
-    ).images
+    pipe = reference_pipeline("digits-transformer", folder=tmp_path / "model")
+    images = pipe([1, 2, 3], num_inference_steps=2, output_type="np").images
     assert images.shape == (3, 16, 16, 1)
     assert not (tmp_path / "model.state.safetensors").exists()
 
@@ -160,9 +156,9 @@ def test_guidance_of_one_is_the_conditional_model_and_more_moves_away_from_it():
         pipe([10])
 
 
-def test_the_transformer_draws_the_digits_that_are_asked_for():
+def test_the_transformer_draws_the_digits_of_its_labels():
     labels = list(range(10)) * 2
-    images = digits_dit_pipeline()(
+    images = reference_pipeline("digits-transformer")(
         labels,
         generator=torch.Generator().manual_seed(0),
         num_inference_steps=10,

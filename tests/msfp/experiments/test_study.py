@@ -8,12 +8,10 @@ import torch
 from scipy import stats
 
 from msfp.cli.main import main
-from msfp.config import RefinementConfig
+from msfp.config import FIRST_LAYERS, LAST_LAYERS, RefinementConfig
 from msfp.errors import InputError
 from msfp.experiments.study import run as study_run
-from msfp.experiments.study.bench import Bench
-from msfp.experiments.study.groups import Group, comparisons
-from msfp.experiments.study.ladder import (
+from msfp.experiments.study.ablation import (
     BITS,
     DEFAULT,
     FULL_PRECISION,
@@ -21,8 +19,11 @@ from msfp.experiments.study.ladder import (
     RECIPES,
     REVISION,
     Row,
-    ladder,
+    all_rows,
 )
+from msfp.experiments.study.bench import Bench
+from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS, Settings, model_folder
+from msfp.experiments.study.groups import Group, comparisons
 from msfp.experiments.study.render import render
 from msfp.experiments.study.run import (
     chosen_rows,
@@ -32,8 +33,7 @@ from msfp.experiments.study.run import (
     valid_records,
 )
 from msfp.experiments.study.statistics import compare, geometric_mean, mean
-from msfp.experiments.study.store import Store
-from msfp.experiments.study.subjects import SUBJECTS, Settings, model_folder
+from msfp.experiments.study.store import VERSION, Store
 from msfp.experiments.study.tables import (
     comparison_table,
     cost_table,
@@ -41,8 +41,9 @@ from msfp.experiments.study.tables import (
     settings_tests,
     verdict,
 )
-from msfp.training.config import FinetuneConfig
+from msfp.training.config import FinetuneConfig, LearningRates
 
+RETIRED = {name for name, recipe in RECIPES.items() if recipe.retired}
 SMALL = Settings(images=4, calibration=4, trajectories=4, held_out=4, batch=4)
 
 
@@ -53,8 +54,8 @@ def row(recipe="mixup", seed=0, steps=2, **changes):
 @pytest.fixture
 def small(monkeypatch):
     """The digits model with little of everything."""
-    subject = dataclasses.replace(SUBJECTS["digits-ddpm"], settings=SMALL)
-    monkeypatch.setitem(SUBJECTS, "digits-ddpm", subject)
+    model = dataclasses.replace(BENCHMARK_MODELS["digits-ddpm"], settings=SMALL)
+    monkeypatch.setitem(BENCHMARK_MODELS, "digits-ddpm", model)
     tuned = dataclasses.replace(RECIPES["dfa-1"], finetune={"steps": 2, "hub": 2})
     monkeypatch.setitem(RECIPES, "dfa-1", tuned)
     refine = {"samples": 4, "positions": 256}
@@ -64,12 +65,13 @@ def small(monkeypatch):
 
 def record(recipe, seed, error, psnr=20.0):
     """A record as the bench writes it, of made-up numbers."""
-    made, subject = row(recipe, seed, steps=20), SUBJECTS["digits-ddpm"]
-    quantization, tuning = made.quantization(), subject.finetune(made)
+    made, model = row(recipe, seed, steps=20), BENCHMARK_MODELS["digits-ddpm"]
+    quantization, tuning = made.quantization(), model.finetune(made)
     return {
+        "version": VERSION,
         "name": made.name,
         "row": dataclasses.asdict(made),
-        "settings": dataclasses.asdict(subject.settings),
+        "settings": dataclasses.asdict(model.settings),
         "quantization": quantization and quantization.to_dict(),
         "finetune": tuning and tuning.to_dict(),
         "versions": {"msfp": "0"},
@@ -85,9 +87,9 @@ def record(recipe, seed, error, psnr=20.0):
     }
 
 
-def test_every_row_can_be_asked_for():
-    rows = ladder()
-    assert {each.recipe for each in rows} == set(RECIPES)
+def test_every_row_has_configs_of_its_own():
+    rows = all_rows()
+    assert {each.recipe for each in rows} == set(RECIPES) - RETIRED
     assert {each.bits for each in rows} == set(BITS)
     for each in rows:
         assert (each.quantization() is None) == (each.recipe == FULL_PRECISION)
@@ -107,11 +109,11 @@ def test_a_row_is_fine_tuned_with_its_own_seed():
 
 
 def test_a_guided_model_is_fine_tuned_towards_the_guided_prediction():
-    subject = SUBJECTS["digits-dit"]
-    asked = dataclasses.replace(row("lora"), model="digits-dit")
-    assert subject.finetune(asked).branches == (2.0, -1.0)
-    assert subject.settings.trajectories % subject.finetune(asked).branch_rows == 0
-    assert SUBJECTS["digits-ddpm"].finetune(row("lora")).branches == (1.0,)
+    model = BENCHMARK_MODELS["digits-dit"]
+    config = model.finetune(dataclasses.replace(row("lora"), model="digits-dit"))
+    assert config.guidance_branches == (2.0, -1.0)
+    assert model.settings.trajectories % config.guidance_rows == 0
+    assert BENCHMARK_MODELS["digits-ddpm"].finetune(row("lora")).guidance_branches == (1.0,)
 
 
 def test_a_glob_that_matches_no_row_is_refused():
@@ -166,20 +168,24 @@ def test_adjusting_for_many_comparisons_keeps_false_findings_rare():
     assert sum(each.p < 0.05 for each in compare(pairs).values()) <= 3
 
 
+def kept(name, value):
+    return {"version": VERSION, "name": name, "value": value}
+
+
 def test_a_line_that_was_cut_short_is_dropped_and_the_last_of_a_name_counts(tmp_path):
     store = Store(tmp_path)
-    store.append({"name": "a", "value": 1})
-    store.append({"name": "b", "value": 2})
+    store.append(kept("a", 1))
+    store.append(kept("b", 2))
     with store.file.open("a") as stream:
         stream.write('{"name": "c", "val')
     assert set(store.records()) == {"a", "b"}
-    store.append({"name": "a", "value": 3})
-    assert store.records() == {"a": {"name": "a", "value": 3}, "b": {"name": "b", "value": 2}}
+    store.append(kept("a", 3))
+    assert store.records() == {"a": kept("a", 3), "b": kept("b", 2)}
 
 
 def _append_many(folder, name):
     for number in range(50):
-        Store(folder).append({"name": f"{name}-{number}", "filling": "x" * 5000})
+        Store(folder).append(kept(f"{name}-{number}", "x" * 5000))
 
 
 def test_several_processes_add_to_one_file(tmp_path):
@@ -187,6 +193,86 @@ def test_several_processes_add_to_one_file(tmp_path):
     with multiprocessing.get_context("fork").Pool(len(names)) as pool:
         pool.starmap(_append_many, [(tmp_path, name) for name in names])
     assert len(Store(tmp_path).records()) == 150
+
+
+FIRST_QUANTIZATION = {
+    "weights": 4, "activations": 4, "first_last": 8, "scheme": "mixup", "include": ["*"],
+    "exclude": [], "first": list(FIRST_LAYERS), "last": list(LAST_LAYERS), "granularity": "channel",
+    "overrides": {"conv_in": {"activations": 8}}, "refine": None, "attention": None,
+}  # fmt: skip
+FIRST_REFINEMENT = {
+    "rounding": "gptq", "sweeps": 0, "scales": "weight", "match_inputs": True,
+    "correct_bias": "all", "split_inputs": False, "branch_rank": 0, "damping": 0.03, "samples": 64,
+    "positions": 16384, "seed": 3,
+}  # fmt: skip
+FIRST_TUNING = {
+    "hub": 1, "rank": 16, "steps": 160, "batch": 32, "rates": LearningRates().__dict__,
+    "denoising_power": 0.0, "seed": 3, "routing": "learned", "place": "inside", "initial": "zero",
+    "temperature": [1.0, 1.0], "branches": [1.0], "branch_rows": 1, "accumulation": 1,
+    "clip": None, "ema": 0.0, "precision": "no", "checkpointing": False, "cache_teacher": True,
+    "student_every": 0, "evaluate_every": 0, "patience": 0, "save_every": 50,
+}  # fmt: skip
+"""Settings as msfp 0.2.0 wrote them into records."""
+
+
+def first(recipe, finetune=None, **quantization):
+    """A record of seed 3 as msfp 0.2.0 wrote it."""
+    made = record(recipe, 3, 0.004)
+    del made["version"]
+    request = FIRST_QUANTIZATION | {"overrides": {}} | quantization
+    return made | {"quantization": request, "finetune": finetune}
+
+
+def test_records_of_version_1_are_read_with_the_names_of_now(tmp_path):
+    store = Store(tmp_path)
+    for old in (
+        first("mixup"),
+        first("matched", refine=FIRST_REFINEMENT),
+        first("lora", FIRST_TUNING),
+        first("mixup") | {"name": "other", "quantization": FIRST_QUANTIZATION},
+    ):
+        store.append(old)
+    rows = [row(recipe, 3, steps=20) for recipe in ("mixup", "matched", "lora")]
+    assert missing_rows(rows, store) == []
+    found = store.records()
+    assert found["other"]["quantization"]["overrides"] == {"conv_in": {"activation_bits": 8}}
+    assert all(each["version"] == VERSION for each in found.values())
+    assert not {"initial", "temperature", "student_every"} & found[rows[2].name]["finetune"].keys()
+    store.append(first("lora", FIRST_TUNING | {"initial": "svd"}))
+    assert missing_rows(rows, store) == [rows[2]]
+
+
+def test_retired_recipes_are_not_run(tmp_path, capsys):
+    assert RETIRED
+    for recipe in RETIRED:
+        assert RECIPES[recipe].title == f"{RECIPES[recipe].label} (until 0.2.0)"
+        assert all(each.recipe != recipe for each in chosen_rows(["*"]))
+        command = ["study", "--output", str(tmp_path / "study"), "--rows", f"*/{recipe}/*"]
+        assert main(command) == 2
+        assert f"'*/{recipe}/*' matches none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_of_retired_recipes_are_kept_and_rendered_with_the_version_they_ended_with(
+    tmp_path, capsys
+):
+    store = Store(tmp_path)
+    rounding = FIRST_REFINEMENT | {"match_inputs": False, "correct_bias": "none"}
+    for seed in range(3):
+        store.append(record("gptq", seed, 0.004 + 1e-5 * seed))
+        store.append(record("mixup", seed, 0.005))
+        made = {"refine": rounding | {"rounding": "adaround", "seed": seed}}
+        named = {"name": row("adaround", seed, steps=20).name, "noise_error": 0.002 + 1e-6 * seed}
+        named["row"] = dataclasses.asdict(row("adaround", seed, steps=20))
+        store.append(first("adaround", **made) | named)
+    valid = [each["row"]["recipe"] for each in valid_records(store)]
+    assert sorted(valid) == ["adaround"] * 3 + ["gptq"] * 3 + ["mixup"] * 3
+    assert main(["study", "--output", str(tmp_path), "--render"]) == 0
+    assert "9 rows: " in capsys.readouterr().out
+    page = (tmp_path / "results.md").read_text()
+    assert "| mixup + AdaRound (until 0.2.0) | 2.00 [" in page
+    assert "| mixup + AdaRound (until 0.2.0) | mixup + GPTQ | **-50%** [" in page
+    assert "until" not in page.replace("(until 0.2.0)", "")
 
 
 @pytest.mark.usefixtures("small")
@@ -209,23 +295,23 @@ def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatc
     assert picture_file(tmp_path, rows[1].name).is_file()
     assert missing_rows(rows, store) == []
     more = dataclasses.replace(
-        SUBJECTS["digits-ddpm"], settings=dataclasses.replace(SMALL, images=8)
+        BENCHMARK_MODELS["digits-ddpm"], settings=dataclasses.replace(SMALL, images=8)
     )
-    monkeypatch.setitem(SUBJECTS, "digits-ddpm", more)
+    monkeypatch.setitem(BENCHMARK_MODELS, "digits-ddpm", more)
     assert missing_rows(rows, store) == rows
 
 
 @pytest.mark.usefixtures("small")
 def test_a_record_without_a_setting_that_came_later_still_counts(tmp_path):
-    asked = row("dfa-1")
-    made, _ = Bench(asked, None).run(asked)
+    wanted = row("dfa-1")
+    made, _ = Bench(wanted, None).run(wanted)
     del made["finetune"]["shard"]
     store = Store(tmp_path)
     store.append(made)
-    assert missing_rows([asked], store) == []
+    assert missing_rows([wanted], store) == []
     for other in ({"finetune": made["finetune"] | {"rank": 3}}, {"revision": REVISION + 1}):
         store.append(made | other)
-        assert missing_rows([asked], store) == [asked]
+        assert missing_rows([wanted], store) == [wanted]
 
 
 def test_a_page_leaves_out_what_rows_would_not_find_now(tmp_path, capsys):
@@ -242,9 +328,9 @@ def test_a_page_leaves_out_what_rows_would_not_find_now(tmp_path, capsys):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("sampler", ["plms", "dpm++"])
 def test_every_sampler_is_followed(sampler):
-    asked = dataclasses.replace(row("int-minmax", steps=4), sampler=sampler)
-    bench = Bench(asked, None)
-    measured, images = bench.run(asked)
+    wanted = dataclasses.replace(row("int-minmax", steps=4), sampler=sampler)
+    bench = Bench(wanted, None)
+    measured, images = bench.run(wanted)
     assert math.isfinite(measured["psnr"])
     assert images.shape == (4, 1, 16, 16)
     ddim = Bench(row(FULL_PRECISION, steps=4), None)
@@ -253,8 +339,8 @@ def test_every_sampler_is_followed(sampler):
 
 @pytest.mark.usefixtures("small")
 def test_equal_seeds_give_equal_numbers():
-    asked, other = row("int-minmax"), row("int-minmax", seed=1)
-    first, second = (Bench(asked, None).run(asked)[0] for _ in range(2))
+    wanted, other = row("int-minmax"), row("int-minmax", seed=1)
+    first, second = (Bench(wanted, None).run(wanted)[0] for _ in range(2))
     for measure in ("noise_errors", "psnr", "ssim", "sqnr", "frechet"):
         assert first[measure] == second[measure]
     assert first["noise_errors"] != Bench(other, None).run(other)[0]["noise_errors"]
@@ -373,8 +459,8 @@ def test_the_page_shows_every_plot_that_it_names(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study_run, "ladder", lambda: [row("int-mse"), row("int-minmax")])
+def test_the_command_resumes_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study_run, "all_rows", lambda: [row("int-mse"), row("int-minmax")])
     output = ["study", "--output", str(tmp_path / "study")]
     assert main([*output, "--rows", "*/int-mse/*"]) == 0
     capsys.readouterr()

@@ -44,7 +44,7 @@ def test_every_attention_of_the_model_is_quantized_with_unsigned_probabilities(
     quantized, trajectories
 ):
     denoiser = quantized()[0].unet
-    quantize_attention(denoiser, trajectories, 4, samples=8)
+    quantize_attention(denoiser, 4, trajectories=trajectories, samples=8)
     modules = attention_modules(denoiser)
     assert len(modules) == 4
     for module in modules.values():
@@ -58,10 +58,10 @@ def test_the_prediction_moves_by_less_the_more_bits_there_are(quantized, traject
     sample, timestep = trajectories.samples[1, :8], trajectories.timesteps[1]
     errors = []
     for bits in (4, 6, 8):
-        denoiser = quantized(weights=8, activations=None)[0].unet
+        denoiser = quantized(weight_bits=8, activation_bits=None)[0].unet
         with torch.no_grad():
             before = denoiser(sample, timestep).sample
-            quantize_attention(denoiser, trajectories, bits, samples=8)
+            quantize_attention(denoiser, bits, trajectories=trajectories, samples=8)
             moved = denoiser(sample, timestep).sample - before
         errors.append(moved.square().mean().item())
     assert 0 < errors[2] < errors[1] < errors[0] < 0.01
@@ -75,14 +75,14 @@ def test_a_processor_that_computes_attention_by_itself_is_refused_and_nothing_is
     last = list(modules.values())[-1]
     last.set_processor(AttnProcessor())
     with pytest.raises(InputError, match="AttnProcessor does not call scaled dot-product"):
-        quantize_attention(denoiser, trajectories, 4, samples=2)
+        quantize_attention(denoiser, 4, trajectories=trajectories, samples=2)
     assert not any(hasattr(module, "products") for module in modules.values())
     assert not any(module._forward_hooks for module in modules.values())
 
 
 def test_rounding_ends_with_the_module_even_after_an_error(quantized, trajectories):
     denoiser = quantized()[0].unet
-    quantize_attention(denoiser, trajectories, 4, samples=2)
+    quantize_attention(denoiser, 4, trajectories=trajectories, samples=2)
     module = next(iter(attention_modules(denoiser).values()))
     with pytest.raises(RuntimeError):
         module(torch.ones(1, 5, 3))
@@ -91,7 +91,7 @@ def test_rounding_ends_with_the_module_even_after_an_error(quantized, trajectori
 
 def test_arguments_of_a_call_reach_the_processor(quantized, trajectories):
     denoiser = quantized()[0].unet
-    quantize_attention(denoiser, trajectories, 4, samples=2)
+    quantize_attention(denoiser, 4, trajectories=trajectories, samples=2)
     module = next(iter(attention_modules(denoiser).values()))
     seen = {}
     processor = module.processor
@@ -109,7 +109,7 @@ def test_arguments_of_a_call_reach_the_processor(quantized, trajectories):
 
 def test_a_copy_has_quantizers_of_its_own(quantized, trajectories):
     denoiser = quantized()[0].unet
-    quantize_attention(denoiser, trajectories, 4, samples=2)
+    quantize_attention(denoiser, 4, trajectories=trajectories, samples=2)
     twin = copy.deepcopy(denoiser)
     call = trajectories.samples[1, :2], trajectories.timesteps[1]
     with torch.no_grad():
@@ -123,28 +123,29 @@ def test_a_copy_has_quantizers_of_its_own(quantized, trajectories):
 
 def test_the_config_that_is_saved_says_that_products_were_quantized(quantized, trajectories):
     pipe = quantized()[0]
-    quantize_attention(pipe, trajectories, 5, samples=2)
+    quantize_attention(pipe, 5, trajectories=trajectories, samples=2)
     config = pipe.unet.hf_quantizer.quantization_config
-    assert config.request.attention == pipe.unet.config.quantization_config.request.attention == 5
+    saved = pipe.unet.config.quantization_config
+    assert config.request.attention_bits == saved.request.attention_bits == 5
     assert config.products.keys() == attention_modules(pipe.unet).keys()
 
 
 @pytest.mark.parametrize("bits", [2, 4.0])
 def test_products_of_bits_that_cannot_be_are_refused(bits, quantized, trajectories):
     with pytest.raises(InputError, match=f"bits must be .* not {bits}"):
-        quantize_attention(quantized()[0].unet, trajectories, bits)
+        quantize_attention(quantized()[0].unet, bits, trajectories=trajectories)
 
 
 def test_a_denoiser_without_attention_quantized_twice_or_not_at_all_is_refused(
     reference, quantized, trajectories
 ):
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    quantize(network, QuantizationConfig(activations=None, first_last=4))
+    quantize(network, QuantizationConfig(activation_bits=None, end_bits=4))
     with pytest.raises(InputError, match="Sequential has no attention module"):
-        quantize_attention(network, trajectories, 4)
+        quantize_attention(network, 4, trajectories=trajectories)
     with pytest.raises(InputError, match="must have been quantized"):
-        quantize_attention(reference.unet, trajectories, 4)
+        quantize_attention(reference.unet, 4, trajectories=trajectories)
     denoiser = quantized()[0].unet
-    quantize_attention(denoiser, trajectories, 4, samples=2)
+    quantize_attention(denoiser, 4, trajectories=trajectories, samples=2)
     with pytest.raises(InputError, match="quantized already"):
-        quantize_attention(denoiser, trajectories, 4)
+        quantize_attention(denoiser, 4, trajectories=trajectories)

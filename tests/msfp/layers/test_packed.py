@@ -7,12 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fpformats import E2M1, E2M2U, E3M2, FloatFormat, Specials, decode, quantize_scaled, unpack
-from msfp import InputError, QuantConv1d, QuantConv2d, QuantLinear, cache_weights, seal
+from msfp import InputError, QuantConv1d, QuantConv2d, QuantLinear, cache_weights, pack
 from msfp.layers.base import quantized_layers
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.packed import SCALED_LAYERS
-from msfp.layers.trainable import OPEN_LAYERS, OpenConv2d, OpenLinear
-from msfp.pipelines.denoiser import replace_layers
+from msfp.layers.families import FAMILIES, TrainableConv2d, TrainableLinear, family_of
+from msfp.layers.selection import replace_layers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYERS = {
@@ -33,19 +32,19 @@ def inputs_of(layer, dtype=torch.float32):
     return (torch.randn(shape[kind], generator=draw) * 2).sigmoid().mul(3).sub(0.25).to(dtype)
 
 
-def opened(plain, input_format=E2M2U):
+def trainable(plain, input_format=E2M2U):
     rows = plain.weight.detach().flatten(1).abs().amax(dim=1) / 6
     scale = rows.view(-1, *(1,) * (plain.weight.dim() - 1))
     inputs = None
     if input_format is not None:
         zero = None if input_format.signed else torch.tensor(-0.27)
         inputs = Quantizer(input_format, torch.tensor(0.23), zero)
-    return OPEN_LAYERS[type(plain)].wrap(plain, Quantizer(E2M1, scale), inputs)
+    return family_of(plain).trainable.wrap(plain, Quantizer(E2M1, scale), inputs)
 
 
-def sealed(name, input_format=E2M2U):
+def packed(name, input_format=E2M2U):
     torch.manual_seed(0)
-    return opened(LAYERS[name](), input_format).seal()
+    return trainable(LAYERS[name](), input_format).pack()
 
 
 def float_scale(layer):
@@ -55,7 +54,7 @@ def float_scale(layer):
 
 def plain_counterpart(layer, weight, dtype):
     """A plain layer with the attributes of a quantized one."""
-    kind = next(plain for plain, quantized in SCALED_LAYERS.items() if type(layer) is quantized)
+    kind = next(plain for plain, family in FAMILIES.items() if type(layer) is family.packed)
     plain = kind.__new__(kind)
     plain.__dict__.update(vars(layer))
     plain._parameters, plain._buffers = {}, {}
@@ -68,7 +67,7 @@ def plain_counterpart(layer, weight, dtype):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_the_plain_one_on_rounded_inputs_and_weights(name, dtype):
     """Padding included: the plain layer pads the rounded input with true zeros."""
-    layer = sealed(name).to(dtype)
+    layer = packed(name).to(dtype)
     x = inputs_of(layer, dtype)
     rounded = quantize_scaled(x, E2M2U, torch.tensor(0.23), torch.tensor(-0.27))
     codes = unpack(layer.codes, 4, shape=tuple(layer.weight_shape))
@@ -80,22 +79,22 @@ def test_a_layer_is_the_plain_one_on_rounded_inputs_and_weights(name, dtype):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_without_an_input_format_takes_its_input_as_it_is(name):
-    layer = sealed(name, input_format=None)
+    layer = packed(name, input_format=None)
     plain = plain_counterpart(layer, layer.quantized_weight(), torch.float32)
     assert torch.equal(layer(inputs_of(layer)), plain(inputs_of(layer)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_sealing_keeps_outputs_bit_for_bit(name, dtype):
+def test_packing_keeps_outputs_bit_for_bit(name, dtype):
     torch.manual_seed(0)
-    layer = opened(LAYERS[name]()).to(dtype)
+    layer = trainable(LAYERS[name]()).to(dtype)
     x = inputs_of(layer, dtype)
-    assert torch.equal(layer.seal()(x), layer(x))
+    assert torch.equal(layer.pack()(x), layer(x))
 
 
 def test_the_border_of_a_padded_convolution_sees_zeros_and_not_the_zero_point():
-    layer = sealed("conv2d")
+    layer = packed("conv2d")
     x = torch.zeros(1, 12, 4, 4)
     rounded = layer.quantize_input(x)
     assert rounded.unique().numel() == 1
@@ -104,8 +103,8 @@ def test_the_border_of_a_padded_convolution_sees_zeros_and_not_the_zero_point():
     assert torch.equal(layer(x), by_hand)
 
 
-def test_a_sealed_layer_holds_codes_scales_and_bias_and_nothing_else():
-    state = sealed("conv2d").state_dict()
+def test_a_packed_layer_holds_codes_scales_and_bias_and_nothing_else():
+    state = packed("conv2d").state_dict()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
         "bias": (torch.float32, (6,)),
         "codes": (torch.uint8, (6 * 12 * 9 // 2,)),
@@ -113,28 +112,28 @@ def test_a_sealed_layer_holds_codes_scales_and_bias_and_nothing_else():
         "input_scale": (torch.int32, ()),
         "input_zero_point": (torch.int32, ()),
     }
-    assert "input_zero_point" not in sealed("conv2d", E3M2).state_dict()
-    assert "input_scale" not in sealed("conv2d", None).state_dict()
+    assert "input_zero_point" not in packed("conv2d", E3M2).state_dict()
+    assert "input_scale" not in packed("conv2d", None).state_dict()
 
 
 @pytest.mark.parametrize("bits", range(3, 9))
-def test_entries_of_any_width_and_number_of_weights_are_packed_each_from_a_new_byte(bits):
-    plain = nn.Conv1d(3, 5, 3)  # 45 weights: the last byte of an entry is not full
+def test_adapters_of_any_width_and_number_of_weights_are_packed_each_from_a_new_byte(bits):
+    plain = nn.Conv1d(3, 5, 3)  # 45 weights: the last byte of an adapter is not full
     fmt = FloatFormat(2, bits - 3, specials=Specials.FINITE_ONLY)
     scale = torch.linspace(0.01, 0.1, 5).view(5, 1, 1)
     weights = [torch.randn(5, 3, 3) for _ in range(3)]
-    layer = QuantConv1d.pack(plain, weights, Quantizer(fmt, scale), None)
+    layer = QuantConv1d.of_weights(plain, weights, Quantizer(fmt, scale), None)
     assert layer.codes.shape == (3 * -(-45 * bits // 8),)
     layer_again = copy.deepcopy(layer)
     layer_again.cache_weight(True)
-    for entry, weight in enumerate(weights):
+    for adapter, weight in enumerate(weights):
         expected = quantize_scaled(weight, fmt, scale)
-        assert torch.equal(layer.quantized_weight(entry), expected)
-        assert torch.equal(layer_again.quantized_weight(entry), expected)
+        assert torch.equal(layer.quantized_weight(adapter), expected)
+        assert torch.equal(layer_again.quantized_weight(adapter), expected)
 
 
 def test_casting_there_and_back_does_not_touch_codes_and_scales():
-    layer = sealed("conv2d")
+    layer = packed("conv2d")
     before = copy.deepcopy(layer)
     layer.half().bfloat16().float()
     for name in ("codes", "weight_scale", "input_scale", "input_zero_point"):
@@ -142,8 +141,8 @@ def test_casting_there_and_back_does_not_touch_codes_and_scales():
     assert torch.equal(layer.quantized_weight(), before.quantized_weight())
 
 
-def test_scales_of_an_open_layer_stay_float32():
-    layer = opened(nn.Linear(12, 6)).to(torch.bfloat16)
+def test_scales_of_a_trainable_layer_stay_float32():
+    layer = trainable(nn.Linear(12, 6)).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight_quantizer.scale.dtype == torch.float32
     assert layer.input_quantizer.zero_point.dtype == torch.float32
@@ -151,7 +150,7 @@ def test_scales_of_an_open_layer_stay_float32():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_weight_is_the_float32_product_rounded_once(dtype):
-    layer = sealed("linear").to(dtype)
+    layer = packed("linear").to(dtype)
     assert layer.weight.dtype == dtype
     exact = decode(unpack(layer.codes, 4, shape=(6, 12)), E2M1) * float_scale(layer)
     assert torch.equal(layer.weight, exact.to(dtype))
@@ -160,7 +159,7 @@ def test_the_weight_is_the_float32_product_rounded_once(dtype):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cached_weights_give_the_same_bits_also_after_a_cast(name, dtype):
-    layer = sealed(name)
+    layer = packed(name)
     cached = copy.deepcopy(layer)
     cached.cache_weight(True)
     cached, layer = cached.half().to(dtype), layer.half().to(dtype)
@@ -171,17 +170,17 @@ def test_cached_weights_give_the_same_bits_also_after_a_cast(name, dtype):
 
 
 def test_the_cache_switch_works_on_a_whole_network():
-    network = nn.Sequential(sealed("conv2d"), nn.Flatten(2), nn.Linear(64, 4))
+    network = nn.Sequential(packed("conv2d"), nn.Flatten(2), nn.Linear(64, 4))
     cache_weights(network)
     assert network[0].cache.shape == (1, 6, 12, 3, 3)
-    cache_weights(network, False)
+    cache_weights(network, enabled=False)
     assert network[0].cache is None
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_computes_in_its_dtype_on_the_same_rounded_numbers(name, cached):
-    layer = sealed(name)
+    layer = packed(name)
     layer.cache_weight(cached)
     x = inputs_of(layer)
     plain = plain_counterpart(layer, layer.quantized_weight(), torch.float32)
@@ -195,15 +194,15 @@ def test_autocast_computes_in_its_dtype_on_the_same_rounded_numbers(name, cached
 
 
 def test_channels_last_gives_the_same_values_in_that_order():
-    layer = sealed("conv2d")
+    layer = packed("conv2d")
     x = inputs_of(layer)
     y = layer(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(y, layer(x))
     assert layer.to(memory_format=torch.channels_last)(x).shape == y.shape
 
 
-def test_gradients_pass_straight_through_a_sealed_layer_also_when_checkpointed():
-    layer = sealed("conv2d")
+def test_gradients_pass_straight_through_a_packed_layer_also_when_checkpointed():
+    layer = packed("conv2d")
     x = inputs_of(layer).requires_grad_(True)
     gradients = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
@@ -227,9 +226,9 @@ def test_gradients_pass_straight_through_both_quantizers(quantized):
 @pytest.mark.parametrize("cached", [False, True])
 def test_compiling_without_a_graph_break_gives_the_same_bits(cached):
     torch.manual_seed(0)
-    network = nn.Sequential(sealed("conv2d"), nn.SiLU(), nn.Flatten(1), nn.Linear(384, 12))
-    network.append(sealed("linear"))
-    cache_weights(network, cached)
+    network = nn.Sequential(packed("conv2d"), nn.SiLU(), nn.Flatten(1), nn.Linear(384, 12))
+    network.append(packed("linear"))
+    cache_weights(network, enabled=cached)
     x = inputs_of(network[0])
     torch.compiler.reset()
     with torch.no_grad():
@@ -238,7 +237,7 @@ def test_compiling_without_a_graph_break_gives_the_same_bits(cached):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_copy_is_equal_and_apart(name):
-    layer = sealed(name)
+    layer = packed(name)
     layer.cache_weight(True)
     twin = copy.deepcopy(layer)
     x = inputs_of(layer)
@@ -253,7 +252,7 @@ def test_a_copy_is_equal_and_apart(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", LAYERS)
 def test_moving_to_a_device_and_back_keeps_every_bit(name):
-    layer = sealed(name)
+    layer = packed(name)
     layer.cache_weight(True)
     moved = copy.deepcopy(layer).cuda()
     assert moved.cache.is_cuda
@@ -264,7 +263,7 @@ def test_moving_to_a_device_and_back_keeps_every_bit(name):
 
 
 def test_moving_to_meta_drops_the_cache():
-    layer = sealed("linear")
+    layer = packed("linear")
     layer.cache_weight(True)
     assert layer.to("meta").cache is None
 
@@ -293,7 +292,7 @@ def test_a_new_layer_is_a_plain_one_until_it_is_given_formats(kind, plain_kind, 
     lambda layer: setattr(layer.weight, "data", torch.zeros(6, 12)),
 ])  # fmt: skip
 def test_the_packed_weight_cannot_be_written_through(change):
-    layer = sealed("linear")
+    layer = packed("linear")
     before = layer.quantized_weight()
     with pytest.raises((InputError, AttributeError), match=r"packed|data"):
         change(layer)
@@ -303,28 +302,28 @@ def test_the_packed_weight_cannot_be_written_through(change):
 def test_every_conv_and_linear_is_swapped_and_stays_one(quantized, reference):
     plain = [m for m in reference.unet.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     unet = quantized()[0].unet
-    for kinds in ((OpenConv2d, OpenLinear), (QuantConv2d, QuantLinear)):
+    for kinds in ((TrainableConv2d, TrainableLinear), (QuantConv2d, QuantLinear)):
         layers = quantized_layers(unet)
         assert len(layers) == len(plain) == 65
         assert all(isinstance(layer, kinds) for layer in layers.values())
         assert all(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in layers.values())
-        seal(unet)
+        pack(unet)
 
 
-def test_sealing_keeps_the_prediction_bit_for_bit(quantized):
+def test_packing_keeps_the_prediction_bit_for_bit(quantized):
     pipe, _ = quantized()
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
         before = pipe.unet(x, 500).sample
-        seal(pipe.unet)
+        pack(pipe.unet)
         assert torch.equal(pipe.unet(x, 500).sample, before)
 
 
 def test_a_layer_that_occurs_twice_is_replaced_twice():
     shared = nn.Linear(4, 4)
     network = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
-    replace_layers(network, {shared: opened(shared)})
-    assert isinstance(network["a"], OpenLinear)
+    replace_layers(network, {shared: trainable(shared)})
+    assert isinstance(network["a"], TrainableLinear)
     assert network["b"][0] is network["a"]
 
 
@@ -335,4 +334,4 @@ def test_repr_names_the_formats(quantized, name):
     for _ in range(2):
         text = repr(pipe.unet.get_submodule(name))
         assert f"weight={chosen.weight_format}, input={chosen.input_format}" in text
-        seal(pipe.unet)
+        pack(pipe.unet)

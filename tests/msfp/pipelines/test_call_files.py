@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from msfp import InputError, store_calls, stored_calls
+from msfp import InputError, load_calls, save_calls
 
 
 class Recorder(nn.Module):
@@ -29,9 +29,9 @@ def test_a_call_comes_back_with_all_that_it_was_given(tmp_path):
         "name": "fox",
     }
     first = Recorder()
-    store_calls(first, lambda network: network(torch.ones(2), **given), tmp_path)
+    save_calls(first, tmp_path, calls=lambda network: network(torch.ones(2), **given))
     again = Recorder()
-    for call in stored_calls(tmp_path):
+    for call in load_calls(tmp_path):
         call(again)
     ((args, kwargs),) = again.calls
     torch.testing.assert_close(args, (torch.ones(2),), rtol=0, atol=0)
@@ -43,19 +43,19 @@ def test_a_call_comes_back_with_all_that_it_was_given(tmp_path):
 
 def test_more_calls_are_added_to_those_of_a_folder(tmp_path):
     network = Recorder()
-    store_calls(network, lambda network: [network(1), network(2)], tmp_path)
-    store_calls(network, lambda network: network(3), tmp_path)
+    save_calls(network, tmp_path, calls=lambda network: [network(1), network(2)])
+    save_calls(network, tmp_path, calls=lambda network: network(3))
     again = Recorder()
-    for call in stored_calls(tmp_path):
+    for call in load_calls(tmp_path):
         call(again)
     assert again.calls == [((1,), {}), ((2,), {}), ((3,), {})]
 
 
-def test_what_cannot_be_stored_or_read_is_refused(tmp_path):
+def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"argument\.args\.0 of the denoiser is a set"):
-        store_calls(Recorder(), lambda network: network({1}), tmp_path)
-    with pytest.raises(InputError, match="holds no stored calls"):
-        stored_calls(tmp_path)
+        save_calls(Recorder(), tmp_path, calls=lambda network: network({1}))
+    with pytest.raises(InputError, match="holds no saved calls"):
+        load_calls(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "00000.safetensors")
-    with pytest.raises(InputError, match=r"00000\.safetensors is not a stored call"):
-        stored_calls(tmp_path)[0](Recorder())
+    with pytest.raises(InputError, match=r"00000\.safetensors must be a saved call, and its"):
+        load_calls(tmp_path)[0](Recorder())

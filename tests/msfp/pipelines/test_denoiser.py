@@ -1,91 +1,52 @@
-import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, make
+from families import FAMILIES, make, pipeline
 from torch import nn
 
-from msfp import InputError, QuantizationConfig, quantize
-from msfp.pipelines.denoiser import denoiser_of, quantizable_layers, settings_by_layer
-
-
-def bits_by_layer(denoiser, config):
-    settings = settings_by_layer(denoiser, config)
-    return {name: (each.weights, each.activations) for name, each in settings.items()}
-
-
-class Backwards(nn.Module):
-    """Runs its layers in the opposite order of their definition."""
-
-    def __init__(self):
-        super().__init__()
-        self.c, self.b, self.a = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.c(self.b(self.a(x)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_and_convolution_layers_are_found(family):
-    layers = quantizable_layers(make(family))
-    assert len(layers) > 20
-    assert {type(layer) for layer in layers.values()} <= {nn.Linear, nn.Conv1d, nn.Conv2d}
-
-
-def test_subclasses_that_may_do_anything_are_left_alone():
-    assert list(quantizable_layers(nn.MultiheadAttention(4, 1))) == []
+from msfp import InputError
+from msfp.pipelines.denoiser import (
+    denoiser_name,
+    denoiser_of,
+    has_timestep,
+    timestep_of,
+)
 
 
 def test_a_network_is_its_own_denoiser():
-    network = Backwards()
+    network = nn.Linear(4, 4)
     assert denoiser_of(network) is network
 
 
-def test_the_ends_of_a_plain_network_are_those_that_run_first_and_last():
-    network = Backwards()
-    quantize(network, QuantizationConfig(), calibration=lambda network: network(torch.randn(9, 4)))
-    bits = {n: m.formats.weight.bits for n, m in network.named_children()}
-    assert bits == {"a": 8, "b": 4, "c": 8}
+@pytest.mark.parametrize("family", ["unet", "dit"])
+def test_the_denoiser_of_a_pipeline_is_its_unet_or_transformer(family, tmp_path):
+    pipe = pipeline(family, tmp_path)
+    assert denoiser_name(pipe) == {"unet": "unet", "dit": "transformer"}[family]
+    assert type(denoiser_of(pipe)) is type(make(family))
 
 
-def test_ends_can_be_named():
-    config = QuantizationConfig(first=("b",), last=("c",), activations=None)
-    assert bits_by_layer(Backwards(), config) == {
-        "c": (8, None),
-        "b": (8, None),
-        "a": (4, None),
-    }
+def test_what_has_no_denoiser_is_refused():
+    pipe = SimpleNamespace(components={"vae": nn.Linear(1, 1), "unet": None})
+    with pytest.raises(InputError, match="has no denoiser: one of its components must be unet"):
+        denoiser_of(pipe)
+    with pytest.raises(InputError, match="must be a pipeline of diffusers or its denoiser, not in"):
+        denoiser_of(3)
 
 
-def test_ends_that_are_not_known_are_refused_with_what_to_do_unless_bits_are_the_same():
-    config = QuantizationConfig(activations=None)
-    message = "Backwards has no layer named conv_in or .*name the first layer in first, or set fir"
-    with pytest.raises(InputError, match=message):
-        bits_by_layer(Backwards(), config)
-    same = QuantizationConfig(activations=None, first_last=4)
-    assert set(bits_by_layer(Backwards(), same).values()) == {(4, None)}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_denoiser_of_any_family_takes_a_timestep(family):
+    assert has_timestep(make(family))
 
 
-def test_an_end_that_is_excluded_is_not_missed():
-    config = QuantizationConfig(exclude=("conv_in", "conv_out"), activations=None)
-    assert set(bits_by_layer(make("unet"), config).values()) == {(4, None)}
+def test_a_timestep_is_found_by_place_or_by_name_and_its_absence_is_refused():
+    class Denoiser(nn.Module):
+        def forward(self, x, timestep=None):
+            return x if timestep is None else x + timestep
 
-
-def test_inner_layers_of_the_name_of_an_end_are_inner():
-    bits = bits_by_layer(make("conditional_unet"), QuantizationConfig())
-    assert bits["down_blocks.0.attentions.0.proj_out"] == (4, 4)
-    assert bits["conv_out"] == (8, 8)
-
-
-def test_what_is_refused_leaves_the_denoiser_as_it_was():
-    network = Backwards()
-    with torch.no_grad():
-        network.a.weight[0, 0] = torch.nan
-    with pytest.raises(InputError, match="the weight of layer 'a' is not finite"):
-        quantize(network, QuantizationConfig(activations=None, first_last=4))
-    assert all(type(layer) is nn.Linear for layer in network.children())
-    offloaded = copy.deepcopy(network).to("meta")
-    with pytest.raises(InputError, match="the weight of layer 'c' is offloaded"):
-        quantize(offloaded, QuantizationConfig(activations=None, first_last=4))
-    with pytest.raises(InputError, match=r"calibration must be given.* or activations be None"):
-        quantize(network, QuantizationConfig(first_last=4))
+    denoiser, x = Denoiser(), torch.ones(2, 1)
+    assert timestep_of(denoiser, (x, 5), {}).tolist() == [5]
+    assert timestep_of(denoiser, (x,), {"timestep": torch.tensor([5, 3])}).tolist() == [5, 3]
+    assert not has_timestep(nn.Linear(1, 1))
+    with pytest.raises(InputError, match="the forward of Denoiser must be given a timestep"):
+        timestep_of(denoiser, (x,), {})

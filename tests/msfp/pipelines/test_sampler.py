@@ -10,10 +10,10 @@ from msfp import (
     QuantizationConfig,
     Sampler,
     load,
+    pack,
     prompt_calls,
     quantize,
     save,
-    seal,
 )
 
 
@@ -64,7 +64,7 @@ def test_a_safety_checker_is_not_run_and_stays(tmp_path):
     assert unchecked.mean() > 0.1
     assert not images(pipe).any()
     quantize(pipe, QuantizationConfig(refine=None), calibration=sampler.calls(2, seed=0))
-    seal(pipe.unet)
+    pack(pipe.unet)
     save(pipe, tmp_path / "packed")
     index = json.loads((tmp_path / "packed" / "model_index.json").read_text())
     assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]

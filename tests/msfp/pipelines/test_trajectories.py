@@ -1,94 +1,16 @@
-import copy
-
 import families
 import pytest
 import torch
-from calibrations import same
-from diffusers import PNDMPipeline, PNDMScheduler
-from torch import nn
 
-from msfp import InputError, Sampler, calibrate, record_trajectories
+from msfp import record_trajectories
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.trajectories import Recording, recorded
-
-
-def test_a_recorded_trajectory_is_what_the_denoiser_was_asked_and_said(reference, trajectories):
-    assert trajectories.timesteps.tolist() == [999, 749, 499, 249]
-    assert trajectories.samples.shape == trajectories.predictions.shape == (4, 16, 1, 16, 16)
-    with torch.no_grad():
-        again = reference.unet(trajectories.samples[2, :8], 499).sample
-    torch.testing.assert_close(again, trajectories.predictions[2, :8])
-
-
-def test_a_trajectory_ends_in_the_image(reference, sampler, trajectories):
-    last, prediction = trajectories.samples[-1], trajectories.predictions[-1]
-    reference.scheduler.set_timesteps(sampler.steps)
-    final = reference.scheduler.step(prediction, trajectories.timesteps[-1], last).prev_sample
-    images = sampler(reference, 16, seed=5)
-    torch.testing.assert_close((final / 2 + 0.5).clamp(0, 1), images, atol=1e-6, rtol=0)
-
-
-def test_recording_stops_with_its_block(reference, sampler):
-    with recorded(reference.unet) as calls:
-        sampler(reference, 8, seed=0)
-    sampler(reference, 8, seed=0)
-    assert len(calls) == sampler.steps
-
-
-def test_recording_in_rounds_equals_recording_at_once(reference):
-    rounds = record_trajectories(reference, Sampler(2, 4).calls(8, seed=1))
-    first = record_trajectories(reference, Sampler(2, 4).calls(4, seed=1))
-    assert torch.equal(rounds.samples[:, :4], first.samples)
-
-
-def test_calls_that_are_observed_as_they_are_recorded_give_what_two_passes_give(reference):
-    calls, made = Sampler(2, 4).calls(12, seed=1), []
-
-    def counted(call):
-        return lambda pipe: (made.append(call), call(pipe))
-
-    recording = Recording([counted(call) for call in calls])
-    calibration = calibrate(reference, recording.calls)
-    paths = recording.trajectories(reference)
-    assert made == calls
-    assert same(calibration, calibrate(reference, calls))
-    assert_equal(paths, record_trajectories(reference, calls))
-    assert not any(module._forward_hooks for module in reference.unet.modules())
-
-
-def test_calls_that_were_not_made_while_recording_are_made_for_the_path(reference):
-    calls = Sampler(2, 4).calls(12, seed=1)
-    recording = Recording(calls)
-    recording.calls[1](reference)
-    assert recording.missing == [recording.calls[0], recording.calls[2]]
-    told = []
-    paths = recording.trajectories(reference, told.append)
-    assert told == [1, 1]
-    assert_equal(paths, record_trajectories(reference, calls))
-
-
-def assert_equal(one, other):
-    for name in ("timesteps", "samples", "predictions"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
-    assert one.conditions == other.conditions
-
-
-def test_samplers_that_call_the_denoiser_more_than_once_a_step_are_recorded_whole(reference):
-    pipe = copy.deepcopy(reference)
-    config = pipe.scheduler.config
-    pipe.scheduler = PNDMScheduler.from_config(config, skip_prk_steps=True)
-    pipe = PNDMPipeline(pipe.unet, pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    recording = record_trajectories(pipe, Sampler(5, 4).calls(8, seed=0))
-    assert len(recording.timesteps) == len(pipe.scheduler.timesteps)
-    assert recording.samples.shape[:2] == (len(pipe.scheduler.timesteps), 8)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_a_denoiser_of_any_family_repeats_what_it_said_in_any_order(family, tmp_path):
+def test_a_denoiser_of_any_family_repeats_its_outputs_in_any_order(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
     denoiser = denoiser_of(pipe)
-    paths = record_trajectories(pipe, [families.images, families.images])
+    paths = record_trajectories(pipe, calls=[families.images, families.images])
     steps, rows = paths.samples.shape[:2]
     generator = torch.Generator().manual_seed(0)
     step = torch.randint(steps, (2 * rows,), generator=generator)
@@ -96,58 +18,3 @@ def test_a_denoiser_of_any_family_repeats_what_it_said_in_any_order(family, tmp_
     with torch.no_grad():
         again = paths.predict(denoiser, step, row)
     torch.testing.assert_close(again, paths.predictions[step, row], rtol=1e-3, atol=1e-4)
-
-
-class Conditioned(nn.Module):
-    """A denoiser whose prediction shows every condition that it was given."""
-
-    def forward(self, x, timestep, label=None, more=None, factor=1.0):  # noqa: ARG002
-        y = factor * x + label[:, None]
-        return y if more is None else y + more["parts"][0][:, None]
-
-
-def test_conditions_may_differ_by_row_and_by_step():
-    network, x = Conditioned(), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-
-    def sample(network):
-        for step, timestep in enumerate([5, 3]):
-            parts = {"parts": [torch.tensor([10.0, 20.0]) * step]}
-            network(x, timestep, label=torch.tensor([1.0, 2.0]), more=parts, factor=2.0)
-
-    paths = record_trajectories(network, [sample, sample])
-    assert paths.timesteps.tolist() == [5, 3]
-    step, row = torch.tensor([1, 0, 1, 1]), torch.tensor([3, 2, 0, 0])
-    expected = torch.stack([2 * x[1] + 22, 2 * x[0] + 1, 2 * x[0] + 11, 2 * x[0] + 11])
-    assert torch.equal(paths.predict(network, step, row), expected)
-
-
-@pytest.mark.parametrize(
-    ("calls", "message"),
-    [
-        ([], "calls must be one or more functions of the pipeline"),
-        ([lambda _: None], "calls must run the denoiser at least once"),
-        ([(2, 1), (2, 2)], "all calls must take the sampler through the same timesteps"),
-        ([(2, 1), (3, 1, 2.0)], "conditions.factor must be the same in all calls"),
-        ([(2, [1, 2])], "all samples of a recorded forward must be at one timestep"),
-    ],
-)
-def test_calls_that_do_not_go_together_are_refused(calls, message):
-    def call(each):
-        if callable(each):
-            return each
-        rows, timestep, *factor = each
-        timestep = torch.as_tensor(timestep)
-        return lambda network: network(
-            torch.ones(rows, 3), timestep, torch.ones(rows), None, *(factor or [1.0])
-        )
-
-    with pytest.raises(InputError, match=message):
-        record_trajectories(Conditioned(), [call(each) for each in calls])
-
-
-def test_samples_of_two_sizes_are_refused():
-    def sample(size):
-        return lambda network: network(torch.ones(2, size), 1, torch.ones(2))
-
-    with pytest.raises(InputError, match=r"sample of one size, not \[\(3,\), \(4,\)\]"):
-        record_trajectories(Conditioned(), [sample(3), sample(4)])

@@ -6,7 +6,7 @@ from torch import nn
 from msfp import FinetuneConfig, QuantizationConfig, finetune, quantize, record_trajectories
 from msfp.layers.base import quantized_layers
 from msfp.ptq.concatenations import concatenated_inputs, split_inputs, split_quantizer
-from msfp.search.layer_search import float_formats
+from msfp.search.schemes import float_formats
 
 STEP, ROW = torch.arange(4), torch.zeros(4, dtype=torch.int64)
 SHORTCUTS = [f"up_blocks.{i}.resnets.{j}.conv_shortcut" for i in range(3) for j in range(2)]
@@ -25,13 +25,13 @@ def test_the_layers_found_are_the_shortcuts_of_the_up_path(quantized, trajectori
 
 def test_concatenated_features_of_a_transformer_are_found_too(tmp_path):
     pipe = families.pipeline("flux", tmp_path)
-    paths = record_trajectories(pipe, families.images)
+    paths = record_trajectories(pipe, calls=families.images)
     quantize(pipe, QuantizationConfig(refine=None, scheme="signed"), calibration=families.images)
     found = concatenated_inputs(pipe.transformer, paths, STEP[:1], ROW[:1])
     assert {name: sizes for name, (_, sizes) in found.items()} == {
         "single_transformer_blocks.0.proj_out": [32, 128]
     }
-    assert split_inputs(pipe.transformer, paths) == list(found)
+    assert split_inputs(pipe.transformer, trajectories=paths) == list(found)
     scale = pipe.transformer.single_transformer_blocks[0].proj_out.input_quantizer.scale
     assert scale.shape == (160,)
     assert families.images(pipe).isfinite().all()
@@ -59,7 +59,7 @@ def test_splitting_lowers_the_error_of_every_input_that_is_split(quantized, traj
     with torch.no_grad():
         inputs = concatenated_inputs(denoiser, trajectories, STEP, ROW)
         before = {name: denoiser.get_submodule(name).input_quantizer for name in inputs}
-        assert sorted(split_inputs(denoiser, trajectories, samples=16)) == SHORTCUTS
+        assert sorted(split_inputs(denoiser, trajectories=trajectories, samples=16)) == SHORTCUTS
         errors = torch.tensor(
             [
                 [
@@ -74,8 +74,10 @@ def test_splitting_lowers_the_error_of_every_input_that_is_split(quantized, traj
 
 def test_a_split_denoiser_can_be_fine_tuned(quantized, trajectories):
     denoiser = quantized()[0].unet
-    names = split_inputs(denoiser, trajectories, samples=8)
-    history = finetune(denoiser, trajectories, FinetuneConfig(rank=2, steps=2, batch=4))
+    names = split_inputs(denoiser, trajectories=trajectories, samples=8)
+    history = finetune(
+        denoiser, FinetuneConfig(rank=2, steps=2, batch=4), trajectories=trajectories
+    )
     assert len(history.losses) == 2
     for name in names:
         layer = denoiser.get_submodule(name)

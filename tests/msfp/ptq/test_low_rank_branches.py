@@ -8,7 +8,7 @@ from msfp.config import RefinementConfig
 from msfp.layers.base import quantized_layers
 from msfp.ptq.low_rank_branches import add_branches
 from msfp.ptq.refinement import refine
-from msfp.ptq.side_by_side import meet_layers
+from msfp.ptq.side_by_side import visit_layers
 
 
 def prediction(denoiser, trajectories):
@@ -32,7 +32,7 @@ def test_branches_leave_the_model_as_it_is_in_full_precision(quantized, referenc
             whole, 2
         )
     row = torch.arange(4)
-    predictions = meet_layers(denoiser, trajectories, row * 0 + 1, row, lambda _meeting: None)
+    predictions = visit_layers(denoiser, trajectories, row * 0 + 1, row, lambda _visit: None)
     torch.testing.assert_close(
         predictions[:4], prediction(reference.unet, trajectories), rtol=1e-3, atol=1e-3
     )
@@ -44,7 +44,7 @@ def test_branches_lower_the_error_before_and_after_refinement(quantized, traject
         denoiser = quantized()[0].unet
         if refined:
             config = RefinementConfig(samples=12, positions=1024, branch_rank=rank)
-            refine(denoiser, trajectories, config)
+            refine(denoiser, config, trajectories=trajectories)
         elif rank:
             add_branches(denoiser, rank)
         moved = prediction(denoiser, trajectories) - trajectories.predictions[1, :4]

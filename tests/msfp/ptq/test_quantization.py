@@ -22,21 +22,23 @@ from msfp import (
     cache_weights,
     calibrate,
     finetune,
+    pack,
     precompute_routing,
     prompt_calls,
     quantize,
     record_trajectories,
     refine,
-    reopen,
     save,
-    seal,
+    unpack,
 )
-from msfp.evaluation.metrics import noise_errors
+from msfp.evaluation.prediction_errors import noise_errors
 from msfp.layers.attention import OPERANDS, attention_products
 from msfp.layers.base import quantized_layers
 from msfp.layers.block import BlockLayer, block_layers
-from msfp.layers.trainable import open_layers
-from msfp.pipelines.denoiser import denoiser_name, denoiser_of, quantizable_layers
+from msfp.layers.selection import quantizable_layers
+from msfp.layers.trainable import trainable_layers
+from msfp.pipelines.denoiser import denoiser_name, denoiser_of
+from msfp.support.hooks import hooked
 
 GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"), 2) | {"dit": 4}
 """Samples in a forward of each family's fixed call: both branches of classifier-free guidance.
@@ -55,15 +57,15 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
     handle = next(iter(plain.values())).register_forward_pre_hook(
         lambda _layer, args: batches.append(len(args[0]))
     )
-    summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
-    handle.remove()
+    with hooked([handle]):
+        summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
     # Two steps to calibrate and record, all that was recorded to look for concatenations, and twice
     # to refine by.
     rows = GUIDED.get(family, 1)
     assert batches == [rows] * 2 + [2 * rows, 2 * 2 * rows]
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
-    seal(denoiser)
+    pack(denoiser)
     after = families.images(pipe)
     assert after.isfinite().all()
     assert not torch.equal(after, before)
@@ -99,18 +101,20 @@ def test_prompts_are_encoded_and_sampled_with_both_branches_of_guidance(tmp_path
     pipe = families.pipeline("conditional_unet", tmp_path)
     arguments = {"height": 16, "width": 16}
     calls = prompt_calls(["a", "a a"], steps=3, **arguments)
-    calibration = calibrate(pipe, calls)
+    calibration = calibrate(pipe, calls=calls)
     assert list(calibration.timesteps.values()) == [2] * 3
     text = next(name for name in calibration.inputs if name.endswith("attn2.to_k"))
     # Two prompts, three steps and two branches, of 5 tokens of width 8.
     assert calibration.inputs[text].count == 2 * 3 * 2 * 5 * 8
-    unguided = calibrate(pipe, prompt_calls(["a", "a a"], steps=3, guidance_scale=1, **arguments))
+    unguided = calibrate(
+        pipe, calls=prompt_calls(["a", "a a"], steps=3, guidance_scale=1, **arguments)
+    )
     assert unguided.inputs[text].count == calibration.inputs[text].count / 2
 
 
 def test_class_labels_are_sampled_like_prompts(tmp_path):
     pipe = families.pipeline("dit", tmp_path)
-    calibration = calibrate(pipe, prompt_calls([1, 7], steps=2))
+    calibration = calibrate(pipe, calls=prompt_calls([1, 7], steps=2))
     assert set(calibration.timesteps.values()) == {2}
 
 
@@ -123,7 +127,7 @@ def refinement_of(denoiser):
     [
         ({}, RefinementConfig()),
         ({"scheme": "signed"}, RefinementConfig()),
-        ({"activations": None}, RefinementConfig()),
+        ({"activation_bits": None}, RefinementConfig()),
         ({"refine": None}, None),
         ({"scheme": "int_mse"}, None),
         ({"scheme": "mx"}, None),
@@ -139,10 +143,10 @@ def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_flo
     assert refinement_of(denoiser) == expected
     changed = [
         name
-        for name, layer in open_layers(denoiser).items()
+        for name, layer in trainable_layers(denoiser).items()
         if not torch.equal(layer.weight, plain.get_submodule(name).weight)
     ]
-    # Layers that round to nearest keep the full-precision weight while they are open.
+    # Layers that round to nearest keep the full-precision weight while they are trainable.
     assert bool(changed) == (expected is not None)
 
 
@@ -153,13 +157,13 @@ def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
         return lambda pipe: (made.append(call), call(pipe))
 
     config = QuantizationConfig(
-        include=["mid_block", "up_blocks.0"], first_last=4, attention=5,
+        include=["mid_block", "up_blocks.0"], end_bits=4, attention_bits=5,
         refine=RefinementConfig(samples=8),
     )  # fmt: skip
     once, twice = (copy.deepcopy(reference) for _ in range(2))
     found = quantize(once, config, calibration=[counted(call) for call in calls])
     assert made == calls
-    seen, paths = calibrate(twice, calls), record_trajectories(twice, calls)
+    seen, paths = calibrate(twice, calls=calls), record_trajectories(twice, calls=calls)
     assert found == quantize(twice, config, calibration=seen, trajectories=paths)
     states = [pipe.unet.state_dict() for pipe in (once, twice)]
     assert states[0].keys() == states[1].keys()
@@ -168,13 +172,13 @@ def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
 
 def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
     plain = families.make("unet")
-    calibration = calibrate(plain, families.call)
-    paths = record_trajectories(plain, families.call)
+    calibration = calibrate(plain, calls=families.call)
+    paths = record_trajectories(plain, calls=families.call)
     with pytest.raises(InputError, match="refine needs calls of the pipeline as calibration, or"):
         config = QuantizationConfig(refine=RefinementConfig())
         quantize(plain, config, calibration=calibration)
-    with pytest.raises(InputError, match="attention needs calls"):
-        quantize(plain, QuantizationConfig(attention=4), calibration=calibration)
+    with pytest.raises(InputError, match="attention_bits needs calls"):
+        quantize(plain, QuantizationConfig(attention_bits=4), calibration=calibration)
     with pytest.raises(InputError, match="refine must be None where layers are in block formats"):
         config = QuantizationConfig(scheme="mx", refine=RefinementConfig())
         quantize(plain, config, calibration=families.call)
@@ -190,10 +194,10 @@ def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
 
 def test_everything_beyond_the_paper_is_done_in_one_call():
     denoiser = families.make("unet")
-    refinement = RefinementConfig(split_inputs=True, branch_rank=2, scales="diagonal")
-    config = QuantizationConfig(scheme="signed", refine=refinement, attention=5)
+    refinement = RefinementConfig(split_inputs=True, branch_rank=2)
+    config = QuantizationConfig(scheme="signed", refine=refinement, attention_bits=5)
     summaries = quantize(denoiser, config, calibration=families.call)
-    layers = open_layers(denoiser)
+    layers = trainable_layers(denoiser)
     assert {layer.formats.branch_rank for layer in layers.values()} == {0, 2}
     assert {layer.formats.input_granularity for layer in layers.values()} == {"tensor", "channel"}
     assert all(
@@ -222,12 +226,10 @@ def test_calls_that_cannot_be_recorded_together_are_calibrated_with_and_no_more(
 
 @pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
 def test_a_refinement_that_fails_leaves_the_denoiser_as_it_was(error):
-    def fail(name):
-        seen.append(name)
-        if seen.count(name) == 2:
+    def fail(stage, done, *_):
+        if (stage, done) == ("refining", 2):
             raise error
 
-    seen = []
     denoiser, plain = families.make("unet"), families.make("unet")
     with pytest.raises(error):
         quantize(denoiser, QuantizationConfig(), calibration=families.call, progress=fail)
@@ -275,11 +277,11 @@ def test_a_plain_network_is_driven_by_a_function_and_idle_layers_are_left():
 def test_overrides_go_before_the_ends_and_later_ones_before_earlier_ones():
     network = Network()
     config = QuantizationConfig(
-        weights=5,
+        weight_bits=5,
         exclude=("idle",),
         overrides={
-            "*": {"activations": 6},
-            "inner": {"weights": 3, "activations": None},
+            "*": {"activation_bits": 6},
+            "inner": {"weight_bits": 3, "activation_bits": None},
             "con?": {"scheme": "int_mse", "granularity": "tensor"},
         },
     )
@@ -296,9 +298,12 @@ def test_overrides_go_before_the_ends_and_later_ones_before_earlier_ones():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"overrides": {"nothing": {"weights": 4}}}, "overrides has 'nothing', which matches no"),
-        ({"overrides": {"conv": {"weights": 2}}}, "weights must be between 3 and 8, not 2"),
-        ({"overrides": {"conv": {"scheme": "mx"}}, "weights": 5}, r"one of \(4, 6, 8\) with .*mx"),
+        ({"overrides": {"nothing": {"weight_bits": 4}}}, "has 'nothing', which matches no layer"),
+        ({"overrides": {"conv": {"weight_bits": 2}}}, "weight_bits must be between 3 and 8, not 2"),
+        (
+            {"overrides": {"conv": {"scheme": "mx"}}, "weight_bits": 5},
+            r"weight_bits must be one of \(4, 6, 8\) with scheme 'mx'",
+        ),
     ],
 )
 def test_overrides_that_cannot_be_met_are_refused_before_calibration(config, message):
@@ -348,10 +353,10 @@ def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer():
 
 def test_activations_are_not_quantized_without_calibration():
     with pytest.raises(InputError, match="calibration must be given, such as a function"):
-        quantize(Network(), QuantizationConfig(first_last=4))
+        quantize(Network(), QuantizationConfig(end_bits=4))
     with pytest.raises(InputError, match="no inputs for the layer 'conv'"):
-        known = Calibration({"inner": calibrate(Network(), drive).inputs["inner"]})
-        quantize(Network(), QuantizationConfig(first_last=4), calibration=known)
+        known = Calibration({"inner": calibrate(Network(), calls=drive).inputs["inner"]})
+        quantize(Network(), QuantizationConfig(end_bits=4), calibration=known)
 
 
 @pytest.mark.parametrize("scheme", ["mx", "nvfp4"])
@@ -378,7 +383,9 @@ def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
 
 def test_block_formats_take_no_calibration_and_no_second_quantization():
     network = Network()
-    config = QuantizationConfig(scheme="mx", exclude=("idle",), first=("inner",), last=("out",))
+    config = QuantizationConfig(
+        scheme="mx", exclude=("idle",), first_layers=("inner",), last_layers=("out",)
+    )
     quantize(network, config)
     with pytest.raises(InputError, match="quantized already"):
         quantize(network, config)
@@ -388,7 +395,9 @@ def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(referenc
     file = tmp_path / "state.safetensors"
     calls = Sampler(2, 2).calls(4, seed=0)
     first = copy.deepcopy(reference)
-    done = quantize(first, QuantizationConfig(), calibration=calibrate(first, calls, file=file))
+    done = quantize(
+        first, QuantizationConfig(), calibration=calibrate(first, calls=calls, file=file)
+    )
     again = quantize(
         copy.deepcopy(reference), QuantizationConfig(), calibration=Calibration.load(file)
     )
@@ -397,13 +406,13 @@ def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(referenc
 
 def test_a_layer_that_no_module_holds_is_refused():
     with pytest.raises(InputError, match=r"must hold its layers in a module.*: it is a Linear"):
-        quantize(nn.Linear(3, 3), QuantizationConfig(activations=None, first_last=4))
+        quantize(nn.Linear(3, 3), QuantizationConfig(activation_bits=None, end_bits=4))
 
 
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({"weights": 4}, {}, "config must be of the type QuantizationConfig, not dict"),
+        ({"weight_bits": 4}, {}, "config must be of the type QuantizationConfig, not dict"),
         (MSFPConfig(), {}, "config must be of the type QuantizationConfig, not MSFPConfig"),
         (
             QuantizationConfig(),
@@ -430,22 +439,31 @@ def test_arguments_of_another_type_are_refused_by_name(config, arguments, messag
 def test_a_pipeline_stands_for_its_denoiser_everywhere(reference):
     pipe, tuned = copy.deepcopy(reference), copy.deepcopy(reference)
     calls = Sampler(2, 2).calls(4, seed=0)
-    trajectories = record_trajectories(reference, calls)
-    calibration = calibrate(pipe, calls)
-    some = QuantizationConfig(include=["mid_block"], first_last=4, refine=None)
+    trajectories = record_trajectories(reference, calls=calls)
+    calibration = calibrate(pipe, calls=calls)
+    some = QuantizationConfig(include=["mid_block"], end_bits=4, refine=None)
     for each in (pipe, tuned):
         quantize(each, some, calibration=calibration)
-    refine(pipe, trajectories, RefinementConfig(samples=2, positions=64, branch_rank=0))
-    seal(pipe)
+    refine(
+        pipe, RefinementConfig(samples=2, positions=64, branch_rank=0), trajectories=trajectories
+    )
+    pack(pipe)
     cache_weights(pipe)
-    precompute_routing(pipe, trajectories.timesteps)
-    assert noise_errors(pipe, trajectories) == noise_errors(pipe.unet, trajectories)
-    reopen(pipe, reference)
-    assert open_layers(pipe.unet)
-    finetune(tuned, trajectories, FinetuneConfig(steps=1, batch=2, rank=1), teacher=reference)
-    assert not open_layers(tuned.unet)
+    precompute_routing(pipe, timesteps=trajectories.timesteps)
+    assert noise_errors(pipe, trajectories=trajectories) == noise_errors(
+        pipe.unet, trajectories=trajectories
+    )
+    unpack(pipe, original=reference)
+    assert trainable_layers(pipe.unet)
+    finetune(
+        tuned,
+        FinetuneConfig(steps=1, batch=2, rank=1),
+        trajectories=trajectories,
+        original=reference,
+    )
+    assert not trainable_layers(tuned.unet)
 
 
 def test_a_denoiser_that_is_quantized_is_not_calibrated(quantized, sampler):
     with pytest.raises(InputError, match="the denoiser is quantized already"):
-        calibrate(quantized()[0], sampler.calls(8, seed=0))
+        calibrate(quantized()[0], calls=sampler.calls(8, seed=0))

@@ -13,39 +13,43 @@ from msfp import (
     InputError,
     QuantizationConfig,
     finetune,
+    pack,
     quantize,
     record_trajectories,
-    seal,
 )
 from msfp.config import RefinementConfig
-from msfp.evaluation.metrics import noise_errors
+from msfp.evaluation.prediction_errors import noise_errors
 from msfp.layers.base import quantized_layers
-from msfp.layers.trainable import open_layers
+from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.refinement import refine
-from msfp.ptq.rounding.adaround import adaround
-from msfp.ptq.side_by_side import meet_layers
+from msfp.ptq.rounding.methods import ROUNDINGS
+from msfp.ptq.side_by_side import visit_layers
 
+CALIBRATING = ("calibrating", 1, 1)
 SMALL = {"samples": 16, "positions": 2048, "split_inputs": False, "branch_rank": 0}
 
 
 @pytest.fixture(scope="module")
 def paths():
-    """What a tiny denoiser of random weights was asked and said."""
-    return record_trajectories(families.pipeline("unet", None), families.images)
+    """Inputs and outputs of a tiny denoiser of random weights."""
+    return record_trajectories(families.pipeline("unet", None), calls=families.images)
 
 
 @pytest.fixture(scope="module")
 def tiny(paths):
-    """A function that gives the tiny denoiser quantized, open, and refined by a config."""
+    """A function that gives the tiny denoiser quantized, trainable, and refined by a config."""
+    made = {}
 
     def make(refinement=None, **config):
-        denoiser = families.make("unet")
-        request = QuantizationConfig(**config, refine=None)
-        quantize(denoiser, request, calibration=families.call)
+        if repr(config) not in made:
+            made[repr(config)] = families.make("unet")
+            request = QuantizationConfig(**config, refine=None)
+            quantize(made[repr(config)], request, calibration=families.call)
+        denoiser = copy.deepcopy(made[repr(config)])
         if refinement is not None:
-            refine(denoiser, paths, RefinementConfig(**refinement))
+            refine(denoiser, RefinementConfig(**refinement), trajectories=paths)
         return denoiser
 
     return make
@@ -53,13 +57,13 @@ def tiny(paths):
 
 @pytest.fixture(scope="module")
 def refined(quantized, trajectories):
-    """A function that gives the refined open denoiser of digits."""
+    """A function that gives the refined trainable denoiser of digits."""
     made = {}
 
     def make(**config):
         if repr(config) not in made:
             denoiser = quantized()[0].unet
-            refine(denoiser, trajectories, RefinementConfig(**(SMALL | config)))
+            refine(denoiser, RefinementConfig(**(SMALL | config)), trajectories=trajectories)
             made[repr(config)] = denoiser
         return copy.deepcopy(made[repr(config)])
 
@@ -67,24 +71,21 @@ def refined(quantized, trajectories):
 
 
 def mean_error(denoiser, trajectories):
-    return statistics.mean(noise_errors(denoiser, trajectories))
+    return statistics.mean(noise_errors(denoiser, trajectories=trajectories))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
-def test_weights_become_values_of_their_grids_and_are_sealed_as_they_are(
-    paths, rounding, dtype, monkeypatch
-):
-    monkeypatch.setitem(adaround.__kwdefaults__, "steps", 3)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_weights_become_values_of_their_grids_and_are_packed_as_they_are(paths, rounding, dtype):
     denoiser = families.make("unet").to(dtype)
     paths = replace(paths, samples=paths.samples.to(dtype))
     quantize(denoiser, QuantizationConfig(refine=None), calibration=families.call)
-    refine(denoiser, paths, RefinementConfig(rounding=rounding))
-    layers = open_layers(denoiser)
+    refine(denoiser, RefinementConfig(rounding=rounding), trajectories=paths)
+    layers = trainable_layers(denoiser)
     for layer in layers.values():
         assert layer.weight.dtype == dtype
         assert torch.equal(layer.quantized_weight(), layer.weight)
-    seal(denoiser)
+    pack(denoiser)
     for name, layer in quantized_layers(denoiser).items():
         assert torch.equal(layer.weight, layers[name].weight)
 
@@ -106,7 +107,7 @@ def test_each_step_lowers_the_noise_error(quantized, refined, trajectories):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_denoiser_of_any_family_comes_closer_to_full_precision(family, tmp_path):
-    paths = record_trajectories(families.pipeline(family, tmp_path), families.images)
+    paths = record_trajectories(families.pipeline(family, tmp_path), calls=families.images)
     errors = []
     for refinement in (None, RefinementConfig(samples=32)):
         pipe = families.pipeline(family, tmp_path)
@@ -135,18 +136,28 @@ def test_convolutions_along_one_dimension_are_refined_and_layers_that_run_twice_
         return network(torch.randn(8, 4, 32, generator=torch.Generator().manual_seed(0)), time)
 
     time = torch.ones(1).expand(8)
-    errors, met = [], []
+    errors, told = [], []
     for refinement in (None, RefinementConfig(samples=32)):
         network = Network()
-        paths = record_trajectories(network, call)
-        config = QuantizationConfig(first_last=4, refine=refinement)
-        quantize(network, config, calibration=call, progress=met.append)
+        paths = record_trajectories(network, calls=call)
+        config = QuantizationConfig(end_bits=4, refine=refinement)
+        quantize(network, config, calibration=call, progress=lambda *facts: told.append(facts))
         errors.append(mean_error(network, paths))
     assert 0 < errors[1] < 0.9 * errors[0]
-    # Searched twice and refined once; what does not read samples has nothing to be refined by.
-    assert {name: met.count(name) for name in met} == {
-        "inner": 3, "again": 3, "queries": 2, "out": 3,
-    }  # fmt: skip
+    plain = Network()
+    changed = [
+        name
+        for name, layer in trainable_layers(network).items()
+        if not torch.equal(layer.weight, plain.get_submodule(name).weight)
+    ]
+    # What does not read samples has nothing to be refined by.
+    assert changed == ["inner", "again", "out"]
+    searching = [("searching", done, 4) for done in (1, 2, 3, 4)]
+    refining = [("refining", done, 4) for done in (1, 2, 3, 4)]
+    assert told == [CALIBRATING, *searching, CALIBRATING, *searching, *refining]
+    again = Network()
+    quantize(again, replace(config, refine=None), calibration=call)
+    assert refine(again, config.refine, trajectories=paths) == changed
 
 
 def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, trajectories):
@@ -154,13 +165,13 @@ def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, tra
     config = RefinementConfig(rounding="nearest", samples=16, positions=10**6)
     full, inputs = {}, {}
 
-    def visit(meeting):
-        full[meeting.name], inputs[meeting.name] = meeting.outputs, meeting.inputs
+    def note(visit):
+        full[visit.name], inputs[visit.name] = visit.outputs, visit.inputs
 
     generator = torch.Generator().manual_seed(config.seed)
     step, row = spread_batch(*trajectories.samples.shape[:2], config.samples, generator)
-    meet_layers(denoiser, trajectories, step, row, visit)
-    refine(denoiser, trajectories, config)
+    visit_layers(denoiser, trajectories, step, row, note)
+    refine(denoiser, config, trajectories=trajectories)
     layer = denoiser.conv_in  # reads the samples themselves
     with torch.no_grad():
         mean = layer(inputs["conv_in"]).mean(dim=(0, 2, 3))
@@ -183,7 +194,7 @@ def test_the_full_precision_model_is_left_alone(reference, refined):
 
 def test_without_bias_correction_biases_stay(tiny):
     plain = families.make("unet")
-    for name, layer in open_layers(tiny({"correct_bias": "none"})).items():
+    for name, layer in trainable_layers(tiny({"correct_bias": "none"})).items():
         bias = plain.get_submodule(name).bias
         assert layer.bias is bias is None or torch.equal(layer.bias, bias)
 
@@ -201,7 +212,7 @@ def test_the_last_bias_alone_takes_the_mean_shift_from_the_prediction(
     assert shifts[1] < 0.5 * shifts[0]
     changed = [
         name
-        for name, layer in open_layers(after).items()
+        for name, layer in trainable_layers(after).items()
         if not torch.equal(layer.bias, reference.unet.get_submodule(name).bias)
     ]
     assert changed == ["conv_out"]
@@ -211,30 +222,36 @@ def test_fine_tuning_ends_better_from_refined_weights(refined, quantized, trajec
     config = FinetuneConfig(rank=2, steps=3, batch=8)
     errors = []
     for denoiser in (quantized()[0].unet, refined()):
-        finetune(denoiser, trajectories, config)
+        finetune(denoiser, config, trajectories=trajectories)
         errors.append(mean_error(denoiser, trajectories))
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_progress_names_every_layer(tiny, paths):
-    denoiser, seen = tiny(), []
-    refine(denoiser, paths, RefinementConfig(), progress=seen.append)
-    assert sorted(seen) == sorted(open_layers(denoiser))
+def test_progress_is_told_of_every_layer_and_their_names_are_returned(tiny, paths):
+    denoiser, told = tiny(), []
+    names = refine(
+        denoiser,
+        RefinementConfig(),
+        trajectories=paths,
+        progress=lambda *facts: told.append(facts),
+    )
+    assert names == list(trainable_layers(denoiser))
+    assert told == [("refining", done + 1, len(names)) for done in range(len(names))]
 
 
-def test_a_plain_or_a_sealed_denoiser_is_refused(tiny, paths):
-    sealed = tiny()
-    seal(sealed)
-    for denoiser in (families.make("unet"), sealed):
-        with pytest.raises(InputError, match="must have been quantized and not yet sealed"):
-            refine(denoiser, paths, RefinementConfig())
+def test_a_plain_or_a_packed_denoiser_is_refused(tiny, paths):
+    packed = tiny()
+    pack(packed)
+    for denoiser in (families.make("unet"), packed):
+        with pytest.raises(InputError, match="must have been quantized and not yet packed"):
+            refine(denoiser, RefinementConfig(), trajectories=paths)
 
 
 def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer(tiny, paths):
     samples = paths.samples.clone()
     samples[0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="the input of layer 'conv_in' is not finite"):
-        refine(tiny(), replace(paths, samples=samples), RefinementConfig())
+        refine(tiny(), RefinementConfig(), trajectories=replace(paths, samples=samples))
 
 
 def test_features_that_depend_on_each_other_are_named_where_damping_is_too_small(tiny, paths):
@@ -242,15 +259,21 @@ def test_features_that_depend_on_each_other_are_named_where_damping_is_too_small
     few = RefinementConfig(damping=1e-6, samples=1)
     message = r"damping must be larger than 1e-06: the features that layer 'conv_in' reads"
     with pytest.raises(InputError, match=message):
-        refine(tiny(), replace(paths, samples=samples), few)
+        refine(tiny(), few, trajectories=replace(paths, samples=samples))
+
+
+def formats_of(denoiser):
+    return {name: str(layer.formats.weight) for name, layer in trainable_layers(denoiser).items()}
 
 
 def test_the_config_that_is_saved_says_how_weights_were_refined(tiny, paths):
-    denoiser, refinement = tiny(), RefinementConfig(**SMALL, scales="output")
-    refine(denoiser, paths, refinement)
+    denoiser, refinement = tiny(), RefinementConfig(**SMALL | {"branch_rank": 2})
+    before = formats_of(denoiser)
+    refine(denoiser, refinement, trajectories=paths)
     config = denoiser.hf_quantizer.quantization_config
     assert config.request.refine == denoiser.config.quantization_config.request.refine == refinement
-    formats = {name: str(layer.formats.weight) for name, layer in open_layers(denoiser).items()}
+    formats = formats_of(denoiser)
+    assert formats != before  # those of what the branches leave of the weights
     assert {each.name: each.weight_format for each in config.summaries} == formats
     assert all(
         each.weight_sqnr == each.weight_choices[each.weight_format] for each in config.summaries
@@ -259,36 +282,23 @@ def test_the_config_that_is_saved_says_how_weights_were_refined(tiny, paths):
 
 def test_what_is_no_config_and_no_path_is_refused(tiny, paths):
     with pytest.raises(InputError, match="config must be of the type RefinementConfig, not dict"):
-        refine(tiny(), paths, {"sweeps": 1})
+        refine(tiny(), {"samples": 1}, trajectories=paths)
     with pytest.raises(InputError, match="trajectories must be of the type Trajectories, not list"):
-        refine(tiny(), [], RefinementConfig())
+        refine(tiny(), RefinementConfig(), trajectories=[])
 
 
-@pytest.mark.parametrize("scales", ["diagonal", "output"])
-def test_scales_can_be_searched_by_the_output(tiny, scales):
-    plain, searched = tiny(), tiny({"scales": scales})
-    pairs = zip(*(open_layers(d).values() for d in (plain, searched)), strict=True)
-    changed = 0
-    for before, after in pairs:
-        assert after.weight_quantizer.scale.shape == before.weight_quantizer.scale.shape
-        assert after.weight_quantizer.format.bits == before.weight_quantizer.format.bits
-        assert torch.equal(after.weight_quantizer(after.weight), after.weight)
-        changed += not torch.equal(after.weight_quantizer.scale, before.weight_quantizer.scale)
-    assert changed > len(open_layers(plain)) / 2
-
-
-def test_integers_stay_integers_when_scales_are_searched(tiny):
-    refinement = {"scales": "diagonal", "branch_rank": 1, "split_inputs": True}
+def test_integers_stay_integers_when_grids_are_searched_again(tiny):
+    refinement = {"branch_rank": 1, "split_inputs": True}
     denoiser = tiny(refinement, scheme="int_mse")
-    for layer in open_layers(denoiser).values():
+    for layer in trainable_layers(denoiser).values():
         assert layer.weight_quantizer.format.exponent_bits == 0
         assert layer.input_quantizer.format.exponent_bits == 0
-    assert any(layer.input_quantizer.scale.dim() for layer in open_layers(denoiser).values())
+    assert any(layer.input_quantizer.scale.dim() for layer in trainable_layers(denoiser).values())
 
 
 def test_concatenated_inputs_are_split_on_request(quantized, trajectories):
     denoiser = quantized()[0].unet
-    refine(denoiser, trajectories, RefinementConfig(samples=2, split_inputs=True))
+    refine(denoiser, RefinementConfig(samples=2, split_inputs=True), trajectories=trajectories)
     assert denoiser.up_blocks[0].resnets[0].conv_shortcut.input_quantizer.scale.shape == (192, 1, 1)
     assert denoiser.down_blocks[1].resnets[0].conv_shortcut.input_quantizer.scale.shape == ()
 
@@ -297,11 +307,9 @@ def test_concatenated_inputs_are_split_on_request(quantized, trajectories):
     ("name", "value", "allowed"),
     [
         ("rounding", "up", "one of .*gptq"),
-        ("scales", "all", "one of .*output"),
         ("correct_bias", "first", "one of .*last"),
         ("samples", 0, "between 1"),
         ("damping", 0, "between"),
-        ("sweeps", -1, "between 0"),
         ("positions", 0, "between 1"),
         ("branch_rank", 257, "between 0"),
     ],
@@ -315,12 +323,14 @@ def test_values_out_of_range_are_refused_by_name(name, value, allowed):
     ("shape", "most"),
     [((1, 16, 16), 256), ((3, 32, 32), 256), ((3, 64, 64), 85), ((4, 64, 64), 64)],
 )
-def test_as_many_samples_are_met_as_their_size_allows(shape, most, tiny, monkeypatch):
+def test_as_many_samples_are_used_as_their_size_allows(shape, most, tiny, monkeypatch):
     rows = torch.zeros(1).expand(2, 200, *shape)
     given = Trajectories(torch.tensor([9, 1]), rows, rows)
-    met = []
-    monkeypatch.setattr("msfp.ptq.refinement.meet_layers", lambda *words: met.append(len(words[2])))
+    used = []
+    monkeypatch.setattr(
+        "msfp.ptq.refinement.visit_layers", lambda *words: used.append(len(words[2]))
+    )
     config = RefinementConfig(branch_rank=0, split_inputs=False)
-    refine(tiny(), given, config)
-    refine(tiny(), given, replace(config, samples=5))
-    assert met == [most, 5]
+    refine(tiny(), config, trajectories=given)
+    refine(tiny(), replace(config, samples=5), trajectories=given)
+    assert used == [most, 5]

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from msfp import InputError, seal
+from msfp import InputError, pack
 from msfp.layers.base import quantized_layers
-from msfp.ptq.side_by_side import meet_layers
+from msfp.ptq.side_by_side import visit_layers
 
 STEP, ROW = torch.tensor([0, 1, 3]).repeat_interleave(3), torch.arange(3).repeat(3)
 
@@ -15,12 +15,12 @@ def batch(trajectories):
     return trajectories.samples[STEP, ROW], trajectories.timesteps[STEP]
 
 
-def look(_meeting):
+def look(_visit):
     """A visit that changes nothing."""
 
 
-def doubled(denoiser, trajectories, visit):
-    return meet_layers(denoiser, trajectories, STEP, ROW, visit).chunk(2)
+def doubled(denoiser, trajectories, visitor):
+    return visit_layers(denoiser, trajectories, STEP, ROW, visitor).chunk(2)
 
 
 def test_the_halves_are_the_two_models(quantized, reference, trajectories, batch):
@@ -34,11 +34,11 @@ def test_the_halves_are_the_two_models(quantized, reference, trajectories, batch
         assert (half - expected).square().mean() < 0.01 * apart
 
 
-def test_every_layer_is_met_once_in_running_order_with_its_own_inputs_and_outputs(
+def test_every_layer_is_visited_once_in_running_order_with_its_own_inputs_and_outputs(
     quantized, reference, trajectories, batch
 ):
     denoiser = quantized()[0].unet
-    seen, outputs, met = {}, {}, []
+    seen, outputs, visits = {}, {}, []
 
     def read(name):
         return lambda _module, args: seen.setdefault(name, args[0])
@@ -55,22 +55,22 @@ def test_every_layer_is_met_once_in_running_order_with_its_own_inputs_and_output
         plain(*batch)
     for layer in quantized_layers(denoiser).values():
         layer._forward_pre_hooks.clear()
-    doubled(denoiser, trajectories, met.append)
-    assert sorted(meeting.name for meeting in met) == sorted(quantized_layers(denoiser))
-    assert met[0].name == "time_embedding.linear_1"
-    assert met[-1].name == "conv_out"
-    for meeting in met:
-        inputs = seen[meeting.name]
-        assert (meeting.inputs - inputs).square().mean() < 0.01 * inputs.square().mean()
-        torch.testing.assert_close(meeting.outputs, outputs[meeting.name], rtol=1e-3, atol=1e-3)
+    doubled(denoiser, trajectories, visits.append)
+    assert sorted(visit.name for visit in visits) == sorted(quantized_layers(denoiser))
+    assert visits[0].name == "time_embedding.linear_1"
+    assert visits[-1].name == "conv_out"
+    for visit in visits:
+        inputs = seen[visit.name]
+        assert (visit.inputs - inputs).square().mean() < 0.01 * inputs.square().mean()
+        torch.testing.assert_close(visit.outputs, outputs[visit.name], rtol=1e-3, atol=1e-3)
 
 
 def test_what_a_visit_changes_holds_for_the_quantized_half_alone(quantized, trajectories):
     denoiser = quantized()[0].unet
 
-    def silence(meeting):
-        if meeting.name == "conv_out":
-            meeting.layer.weight = torch.nn.Parameter(torch.zeros_like(meeting.layer.weight))
+    def silence(visit):
+        if visit.name == "conv_out":
+            visit.layer.weight = torch.nn.Parameter(torch.zeros_like(visit.layer.weight))
 
     full, _ = doubled(denoiser, trajectories, look)
     same, silent = doubled(denoiser, trajectories, silence)
@@ -83,7 +83,7 @@ def test_layers_are_as_before_after_the_block_and_after_an_error(quantized, traj
     with torch.no_grad():
         before = denoiser(*batch).sample
 
-    def fail(_meeting):
+    def fail(_visit):
         raise KeyError
 
     with pytest.raises(KeyError):
@@ -92,9 +92,9 @@ def test_layers_are_as_before_after_the_block_and_after_an_error(quantized, traj
         assert torch.equal(denoiser(*batch).sample, before)
 
 
-def test_a_plain_or_a_sealed_denoiser_is_refused(quantized, reference, trajectories):
-    sealed = quantized()[0].unet
-    seal(sealed)
-    for denoiser in (reference.unet, sealed):
-        with pytest.raises(InputError, match="must have been quantized and not yet sealed"):
+def test_a_plain_or_a_packed_denoiser_is_refused(quantized, reference, trajectories):
+    packed = quantized()[0].unet
+    pack(packed)
+    for denoiser in (reference.unet, packed):
+        with pytest.raises(InputError, match="must have been quantized and not yet packed"):
             doubled(denoiser, trajectories, look)

@@ -1,8 +1,7 @@
 import numpy as np
 import torch
 
-from fpformats import E2M1, E2M2U
-from fpformats.fitting.histogram import Histogram
+from fpformats import E2M1, E2M2U, Histogram
 from msfp.reports import figures, html
 
 

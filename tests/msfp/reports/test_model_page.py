@@ -8,24 +8,24 @@ from msfp import QuantizationConfig
 from msfp.checkpoint.facts import inspect_layers
 from msfp.evaluation.comparison import compare
 from msfp.evaluation.features import pixels
-from msfp.pipelines.denoiser import quantizable_layers
+from msfp.layers.selection import quantizable_layers
 from msfp.reports.model_page import ModelReport, findings, input_distribution
 
 
 @pytest.fixture(scope="module")
 def pair(reference, calibration):
-    """A sealed pipeline and the weights of the full-precision one."""
+    """A packed pipeline and the weights of the full-precision one."""
     pipe = copy.deepcopy(reference)
     msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
-    msfp.seal(pipe.unet)
+    msfp.pack(pipe.unet)
     layers = quantizable_layers(reference.unet)
     return pipe, {name: layer.weight.detach() for name, layer in layers.items()}
 
 
 def test_the_page_carries_all_that_it_shows(pair, reference, sampler):
     pipe, weights = pair
-    found = compare(reference, pipe, sampler, count=4, seed=0, features=pixels)
-    page = ModelReport("W4A4 <b>", pipe.unet, found.inputs, weights, found, "pixels").html()
+    found = compare(pipe, original=reference, sampler=sampler, count=4, seed=0, features=pixels)
+    page = ModelReport("W4A4 <b>", pipe.unet, found.inputs, weights, found).html()
     # Pairs of images, errors by timestep and layer, inputs and weights of the four worst layers.
     assert page.count("data:image/png;base64,") == 3 + 2 * 4
     assert not re.search(r'(src|href)="(?!data:)|https?:|<b>|@import', page)
@@ -33,6 +33,7 @@ def test_the_page_carries_all_that_it_shows(pair, reference, sampler):
     worst = sorted(found.layers, key=found.layers.get)[:4]
     for name in worst:
         assert f"The weights of {name}" in page
+    assert "Frechet distance (pixels)" in page
     assert page.index("Images from equal noise") < page.index("Error by timestep")
 
 

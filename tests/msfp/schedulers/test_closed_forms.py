@@ -207,7 +207,7 @@ def test_formula_of_flow_matching_agrees_with_its_step(config):
 
 
 def test_factors_of_ddpm_and_ddim_are_those_of_the_page():
-    """The entries of the table in docs/denoising-factors.md, with alpha, s and their primes."""
+    """The formulas of the table in docs/denoising-factors.md, with alpha, s and their primes."""
     steps, stride = 10, 100
     bars = DDIMScheduler().alphas_cumprod.double().numpy()
     times = np.arange(900, 0, -stride)
@@ -299,7 +299,7 @@ def test_subclasses_and_unknown_arguments_have_no_formula():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "said"),
+    ("scheduler", "message"),
     [
         (DDIMScheduler(clip_sample=False, prediction_type="flow"), "prediction_type"),
         (PNDMScheduler(prediction_type="sample "), "prediction_type"),
@@ -319,6 +319,6 @@ def test_subclasses_and_unknown_arguments_have_no_formula():
         ),
     ],
 )
-def test_what_the_scheduler_cannot_do_is_refused(scheduler, said):
-    with pytest.raises(InputError, match=said):
+def test_what_the_scheduler_cannot_do_is_refused(scheduler, message):
+    with pytest.raises(InputError, match=message):
         denoising_factors(scheduler, 5)

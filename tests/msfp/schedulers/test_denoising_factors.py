@@ -65,7 +65,7 @@ def test_a_scheduler_that_has_sampled_is_refused_until_its_grid_is_set_again():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "steps", "said"),
+    ("scheduler", "steps", "message"),
     [
         (DDIMScheduler(clip_sample=False), 0, "steps must be a whole number from 1 on, not 0"),
         (DDIMScheduler(clip_sample=False), 2.5, "steps must be a whole number from 1 on, not 2.5"),
@@ -75,8 +75,8 @@ def test_a_scheduler_that_has_sampled_is_refused_until_its_grid_is_set_again():
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, "mu.*leave steps out"),
     ],
 )
-def test_steps_that_the_scheduler_does_not_take_are_refused(scheduler, steps, said):
-    with pytest.raises(InputError, match=said):
+def test_steps_that_the_scheduler_does_not_take_are_refused(scheduler, steps, message):
+    with pytest.raises(InputError, match=message):
         denoising_factors(scheduler, steps)
 
 
@@ -207,7 +207,7 @@ def test_power_two_weighs_an_error_by_what_it_does_to_the_next_sample():
 
 
 @pytest.mark.parametrize(
-    ("factors", "power", "normalisation", "said"),
+    ("factors", "power", "normalisation", "message"),
     [
         ({1: 1.0}, -1, "mean", "power must be 0 or above"),
         ({1: 1.0}, math.inf, "mean", "power must be 0 or above"),
@@ -221,6 +221,8 @@ def test_power_two_weighs_an_error_by_what_it_does_to_the_next_sample():
         ({1: 0.0}, 1, "mean", "factors must be given"),
     ],
 )
-def test_weights_of_nothing_or_of_strange_powers_are_refused(factors, power, normalisation, said):
-    with pytest.raises(InputError, match=said):
+def test_weights_of_nothing_or_of_strange_powers_are_refused(
+    factors, power, normalisation, message
+):
+    with pytest.raises(InputError, match=message):
         timestep_weights(factors, power, normalisation)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from families import pipeline
 
-from msfp import InputError, Sampler
-from msfp.cli.commands import options
-from msfp.experiments.reference import ddim_pipeline
+from msfp import InputError, Sampler, reference_pipeline
+from msfp.cli import options
 from msfp.schedulers.samplers import SAMPLERS, use_sampler
 
 
@@ -22,7 +21,7 @@ def expected(reference):
 
 @pytest.mark.parametrize("name", ["plms", "dpm++"])
 def test_samplers_without_noise_of_their_own_end_in_the_images_of_ddim(name, expected):
-    pipe = ddim_pipeline()
+    pipe = reference_pipeline()
     use_sampler(pipe, name)
     assert type(pipe.scheduler) is SAMPLERS[name][0]
     images = Sampler(30, 2)(pipe, 2, seed=0)
@@ -30,7 +29,7 @@ def test_samplers_without_noise_of_their_own_end_in_the_images_of_ddim(name, exp
 
 
 def test_ddpm_ends_in_other_digits_from_its_own_noise(expected):
-    pipe = ddim_pipeline()
+    pipe = reference_pipeline()
     use_sampler(pipe, "ddpm")
     images = Sampler(30, 2)(pipe, 2, seed=0)
     assert (images - expected).abs().mean() > 0.1

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 from calibrations import same
+from safetensors import numpy as arrays
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram
 from msfp import Calibration, InputError
-from msfp.search.calibration import KEY
+from msfp.search.calibration import KIND
+from msfp.support.container import KEY
 
 
 def part(call, total=3, names=("a", "b"), seed=0, **fields):
@@ -102,31 +104,58 @@ def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path):
+def test_what_cannot_be_read_is_told_in_a_sentence(tmp_path):
     file = tmp_path / "state.safetensors"
-    with pytest.raises(InputError, match=r"state\.safetensors cannot be read: .*[Nn]o such file"):
+    unread = rf"state\.safetensors cannot be read as {KIND.name}: "
+    with pytest.raises(InputError, match=f"{unread}.*[Nn]o such file"):
         Calibration.load(file)
     part(0).save(file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=unread):
         Calibration.load(file)
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="not of a calibration"):
+    with pytest.raises(InputError, match=f"must be {KIND.name}, and its metadata do not say so"):
         Calibration.load(file)
     with pytest.raises(InputError, match="cannot be written"):
         part(0).save(tmp_path / "absent" / "state.safetensors")
 
 
+def opened(file):
+    """What the metadata of a file say, and its tensors."""
+    with safe_open(file, framework="pt") as told:
+        description = json.loads(told.metadata()[KEY])
+        return description, {key: told.get_tensor(key) for key in told.keys()}  # noqa: SIM118
+
+
 def test_a_file_of_another_version_or_without_a_layer_is_refused(tmp_path):
     file = tmp_path / "state.safetensors"
     part(0).save(file)
-    with safe_open(file, framework="pt") as opened:
-        description = json.loads(opened.metadata()[KEY])
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    save_file(tensors, file, {KEY: json.dumps(description | {"format_version": 9})})
-    with pytest.raises(InputError, match="has format version 9, this msfp reads 1"):
+    description, tensors = opened(file)
+    save_file(tensors, file, {KEY: json.dumps(description | {"version": 9})})
+    with pytest.raises(InputError, match="of version 9; this msfp reads versions up to 2"):
         Calibration.load(file)
     save_file({k: v for k, v in tensors.items() if k != "b.bins"}, file,
               {KEY: json.dumps(description)})  # fmt: skip
     with pytest.raises(InputError, match=r"cannot be read.*b\.bins"):
         Calibration.load(file)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_file_of_version_1_is_read_to_the_bit(tmp_path, described):
+    """Its facts had an entry of their own, and at first no description."""
+    file = tmp_path / "state.safetensors"
+    settings = {"weights": {900: 1024, 100: 1}}
+    if described:
+        settings["description"] = {"seed": 4}
+    saved = part(0, **settings)
+    saved.save(file)
+    facts = opened(file)[0]["facts"] | {"format_version": 1}
+    if not described:
+        del facts["description"]
+    tensors = {
+        f"{name}.{key}": array
+        for name, histogram in saved.inputs.items()
+        for key, array in histogram.state().items()
+    }
+    arrays.save_file(tensors, file, metadata={"msfp_calibration": json.dumps(facts)})
+    assert same(Calibration.load(file), saved)

@@ -6,45 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fpformats import quantize_scaled
-from fpformats.fitting.histogram import Histogram
+from fpformats import Histogram, quantize_scaled
 from fpformats.fitting.search import RATIOS, ZERO_POINTS
 from msfp import Calibration, InputError, QuantizationConfig, quantize
-from msfp.search.layer_search import (
-    float_formats,
-    integer_format,
-    is_asymmetric,
-    search_input,
-    sqnr,
-)
+from msfp.search.layer_search import is_asymmetric, search_input
+from msfp.search.schemes import float_formats, integer_formats
+from msfp.support.decibels import sqnr
+from msfp.support.hooks import hooked
 
 
 def histogram_of(numbers):
     histogram = Histogram()
     histogram.update(numbers)
     return histogram
-
-
-def test_candidates_at_four_bits_are_those_of_the_paper():
-    assert [str(f) for f in float_formats(4, signed=True)] == ["E1M2", "E2M1", "E3M0"]
-    assert [str(f) for f in float_formats(4, signed=False)] == ["E1M3U", "E2M2U", "E3M1U", "E4M0U"]
-
-
-@pytest.mark.parametrize("bits", range(3, 9))
-@pytest.mark.parametrize("signed", [True, False])
-def test_candidates_have_the_width_asked_for_and_no_special_values(bits, signed):
-    for fmt in float_formats(bits, signed=signed):
-        assert fmt.bits == bits
-        assert not fmt.has_nan
-        assert not fmt.has_infinity
-
-
-@pytest.mark.parametrize("bits", range(3, 9))
-def test_integers_are_uniform_and_symmetric(bits):
-    grid = integer_format(bits).values()
-    assert len(grid) == 2**bits - 1
-    assert len(np.unique(np.diff(grid))) == 1
-    assert grid[0] == -grid[-1]
 
 
 ACTIVATIONS = {"SiLU": F.silu, "GELU": F.gelu, "tanh GELU": partial(F.gelu, approximate="tanh")}
@@ -140,23 +114,23 @@ def test_a_searched_clip_is_never_worse_than_none(silu_inputs):
     searched, _ = search_input(histogram_of(silu_inputs), 4, "int_mse")
     plain, _ = search_input(histogram_of(silu_inputs), 4, "int_minmax")
     assert searched.squared_error < plain.squared_error
-    assert plain.scale == pytest.approx(silu_inputs.max() / float(integer_format(4).max))
+    (integers,) = integer_formats(4, signed=True)
+    assert plain.scale == pytest.approx(silu_inputs.max() / float(integers.max))
 
 
 def test_the_reported_error_is_that_of_the_swapped_quantizer(quantized, reference, sampler):
     """On the numbers themselves: layers whose whole input is drawn, so that they can be kept."""
     pipe, layers = quantized()
     few = {layer.name: [] for layer in layers if layer.name.endswith("time_emb_proj")}
-    handles = [
+    hooks = (
         reference.unet.get_submodule(name).register_forward_pre_hook(
             lambda _layer, args, name=name: few[name].append(args[0])
         )
         for name in few
-    ]
-    for call in sampler.calls(8, seed=1):
-        call(reference)
-    for handle in handles:
-        handle.remove()
+    )
+    with hooked(hooks):
+        for call in sampler.calls(8, seed=1):
+            call(reference)
     assert few
     for summary in layers:
         if summary.name in few:
@@ -168,7 +142,7 @@ def test_the_reported_error_is_that_of_the_swapped_quantizer(quantized, referenc
 
 
 def test_first_and_last_layer_have_their_own_width(quantized):
-    pipe, _ = quantized(weights=4, activations=3, first_last=6)
+    pipe, _ = quantized(weight_bits=4, activation_bits=3, end_bits=6)
     for name, bits in [
         ("conv_in", (6, 6)),
         ("conv_out", (6, 6)),
@@ -189,15 +163,15 @@ def test_every_layer_after_silu_chooses_unsigned(quantized):
 def test_a_quantized_pipeline_is_not_quantized_again(quantized, calibration):
     pipe, _ = quantized()
     with pytest.raises(InputError, match="is quantized already"):
-        quantize(pipe, QuantizationConfig(weights=3), calibration=calibration)
+        quantize(pipe, QuantizationConfig(weight_bits=3), calibration=calibration)
 
 
-def test_the_plain_layer_keeps_its_weight_when_its_counterpart_is_sealed(quantized, reference):
+def test_the_plain_layer_keeps_its_weight_when_its_counterpart_is_packed(quantized, reference):
     plain = copy.deepcopy(reference.unet.conv_in)
     layer = quantized()[0].unet.conv_in
     twin = type(layer).wrap(plain, layer.weight_quantizer, layer.input_quantizer)
     assert twin.weight is plain.weight
-    twin.seal()
+    twin.pack()
     assert torch.equal(plain.weight, reference.unet.conv_in.weight)
 
 

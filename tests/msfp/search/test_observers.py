@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from calibrations import same
+from scripts import forked
 from torch import nn
 
-from fpformats.fitting.histogram import Histogram
-from msfp import Calibration, InputError, Sampler, calibrate, denoising_factors, store_calls
-from msfp.pipelines.call_files import stored_calls
-from msfp.pipelines.denoiser import quantizable_layers
+from fpformats import Histogram
+from msfp import Calibration, InputError, Sampler, calibrate, denoising_factors, save_calls
+from msfp.layers.selection import quantizable_layers
+from msfp.pipelines.call_files import load_calls
 from msfp.pipelines.sampler import prompt_calls
 from msfp.schedulers.integer_weights import integer_weights
 from msfp.search.observers import SAMPLES_PER_CALL
@@ -54,7 +54,7 @@ def test_every_layer_is_seen_at_every_step_in_the_order_in_which_layers_run(refe
 
 def test_all_numbers_of_small_inputs_are_seen_and_no_others():
     network = Denoiser()
-    calibration = calibrate(network, [call(0), call(1)])
+    calibration = calibrate(network, calls=[call(0), call(1)])
     assert list(calibration.inputs) == ["inner", "conv", "out", "idle"]
     expected = Histogram()
     expected.update(torch.cat([noise(0, 1, 2, 8), noise(1, 1, 2, 8)]))
@@ -70,7 +70,7 @@ def test_the_extremes_of_every_call_are_kept(reference):
     handle = reference.unet.conv_out.register_forward_pre_hook(
         lambda _layer, args: seen.append(torch.stack(args[0].aminmax()))
     )
-    calibration = calibrate(reference, Sampler(3, 4).calls(8, seed=0))
+    calibration = calibrate(reference, calls=Sampler(3, 4).calls(8, seed=0))
     handle.remove()
     extremes = torch.stack(seen)
     assert len(seen) == 6
@@ -99,7 +99,7 @@ def test_layers_after_silu_are_known_as_such(calibration):
 
 
 def test_it_is_reproduced_and_leaves_no_hooks(reference):
-    first, second = (calibrate(reference, Sampler(2, 4).calls(4, seed=9)) for _ in range(2))
+    first, second = (calibrate(reference, calls=Sampler(2, 4).calls(4, seed=9)) for _ in range(2))
     assert same(first, second)
     for module in reference.unet.modules():
         assert not module._forward_pre_hooks
@@ -108,18 +108,18 @@ def test_it_is_reproduced_and_leaves_no_hooks(reference):
 
 def test_an_extra_forward_or_another_order_of_calls_changes_nothing_else():
     wide = [call(seed, timestep, width=4000) for seed, timestep in ((0, 900), (1, 100), (2, 900))]
-    forwards = calibrate(Denoiser(), wide)
-    backwards = calibrate(Denoiser(), wide[::-1])
+    forwards = calibrate(Denoiser(), calls=wide)
+    backwards = calibrate(Denoiser(), calls=wide[::-1])
     found, expected = backwards.inputs["inner"].state(), forwards.inputs["inner"].state()
     assert all(np.array_equal(found[key], array) for key, array in expected.items())
-    first = calibrate(Denoiser(), lambda network: (wide[0](network), wide[1](network)))
-    second = calibrate(Denoiser(), lambda network: [each(network) for each in wide])
+    first = calibrate(Denoiser(), calls=lambda network: (wide[0](network), wide[1](network)))
+    second = calibrate(Denoiser(), calls=lambda network: [each(network) for each in wide])
     assert second.inputs["inner"].count == 1.5 * first.inputs["inner"].count
 
 
 def test_memory_does_not_grow_with_the_number_of_calls():
     once, often = (
-        calibrate(Denoiser(), [call(0, timestep=5, width=9000)] * count) for count in (1, 60)
+        calibrate(Denoiser(), calls=[call(0, timestep=5, width=9000)] * count) for count in (1, 60)
     )
     for name, histogram in once.inputs.items():
         size = histogram.state()["bins"].size
@@ -131,7 +131,7 @@ def test_weights_count_each_forward_by_the_square_of_its_factor():
     factors = {900: -4.0, 500: 2.0, 100: 0.01}
     assert integer_weights(factors) == {900: 1024, 500: 256, 100: 1}
     calls = [call(0, 900), call(1, 500), call(2, 100.2)]
-    weighted = calibrate(Denoiser(), calls, factors=factors)
+    weighted = calibrate(Denoiser(), calls=calls, factors=factors)
     expected = Histogram()
     for seed, repeats in enumerate((1024, 256, 1)):
         expected.update(noise(seed, 1, 2, 8), repeats)
@@ -143,7 +143,8 @@ def test_weights_fit_the_timesteps_of_a_sampler(reference):
     factors = denoising_factors(reference.scheduler, 4)
     sampler = Sampler(4, 2)
     plain, weighted = (
-        calibrate(reference, sampler.calls(2, seed=0), factors=each) for each in (None, factors)
+        calibrate(reference, calls=sampler.calls(2, seed=0), factors=each)
+        for each in (None, factors)
     )
     weights = integer_weights(factors)
     assert weighted.weights == weights
@@ -153,14 +154,14 @@ def test_weights_fit_the_timesteps_of_a_sampler(reference):
 
 def test_a_timestep_without_a_factor_is_refused():
     with pytest.raises(InputError, match=r"none for timestep 500; .* has 900, 100"):
-        calibrate(Denoiser(), call(0), factors={900: 1.0, 100: 2.0})
+        calibrate(Denoiser(), calls=call(0), factors={900: 1.0, 100: 2.0})
     with pytest.raises(InputError, match="samples are all at one timestep"):
-        calibrate(Denoiser(), call(0, torch.tensor([1, 2])), factors={1: 1.0, 2: 1.0})
+        calibrate(Denoiser(), calls=call(0, torch.tensor([1, 2])), factors={1: 1.0, 2: 1.0})
     with pytest.raises(InputError, match="factors must be finite"):
-        calibrate(Denoiser(), call(0), factors={500: 0.0})
+        calibrate(Denoiser(), calls=call(0), factors={500: 0.0})
 
 
-def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_calibration_resumes_where_it_was(tmp_path):
     file = tmp_path / "state.safetensors"
     made = []
 
@@ -176,21 +177,21 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path):
 
     calls = [counted(seed) for seed in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        calibrate(Denoiser(), calls, file=file)
+        calibrate(Denoiser(), calls=calls, file=file)
     assert Calibration.load(file).calls == [0, 1]
-    resumed = calibrate(Denoiser(), calls, file=file)
+    resumed = calibrate(Denoiser(), calls=calls, file=file)
     assert made == [0, 1, 2, 2, 3]
-    assert same(resumed, calibrate(Denoiser(), [call(seed) for seed in range(4)]))
+    assert same(resumed, calibrate(Denoiser(), calls=[call(seed) for seed in range(4)]))
     assert same(Calibration.load(file), resumed)
 
 
-def test_the_state_of_another_calibration_is_not_gone_on_with(tmp_path):
+def test_no_calibration_resumes_from_the_state_of_another(tmp_path):
     file = tmp_path / "state.safetensors"
-    calibrate(Denoiser(), [call(0), call(1)], file=file)
+    calibrate(Denoiser(), calls=[call(0), call(1)], file=file)
     with pytest.raises(InputError, match=r"state of another calibration: .* 1 and 2 of them"):
-        calibrate(Denoiser(), [call(0)], file=file)
+        calibrate(Denoiser(), calls=[call(0)], file=file)
     with pytest.raises(InputError, match=r"state of another calibration: .* different denoisers"):
-        calibrate(nn.Sequential(nn.Linear(2, 2)), [call(0), call(1)], file=file)
+        calibrate(nn.Sequential(nn.Linear(2, 2)), calls=[call(0), call(1)], file=file)
 
 
 @pytest.mark.parametrize(
@@ -210,27 +211,28 @@ def test_the_state_of_other_calls_is_refused_by_what_differs(tmp_path, descripti
         made.append(call(0)(network))
 
     same_calls = {"prompts": ("a", "b"), "seed": 0}
-    calibrate(Denoiser(), counted, file=file, description=same_calls)
-    calibrate(Denoiser(), counted, file=file, description=same_calls)
+    calibrate(Denoiser(), calls=counted, file=file, description=same_calls)
+    calibrate(Denoiser(), calls=counted, file=file, description=same_calls)
     before = file.read_bytes()
     with pytest.raises(InputError, match=f"another calibration: .* different calls: {message}"):
-        calibrate(Denoiser(), counted, file=file, description=description)
+        calibrate(Denoiser(), calls=counted, file=file, description=description)
     assert len(made) == 1
     assert file.read_bytes() == before
 
 
 def test_progress_is_told_of_each_call():
     told = []
-    calibrate(Denoiser(), [call(0), call(1), call(2)], progress=told.append)
-    assert told == [1, 1, 1]
+    calls = [call(0), call(1), call(2)]
+    calibrate(Denoiser(), calls=calls, progress=lambda *facts: told.append(facts))
+    assert told == [("calibrating", done, 3) for done in (1, 2, 3)]
 
 
-def test_stored_calls_are_seen_as_the_pipeline_was(reference, tmp_path):
+def test_saved_calls_are_seen_as_the_pipeline_was(reference, tmp_path):
     sampler = Sampler(3, 2)
-    direct = calibrate(reference, sampler.calls(2, seed=4))
-    files = store_calls(reference, sampler.calls(2, seed=4)[0], tmp_path)
+    direct = calibrate(reference, calls=sampler.calls(2, seed=4))
+    files = save_calls(reference, tmp_path, calls=sampler.calls(2, seed=4)[0])
     assert len(files) == 3
-    again = calibrate(copy.deepcopy(reference.unet), stored_calls(tmp_path))
+    again = calibrate(copy.deepcopy(reference.unet), calls=load_calls(tmp_path))
     assert again.timesteps == direct.timesteps
     for name, histogram in direct.inputs.items():
         found = again.inputs[name].state()
@@ -239,9 +241,9 @@ def test_stored_calls_are_seen_as_the_pipeline_was(reference, tmp_path):
 
 def test_calls_that_do_nothing_are_refused():
     with pytest.raises(InputError, match=r"calls must be one or more functions .*, not \[\]"):
-        calibrate(Denoiser(), [])
+        calibrate(Denoiser(), calls=[])
     with pytest.raises(InputError, match="call 0 did not run the Denoiser"):
-        calibrate(Denoiser(), lambda network: network)
+        calibrate(Denoiser(), calls=lambda network: network)
     with pytest.raises(InputError, match=r"list of prompts or labels, not 'a fox'"):
         prompt_calls("a fox")
 
@@ -251,7 +253,7 @@ def _one_process(rank, processes, folder):
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
     )
     calls = [call(seed, 100 * seed, width=5000) for seed in range(3)]
-    calibration = calibrate(Denoiser(), calls, file=f"{folder}/part.safetensors")
+    calibration = calibrate(Denoiser(), calls=calls, file=f"{folder}/part.safetensors")
     calibration.save(f"{folder}/whole-{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -259,8 +261,8 @@ def _one_process(rank, processes, folder):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_that_share_the_calls_each_get_what_one_alone_gets(tmp_path, processes):
     """Three calls for two processes, and for four, one of which has nothing to do."""
-    multiprocessing.spawn(_one_process, (processes, str(tmp_path)), nprocs=processes)
-    alone = calibrate(Denoiser(), [call(s, 100 * s, width=5000) for s in range(3)])
+    forked(_one_process, (processes, str(tmp_path)), processes)
+    alone = calibrate(Denoiser(), calls=[call(s, 100 * s, width=5000) for s in range(3)])
     for rank in range(processes):
         assert same(Calibration.load(tmp_path / f"whole-{rank}.safetensors"), alone)
     assert Calibration.load(tmp_path / f"part-0-of-{processes}.safetensors").calls[0] == 0

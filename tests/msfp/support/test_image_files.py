@@ -91,7 +91,7 @@ def test_png_files_hold_the_nearest_of_256_levels(tmp_path):
     assert Image.open(tmp_path / "grey" / "000000.png").mode == "L"
 
 
-def test_a_folder_of_png_files_goes_on_with_its_own_settings_alone(tmp_path):
+def test_a_folder_of_png_files_resumes_with_its_own_settings_alone(tmp_path):
     folder = PngFolder(tmp_path / "out", {"seed": 1})
     folder.write(torch.rand(2, 1, 4, 4), 0)
     again = PngFolder(tmp_path / "out", {"seed": 1})

@@ -14,12 +14,12 @@ def full():
 
 @pytest.fixture(scope="session")
 def path(full):
-    return record_trajectories(full, SAMPLER.calls(8, seed=5))
+    return record_trajectories(full, calls=SAMPLER.calls(8, seed=5))
 
 
 @pytest.fixture(scope="session")
 def held_out(full):
-    return record_trajectories(full, SAMPLER.calls(4, seed=77))
+    return record_trajectories(full, calls=SAMPLER.calls(4, seed=77))
 
 
 @pytest.fixture(scope="session")
@@ -29,5 +29,5 @@ def quantized_once(full):
 
 @pytest.fixture
 def student(quantized_once):
-    """A fresh open quantized pipeline."""
+    """A fresh trainable quantized pipeline."""
     return copy.deepcopy(quantized_once)

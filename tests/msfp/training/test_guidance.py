@@ -1,13 +1,16 @@
+import functools
+
 import pytest
 import torch
 from external import ldm_class
 
-from msfp import Sampler
-from msfp.experiments.reference import digits_dit_pipeline
+from msfp import Sampler, reference_pipeline
 from msfp.training.guidance import guidance_branches
 
 
-@pytest.mark.parametrize("make", [ldm_class, digits_dit_pipeline])
+@pytest.mark.parametrize(
+    "make", [ldm_class, functools.partial(reference_pipeline, "digits-transformer")]
+)
 def test_branches_of_classes_add_up_to_what_the_sampler_is_given(make):
     pipe, sampler = make(), Sampler(1, 2, (1, 3), 2.5)
     given, step = [], pipe.scheduler.step

@@ -46,10 +46,10 @@ def pair(tmp_path, name, *arguments):
     return folders
 
 
-@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
-def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, place):
-    folders = pair(tmp_path, "two", "--plain", f"--{place}")
-    Script(tmp_path / "one", "--plain", f"--{place}").finish()
+@pytest.mark.parametrize("position", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
+def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, position):
+    folders = pair(tmp_path, "two", "--plain", f"--{position}")
+    Script(tmp_path / "one", "--plain", f"--{position}").finish()
     alone = load_file(tmp_path / "one" / "trained.safetensors")
     first, second = (load_file(folder / "trained.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -58,10 +58,10 @@ def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, place):
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
-def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, place):
+@pytest.mark.parametrize("position", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
+def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, position):
     """To the last bit, with half of the frozen weights each."""
-    given = ("--teacher", f"--{place}")
+    given = ("--teacher", f"--{position}")
     whole, parts = (
         pair(tmp_path, name, *given, *more) for name, more in (("w", ()), ("p", ("--shard",)))
     )

@@ -18,28 +18,26 @@ from msfp import (
     quantize,
     record_trajectories,
 )
-from msfp.training.state import KIND
+from msfp.support.container import KEY
 
 
 def refused(student, path, message, config=None, **more):
     before = copy.deepcopy(student.unet.state_dict())
     with pytest.raises(InputError, match=message):
-        finetune(student.unet, path, config or FinetuneConfig(**SHORT), **more)
+        finetune(student.unet, config or FinetuneConfig(**SHORT), trajectories=path, **more)
     after = student.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, path, tmp_path):
-    power = FinetuneConfig(**SHORT, denoising_power=1.0)
+    power = FinetuneConfig(**SHORT, dfa_power=1.0)
     factors = denoising_factors(full.scheduler, 5)
     refused(student, path, "factors must be given for every recorded timestep", power)
     refused(student, path, "with the sampler and step count", power, factors=factors)
-    own = FinetuneConfig(**SHORT, student_every=2)
-    refused(student, path, "own_path must be given", own)
     evaluated = FinetuneConfig(**SHORT, evaluate_every=2)
     refused(student, path, "held_out must be given", evaluated)
-    other = record_trajectories(full, replace(SAMPLER, steps=2).calls(4, seed=0))
+    other = record_trajectories(full, calls=replace(SAMPLER, steps=2).calls(4, seed=0))
     refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
     double = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
     refused(student, path, "held_out must be of a denoiser like this", evaluated, held_out=double)
@@ -53,21 +51,26 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     refused(student, path, "hub must be at most 4 where routing is by segments", segments)
     refused(student, path, "precision must be 'no'", FinetuneConfig(**SHORT, precision="fp16"))
     network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
-    with pytest.raises(InputError, match="routing must be learned or segments: Sequential has no"):
-        finetune(network, path, FinetuneConfig(**SHORT, hub=2, routing="denoiser"))
     with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
-        finetune(network, path, FinetuneConfig(**SHORT, checkpointing=True))
+        finetune(network, FinetuneConfig(**SHORT, checkpointing=True), trajectories=path)
     wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
     refused(student, wide, "must be of a denoiser like this one")
     small = replace(path, predictions=path.predictions[..., :4])
     refused(student, small, r"their predictions have the shape \(1, 8, 4\), its own \(1, 8, 8\)")
     nowhere = tmp_path / "absent" / "state.safetensors"
-    refused(student, path, "absent is not a folder to write in", file=nowhere)
-    refused(student, path, "there is no state to resume from", file=tmp_path / "s", resume=True)
-    refused(student, path, "resume needs the file", resume=True)
+    refused(student, path, "absent is not a folder to write in", state=nowhere)
+    refused(student, path, "there is no state to resume from", state=tmp_path / "s", resume=True)
+    refused(student, path, "resume needs state, the file to resume from", resume=True)
     (tmp_path / "old").write_text("")
     refused(student, path, "tensorboard .*old must be a folder", tensorboard=tmp_path / "old")
-    refused(student, path, "holds the state of a run: resume it", file=tmp_path / "old")
+    refused(student, path, "holds the state of a run: give resume=True", state=tmp_path / "old")
+
+
+def test_arguments_of_other_types_are_refused_by_their_names(student, path):
+    with pytest.raises(InputError, match="config must be of the type FinetuneConfig, not Traject"):
+        finetune(student, path, trajectories=path)
+    with pytest.raises(InputError, match="trajectories must be of the type Trajectories, not list"):
+        finetune(student, trajectories=[path])
 
 
 def other_weights(pipe):
@@ -80,7 +83,7 @@ def other_weights(pipe):
 
 
 def test_trajectories_of_another_model_are_refused(full, student, path):
-    own = record_trajectories(other_weights(full), SAMPLER.calls(8, seed=5))
+    own = record_trajectories(other_weights(full), calls=SAMPLER.calls(8, seed=5))
     refused(student, own, r"trajectories must have been recorded from the teacher.* \d+\.\d % off")
     config = FinetuneConfig(**SHORT, evaluate_every=2)
     refused(student, path, "held_out must have been recorded from", config, held_out=own)
@@ -92,8 +95,8 @@ def test_a_refined_denoiser_takes_its_own_trajectories_and_not_just_any(full, pa
     quantize(pipe, QuantizationConfig(refine={"samples": 8}), calibration=SAMPLER.calls(4, seed=1))
     negative = replace(path, predictions=-path.predictions)
     refused(pipe, negative, "trajectories must have been recorded from the teacher")
-    asked = FinetuneConfig(**SHORT, cache_teacher=False)
-    refused(pipe, path, "trajectories must have been recorded from the teacher", asked)
+    computed = FinetuneConfig(**SHORT, cache_teacher=False)
+    refused(pipe, path, "trajectories must have been recorded from the teacher", computed)
     _, history = tuned(pipe, path, FinetuneConfig(**SHORT))
     assert len(history.losses) == 6
 
@@ -102,23 +105,23 @@ def test_the_state_of_a_run_with_other_inputs_is_refused_by_the_input(
     full, student, path, held_out, tmp_path
 ):
     file = tmp_path / "state.safetensors"
-    config = FinetuneConfig(**SHORT, evaluate_every=3, denoising_power=1.0)
+    config = FinetuneConfig(**SHORT, evaluate_every=3, dfa_power=1.0)
     factors = denoising_factors(full.scheduler, 4)
     given = {"held_out": held_out, "factors": factors}
-    _, history = tuned(student, path, config, file=file, **given)
+    _, history = tuned(student, path, config, state=file, **given)
     by_other_kernels = replace(path, predictions=path.predictions * (1 + 1e-4))
-    _, resumed = tuned(student, by_other_kernels, config, file=file, resume=True, **given)
+    _, resumed = tuned(student, by_other_kernels, config, state=file, resume=True, **given)
     assert resumed == history
 
     def differs(message, path=path, student=student, **more):
-        message = f"is the state of another run: its {message}"
-        refused(student, path, message, config, file=file, resume=True, **given | more)
+        message = f"is a state of fine-tuning of another run: its {message}"
+        refused(student, path, message, config, state=file, resume=True, **given | more)
 
-    differs("trajectories are others", record_trajectories(full, SAMPLER.calls(8, seed=6)))
-    more = record_trajectories(full, SAMPLER.calls(8, seed=77))
+    differs("trajectories differ", record_trajectories(full, calls=SAMPLER.calls(8, seed=6)))
+    more = record_trajectories(full, calls=SAMPLER.calls(8, seed=77))
     differs("held-out rows is 4, not 8", held_out=more)
-    other = record_trajectories(full, SAMPLER.calls(4, seed=78))
-    differs("trajectories held out are others", held_out=other)
+    other = record_trajectories(full, calls=SAMPLER.calls(4, seed=78))
+    differs("trajectories held out differ", held_out=other)
     differs("loss weights is", factors=factors | {0: 1.0})
     changed = other_weights(student)
     differs("weights is", student=changed)
@@ -127,23 +130,31 @@ def test_the_state_of_a_run_with_other_inputs_is_refused_by_the_input(
     differs("weights is", student=scaled)
 
 
-def test_the_state_of_an_earlier_version_is_refused(student, path, tmp_path):
+def test_a_state_that_does_not_say_its_trajectories_is_refused(student, path, tmp_path):
+    """As one that an earlier version than 0.2.0 wrote."""
     file = tmp_path / "state.safetensors"
     config = FinetuneConfig(**SHORT)
-    tuned(student, path, config, file=file)
+    tuned(student, path, config, state=file)
     with safe_open(file, framework="pt") as opened:
-        description = json.loads(opened.metadata()[KIND])
-    del description["run"]["trajectories"]
-    save_file(load_file(file), file, metadata={KIND: json.dumps(description)})
-    message = "it does not say its trajectories, as one of an earlier version"
-    refused(student, path, message, config, file=file, resume=True)
+        description = json.loads(opened.metadata()[KEY])
+    del description["fingerprint"]["trajectories"]
+    save_file(load_file(file), file, metadata={KEY: json.dumps(description)})
+    message = "it does not say its trajectories, which is a list of 64$"
+    refused(student, path, message, config, state=file, resume=True)
 
 
 def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_path):
     file = tmp_path / "state.safetensors"
-    tuned(student, path, FinetuneConfig(**SHORT), file=file)
+    tuned(student, path, FinetuneConfig(**SHORT), state=file)
     wide = FinetuneConfig(**SHORT | {"rank": 3})
-    refused(student, path, "state of another run: its rank is 2", wide, file=file, resume=True)
+    refused(
+        student,
+        path,
+        "state of fine-tuning of another run: its rank is 2",
+        wide,
+        state=file,
+        resume=True,
+    )
     other = copy.deepcopy(student)
     layer = other.unet.mid_block.resnets[0].conv1
     layer.input_quantizer = None
@@ -153,11 +164,11 @@ def test_the_state_of_another_run_is_refused_by_what_differs(student, path, tmp_
         path,
         f"its {name} is weight=E1M2, input=E2M2U",
         FinetuneConfig(**SHORT),
-        file=file,
+        state=file,
         resume=True,
     )
     file.write_bytes(b"something else")
-    refused(student, path, "is not a state of fine-tuning", file=file, resume=True)
+    refused(student, path, "cannot be read as a state of fine-tuning", state=file, resume=True)
 
 
 def test_a_state_is_that_of_the_same_run_whether_weights_are_shared_out_or_not(
@@ -165,8 +176,8 @@ def test_a_state_is_that_of_the_same_run_whether_weights_are_shared_out_or_not(
 ):
     file = tmp_path / "state.safetensors"
     config = FinetuneConfig(**SHORT)
-    _, history = tuned(student, path, config, file=file)
-    _, resumed = tuned(student, path, replace(config, shard=True), file=file, resume=True)
+    _, history = tuned(student, path, config, state=file)
+    _, resumed = tuned(student, path, replace(config, shard=True), state=file, resume=True)
     assert resumed.losses == history.losses
 
 

@@ -7,14 +7,14 @@ from families import pipeline
 from torch import nn
 
 import msfp
-from msfp import InputError, QuantizationConfig, RefinementConfig, seal
+from msfp import InputError, QuantizationConfig, RefinementConfig, pack
 from msfp.cli.main import main
 from msfp.layers.base import quantized_layers
-from msfp.layers.trainable import open_layers
-from msfp.pipelines.denoiser import PLAIN_LAYERS
+from msfp.layers.kinds import KINDS
+from msfp.layers.trainable import trainable_layers
 from msfp.ptq.low_rank_branches import add_branches
-from msfp.training.reopening import reopen
 from msfp.training.teacher_check import check_weights
+from msfp.training.unpacking import unpack
 
 REFINED = {"samples": 16, "positions": 1024}
 
@@ -30,7 +30,7 @@ def noisy(denoiser, share, seed=0):
     other = copy.deepcopy(denoiser)
     generator = torch.Generator().manual_seed(seed)
     for module in other.modules():
-        if isinstance(module, PLAIN_LAYERS):
+        if isinstance(module, tuple(KINDS)):
             weight = module.weight.data
             weight += share * weight.std() * torch.randn(weight.shape, generator=generator)
     return other
@@ -42,18 +42,18 @@ def network():
 
 
 def packed(full, change=lambda _: None, **config):
-    sealed = copy.deepcopy(full)
-    config = QuantizationConfig(**{"first_last": 4, "activations": None, "refine": None} | config)
-    msfp.quantize(sealed, config)
-    change(sealed)
-    seal(sealed)
-    return sealed
+    packed = copy.deepcopy(full)
+    config = QuantizationConfig(**{"end_bits": 4, "activation_bits": None, "refine": None} | config)
+    msfp.quantize(packed, config)
+    change(packed)
+    pack(packed)
+    return packed
 
 
-def refused(student, teacher, message):
+def refused(student, original, message):
     with pytest.raises(InputError, match=message):
-        reopen(student, teacher)
-    assert not open_layers(student)
+        unpack(student, original=original)
+    assert not trainable_layers(student)
 
 
 @pytest.mark.parametrize(
@@ -61,24 +61,24 @@ def refused(student, teacher, message):
     [
         (4, None),
         (3, RefinementConfig(**REFINED, rounding="nearest", split_inputs=False)),
-        (4, RefinementConfig(samples=1, positions=16, scales="output", correct_bias="none")),
+        (4, RefinementConfig(samples=1, positions=16, correct_bias="none")),
     ],
 )
-def test_the_true_teacher_is_taken_and_a_noisy_one_is_not(bits, refine, full, sampler):
+def test_the_true_original_is_taken_and_a_noisy_one_is_not(bits, refine, full, sampler):
     """Also in narrow dtypes, where both are rounded."""
     pipe = copy.deepcopy(full)
-    config = QuantizationConfig(bits, bits, first_last=bits, refine=refine)
+    config = QuantizationConfig(bits, activation_bits=bits, end_bits=bits, refine=refine)
     msfp.quantize(pipe, config, calibration=sampler.calls(8, seed=1))
-    seal(pipe.unet)
+    pack(pipe.unet)
     taken_in_every_dtype(pipe.unet, full.unet)
     with pytest.raises(InputError, match="its weights are others: "):
         check_weights(pipe.unet, noisy(full.unet, 0.5))
 
 
-def taken_in_every_dtype(student, teacher):
+def taken_in_every_dtype(student, original):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for other in (torch.float32, torch.bfloat16):
-            check_weights(copy.deepcopy(student).to(other), copy.deepcopy(teacher).to(dtype))
+            check_weights(copy.deepcopy(student).to(other), copy.deepcopy(original).to(dtype))
 
 
 def test_a_model_of_another_seed_is_refused():
@@ -90,19 +90,19 @@ def test_a_model_of_another_seed_is_refused():
 
 def test_branches_tell_little_noise_and_the_layer_that_differs():
     full = network()
-    student = packed(full, lambda opened: add_branches(opened, 4))
+    student = packed(full, lambda network: add_branches(network, 4))
     taken_in_every_dtype(student, full)
     refused(student, noisy(full, 0.1), r"0\.weight has \d+\.\d % where its branch has taken")
     other = copy.deepcopy(full)
     other[2].weight.data *= 2
     refused(student, other, r"2\.weight has \d+\.\d % where its branch has taken")
-    reopen(student, full)
+    unpack(student, original=full)
 
 
 def test_a_branch_that_fine_tuning_added_to_is_not_taken_for_that_of_another():
-    def with_lora(opened):
-        add_branches(opened, 4)
-        layer = opened[2]
+    def with_lora(network):
+        add_branches(network, 4)
+        layer = network[2]
         torch.manual_seed(1)
         for name, dim in (("branch_down", 0), ("branch_up", 1)):
             factor = layer._parameters[name]
@@ -112,7 +112,7 @@ def test_a_branch_that_fine_tuning_added_to_is_not_taken_for_that_of_another():
     full = network()
     student = packed(full, with_lora)
     assert quantized_layers(student)["2"].branch_up.shape == (32, 8)
-    reopen(student, full)
+    unpack(student, original=full)
 
 
 def test_weights_that_are_not_quantized_must_be_the_same():
@@ -121,35 +121,35 @@ def test_weights_that_are_not_quantized_must_be_the_same():
     other = copy.deepcopy(full)
     other[2].weight.data *= 1.05
     refused(student, other, r"2\.weight is 4\.8 % off")
-    reopen(student, full.bfloat16())
+    unpack(student, original=full.bfloat16())
 
 
 def test_layers_that_are_far_are_taken_where_weights_that_are_not_quantized_are_the_same():
-    def move(opened):
-        layer = opened[2]
+    def move(network):
+        layer = network[2]
         noise = 0.6 * layer.weight.std() * torch.randn_like(layer.weight)
         layer.weight = nn.Parameter(layer.weight_quantizer(layer.weight + noise).detach())
 
     full = network()
-    reopen(packed(full, move, exclude=("0",)), full)
+    unpack(packed(full, move, exclude=("0",)), original=full)
     refused(packed(full, move), noisy(full, 0.5), r"0\.weight is \d\d % off")
 
 
-def test_the_command_refuses_another_teacher_before_anything_is_recorded(
+def test_the_command_refuses_another_original_before_anything_is_recorded(
     full, tmp_path, capsys, monkeypatch
 ):
     def fail(*_args, **_more):
         raise AssertionError
 
     quantized, changed = copy.deepcopy(full), copy.deepcopy(full)
-    msfp.quantize(quantized, QuantizationConfig(4, None, refine=None))
-    seal(quantized.unet)
+    msfp.quantize(quantized, QuantizationConfig(4, activation_bits=None, refine=None))
+    pack(quantized.unet)
     msfp.save(quantized, tmp_path / "q")
     changed.unet = noisy(changed.unet, 0.5)
     changed.save_pretrained(tmp_path / "changed")
     monkeypatch.setattr("msfp.cli.finetuning_run.record_trajectories", fail)
-    words = ["finetune", tmp_path / "q", "--teacher", tmp_path / "changed", "--output"]
+    words = ["finetune", tmp_path / "q", "--original", tmp_path / "changed", "--output"]
     assert main([*map(str, words), str(tmp_path / "tuned")]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"teacher must be what was quantized: its weights are others: \S+ is", error)
+    assert re.search(r"original must be what was quantized: its weights are others: \S+ is", error)
     assert not list(tmp_path.glob("tuned*"))

@@ -1,5 +1,4 @@
 import copy
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,27 +9,25 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
-from safetensors import safe_open
-from tiny import SAMPLER, SHORT, tuned
+from tiny import SHORT, tuned
 
-from msfp import FinetuneConfig, InputError, finetune, record_trajectories
-from msfp.layers.lora.time_embedding import time_conditioning
-from msfp.layers.trainable import open_layers
-from msfp.support import run_files
+from msfp import FinetuneConfig, InputError, finetune
+from msfp.layers.trainable import trainable_layers
+from msfp.support import container
 from msfp.training.objective import OWN_ERRORS, Objective
 from msfp.training.parameters import add_hubs
-from msfp.training.state import KIND, History
+from msfp.training.state import STATE, History
 from msfp.training.teacher import Teacher
-from msfp.training.trainer import Material, Trainer
+from msfp.training.trainer import Trainer, TrainingInputs
 
 
 def trained(pipe, path, config, **more):
     """The trained parameters of a copy of a pipeline's denoiser, not rounded."""
     unet = copy.deepcopy(pipe).unet
-    objective = Objective(torch.ones(len(path.timesteps)), config.branches)
-    material = Material(path, objective, Teacher(unet), **more)
+    objective = Objective(torch.ones(len(path.timesteps)), config.guidance_branches)
+    inputs = TrainingInputs(path, objective, Teacher(unet), **more)
     add_hubs(unet, config, path.timesteps)
-    trainer = Trainer(unet, material, config)
+    trainer = Trainer(unet, inputs, config)
     history = trainer.run()
     return {name: value.detach() for name, value in trainer.parameters.items()}, history
 
@@ -40,7 +37,7 @@ def difference(one, other):
 
 
 @pytest.mark.parametrize("point", ["save_file", "fsync", "replace", "fsync after"])
-def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
+def test_a_run_that_dies_while_it_saves_resumes_from_a_whole_state(
     student, path, tmp_path, monkeypatch, point
 ):
     """Each call that writes a state is the last that a process makes; the second save is hit."""
@@ -63,15 +60,14 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_a_whole_state(
         return made
 
     name = point.removesuffix(" after")
-    owner = {"save_file": run_files, "fsync": os, "replace": Path}[name]
+    owner = {"save_file": container, "fsync": os, "replace": Path}[name]
     monkeypatch.setattr(owner, name, dying(name, getattr(owner, name)))
     with pytest.raises(Died):
-        tuned(student, path, config, file=file)
+        tuned(student, path, config, state=file)
     monkeypatch.undo()
-    with safe_open(file, framework="pt") as opened:
-        steps = len(json.loads(opened.metadata()[KIND])["losses"])
+    steps = len(container.header_of(file, STATE).facts["losses"])
     assert steps == (4 if point == "fsync after" else 2)
-    resumed, _ = tuned(student, path, config, file=file, resume=True)
+    resumed, _ = tuned(student, path, config, state=file, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
@@ -94,23 +90,23 @@ def test_activations_computed_again_give_the_same_gradients(student, path):
     assert difference(kept, again) < 1e-4
 
 
-def test_asking_the_teacher_again_is_training_towards_what_was_recorded(student, path):
+def test_computing_the_targets_again_is_training_towards_what_was_recorded(student, path):
     config = FinetuneConfig(**SHORT | {"steps": 2})
     recorded, _ = trained(student, path, config)
-    asked, _ = trained(student, path, replace(config, cache_teacher=False))
-    assert difference(recorded, asked) < 1e-4
+    computed, _ = trained(student, path, replace(config, cache_teacher=False))
+    assert difference(recorded, computed) < 1e-4
 
 
 def test_a_hub_that_always_takes_its_first_lora_trains_like_a_single_one(student, path):
     single, _ = trained(student, path, FinetuneConfig(**SHORT))
     config = FinetuneConfig(**SHORT, hub=2, routing="segments")
     unet = copy.deepcopy(student).unet
-    material = Material(path, Objective(torch.ones(4), (1.0,)), Teacher(unet))
+    inputs = TrainingInputs(path, Objective(torch.ones(4), (1.0,)), Teacher(unet))
     add_hubs(unet, config, path.timesteps)
     unet.router.boundaries.fill_(torch.inf)
-    for name, layer in open_layers(unet).items():
+    for name, layer in trainable_layers(unet).items():
         layer.hub.down.data[0] = first_down(student, path)[name]
-    trainer = Trainer(unet, material, config)
+    trainer = Trainer(unet, inputs, config)
     trainer.run()
     for name, value in single.items():
         other = trainer.parameters[name].detach()
@@ -121,7 +117,7 @@ def test_a_hub_that_always_takes_its_first_lora_trains_like_a_single_one(student
 def first_down(student, path):
     unet = copy.deepcopy(student).unet
     add_hubs(unet, FinetuneConfig(**SHORT), path.timesteps)
-    return {name: layer.hub.down.data[0] for name, layer in open_layers(unet).items()}
+    return {name: layer.hub.down.data[0] for name, layer in trainable_layers(unet).items()}
 
 
 def test_the_parameters_of_the_lowest_held_out_error_are_the_result(student, path, held_out):
@@ -130,7 +126,7 @@ def test_the_parameters_of_the_lowest_held_out_error_are_the_result(student, pat
     assert set(history.errors) == set(range(7))
     unet = copy.deepcopy(student).unet
     config = replace(config, rates=FinetuneConfig().rates)
-    finetune(unet, path, config, held_out=held_out)
+    finetune(unet, config, trajectories=path, held_out=held_out)
     objective = Objective(torch.ones(4), (1.0,))
     _, history = tuned(student, path, config, held_out=held_out)
     error = objective.held_out_error(unet, held_out, 8, range(4)) / 4
@@ -169,54 +165,6 @@ def test_every_group_can_be_frozen_and_trained_by_itself(student, path):
         assert not any(other in name for o, other in groups.items() if o != group for name in names)
 
 
-def test_a_router_reads_the_full_precision_denoiser_and_leaves_that_alone(full, student, path):
-    student = copy.deepcopy(student)
-    for name, value in student.unet.named_parameters():
-        if "time_embedding" in name:
-            value.data.mul_(1.001)  # as refinement changes weights
-    config = FinetuneConfig(**SHORT, hub=2, routing="denoiser")
-    trained, _ = tuned(student, path, config, teacher=full.unet)
-    teachers = time_conditioning(full.unet).state_dict()
-    for name, value in teachers.items():
-        assert torch.equal(trained[f"router.conditioning.{name}"], value)
-    untrained, _ = tuned(student, path, replace(config, rates={"router": 0}), teacher=full.unet)
-    assert not torch.equal(trained["router.mlp.2.weight"], untrained["router.mlp.2.weight"])
-
-
-def test_every_other_step_trains_on_the_students_own_path(student, path, monkeypatch):
-    """On its samples, towards what the teacher says of them."""
-    own, read = replace(path, samples=path.samples + 100), []
-
-    def labelled(_teacher, path, _batch):
-        assert torch.equal(path.samples, own.samples)
-        return replace(path, predictions=torch.full_like(path.predictions, 10))
-
-    def look(_unet, args, _kwargs):
-        if torch.is_grad_enabled():
-            read.append(args[0].mean().item())
-
-    monkeypatch.setattr(Teacher, "labelled", labelled)
-    student.unet.register_forward_pre_hook(look, with_kwargs=True)
-    config = FinetuneConfig(**SHORT | {"steps": 4}, student_every=4)
-    _, history = tuned(student, path, config, own_path=lambda: own)
-    assert [mean > 50 for mean in read] == [False, True, False, True]
-    assert [loss > 50 for loss in history.losses] == [False, True, False, True]
-
-
-def test_the_students_path_is_recorded_when_it_is_time_to(student, path):
-    seen = []
-
-    def own_path():
-        seen.append(record_trajectories(student, SAMPLER.calls(8, seed=5)))
-        return seen[-1]
-
-    config = FinetuneConfig(**SHORT, student_every=4)
-    finetune(student.unet, path, config, own_path=own_path)
-    assert len(seen) == 2
-    assert not torch.equal(seen[0].samples[-1], path.samples[-1])
-    assert not torch.equal(seen[0].samples[-1], seen[1].samples[-1])
-
-
 @pytest.mark.parametrize(("second", "of_the_sum"), [(0.5, 0.0), (2.0, 9.0)])
 def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
     student, path, second, of_the_sum
@@ -237,7 +185,7 @@ def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
     own = (1 + second**2) / 2
     torch.testing.assert_close(errors, torch.full((4,), of_the_sum + OWN_ERRORS * 5 * own))
     assert objective.count(path) == 4
-    with pytest.raises(InputError, match="8 rows, which 3 branches of 1 do not fit"):
+    with pytest.raises(InputError, match="multiple of 3 rows, for 3 guidance branches of 1, not 8"):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
     calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), branch_rows=2)
     _, rows = calls_of_two.rows(step, torch.arange(4))
@@ -255,7 +203,7 @@ def test_mixed_precision_computes_layers_in_the_narrow_type(student, path):
         assert set(seen[1:]) == {torch.bfloat16}  # after the check before training
         assert all(0 < loss < 1 for loss in history.losses)
         with pytest.raises(InputError, match="precision must be 'bf16'"):
-            finetune(student.unet, path, FinetuneConfig(**SHORT))
+            finetune(student.unet, FinetuneConfig(**SHORT), trajectories=path)
     finally:
         AcceleratorState._reset_state()
 
@@ -266,12 +214,12 @@ def test_a_layer_that_gives_nan_stops_training_with_its_name_and_the_last_good_s
     file = tmp_path / "state.safetensors"
     config = FinetuneConfig(**SHORT, save_every=1)
 
-    def break_at(status):
-        if status.step == 3:
+    def break_at(_stage, step, *_told):
+        if step == 3:
             student.unet.mid_block.resnets[0].conv1.weight.data[0] = torch.nan
 
     with pytest.raises(InputError) as caught:
-        finetune(student.unet, path, config, file=file, progress=break_at)
+        finetune(student.unet, config, trajectories=path, state=file, progress=break_at)
     message = str(caught.value)
     assert "loss is nan at step 3" in message
     assert "that of layer mid_block.resnets.0.conv1;" in message
@@ -283,9 +231,9 @@ def test_targets_that_are_not_finite_are_not_blamed_on_a_layer(student, path):
     with pytest.raises(InputError, match="what they are trained towards is not; no state was sav"):
         finetune(
             student.unet,
-            breaking,
             FinetuneConfig(**SHORT),
-            progress=lambda _: breaking.predictions.fill_(torch.nan),
+            trajectories=breaking,
+            progress=lambda *_: breaking.predictions.fill_(torch.nan),
         )
 
 
@@ -297,12 +245,19 @@ def test_a_held_out_error_that_is_not_finite_stops_training_with_the_last_good_s
     config = FinetuneConfig(**SHORT, save_every=1, evaluate_every=3)
     breaking = copy.deepcopy(held_out)
 
-    def break_at(status):
-        if status.step == 2:
+    def break_at(_stage, step, *_told):
+        if step == 2:
             breaking.predictions.fill_(torch.nan)
 
     with pytest.raises(InputError) as caught:
-        finetune(student.unet, path, config, held_out=breaking, file=file, progress=break_at)
+        finetune(
+            student.unet,
+            config,
+            trajectories=path,
+            held_out=breaking,
+            state=file,
+            progress=break_at,
+        )
     message = str(caught.value)
     assert "held-out error is nan at step 3; the outputs of all layers are finite" in message
     assert f"last good state is {file}, of step 2" in message
@@ -323,15 +278,23 @@ def test_a_layer_that_gives_nan_on_held_out_trajectories_is_named(student, path,
         trained(student, path, config, held_out=path_of_5)
 
 
-def test_progress_tells_step_loss_error_and_time_left(student, path, held_out):
+def test_progress_tells_step_loss_and_the_last_held_out_error(student, path, held_out):
     seen = []
     config = FinetuneConfig(**SHORT, evaluate_every=3)
-    _, history = tuned(student, path, config, held_out=held_out, progress=seen.append)
-    assert [status.step for status in seen] == [1, 2, 3, 4, 5, 6]
-    assert [status.loss for status in seen] == history.losses
-    assert seen[-1].seconds_left == 0
-    assert seen[0].seconds_left > 0
-    assert seen[2].error == history.errors[3]
+    _, history = tuned(
+        student, path, config, held_out=held_out, progress=lambda *told: seen.append(told)
+    )
+    assert [told[:3] for told in seen] == [("fine-tuning", step, 6) for step in range(1, 7)]
+    last = [history.errors[step] for step in (0, 0, 3, 3, 3, 6)]
+    for (*_, note), loss, error in zip(seen, history.losses, last, strict=True):
+        assert note == f"loss {loss:.3g}, held-out error {error:.3g}"
+
+
+def test_progress_tells_the_loss_alone_where_no_error_is_measured(student, path):
+    seen = []
+    config = FinetuneConfig(**SHORT | {"steps": 2})
+    _, history = tuned(student, path, config, progress=lambda *told: seen.append(told))
+    assert [note for *_, note in seen] == [f"loss {loss:.3g}" for loss in history.losses]
 
 
 def test_the_best_of_a_history_is_its_lowest_error():

@@ -5,21 +5,21 @@ import torch
 from torch import nn
 
 from fpformats import E2M1, E2M2U
-from msfp import seal
+from msfp import pack
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.families import family_of
 from msfp.layers.lora import talora
 from msfp.layers.lora.routers import LearnedRouter, SegmentRouter
 from msfp.layers.lora.talora import TURNS, LoRAHub, Routing, attach_router
-from msfp.layers.trainable import OPEN_LAYERS
 
 
-def wrapped(layer, entries, seed=0):
+def wrapped(layer, adapters, seed=0):
     scale = torch.full((layer.weight.shape[0],) + (1,) * (layer.weight.dim() - 1), 0.1)
     inputs = Quantizer(E2M2U, torch.tensor(0.2), torch.tensor(-0.25))
-    quantized = OPEN_LAYERS[type(layer)].wrap(layer, Quantizer(E2M1, scale), inputs)
+    quantized = family_of(layer).trainable.wrap(layer, Quantizer(E2M1, scale), inputs)
     rows, columns = layer.weight.flatten(1).shape
     draw = torch.Generator().manual_seed(seed)
-    quantized.hub = LoRAHub(rows, columns, entries, 2, torch.tensor(0.1), draw)
+    quantized.hub = LoRAHub(rows, columns, adapters, 2, torch.tensor(0.1), draw)
     with torch.no_grad():
         quantized.hub.up.copy_(torch.randn(quantized.hub.up.shape, generator=draw))
     return quantized
@@ -28,12 +28,12 @@ def wrapped(layer, entries, seed=0):
 class Denoiser(nn.Module):
     """Two layers and a timestep argument."""
 
-    def __init__(self, entries):
+    def __init__(self, adapters):
         super().__init__()
         torch.manual_seed(0)
-        self.conv = wrapped(nn.Conv2d(1, 4, 3, padding=1), entries)
-        self.linear = wrapped(nn.Linear(16, 16), entries, seed=1)
-        routing = attach_router(self, LearnedRouter(2, entries))
+        self.conv = wrapped(nn.Conv2d(1, 4, 3, padding=1), adapters)
+        self.linear = wrapped(nn.Linear(16, 16), adapters, seed=1)
+        routing = attach_router(self, LearnedRouter(2, adapters))
         self.conv.routing = self.linear.routing = routing
         self.conv.index, self.linear.index = 0, 1
 
@@ -47,7 +47,7 @@ def sample():
 
 
 def test_a_hub_of_one_is_a_lora():
-    layer = wrapped(nn.Linear(8, 4), entries=1)
+    layer = wrapped(nn.Linear(8, 4), adapters=1)
     hub = layer.hub
     merged = layer.weight + hub.step * hub.up[0] @ hub.down[0]
     assert torch.equal(layer.quantized_weight(), layer.weight_quantizer(merged))
@@ -58,17 +58,8 @@ def test_a_new_hub_changes_nothing():
     assert not hub.correction(1).any()
 
 
-def test_choices_are_exactly_one_hot_and_differ_between_layers_and_timesteps():
-    torch.manual_seed(0)
-    choices = LearnedRouter(8, 4)(torch.arange(0, 1000, 50))
-    assert set(choices.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(choices.sum(-1), torch.ones(20, 8))
-    assert len(choices.argmax(-1).unique(dim=0)) > 1
-    assert len(choices.argmax(-1).unique(dim=1).T) > 1
-
-
 def test_a_mixed_batch_gives_each_sample_what_it_gets_at_its_own_timestep(sample):
-    denoiser = Denoiser(entries=4)
+    denoiser = Denoiser(adapters=4)
     timesteps = torch.tensor([900, 20, 500, 20, 900, 250])
     mixed = denoiser(sample, timesteps)
     alone = torch.cat([denoiser(x[None], t) for x, t in zip(sample, timesteps, strict=True)])
@@ -77,7 +68,7 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_at_its_own_timestep(sample
 
 
 def test_routing_does_not_depend_on_the_order_of_calls(sample):
-    denoiser = Denoiser(entries=4)
+    denoiser = Denoiser(adapters=4)
     first = denoiser(sample, 100)
     denoiser(sample, 900)
     assert torch.equal(denoiser(sample, 100), first)
@@ -85,7 +76,7 @@ def test_routing_does_not_depend_on_the_order_of_calls(sample):
 
 def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
     """Against autograd through Q(W + sum of choices times corrections), one sample at a time."""
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     timesteps = torch.tensor([900, 20, 500, 20, 900, 250])
     denoiser.conv.weight_quantizer.scale.data.fill_(10.0)  # nothing is clipped
     denoiser.conv.routing.update(denoiser.router, timesteps)
@@ -114,8 +105,8 @@ def test_the_gradient_of_a_choice_is_that_of_mixing_the_corrections(sample):
         (nn.Conv2d(4, 6, 3, groups=2), (5, 4, 7, 7)),
     ],
 )
-def test_the_gain_of_an_entry_is_what_its_correction_adds_along_the_gradient(layer, shape):
-    layer = wrapped(layer, entries=3)
+def test_the_gain_of_an_adapter_is_what_its_correction_adds_along_the_gradient(layer, shape):
+    layer = wrapped(layer, adapters=3)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     grad = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(2))
     corrections = [layer.hub.correction(k).view_as(layer.weight) for k in range(3)]
@@ -125,7 +116,7 @@ def test_the_gain_of_an_entry_is_what_its_correction_adds_along_the_gradient(lay
 
 
 def test_in_turns_each_layer_gives_the_router_its_gradient_once_and_as_much(sample):
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     denoiser.conv.weight_quantizer.scale.data.fill_(10.0)  # nothing is clipped
 
     def gradient(turn):
@@ -141,14 +132,14 @@ def test_in_turns_each_layer_gives_the_router_its_gradient_once_and_as_much(samp
 
 
 def test_the_router_and_the_chosen_adapters_learn(sample):
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     denoiser(sample, 100).square().sum().backward()
     assert denoiser.router.mlp[2].weight.grad.abs().sum() > 0
     assert denoiser.conv.hub.up.grad.abs().sum() > 0
 
 
 def test_the_gradient_of_a_choice_does_not_overflow_in_half_precision(sample):
-    layer, draw = Denoiser(entries=2).conv, torch.Generator().manual_seed(1)
+    layer, draw = Denoiser(adapters=2).conv, torch.Generator().manual_seed(1)
     grad = 1000 * torch.randn(6, 4, 4, 4, generator=draw)
     wide, narrow = layer.gains(50 * sample, grad), layer.gains(50 * sample.half(), grad.half())
     assert wide.abs().max() > torch.finfo(torch.float16).max
@@ -156,14 +147,14 @@ def test_the_gradient_of_a_choice_does_not_overflow_in_half_precision(sample):
 
 
 def test_the_output_of_a_routed_layer_can_be_changed_in_place(sample):
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     denoiser.conv.routing.update(denoiser.router, torch.tensor([100]))
     denoiser.conv(sample).add_(1).sum().backward()
     assert denoiser.router.mlp[2].weight.grad.any()
 
 
 def test_the_gradient_path_of_the_router_adds_nothing_to_the_output(sample):
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     with_gradients = denoiser(sample, 100)
     with torch.no_grad():
         assert torch.equal(denoiser(sample, 100), with_gradients)
@@ -174,26 +165,26 @@ def test_the_gradient_path_of_the_router_adds_nothing_to_the_output(sample):
 def test_low_rank_application_is_that_of_the_product(groups, dimensions):
     make = nn.Conv1d if dimensions == 1 else nn.Conv2d
     conv = make(4, 6, 3, stride=2, padding=1, groups=groups)
-    layer = wrapped(conv, entries=1)
+    layer = wrapped(conv, adapters=1)
     down, up = layer.hub.factors(0)
     x = torch.randn(2, 4, *(8,) * dimensions)
     expected = layer.compute(x, (up @ down).view_as(conv.weight), None)
     torch.testing.assert_close(layer.low_rank(x, down, up), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sealing_keeps_the_outputs_bit_for_bit(sample):
-    denoiser = Denoiser(entries=2)
+def test_packing_keeps_the_outputs_bit_for_bit(sample):
+    denoiser = Denoiser(adapters=2)
     with torch.no_grad():
         before = denoiser(sample, torch.tensor([900, 20, 500, 20, 900, 250]))
-        seal(denoiser)
+        pack(denoiser)
         after = denoiser(sample, torch.tensor([900, 20, 500, 20, 900, 250]))
     assert torch.equal(before, after)
-    assert denoiser.conv.entries == 2
+    assert denoiser.conv.adapters == 2
     assert denoiser.conv.codes.shape == (2 * 4 * 1 * 3 * 3 // 2,)
 
 
 def test_a_copy_routes_by_itself(sample):
-    denoiser = Denoiser(entries=2)
+    denoiser = Denoiser(adapters=2)
     twin = copy.deepcopy(denoiser)
     assert twin.conv.routing is twin.linear.routing
     assert twin.conv.routing is not denoiser.conv.routing
@@ -207,16 +198,16 @@ def test_a_batch_at_one_timestep_is_routed_once():
 
 
 @pytest.fixture
-def asked():
-    """A frozen denoiser, without gradients, and a list that grows when its router is asked."""
-    denoiser, calls = Denoiser(entries=4).requires_grad_(False), []
+def counted():
+    """A frozen denoiser, without gradients, and a list that grows when its router runs."""
+    denoiser, calls = Denoiser(adapters=4).requires_grad_(False), []
     denoiser.router.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         yield denoiser, calls
 
 
-def test_the_router_is_asked_once_for_each_timestep(asked, sample):
-    denoiser, calls = asked
+def test_the_router_runs_once_for_each_timestep(counted, sample):
+    denoiser, calls = counted
     times = (900, torch.tensor(500), torch.full((6,), 20))
     first = [denoiser(sample, t) for t in times]
     assert len(calls) == 3
@@ -226,8 +217,8 @@ def test_the_router_is_asked_once_for_each_timestep(asked, sample):
     assert len({winners.numpy().tobytes() for winners in denoiser.conv.routing.table.values()}) > 1
 
 
-def test_the_router_is_asked_each_time_where_a_gradient_is_wanted(asked, sample):
-    denoiser, calls = asked
+def test_the_router_runs_each_time_where_a_gradient_is_wanted(counted, sample):
+    denoiser, calls = counted
     denoiser(sample, 100)
     denoiser.router.requires_grad_(True)
     with torch.enable_grad():
@@ -263,8 +254,8 @@ def replace_router(denoiser, _):
 
 
 @pytest.mark.parametrize("change", [train, train_and_freeze, load_another, replace_router])
-def test_a_router_that_was_changed_is_asked_again(asked, sample, change):
-    denoiser, _ = asked
+def test_a_router_that_was_changed_runs_again(counted, sample, change):
+    denoiser, _ = counted
     times = torch.arange(0, 1000, 100)
     before = torch.cat([denoiser.router(t[None]).argmax(-1) for t in times])
     for t in times:
@@ -295,47 +286,8 @@ def test_a_table_of_choices_does_not_grow_without_end(monkeypatch):
             assert len(routing.table) <= 3
 
 
-def test_segments_have_equally_many_of_the_sampler_s_timesteps():
-    router = SegmentRouter.evenly(3, 4, torch.arange(0, 1000, 50))
-    counts = router(torch.arange(0, 1000, 50)).sum(0)
-    assert torch.equal(counts, torch.full((3, 4), 5.0))
-    assert router(torch.tensor([999, 0])).argmax(-1).tolist() == [[3] * 3, [0] * 3]
-
-
-def test_times_from_zero_to_one_are_told_apart_as_others_are():
-    flow = LearnedRouter(8, 4, torch.Generator().manual_seed(0), time_scale=1000)
-    other = LearnedRouter(8, 4, torch.Generator().manual_seed(0))
-    times = torch.arange(0, 1, 0.125)
-    assert torch.equal(flow(times), other(times * 1000))
-
-
-def test_temperature_changes_the_gradient_of_a_choice_and_not_the_choice():
-    router = LearnedRouter(2, 2, torch.Generator().manual_seed(0))
-    choices, gradients = [], []
-    for temperature in (0.1, 10.0):
-        router.temperature = temperature
-        router.zero_grad()
-        choices.append(router(torch.tensor([7, 900])))
-        choices[-1][..., 0].sum().backward()
-        gradients.append(router.mlp[2].weight.grad.abs().sum())
-    assert torch.equal(*choices)
-    assert gradients[0] > gradients[1]
-
-
-def test_a_hub_begins_as_the_nearest_of_its_rank_to_a_rounding_error():
-    error = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 0.1
-    hub = LoRAHub(6, 8, 2, 3, torch.tensor(0.1), torch.Generator().manual_seed(0))
-    hub.fit(error)
-    tail = torch.linalg.svdvals(error)[3:].square().sum().sqrt()
-    for entry in range(2):
-        torch.testing.assert_close((error - hub.correction(entry)).norm(), tail)
-    wide = LoRAHub(6, 8, 1, 7, torch.tensor(0.1), torch.Generator().manual_seed(0))
-    wide.fit(error)
-    torch.testing.assert_close(wide.correction(0), error)
-
-
 def test_a_lora_beside_the_weight_is_added_to_the_output_of_the_unrounded_input():
-    layer = wrapped(nn.Linear(8, 4), entries=1)
+    layer = wrapped(nn.Linear(8, 4), adapters=1)
     layer.hub.beside = True
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     down, up = layer.hub.factors(0)
@@ -343,13 +295,13 @@ def test_a_lora_beside_the_weight_is_added_to_the_output_of_the_unrounded_input(
     plain = nn.functional.linear(layer.input_quantizer(x), quantized, layer.bias)
     assert torch.equal(layer(x), plain + nn.functional.linear(nn.functional.linear(x, down), up))
     with torch.no_grad():
-        assert torch.equal(layer.seal()(x), layer(x))
+        assert torch.equal(layer.pack()(x), layer(x))
 
 
 @pytest.fixture
 def branched():
     """A denoiser whose layers have a hub of branches beside their weights, one a branch besides."""
-    denoiser = Denoiser(entries=3)
+    denoiser = Denoiser(adapters=3)
     for layer in (denoiser.conv, denoiser.linear):
         layer.hub.beside = True
     draw = torch.Generator().manual_seed(2)
@@ -361,7 +313,7 @@ def branched():
 MIXED = torch.tensor([900, 20, 500, 20, 900, 250])
 
 
-def test_each_sample_gets_the_branch_of_its_entry_beside_one_weight(branched, sample):
+def test_each_sample_gets_the_branch_of_its_adapter_beside_one_weight(branched, sample):
     conv, linear = branched.conv, branched.linear
     branched(sample, MIXED)
     winners = branched.router(MIXED).argmax(-1)
@@ -371,8 +323,8 @@ def test_each_sample_gets_the_branch_of_its_entry_beside_one_weight(branched, sa
         plain = layer.compute(
             layer.input_quantizer(given), layer.weight_quantizer(layer.weight), layer.bias
         )
-        for i, entry in enumerate(winners[:, layer.index].tolist()):
-            correction = layer.hub.correction(entry)
+        for i, adapter in enumerate(winners[:, layer.index].tolist()):
+            correction = layer.hub.correction(adapter)
             if layer.branch_up is not None:
                 correction = correction + layer.branch_up @ layer.branch_down
             added = layer.compute(given[i : i + 1], correction.view_as(layer.weight), None)
@@ -396,13 +348,13 @@ def test_the_gradient_of_a_choice_among_branches_is_that_of_mixing_them(branched
     assert conv.hub.up.grad.flatten(1).any(1).sum() == len(conv.routing.winners[:, 0].unique())
 
 
-def test_sealing_a_hub_of_branches_keeps_the_outputs_and_one_weight(branched, sample):
+def test_packing_a_hub_of_branches_keeps_the_outputs_and_one_weight(branched, sample):
     with torch.no_grad():
         before = branched(sample, MIXED), branched(sample, 900)
-        seal(branched)
+        pack(branched)
         assert torch.equal(branched(sample, MIXED), before[0])
         assert torch.equal(branched(sample, 900), before[1])
     for layer, rank in ((branched.conv, 2), (branched.linear, 2 + 5)):
-        assert (layer.entries, layer.choices) == (1, 3)
-        assert (layer.formats.branch_rank, layer.formats.branch_entries) == (rank, 3)
+        assert (layer.adapters, layer.choices) == (1, 3)
+        assert (layer.formats.branch_rank, layer.formats.branch_adapters) == (rank, 3)
         assert len(layer.codes) == layer.weight_shape.numel() // 2

@@ -37,11 +37,13 @@ def grey_pipeline(folder):
 
 def test_pixels_have_the_size_and_range_that_the_denoiser_reads(folder, tmp_path):
     done = []
-    images = clean_images(grey_pipeline(tmp_path), image_files(folder), done.append)
+    images = clean_images(
+        grey_pipeline(tmp_path), image_files(folder), lambda *told: done.append(told)
+    )
     assert images.shape == (5, 1, 8, 8)
     expected = torch.tensor(GREY) / 127.5 - 1
     assert torch.allclose(images, expected.view(5, 1, 1, 1).expand(5, 1, 8, 8), atol=1e-6)
-    assert done == [1] * 5
+    assert done == [("reading images", count, 5) for count in range(1, 6)]
 
 
 def stems(folder, *arguments):
@@ -111,7 +113,7 @@ def test_latents_of_a_text_pipeline_can_be_trained_on(colour, tmp_path):
     def call(pipe):
         pipe("a", num_images_per_prompt=2, num_inference_steps=2, output_type="latent")
 
-    path = data_trajectories(pipe, call, latents)
+    path = data_trajectories(pipe, calls=call, images=latents)
     assert path.samples.shape[2:] == latents.shape[1:]
 
 

@@ -3,7 +3,7 @@ import torch
 from families import pipeline
 
 from msfp import Sampler
-from msfp.training.data.first_call import first_question
+from msfp.training.data.first_call import first_call
 
 
 def test_the_denoiser_is_not_run_and_the_pipeline_can_be_called_again(tmp_path):
@@ -11,7 +11,7 @@ def test_the_denoiser_is_not_run_and_the_pipeline_can_be_called_again(tmp_path):
     expected = sampler(pipe, 2, seed=0)
     ran = []
     handle = pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
-    scheduler, rows = first_question(pipe, sampler.calls(2, seed=0)[0])
+    scheduler, rows = first_call(pipe, sampler.calls(2, seed=0)[0])
     handle.remove()
     assert not ran
     assert scheduler is not pipe.scheduler
@@ -23,5 +23,5 @@ def test_the_denoiser_is_not_run_and_the_pipeline_can_be_called_again(tmp_path):
 def test_an_error_of_the_pipeline_stays_one(tmp_path):
     pipe = pipeline("unet", tmp_path)
     with pytest.raises(ZeroDivisionError):
-        first_question(pipe, lambda _: 1 // 0)
+        first_call(pipe, lambda _: 1 // 0)
     assert not pipe.unet._forward_pre_hooks

@@ -27,7 +27,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def paths(reference, images):
-    return data_trajectories(reference, CALLS, images)
+    return data_trajectories(reference, calls=CALLS, images=images)
 
 
 def test_what_the_denoiser_read_is_each_image_and_noise_at_the_levels_of_the_grid(
@@ -51,13 +51,15 @@ def test_predictions_are_those_of_the_denoiser(reference, paths):
 
 def test_noise_depends_on_the_seed_and_the_place_of_an_image_alone(reference, paths, images):
     at_once = Sampler(steps=3, batch=8).calls(8, seed=5)
-    assert torch.equal(data_trajectories(reference, at_once, images).samples, paths.samples)
-    other = data_trajectories(reference, CALLS, images, seed=1)
+    assert torch.equal(
+        data_trajectories(reference, calls=at_once, images=images).samples, paths.samples
+    )
+    other = data_trajectories(reference, calls=CALLS, images=images, seed=1)
     assert not torch.equal(other.samples, paths.samples)
 
 
 def test_after_the_last_image_the_first_is_next_with_other_noise(reference, paths, images):
-    few = data_trajectories(reference, CALLS, images[:3])
+    few = data_trajectories(reference, calls=CALLS, images=images[:3])
     assert torch.equal(few.samples[:, :3], paths.samples[:, :3])
     weight = reference.scheduler.alphas_cumprod[paths.timesteps].sqrt().view(3, 1, 1, 1, 1)
     moved = weight * (images[0] - images[3])
@@ -85,7 +87,7 @@ def test_a_timestep_that_is_visited_twice_has_one_noise(reference, images):
     pipe.scheduler.step = lambda output, _timestep, sample, **_: PNDMScheduler.step(
         pipe.scheduler, output, _timestep, sample
     )
-    found = data_trajectories(pipe, CALLS, images)
+    found = data_trajectories(pipe, calls=CALLS, images=images)
     times = found.timesteps.tolist()
     assert times[1] == times[2]
     assert torch.equal(found.samples[1], found.samples[2])
@@ -95,10 +97,10 @@ def test_a_timestep_that_is_visited_twice_has_one_noise(reference, images):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_timesteps_and_conditions_of_any_family_are_those_of_its_calls(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
-    recorded = record_trajectories(pipe, families.images)
+    recorded = record_trajectories(pipe, calls=families.images)
     rows, shape = recorded.samples.shape[1], recorded.samples.shape[2:]
     clean = torch.zeros(rows, *shape)
-    found = data_trajectories(pipe, families.images, clean)
+    found = data_trajectories(pipe, calls=families.images, images=clean)
     assert torch.equal(found.timesteps, recorded.timesteps)
     assert found.samples.shape == recorded.samples.shape
     assert found.conditions.keys() == recorded.conditions.keys()
@@ -116,9 +118,9 @@ def test_timesteps_and_conditions_of_any_family_are_those_of_its_calls(family, t
 @pytest.mark.parametrize("family", ["conditional_unet", "dit", "sd3"])
 def test_branches_of_guidance_have_the_same_images_and_noise(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
-    recorded = record_trajectories(pipe, families.images)
+    recorded = record_trajectories(pipe, calls=families.images)
     rows, shape = recorded.samples.shape[1], recorded.samples.shape[2:]
-    found = data_trajectories(pipe, families.images, torch.zeros(rows, *shape))
+    found = data_trajectories(pipe, calls=families.images, images=torch.zeros(rows, *shape))
     one, other = found.samples.chunk(2, dim=1)
     assert torch.equal(one, other)
     assert one.flatten(0, 1).unique(dim=0).shape[0] == len(one.flatten(0, 1))
@@ -127,15 +129,15 @@ def test_branches_of_guidance_have_the_same_images_and_noise(family, tmp_path):
 def test_neither_the_pipeline_nor_its_sampler_keeps_anything_of_it(reference, images):
     before = Sampler(2, 4)(reference, 4, seed=0)
     with pytest.raises(InputError, match="must have the shape"):
-        data_trajectories(reference, CALLS, images[:, :, :8])
-    data_trajectories(reference, CALLS, images)
+        data_trajectories(reference, calls=CALLS, images=images[:, :, :8])
+    data_trajectories(reference, calls=CALLS, images=images)
     assert torch.equal(Sampler(2, 4)(reference, 4, seed=0), before)
     assert not reference.unet._forward_pre_hooks
     assert not reference.unet._forward_hooks
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
             torch.zeros(4, 1, 8, 8),
@@ -148,14 +150,21 @@ def test_neither_the_pipeline_nor_its_sampler_keeps_anything_of_it(reference, im
         (torch.full((4, 1, 16, 16), torch.nan), "images must be finite"),
     ],
 )
-def test_images_that_the_denoiser_cannot_read_are_refused(reference, given, said):
-    with pytest.raises(InputError, match=said):
-        data_trajectories(reference, CALLS, given)
+def test_images_that_the_denoiser_cannot_read_are_refused(reference, given, message):
+    with pytest.raises(InputError, match=message):
+        data_trajectories(reference, calls=CALLS, images=given)
 
 
 def test_what_has_no_scheduler_and_calls_off_its_grid_are_refused(reference, images):
-    with pytest.raises(InputError, match=r"pipe must have a scheduler .*UNet2DModel is missing"):
-        data_trajectories(reference.unet, CALLS, images)
+    with pytest.raises(InputError, match="model must be of the type DiffusionPipeline, not UNet2D"):
+        data_trajectories(reference.unet, calls=CALLS, images=images)
+    for scheduler, name in ((None, "missing"), (object(), "object")):
+        pipe = copy.copy(reference)
+        object.__setattr__(pipe, "scheduler", scheduler)
+        with pytest.raises(
+            InputError, match=f"model must have a scheduler .*DDIMPipeline is {name}"
+        ):
+            data_trajectories(pipe, calls=CALLS, images=images)
     reference.scheduler.set_timesteps(3)
     with pytest.raises(InputError, match="500 is none of them"):
-        data_trajectories(reference, lambda pipe: pipe.unet(images, 500), images)
+        data_trajectories(reference, calls=lambda pipe: pipe.unet(images, 500), images=images)

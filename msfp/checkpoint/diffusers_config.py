@@ -1,0 +1,156 @@
+"""The `quantization_config` of a denoiser's `config.json`: what was asked for, and its outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any, Self
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from msfp.checkpoint.integrity import KIND
+from msfp.config import QuantizationConfig
+from msfp.errors import InputError
+from msfp.layers.attention import OPERANDS
+from msfp.layers.formats import BlockFormats, LayerFormats, narrow_format, read_formats
+from msfp.layers.lora.routers import ROUTERS
+from msfp.search.summary import LayerSummary
+from msfp.support.checks import check_choice, check_keys, check_names
+from msfp.support.container import Header, check_version, migrated
+
+REQUEST = tuple(each.name for each in dataclasses.fields(QuantizationConfig))
+
+
+class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
+    """The name of the method, as diffusers wants it."""
+
+    MSFP = "msfp"
+
+
+class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What is written to a denoiser's `config.json`: a `QuantizationConfig` and its outcome.
+
+    Given to `from_pretrained` with a full-precision model, it quantizes the weights as they are
+    loaded; inputs take calibration, which is what `msfp.quantize` does, but for those in blocks.
+
+    Args:
+        layers: The formats of each quantized layer by name, empty before there are any.
+        products: The formats of the operands of each quantized attention module, likewise.
+        adapters: Weights of each layer, one for each adapter of its hub.
+        router: The kind of router that chooses among them.
+        summaries: What the search decided for layers and what else it could have, as of
+            `LayerSummary.to_dict`; empty where that is not known.
+        retired: Settings that an earlier version refined with and this one does not have.
+        modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
+        format_version: Version of the layout of the file; `from_dict` migrates earlier ones.
+        quant_method: "msfp".
+        **request: Fields of `QuantizationConfig`. `activation_bits` and `refine` are None by
+            default, and must be where a model is quantized as it is loaded, but for the bits of
+            inputs in blocks.
+
+    Attributes:
+        request: The `QuantizationConfig`.
+        described: What `from_dict` was given, which the checksum of a file is of; else {}.
+
+    Raises:
+        InputError: If a value is out of range, a key unknown or the format version a later one.
+
+    Example:
+        >>> config = MSFPConfig(weight_bits=4, exclude=["time_embedding"])
+        >>> config.to_dict()["quant_method"], config.request.exclude
+        ('msfp', ('time_embedding',))
+        >>> MSFPConfig(format_version=99)
+        Traceback (most recent call last):
+        msfp.errors.InputError: quantization_config is a quantized denoiser of version 99; this msfp
+        reads versions up to 2
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: dict[str, dict[str, Any]] | None = None,
+        products: dict[str, dict[str, str]] | None = None,
+        adapters: int = 1,
+        router: str = "learned",
+        summaries: Iterable[Mapping[str, Any]] = (),
+        retired: Mapping[str, Any] | None = None,
+        modules_to_not_convert: tuple[str, ...] = (),
+        format_version: int = KIND.version,
+        quant_method: str = MSFPMethod.MSFP.value,
+        **request: Any,
+    ) -> None:
+        check_version("quantization_config", format_version, KIND)
+        check_keys("quantization_config", request, REQUEST)
+        check_choice("quant_method", quant_method, (MSFPMethod.MSFP.value,))
+        if type(adapters) is not int or adapters < 1:
+            raise InputError(f"adapters must be a positive integer, not {adapters!r}")
+        self.quant_method = MSFPMethod.MSFP
+        more = check_names("modules_to_not_convert", modules_to_not_convert)
+        request["exclude"] = (*check_names("exclude", request.get("exclude", ())), *more)
+        self.request = QuantizationConfig(**{"activation_bits": None, "refine": None} | request)
+        check_choice("router", router, ROUTERS)
+        self.adapters, self.router = adapters, router
+        self.layers = _formats({} if layers is None else layers)
+        self.products = _products({} if products is None else products)
+        self.summaries = [LayerSummary.from_dict(each) for each in summaries]
+        self.retired = dict(retired or {})
+        self.described: dict[str, Any] = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **_: Any) -> Self:
+        """Return the config that `to_dict` of this or an earlier version gave.
+
+        Raises:
+            InputError: As `__init__` does.
+        """
+        version = config_dict.get("format_version", KIND.version)
+        check_version("quantization_config", version, KIND)
+        current = migrated(Header({}, config_dict), version, KIND).facts
+        config = cls(**current | {"format_version": KIND.version})
+        config.described = config_dict
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `__init__` takes, as plain JSON types."""
+        summaries = [summary.to_dict() for summary in self.summaries]
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": KIND.version,
+            **self.request.to_dict(),
+            "adapters": self.adapters,
+            "router": self.router,
+            "layers": {name: formats.to_dict() for name, formats in self.layers.items()},
+            "products": self.products,
+            **({"summaries": summaries} if summaries else {}),
+            **({"retired": self.retired} if self.retired else {}),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what `repr` shows."""
+        return self.to_dict()
+
+
+def _formats(layers: Any) -> dict[str, LayerFormats | BlockFormats]:
+    """Return the formats of layers from those of a JSON file."""
+    if not isinstance(layers, dict):
+        raise InputError(f"layers must be a table of formats by name, not {layers!r}")
+    formats = {}
+    for name, names in layers.items():
+        try:
+            formats[name] = read_formats(names)
+        except InputError as error:
+            raise InputError(f"layer {name!r} of quantization_config: {error}") from error
+    return formats
+
+
+def _products(products: Any) -> dict[str, dict[str, str]]:
+    """Return the formats of attention's operands from those of a JSON file."""
+    if not isinstance(products, dict):
+        raise InputError(f"products must be a table of formats by name, not {products!r}")
+    for name, formats in products.items():
+        if not isinstance(formats, dict) or set(formats) != set(OPERANDS):
+            raise InputError(f"products of {name!r} must have {', '.join(OPERANDS)}: {formats!r}")
+        for operand, fmt in formats.items():
+            narrow_format(f"{operand} of {name!r}", fmt)
+    return products

@@ -1,0 +1,170 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msfp.cli.loading import device
+from msfp.errors import InputError
+
+if TYPE_CHECKING:
+    from msfp.pipelines.sampler import Sampler
+
+DTYPES = ("float32", "float16", "bfloat16")
+SAMPLERS = ("ddim", "ddpm", "plms", "dpm++")
+STANDARD_OUTPUT = Path("-")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be a whole number from {low} to {high}"
+            )
+        return int(text)
+
+    return parse
+
+
+def guidance(text: str) -> float:
+    """Parse a guidance scale."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 100")
+    return number
+
+
+seed = whole(0, 2**32 - 1)
+
+
+def add_features(command: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the network whose features Frechet distances are measured in."""
+    default = (
+        ""
+        if required
+        else " (default: those of --statistics; else those of a model that ships, or pixels)"
+    )
+    command.add_argument(
+        "--features", required=required, metavar="NETWORK",
+        help="features of the Frechet distance: pixels; digits (16 x 16 pixels, of the mean of "
+        "colours); photographs (32 x 32 pixels); a TorchScript file; or module:function" + default,
+    )  # fmt: skip
+
+
+def add_sampling(
+    command: argparse.ArgumentParser, *, count: int, first_seed: int = 0, training: bool = False
+) -> None:
+    """Add how a pipeline is called; in training, `--steps` and `--batch` are something else."""
+    prefix = "sampler-" if training else ""
+    group = command.add_argument_group("how the pipeline is called")
+    conditions = group.add_mutually_exclusive_group()
+    conditions.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a text file with a prompt in each line"
+    )
+    conditions.add_argument(
+        "--labels", type=whole(0, 10**6), nargs="+", metavar="N", help="class labels"
+    )
+    group.add_argument(
+        "--count", type=whole(1, 10**6), default=count, metavar="N",
+        help=f"images; prompts and labels are taken in turn (default: {count})",
+    )  # fmt: skip
+    group.add_argument(
+        f"--{prefix}steps", dest="sampler_steps", type=whole(1, 1000), default=20, metavar="N",
+        help="sampler steps (default: 20)",
+    )  # fmt: skip
+    group.add_argument(
+        f"--{prefix}batch", dest="sampler_batch", type=whole(1, 4096), default=16, metavar="N",
+        help="images in one call (default: 16)",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-scale", type=guidance, metavar="X", help="default: that of the pipeline"
+    )
+    group.add_argument("--sampler", choices=SAMPLERS, help="default: that of the pipeline")
+    group.add_argument(
+        "--seed", type=seed, default=first_seed, metavar="N",
+        help=f"seed of the noise (default: {first_seed})",
+    )  # fmt: skip
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add_device(group)
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """Add where a network computes."""
+    group.add_argument("--device", help="such as cuda (default: cuda where there is one)")
+
+
+def check_sampling(arguments: argparse.Namespace) -> Sampler:
+    """Return how the pipeline is to be called.
+
+    Raises:
+        InputError: If the prompts cannot be read or there is no such device.
+    """
+    from msfp.pipelines.sampler import Sampler
+
+    device(arguments)
+    conditions = arguments.labels or _prompts(arguments.prompts)
+    batch = min(arguments.sampler_batch, arguments.count)
+    return Sampler(arguments.sampler_steps, batch, tuple(conditions), arguments.guidance_scale)
+
+
+def _prompts(file: Path | None) -> list[str]:
+    """Return the lines of a file that are not empty."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {file} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"prompts {file} must hold a prompt in at least one line")
+    return prompts
+
+
+def add_report(command: argparse.ArgumentParser) -> None:
+    """Add the file of the report."""
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="a new .html file: one page with pictures"
+    )
+
+
+def add_state(command: argparse.ArgumentParser) -> None:
+    """Add the file that an interrupted run resumes from."""
+    command.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="a .safetensors file: written each minute, resumed from, and removed at the end",
+    )  # fmt: skip
+
+
+def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
+    """Check files that a command is to write, where they were named.
+
+    Args:
+        arguments: Of the command.
+        **suffixes: How the names of the files must end, by the name of the argument.
+    """
+    from msfp.support.files import check_new_file
+
+    for argument, suffix in suffixes.items():
+        path = getattr(arguments, argument)
+        if path is not None and path != STANDARD_OUTPUT:
+            check_new_file(argument, path, suffix)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, or to standard output."""
+    from msfp.support.files import atomic_file
+
+    if path == STANDARD_OUTPUT:
+        print(text, end="")
+        return
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

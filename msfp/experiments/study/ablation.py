@@ -1,0 +1,326 @@
+"""The rows of the study: recipes, each an ablation of others, bit widths, and what runs on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from msfp.config import QuantizationConfig, RefinementConfig
+from msfp.training.config import FinetuneConfig
+
+SEEDS = range(5)
+"""Replicates of rows that carry a claim: of calibration, trajectories, fine-tuning and noise."""
+TRAININGS = range(3)
+"""Independently trained full-precision models; 0 is the one that ships."""
+SETTING = ("W4A4", "ddim", 20)
+"""Bits, sampler and steps at which all recipes are run."""
+REVISION = 1
+"""Raised when rows of equal settings are to give other numbers; records of others count no more."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to quantize.
+
+    Attributes:
+        name: Short, without spaces.
+        label: What tables call it.
+        quantization: Fields of `QuantizationConfig` but for bits; None leaves full precision.
+        finetune: Fields of `FinetuneConfig` but for its seed; None for no fine-tuning.
+        against: The recipes that it is tested against; the first is what it adds something to.
+        retired: The last version that can run it; empty where this one can. It brought nothing,
+            as its records show.
+    """
+
+    name: str
+    label: str
+    quantization: Mapping[str, Any] | None
+    finetune: Mapping[str, Any] | None = None
+    against: tuple[str, ...] = ()
+    retired: str = ""
+
+    @property
+    def title(self) -> str:
+        """The label, with the last version that can run the recipe where that is an earlier one."""
+        return f"{self.label} (until {self.retired})" if self.retired else self.label
+
+
+PLAIN: dict[str, Any] = {"refine": None}
+"""Weights rounded to the nearest value, as in the paper."""
+TUNED: dict[str, Any] = {"steps": 160}
+FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
+TWO_HUBS = TUNED | {"hub": 2}
+FULL_PRECISION = "full-precision"
+DEFAULT = "samples-256"
+"""The recipe that `msfp quantize` follows unless told otherwise."""
+
+
+def _refined(**options: Any) -> dict[str, Any]:
+    return {"refine": {"split_inputs": False, "branch_rank": 0, "samples": 64} | options}
+
+
+def _retired(name: str, label: str, against: tuple[str, ...], *, tuned: bool = False) -> Recipe:
+    """Return a recipe that msfp 0.2.0 was the last version to run."""
+    quantization = PLAIN if tuned else _refined()
+    return Recipe(name, label, quantization, TUNED if tuned else None, against, retired="0.2.0")
+
+
+def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
+    """Return a refinement of the rounding alone, but for what is named."""
+    alone = {"match_inputs": False, "correct_bias": "none"}
+    return _refined(rounding=rounding, **(alone | options))
+
+
+_ABLATION = (
+    Recipe(FULL_PRECISION, "full precision", None),
+    Recipe("int-minmax", "INT min-max", PLAIN | {"scheme": "int_minmax"}),
+    Recipe("int-mse", "INT, clip", PLAIN | {"scheme": "int_mse"}, against=("int-minmax",)),
+    Recipe(
+        "int-zero-point",
+        "INT, clip, zero point",
+        PLAIN | {"scheme": "int_zero_point"},
+        against=("int-mse",),
+    ),
+    Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against=("int-mse",)),
+    Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against=("mx",)),
+    Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against=("int-mse",)),
+    Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed", "nvfp4")),
+    Recipe(
+        "last-bias",
+        "mixup, bias of the last layer",
+        _rounded("nearest", correct_bias="last"),
+        against=("mixup",),
+    ),
+    Recipe(
+        "all-biases",
+        "mixup, all biases",
+        _rounded("nearest", correct_bias="all"),
+        against=("mixup",),
+    ),
+    Recipe("gptq", "mixup + GPTQ", _rounded("gptq"), against=("mixup",)),
+    _retired("gptq-sweeps", "mixup + GPTQ, two sweeps", ("gptq",)),
+    _retired("adaround", "mixup + AdaRound", ("gptq",)),
+    Recipe(
+        "matched-nearest", "mixup, matched", _refined(rounding="nearest"), against=("all-biases",)
+    ),
+    Recipe("matched", "mixup + GPTQ, matched", _refined(), against=("gptq",)),
+    _retired("matched-sweeps", "matched, two sweeps", ("matched",)),
+    _retired("matched-adaround", "mixup + AdaRound, matched", ("matched",)),
+    Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
+    Recipe(
+        "branch-4",
+        "split + branch of rank 4",
+        _refined(split_inputs=True, branch_rank=4),
+        against=("split",),
+    ),
+    Recipe(
+        "branch-16",
+        "split + branch of rank 16",
+        _refined(split_inputs=True, branch_rank=16),
+        against=("branch-4", "mixup"),
+    ),
+    Recipe(
+        DEFAULT,
+        "split + branch of rank 16, 256 samples",
+        _refined(split_inputs=True, branch_rank=16, samples=None),
+        against=("branch-16", "mixup", "nvfp4"),
+    ),
+    Recipe(
+        "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
+    ),
+    Recipe(
+        "fixed-lora", "mixup + LoRA, scales fixed", PLAIN, TUNED | FIXED_SCALES, against=("mixup",)
+    ),
+    Recipe("lora", "mixup + LoRA", PLAIN, TUNED, against=("fixed-lora", "mixup", DEFAULT)),
+    Recipe(
+        "segments-2",
+        "mixup + LoRA by segment, h = 2",
+        PLAIN,
+        TWO_HUBS | {"routing": "segments"},
+        against=("lora",),
+    ),
+    Recipe("talora-2", "mixup + TALoRA, h = 2", PLAIN, TWO_HUBS, against=("segments-2", "lora")),
+    Recipe(
+        "talora-4", "mixup + TALoRA, h = 4", PLAIN, TUNED | {"hub": 4}, against=("talora-2", "lora")
+    ),
+    Recipe(
+        "dfa-1",
+        "mixup + TALoRA, h = 2 + DFA, power 1",
+        PLAIN,
+        TWO_HUBS | {"dfa_power": 1.0},
+        against=("talora-2", "lora"),
+    ),
+    Recipe(
+        "dfa-2",
+        "mixup + TALoRA, h = 2 + DFA, power 2",
+        PLAIN,
+        TWO_HUBS | {"dfa_power": 2.0},
+        against=("dfa-1", "lora"),
+    ),
+    _retired("svd-lora", "mixup + LoRA, from the SVD", ("lora",), tuned=True),
+    _retired("own-path-lora", "mixup + LoRA, own path", ("lora",), tuned=True),
+    _retired("annealed-talora-2", "mixup + TALoRA, h = 2, annealed", ("talora-2",), tuned=True),
+    _retired(
+        "conditioned-talora-2",
+        "mixup + TALoRA, h = 2, the denoiser's embedding",
+        ("talora-2", "lora"),
+        tuned=True,
+    ),
+    Recipe("narrow-lora", "mixup + LoRA of rank 2", PLAIN, TUNED | {"rank": 2}, against=("lora",)),
+    Recipe(
+        "narrow-talora-2",
+        "mixup + TALoRA of rank 2, h = 2",
+        PLAIN,
+        TWO_HUBS | {"rank": 2},
+        against=("narrow-lora",),
+    ),
+    Recipe("long-lora", "mixup + LoRA, 640 steps", PLAIN, {"steps": 640}, against=("lora",)),
+    Recipe(
+        "long-talora-2",
+        "mixup + TALoRA, h = 2, 640 steps",
+        PLAIN,
+        {"steps": 640, "hub": 2},
+        against=("long-lora",),
+    ),
+    Recipe("matched-lora", "matched + LoRA", _refined(), TUNED, against=("lora",)),
+    Recipe(
+        "split-lora", "split + LoRA", _refined(split_inputs=True), TUNED, against=("matched-lora",)
+    ),
+    Recipe(
+        "branch-16-lora",
+        "split + branch of rank 16 + LoRA",
+        _refined(split_inputs=True, branch_rank=16),
+        TUNED,
+        against=("branch-16", "lora"),
+    ),
+    Recipe(
+        "branch-16-talora-2",
+        "split + branch of rank 16 + TALoRA, h = 2",
+        _refined(split_inputs=True, branch_rank=16),
+        TWO_HUBS,
+        against=("branch-16-lora",),
+    ),
+    Recipe(
+        "samples-256-lora",
+        "split + branch of rank 16, 256 samples + LoRA",
+        _refined(split_inputs=True, branch_rank=16, samples=None),
+        TUNED,
+        against=("samples-256", "branch-16-lora", "lora"),
+    ),
+)
+RECIPES = {recipe.name: recipe for recipe in _ABLATION}
+"""Every recipe by name, each after those that it builds on."""
+
+BITS: dict[str, dict[str, Any]] = {
+    "W3A3": {"weight_bits": 3, "activation_bits": 3, "end_bits": 8},
+    "W3A4": {"weight_bits": 3, "activation_bits": 4, "end_bits": 8},
+    "W4A4-all": {"weight_bits": 4, "activation_bits": 4, "end_bits": 4},
+    "W4A4-x8": {"weight_bits": 4, "activation_bits": 4, "end_bits": 4},
+    "W4A4": {"weight_bits": 4, "activation_bits": 4, "end_bits": 8},
+    "W4A6": {"weight_bits": 4, "activation_bits": 6, "end_bits": 8},
+    "W4A8": {"weight_bits": 4, "activation_bits": 8, "end_bits": 8},
+    "W6A6": {"weight_bits": 6, "activation_bits": 6, "end_bits": 8},
+}
+"""Bit widths by name; "all" has the first and the last layer at 4 bits too, "x8" their weights."""
+ENDS = {
+    "digits-ddpm": ("conv_in", "conv_out"),
+    "digits-dit": ("pos_embed.proj", "proj_out_2"),
+    "colour-ddpm": ("conv_in", "conv_out"),
+}
+"""First and last layer of each model, whose inputs have 8 bits in "x8"."""
+
+FOLLOWED = (
+    FULL_PRECISION, "signed", "mixup", "matched", "branch-16", "branch-16-lora",
+    "samples-256", "samples-256-lora", "lora", "segments-2", "talora-2", "dfa-1",
+)  # fmt: skip
+"""Recipes that are followed to other bits, samplers and full-precision models."""
+SAMPLERS = tuple((name, steps) for name in ("ddim", "plms", "dpm++") for steps in (10, 20, 50, 100))
+MODELS = ("digits-ddpm", "digits-dit", "colour-ddpm")
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One run of the study; its name is unique.
+
+    Attributes:
+        model: Name of the reference model.
+        training: Which independently trained one.
+        sampler: A name of `msfp.schedulers.samplers.SAMPLERS`.
+        steps: Sampler steps.
+        seed: Seed of calibration, trajectories, fine-tuning and noise alike.
+        bits: A name of `BITS`.
+        recipe: A name of `RECIPES`.
+    """
+
+    model: str
+    training: int
+    sampler: str
+    steps: int
+    seed: int
+    bits: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """The row as a path, such as `digits-ddpm/0/lora/W4A4/ddim-20/3`.
+
+        Example:
+            >>> Row("digits-ddpm", 0, "ddim", 20, 3, "W4A4", "lora").name
+            'digits-ddpm/0/lora/W4A4/ddim-20/3'
+        """
+        setting = f"{self.bits}/{self.sampler}-{self.steps}"
+        return f"{self.model}/{self.training}/{self.recipe}/{setting}/{self.seed}"
+
+    def quantization(self) -> QuantizationConfig | None:
+        """Return the config of the quantization, None for full precision."""
+        options = RECIPES[self.recipe].quantization
+        if options is None:
+            return None
+        ends = ENDS[self.model] if self.bits.endswith("x8") else ()
+        overrides = {name: {"activation_bits": 8} for name in ends}
+        config = QuantizationConfig(**BITS[self.bits], **options, overrides=overrides)
+        if isinstance(config.refine, RefinementConfig):
+            return replace(config, refine=replace(config.refine, seed=self.seed))
+        return config
+
+    def finetune(self, **guidance: Any) -> FinetuneConfig | None:
+        """Return the config of the fine-tuning, None for none.
+
+        Args:
+            **guidance: `guidance_branches` and `guidance_rows`, of a model that is guided.
+        """
+        options = RECIPES[self.recipe].finetune
+        return None if options is None else FinetuneConfig(**options, **guidance, seed=self.seed)
+
+
+def all_rows() -> list[Row]:
+    """Return all rows that can be run, in an order that keeps those together which share much.
+
+    Example:
+        >>> rows = all_rows()
+        >>> len(rows) == len(set(rows))
+        True
+    """
+    return sorted({row for model in MODELS for row in _rows(model) if _possible(row)})
+
+
+def _rows(model: str) -> Iterator[Row]:
+    bits, sampler, steps = SETTING
+    for seed in SEEDS:
+        for recipe in RECIPES:
+            yield Row(model, 0, sampler, steps, seed, bits, recipe)
+        for recipe in FOLLOWED:
+            for training in TRAININGS:
+                yield Row(model, training, sampler, steps, seed, bits, recipe)
+            for width in BITS:
+                yield Row(model, 0, sampler, steps, seed, width, recipe)
+            for other, count in SAMPLERS:
+                yield Row(model, 0, other, count, seed, bits, recipe)
+
+
+def _possible(row: Row) -> bool:
+    """Return whether a row can be run and says something: full precision has no bits."""
+    if RECIPES[row.recipe].retired:
+        return False
+    return row.recipe != FULL_PRECISION or row.bits == SETTING[0]

@@ -1,0 +1,23 @@
+"""Products in floating point, on dequantized operands: they run everywhere, and define the bits."""
+
+from __future__ import annotations
+
+import torch
+
+from msfp.layers.execution.protocol import Product
+
+
+class FloatPath:
+    """Rounds the input, dequantizes the weight, and applies the plain layer."""
+
+    name = "float"
+
+    def takes(self, layer: Product, x: torch.Tensor) -> bool:
+        """Return True: it takes all layers."""
+        del layer, x
+        return True
+
+    def product(self, layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
+        """Return the layer's output, in the dtype of the input."""
+        rounded = layer.quantize_input(x)
+        return layer.compute(rounded, layer.quantized_weight(adapter, x.dtype), layer.bias)

@@ -1,0 +1,89 @@
+"""The quantized classes of each kind of layer: the one table that says what stands for what."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from msfp.layers.block import BlockLayer
+from msfp.layers.kinds import plain_class
+from msfp.layers.packed import ScaledLayer
+from msfp.layers.trainable import TrainableLayer
+
+
+class QuantLinear(ScaledLayer, nn.Linear):  # type: ignore[override]
+    """nn.Linear with packed weight and quantized input."""
+
+
+class TrainableLinear(TrainableLayer, nn.Linear):
+    """nn.Linear with quantized weight and input, to be trained."""
+
+    packed_class = QuantLinear
+
+
+class BlockLinear(BlockLayer, nn.Linear):  # type: ignore[override]
+    """nn.Linear with weight and input in blocks."""
+
+
+class QuantConv1d(ScaledLayer, nn.Conv1d):  # type: ignore[override]
+    """nn.Conv1d with packed weight and quantized input."""
+
+
+class TrainableConv1d(TrainableLayer, nn.Conv1d):
+    """nn.Conv1d with quantized weight and input, to be trained."""
+
+    packed_class = QuantConv1d
+
+
+class BlockConv1d(BlockLayer, nn.Conv1d):  # type: ignore[override]
+    """nn.Conv1d with weight and input in blocks."""
+
+
+class QuantConv2d(ScaledLayer, nn.Conv2d):  # type: ignore[override]
+    """nn.Conv2d with packed weight and quantized input."""
+
+
+class TrainableConv2d(TrainableLayer, nn.Conv2d):
+    """nn.Conv2d with quantized weight and input, to be trained."""
+
+    packed_class = QuantConv2d
+
+
+class BlockConv2d(BlockLayer, nn.Conv2d):  # type: ignore[override]
+    """nn.Conv2d with weight and input in blocks."""
+
+
+class Family(NamedTuple):
+    """The quantized classes of a plain layer.
+
+    Attributes:
+        packed: With packed codes, and a scale for each output channel.
+        trainable: With the full-precision weight.
+        block: With packed codes, and a scale for each block.
+    """
+
+    packed: type[ScaledLayer]
+    trainable: type[TrainableLayer]
+    block: type[BlockLayer]
+
+
+FAMILIES: dict[type[nn.Module], Family] = {
+    nn.Linear: Family(QuantLinear, TrainableLinear, BlockLinear),
+    nn.Conv1d: Family(QuantConv1d, TrainableConv1d, BlockConv1d),
+    nn.Conv2d: Family(QuantConv2d, TrainableConv2d, BlockConv2d),
+}
+"""By the plain class; the same as those of `kinds.KINDS`."""
+
+
+def family_of(layer: nn.Module) -> Family:
+    """Return the quantized classes that may take the place of a plain layer.
+
+    Raises:
+        InputError: If it is of no kind of layers that are quantized.
+
+    Example:
+        >>> family_of(nn.Conv2d(1, 1, 1)).packed.__name__
+        'QuantConv2d'
+    """
+    return FAMILIES[plain_class(type(layer))]

@@ -1,0 +1,168 @@
+"""The kinds of layers that are quantized: what a plain layer computes, whatever its numbers.
+
+Another kind is one more entry of `KINDS`, and its quantized classes in `families`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from msfp.errors import InputError
+
+PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+"""The plain layers of all kinds."""
+
+
+class Kind(ABC):
+    """How layers of one class compute."""
+
+    @abstractmethod
+    def compute(
+        self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply a layer with other parameters; padding is zero in real terms."""
+
+    @abstractmethod
+    def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix (rows, columns) to the channels, or features, of each place."""
+
+    @abstractmethod
+    def channel_axis(self, x: torch.Tensor) -> int:
+        """Return the axis of an input or output that its channels, or features, lie along."""
+
+    @abstractmethod
+    def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return what the matrix of a layer multiplies, shape (groups, columns, positions)."""
+
+    @abstractmethod
+    def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
+        """Return an output as matrix times columns, shape (groups, rows, positions)."""
+
+
+class LinearKind(Kind):
+    """Linear layers: features are last."""
+
+    def compute(
+        self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply a layer with other parameters."""
+        del layer
+        return F.linear(x, weight, bias)
+
+    def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix to the features of each place."""
+        return F.linear(x, matrix)
+
+    def channel_axis(self, x: torch.Tensor) -> int:
+        """Return the last axis."""
+        return x.dim() - 1
+
+    def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return the features of each token, shape (1, features, tokens)."""
+        del layer
+        return x.reshape(1, -1, x.shape[-1]).mT
+
+    def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
+        """Return the features of each token, shape (1, features, tokens)."""
+        del layer
+        return y.reshape(1, -1, y.shape[-1]).mT
+
+
+class ConvKind(Kind):
+    """Convolutions over one or two dimensions, with any stride, dilation, groups and padding.
+
+    Args:
+        places: How many dimensions the kernel moves along.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+
+    def compute(
+        self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply a layer with other parameters; padding is zero in real terms."""
+        y: torch.Tensor = layer._conv_forward(x, weight, bias)
+        return y
+
+    def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Apply a matrix to the channels of each place, as a convolution of kernel 1."""
+        mix = {1: F.conv1d, 2: F.conv2d}[self.places]
+        return mix(x, matrix.view(*matrix.shape, *(1,) * self.places))
+
+    def channel_axis(self, x: torch.Tensor) -> int:
+        """Return the axis before the places; an input may have no batch."""
+        return x.dim() - self.places - 1
+
+    def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return the unfolded patches under the kernel, in the order of `weight.flatten(1)`."""
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded: torch.Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+        if self.places == 1:  # unfold knows images alone: these are of height 1
+            padded = padded.unsqueeze(2)
+            kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+        return _by_group(F.unfold(padded, kernel, dilation, stride=stride), layer.groups)
+
+    def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
+        """Return the channels of each place, by group."""
+        return _by_group(y.flatten(2), layer.groups)
+
+
+def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Bring (batch, channels, positions) to (groups, channels of one, positions of all)."""
+    split: torch.Tensor = x.unflatten(1, (groups, -1))
+    return split.permute(1, 2, 0, 3).flatten(2)
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: LinearKind(),
+    nn.Conv1d: ConvKind(1),
+    nn.Conv2d: ConvKind(2),
+}
+"""The kinds of layers by their plain class."""
+
+
+def plain_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """Return the plain class that a class of layers is or derives from.
+
+    Raises:
+        InputError: If there is none, as for a convolution over three dimensions.
+
+    Example:
+        >>> plain_class(nn.Conv3d)
+        Traceback (most recent call last):
+        msfp.errors.InputError: Conv3d cannot be quantized: it is none of Linear, Conv1d, Conv2d
+    """
+    found = next((plain for plain in KINDS if issubclass(layer, plain)), None)
+    if found is None:
+        names = ", ".join(plain.__name__ for plain in KINDS)
+        raise InputError(f"{layer.__name__} cannot be quantized: it is none of {names}")
+    return found
+
+
+def kind_of(layer: nn.Module) -> Kind:
+    """Return the kind of a layer, plain or quantized.
+
+    Raises:
+        InputError: As `plain_class` does.
+    """
+    return KINDS[plain_class(type(layer))]
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Return the groups of channels of a convolution; 1 for a linear layer."""
+    groups: int = getattr(layer, "groups", 1)
+    return groups
+
+
+def kernel_shape(layer: nn.Module, matrix: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape that a row of a matrix has in a layer's weight."""
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    return (matrix.shape[1] // math.prod(kernel), *kernel)

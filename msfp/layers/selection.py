@@ -1,0 +1,98 @@
+"""Which layers of a denoiser are quantized, and what is to be searched for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from msfp.config import LayerSettings, QuantizationConfig
+from msfp.errors import InputError
+from msfp.layers.kinds import KINDS, PlainLayer
+from msfp.support.globs import matches
+
+
+def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
+    """Return every layer that can be quantized by its dotted name, in definition order.
+
+    Subclasses are left out: they may do anything.
+    """
+    return {name: module for name, module in denoiser.named_modules() if type(module) in KINDS}
+
+
+def settings_by_layer(
+    denoiser: nn.Module, config: QuantizationConfig, executed: Iterable[str] | None = None
+) -> dict[str, LayerSettings]:
+    """Return what is to be searched for each layer that a config chooses.
+
+    Args:
+        denoiser: The full-precision network.
+        config: What to search, and for which layers.
+        executed: Names of layers in the order in which they run, where that is known.
+
+    Returns:
+        By name, in definition order.
+
+    Raises:
+        InputError: If the network is a layer itself, a glob of `include`, `exclude` or `overrides`
+            matches no layer, no layer is chosen, an override is out of range, or the first or last
+            layer is to have other bits and is not found.
+    """
+    layers = list(quantizable_layers(denoiser))
+    kind = type(denoiser).__name__
+    if "" in layers:  # the root itself, which no other layer can take the place of
+        raise InputError(
+            f"the network must hold its layers in a module, such as Sequential: it is a {kind}"
+        )
+    chosen = _matching(layers, "include", config.include, kind)
+    chosen -= _matching(layers, "exclude", config.exclude, kind)
+    if not chosen:
+        raise InputError(f"{kind} has no layer that include and exclude leave to be quantized")
+    ends = _ends(layers, config, None if executed is None else list(executed), kind)
+    settings = {name: config.settings("first" if name in ends else "inner") for name in layers}
+    for glob, changes in config.overrides.items():
+        for name in _matching(layers, "overrides", (glob,), kind):
+            settings[name] = settings[name]._replace(**changes)
+            settings[name].check()
+    return {name: settings[name] for name in layers if name in chosen}
+
+
+def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: str) -> set[str]:
+    """Return the layers that a glob matches, by their own name or that of a module around them."""
+    found: set[str] = set()
+    for glob in globs:
+        some = {name for name in layers if matches(name, glob)}
+        if not some:
+            raise InputError(f"{argument} has {glob!r}, which matches no layer of {kind}")
+        found |= some
+    return found
+
+
+def _ends(
+    layers: list[str], config: QuantizationConfig, executed: list[str] | None, kind: str
+) -> set[str]:
+    """Return the first and the last layer, where they have bits of their own."""
+    if config.bits("first") == config.bits("inner"):
+        return set()
+    ends: set[str] = set()
+    for end, globs, index in (
+        ("first_layers", config.first_layers, 0),
+        ("last_layers", config.last_layers, -1),
+    ):
+        named = {name for name in layers if any(fnmatchcase(name, glob) for glob in globs)}
+        if not named and not executed:
+            raise InputError(
+                f"{kind} has no layer named {' or '.join(globs) or 'so'}, so end_bits cannot be "
+                f"applied: name it in {end}, or set end_bits to the other bits"
+            )
+        ends |= named or {executed[index]}  # type: ignore[index]
+    return ends
+
+
+def replace_layers(denoiser: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put layers in the place of others, wherever those occur."""
+    for module in list(denoiser.modules()):
+        for name, child in list(module._modules.items()):
+            if child in replacements:
+                setattr(module, name, replacements[child])

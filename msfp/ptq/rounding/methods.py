@@ -1,0 +1,56 @@
+"""The ways to round a matrix of weights to its grid, by the names that configs have for them.
+
+Another way is one more entry of `ROUNDINGS`, whose key `msfp.config.Rounding` names.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from fpformats import FloatFormat, quantize_scaled
+from msfp.config import Rounding
+from msfp.ptq.rounding.gptq import gptq
+
+
+class RoundMatrix(Protocol):
+    """A way to round."""
+
+    def __call__(
+        self,
+        matrix: torch.Tensor,
+        second: torch.Tensor,
+        fmt: FloatFormat,
+        scale: torch.Tensor,
+        *,
+        upper: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return a matrix rounded to the values of a format times a scale.
+
+        Args:
+            matrix: The wanted weights, shape (groups, rows, columns).
+            second: Damped second moments of the columns that it multiplies, shape (groups,
+                columns, columns).
+            fmt: Any format.
+            scale: One for each weight; any shape that broadcasts to the matrix's.
+            upper: The `upper_factor` of the moments.
+        """
+
+
+def nearest(
+    matrix: torch.Tensor,
+    second: torch.Tensor,
+    fmt: FloatFormat,
+    scale: torch.Tensor,
+    *,
+    upper: torch.Tensor,
+) -> torch.Tensor:
+    """Round each weight to the value nearest to it, whatever it multiplies."""
+    del second, upper
+    rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
+    return rounded
+
+
+ROUNDINGS: dict[Rounding, RoundMatrix] = {"gptq": gptq, "nearest": nearest}
+"""By name."""

@@ -1,0 +1,66 @@
+"""Checks of arguments: one sentence with the name, the value given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msfp.errors import InputError
+
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+"""What generators of torch take."""
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise InputError unless a value is a number, which True is not, in a range."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a number, not {value!r}")
+    _check_between(name, value, low, high)
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise InputError unless a value is a whole number that JSON can hold, in a range."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, not {value!r}")
+    _check_between(name, value, low, high)
+
+
+def _check_between(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InputError(f"{name} must be between {low} and {high}, not {value}")
+
+
+def check_truth(name: str, value: Any) -> None:
+    """Raise InputError unless a value is True or False."""
+    if value is not True and value is not False:
+        raise InputError(f"{name} must be True or False, not {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str | None]) -> None:
+    """Raise InputError unless a value is one of those allowed."""
+    if value not in tuple(allowed):
+        raise InputError(f"{name} must be one of {tuple(allowed)}, not {value!r}")
+
+
+def check_type(name: str, value: object, allowed: type) -> None:
+    """Raise InputError unless a value is of a class."""
+    if not isinstance(value, allowed):
+        given = type(value).__name__
+        raise InputError(f"{name} must be of the type {allowed.__name__}, not {given}")
+
+
+def check_names(name: str, value: Any) -> tuple[str, ...]:
+    """Return names or globs as a tuple; raise InputError unless they are a sequence of strings."""
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    if not listed or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{name} must be a list of names or globs, not {value!r}")
+    return tuple(value)
+
+
+def check_keys(name: str, table: Any, known: Iterable[str]) -> None:
+    """Raise InputError unless a table has known keys alone."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"{name} must be a table, not {table!r}")
+    unknown = table.keys() - set(known)
+    if unknown:
+        raise InputError(f"{name} has no {min(unknown)!r}: it may have {', '.join(known)}")

@@ -1,0 +1,224 @@
+"""The one kind of file that msfp keeps things in: safetensors, described in its metadata.
+
+The metadata have one entry, `msfp`, which is JSON:
+
+    kind         what the file is, such as "calibration"
+    version      of its layout; files of earlier versions are read by migrations
+    fingerprint  what must be equal for a run to resume from the file; {} in other files
+    facts        what else is not a tensor
+
+A checkpoint, whose files diffusers writes, has the same entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msfp.errors import InputError
+from msfp.support.files import sync_folder, usual_mode
+from msfp.support.fingerprints import difference
+
+KEY = "msfp"
+
+
+class Header(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+        fingerprint: What must be equal for a run to resume from the file.
+        facts: What else is not a tensor.
+    """
+
+    fingerprint: dict[str, Any]
+    facts: dict[str, Any]
+
+
+Migration = Callable[[Header], Header]
+"""From the header of one version to that of the next."""
+Named = dict[str, torch.Tensor]
+TensorMigration = Callable[[Named], Named]
+"""From the tensors of one version to those of the next."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        name: What it is, with an article: "a calibration".
+        version: The version that is written.
+        first_key: The metadata entry that version 1, of msfp 0.2.0, had in the place of `msfp`;
+            its JSON is that version's facts.
+        migrations: By the version that they start from; every version but the last has one.
+        tensor_migrations: Likewise, for tensors that have other names in the next version.
+    """
+
+    name: str
+    version: int = 2
+    first_key: str | None = None
+    migrations: Mapping[int, Migration] = field(default_factory=dict)
+    tensor_migrations: Mapping[int, TensorMigration] = field(default_factory=dict)
+
+
+def write(
+    file: Path,
+    kind: Kind,
+    tensors: Mapping[str, torch.Tensor],
+    facts: dict[str, Any],
+    fingerprint: dict[str, Any] | None = None,
+) -> None:
+    """Write a file so that a process that is killed at any moment leaves the old one or the new.
+
+    Args:
+        file: A .safetensors file, which may exist.
+        kind: What it is.
+        tensors: By name.
+        facts: Plain JSON types.
+        fingerprint: Likewise, where runs resume from the file.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Of one name, so that what a killed process leaves, safetensors' own files included, goes with
+    # the next one.
+    folder = file.with_name(f".{file.name}.partial")
+    partial = folder / file.name
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save_file(whole, partial, metadata=metadata(kind, Header(fingerprint or {}, facts)))
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.chmod(usual_mode(folder))
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sync_folder(file.parent)
+
+
+def metadata(kind: Kind, header: Header) -> dict[str, str]:
+    """Return the metadata of a safetensors file of a kind."""
+    description = {"kind": kind.name, "version": kind.version, **header._asdict()}
+    return {KEY: json.dumps(description)}
+
+
+def header_of(file: Path, kind: Kind) -> Header:
+    """Return what a file says of itself, in the terms of the version that is written now.
+
+    Raises:
+        InputError: If the file cannot be read, is of another kind or of a later version.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return header_in(str(file), opened.metadata() or {}, kind)[1]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as {kind.name}: {error}") from error
+
+
+def read(file: Path, kind: Kind, device: str | torch.device = "cpu") -> tuple[Header, Named]:
+    """Return what a file says of itself, and its tensors by name.
+
+    Args:
+        file: A .safetensors file.
+        kind: What it must be.
+        device: Where to put the tensors.
+
+    Raises:
+        InputError: As `header_of` does.
+    """
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            version, header = header_in(str(file), opened.metadata() or {}, kind)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as {kind.name}: {error}") from error
+    for start in range(version, kind.version):
+        if start in kind.tensor_migrations:
+            tensors = kind.tensor_migrations[start](tensors)
+    return header, tensors
+
+
+def header_in(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
+    """Return the version in the metadata of a safetensors file, and the migrated header.
+
+    Args:
+        file: What to call the file.
+        told: Its metadata.
+        kind: What it must be.
+
+    Raises:
+        InputError: If it is of another kind or a later version, or its metadata are damaged.
+    """
+    try:
+        version, header = _told(file, told, kind)
+        check_version(file, version, kind)
+        if not all(isinstance(table, dict) for table in header):
+            raise TypeError("the fingerprint and the facts must be tables")
+        return version, migrated(header, version, kind)
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} cannot be read as {kind.name}: {error}") from error
+
+
+def _told(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
+    """Return the version and the header that metadata tell."""
+    if KEY in told:
+        description = json.loads(told[KEY])
+        if description["kind"] != kind.name:
+            raise InputError(f"{file} must be {kind.name}, not {description['kind']}")
+        return description["version"], Header(description["fingerprint"], description["facts"])
+    if kind.first_key is not None and kind.first_key in told:
+        return 1, Header({}, json.loads(told[kind.first_key]))
+    raise InputError(f"{file} must be {kind.name}, and its metadata do not say so")
+
+
+def check_version(file: str, version: Any, kind: Kind) -> None:
+    """Raise InputError unless files of a version can be read."""
+    if version not in range(1, kind.version + 1):
+        raise InputError(
+            f"{file} is {kind.name} of version {version}; this msfp reads versions up to "
+            f"{kind.version}"
+        )
+
+
+def migrated(header: Header, version: int, kind: Kind) -> Header:
+    """Return a header of some version in the terms of the one that is written now."""
+    for start in range(version, kind.version):
+        header = kind.migrations[start](header)
+    return header
+
+
+def check_fingerprint(file: Path, kind: Kind, fingerprint: dict[str, Any]) -> Header:
+    """Return the header of a file that a run resumes from.
+
+    Raises:
+        InputError: If it is of another kind, or of a run with another fingerprint.
+    """
+    header = header_of(file, kind)
+    unlike = difference(header.fingerprint, fingerprint)
+    if unlike is not None:
+        raise InputError(f"{file} is {kind.name} of another run: {unlike}")
+    return header
+
+
+def part(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with that of a part and a slash, without these.
+
+    Example:
+        >>> part("a", {"a/b": torch.zeros(1), "c/b": torch.ones(1)})
+        {'b': tensor([0.])}
+    """
+    start = f"{name}/"
+    return {key[len(start) :]: each for key, each in tensors.items() if key.startswith(start)}
