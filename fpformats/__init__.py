@@ -1,6 +1,6 @@
 """Exact low-precision floating-point formats: rounding, encoding, packing.
 
-Every format name that `parse` takes can be imported, and stands for a `FloatFormat`:
+Every format name that `parse` accepts can be imported as a `FloatFormat`:
 
     >>> from fpformats import E2M1, E2M1U, quantize
     >>> quantize(1.27, E2M1)
@@ -84,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve a format name, as in ``from fpformats import E2M1U``, and what needs torch."""
+    """Resolve a format name, as in ``from fpformats import E2M1U``, or a name that needs torch."""
     if name in ("format_parameters", "quantize_parametric"):
         from fpformats.ops import parametric
 
@@ -96,10 +96,13 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, and the formats of `fpformats.static_names`; there are more."""
+    """List the public names and the formats of `fpformats.static_names`.
+
+    Other formats can be imported too: every name that `parse` accepts.
+    """
     formats = (name for name, value in globals().items() if isinstance(value, FloatFormat))
     return sorted([*__all__, *formats])
 
 
-# Notebooks show a format as a table; the class itself knows nothing of HTML.
+# Notebooks show a format as a table. The class itself contains no HTML.
 FloatFormat._repr_html_ = _html  # type: ignore[attr-defined]

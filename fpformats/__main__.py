@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: The words after the program's name; by default those of this process.
+        arguments: The arguments after the program name; by default those of this process.
 
     Returns:
-        The exit code: 0, 1 where nobody reads the output to its end, or 2 where a format cannot be
-        shown.
+        The exit code: 0 on success, 1 if the reader closed the output early, 2 if a format cannot
+        be shown.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         print(text, end="" if text.endswith("\n") else "\n", flush=True)
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     return 0

@@ -1,9 +1,9 @@
 """The definition of decoding, rounding and encoding, in rational arithmetic.
 
-One value at a time and slow, to be read beside the standards: OCP OFP8 1.0, section 5, and LLVM's
-float types for the codes; IEEE P3109 4.0, sections 4.6.2 and 4.6.3, for rounding and saturation.
-It takes nothing but a format's fields, shares no code with the kernels, which are tested against
-it, and has no limit on width.
+This module works on one value at a time and is slow. Read it beside the standards: OCP OFP8 1.0,
+section 5, and LLVM's float types for the codes; IEEE P3109 4.0, sections 4.6.2 and 4.6.3, for
+rounding and saturation. It uses only the fields of a format and has no limit on width. It shares
+no code with the kernels, which are tested against it.
 
     >>> from fpformats import E4M3
     >>> quantize(Fraction(17, 16) + Fraction(1, 10**100), E4M3)
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAN = math.nan
 INFINITY = math.inf
 NEGATIVE_ZERO = -0.0
-"""What fractions cannot express stays a float."""
+"""Values that fractions cannot express; they are floats."""
 ROUNDINGS = (
     "TowardZero", "TowardPositive", "TowardNegative", "NearestTiesToAway", "NearestTiesToEven",
     "ToOdd", "StochasticA", "StochasticB", "StochasticC",
@@ -64,16 +64,16 @@ def decode(code: int, fmt: FloatFormat) -> Fraction | float:
 
 
 def values(fmt: FloatFormat) -> list[Fraction]:
-    """List the distinct finite values in ascending order, of any format, however wide.
+    """List the distinct finite values of a format in ascending order, however wide its range.
 
     Args:
         fmt: A format of at most 24 bits.
 
     Returns:
-        The values; zero, where there is one, is in the list once.
+        The values. Zero, if the format has it, is listed once.
 
     Raises:
-        ValueError: If the format has more codes than can sensibly be listed.
+        ValueError: If the format has more than 24 bits.
 
     Example:
         >>> from fpformats import p3109
@@ -103,14 +103,14 @@ def quantize(
         rounding: Name of a rounding mode.
         saturation: Name of a saturation mode.
         word: The random word of the stochastic modes, 0 to 2**random_bits - 1.
-        random_bits: Number of its bits.
+        random_bits: Number of bits of `word`.
 
     Returns:
         A value of the format as a fraction, or one of the floats NaN, infinity, -infinity and
-        -0.0. NaN may be the result of saturation even where the format has none.
+        -0.0. Saturation may give NaN even if the format has no NaN.
 
     Raises:
-        ValueError: If a mode is unknown, or the word or its number of bits out of range.
+        ValueError: If a mode is unknown, or `word` or `random_bits` is out of range.
 
     Example:
         >>> from fpformats import E2M1, E4M0U
@@ -124,7 +124,7 @@ def quantize(
         Fraction(1, 2)
     """
     _check_modes(rounding, saturation, word, random_bits)
-    x = x if isinstance(x, Rational) else float(x)  # of NumPy's numbers too
+    x = x if isinstance(x, Rational) else float(x)  # converts NumPy numbers too
     if x != x:
         return NAN
     if not is_finite(x):
@@ -145,7 +145,7 @@ def encode(
     word: int = 0,
     random_bits: int = 32,
 ) -> int:
-    """Round as `quantize` does, and give the code.
+    """Round as `quantize` does, and return the code.
 
     Args:
         x: Any rational number, or a float.
@@ -177,7 +177,7 @@ def encode(
 
 
 def is_finite(value: Fraction | float) -> bool:
-    """Tell whether a value is a number; math.isfinite would need it to fit into a float."""
+    """Tell whether a value is finite, even if it is a fraction too large for `math.isfinite`."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -196,10 +196,10 @@ def _decode_magnitude(code: int, fmt: FloatFormat) -> Fraction | float:
 def _round_to_precision(
     x: Fraction, negative: bool, fmt: FloatFormat, rounding: str, word: int, random_bits: int
 ) -> Fraction:
-    """Round a magnitude to the precision of the format, whose range is left out of account."""
+    """Round a magnitude to the precision of the format, without regard to its range."""
     smallest = _decode_magnitude(1 if fmt.zero else 0, fmt)
     if not fmt.subnormals and x < smallest:
-        # Between zero and the smallest value there is nothing; a missing zero counts as odd.
+        # No value lies between zero and the smallest value. A missing zero counts as odd.
         below, step, even = Fraction(0), Fraction(smallest), fmt.zero
     else:
         lowest = 1 - fmt.bias if fmt.subnormals else -fmt.bias
@@ -230,7 +230,10 @@ def _check_modes(rounding: str, saturation: str, word: int, random_bits: int) ->
 def _rounds_away(
     v: Fraction, negative: bool, even: bool, rounding: str, word: int, words: int
 ) -> bool:
-    """Tell whether a number v steps beyond its neighbour nearer zero goes to the other one."""
+    """Tell whether a number rounds away from zero.
+
+    The number lies v steps beyond its neighbour nearer zero.
+    """
     match rounding:
         case "TowardZero":
             return False
@@ -265,7 +268,7 @@ def _saturate(
         return x
     if saturation in ("SatFinite", "SatPropagate"):
         return high if x > high else low
-    # Of the largest value and infinity, rounding to odd stays with the odd code.
+    # Between the largest value and infinity, rounding to odd chooses the odd code.
     max_is_odd = rounding == "ToOdd" and _has_infinity(fmt) and _last_finite_code(fmt) % 2 == 1
     if x > high:
         if rounding in ("TowardZero", "TowardNegative") or max_is_odd:
@@ -292,7 +295,7 @@ def _saturate_infinity(positive: bool, fmt: FloatFormat, saturation: str) -> Fra
 
 
 def _code_of(value: Fraction, fmt: FloatFormat) -> int:
-    """Find the code of a value >= 0 of the format, by bisection: values grow with codes."""
+    """Find the code of a value >= 0 of the format by bisection, as values grow with codes."""
     low, high = 0, _last_finite_code(fmt)
     while low < high:
         middle = (low + high + 1) // 2
@@ -332,7 +335,7 @@ def _nan_replaces_negative_zero(fmt: FloatFormat) -> bool:
 
 
 def _nan_code(fmt: FloatFormat) -> int:
-    """Give the code for NaN: where a format has several, the positive one, quiet as in IEEE."""
+    """Give the code for NaN; if there are several, the positive quiet NaN of IEEE 754."""
     codes = 1 << (fmt.exponent_bits + fmt.mantissa_bits)
     if _nan_replaces_negative_zero(fmt):
         return codes

@@ -29,10 +29,10 @@ class Specials(Enum):
     """The top exponent field holds infinity (mantissa 0) and NaN (other mantissas)."""
 
     FNUZ = "NaN at negative zero, no infinity"
-    """NaN takes the code of negative zero, so that zero has no sign (signed, finite P3109)."""
+    """NaN takes the code of negative zero, so zero has no sign (signed finite formats of P3109)."""
 
     EXTENDED = "P3109 infinities and one NaN"
-    """Infinity at the top magnitude and NaN at negative zero; unsigned, NaN above infinity."""
+    """Infinity at the top magnitude, NaN at negative zero; if unsigned, NaN is above infinity."""
 
 
 SUFFIXES = {
@@ -42,14 +42,14 @@ SUFFIXES = {
     "FNUZ": Specials.FNUZ,
     "EXT": Specials.EXTENDED,
 }
-"""What the suffix of a format's name says of its special values."""
+"""Special values of a format by the suffix of its name."""
 _SUFFIX_OF = {specials: suffix for suffix, specials in SUFFIXES.items()}
 _STANDARD = {(4, 3): Specials.NAN_ONLY, (5, 2): Specials.IEEE}
 """Specials of signed names without a suffix, by exponent and mantissa bits (OCP OFP8 1.0)."""
 
 
 class _Hashed:
-    """A place for a hash that is worked out once, as formats are looked up with every call."""
+    """A slot for the hash, which is computed once because every call looks up a format."""
 
     __slots__ = ("_hash",)
     _hash: int
@@ -65,10 +65,10 @@ class FloatFormat(_Hashed):
         T * 2**(1 - bias - M)              where F = 0 (zero and the subnormals)
         (2**M + T) * 2**(F - bias - M)     elsewhere
 
-    as in OCP OFP8 1.0, section 5. Without subnormals the second line holds for F = 0 too, except
-    that the code 0 is zero; without zero it holds for the code 0 as well, as in the block scale of
+    as in OCP OFP8 1.0, section 5. Without subnormals, the second line holds for F = 0 too, except
+    that code 0 is zero. Without zero, it holds for code 0 as well, as in the block scale of
     OCP MX 1.0. An unsigned format has no sign bit and no negative value. Magnitudes grow with
-    their codes, so "ties to even" can mean the code.
+    their codes, so "ties to even" refers to the code.
 
     Instances are immutable, hashable, and equal when all their fields are.
 
@@ -79,12 +79,12 @@ class FloatFormat(_Hashed):
         bias: Exponent bias, any integer. By default 2**(E-1) - 1, but 0 for E = 0, and 2**(E-1)
             under `Specials.FNUZ` and `Specials.EXTENDED`.
         specials: Which codes are NaN or infinity.
-        subnormals: Whether exponent field 0 holds the subnormal numbers. Without mantissa bits
-            there are none to leave out, and it becomes True.
-        zero: Whether there is a zero. Without, there are no subnormals either.
+        subnormals: Whether exponent field 0 holds the subnormal numbers. A format with zero but
+            without mantissa bits has none to leave out; there this becomes True.
+        zero: Whether the format has a zero. Without zero, it has no subnormals either.
 
     Raises:
-        ValueError: If an argument is out of range, or no finite nonzero value would be left.
+        ValueError: If an argument is out of range, or the format has no finite nonzero value.
 
     Example:
         >>> fmt = FloatFormat(2, 1, signed=False)
@@ -154,7 +154,7 @@ class FloatFormat(_Hashed):
 
     @property
     def name(self) -> str:
-        """Canonical name, one that `fpformats.parse` takes back to this format."""
+        """Canonical name, which `fpformats.parse` turns back into this format."""
         return format_name(self)
 
     @property
@@ -211,7 +211,7 @@ class FloatFormat(_Hashed):
 
     @property
     def nan_code(self) -> int | None:
-        """Code that NaN is encoded to, the positive quiet one of several; None without NaN."""
+        """Code for NaN; the positive quiet one if there are several, None without NaN."""
         if self.specials is Specials.NAN_ONLY:
             return self.max_code + 1
         if self.specials is Specials.FNUZ:
@@ -259,7 +259,7 @@ class FloatFormat(_Hashed):
 
     @property
     def min(self) -> float:
-        """Lowest finite value: -max, or where the format is unsigned 0 (without zero, `smallest`).
+        """Lowest finite value: -max if signed, else 0 (or `smallest` in a format without zero).
 
         Raises:
             OverflowError: Where float64 cannot hold it.
@@ -293,15 +293,15 @@ class FloatFormat(_Hashed):
 
     @property
     def eps(self) -> float | None:
-        """Distance from 1 to the next larger value, as in `numpy.finfo`; None where there is none.
+        """Distance from 1 to the next larger value, as in `numpy.finfo`, or None.
 
-        There is none where 1 is not a value of the format, or is its largest.
+        None if 1 is not a value of the format, or is its largest value.
         """
         step = Fraction(2) ** (max(self.min_exponent, 0) - self.mantissa_bits)
         is_value = self.exact_smallest <= 1 and 1 % step == 0
         return float(step) if is_value and self.exact_max > 1 else None
 
-    # The four methods below reach up to what is built on this module: the one such place.
+    # The four methods below import a module that is built on this one: the only exception.
 
     def quantize(self, x: Any, **options: Any) -> Any:
         """Round `x` to this format: `fpformats.quantize` with this format."""
@@ -333,9 +333,9 @@ def p3109(k: int, p: int, *, signed: bool = True, extended: bool = True) -> Floa
 
     Args:
         k: Width in bits, more than 2.
-        p: Precision in bits, one more than the stored mantissa: 0 < p < k, or p <= k unsigned.
-        signed: Whether there are negative values.
-        extended: Whether there are infinities.
+        p: Precision in bits, one more than the stored mantissa: 0 < p < k, or p <= k if unsigned.
+        signed: Whether the format has negative values.
+        extended: Whether the format has infinities.
 
     Returns:
         The format, ``Binary{k}p{p}{s|u}{e|f}``.
@@ -361,7 +361,7 @@ def p3109(k: int, p: int, *, signed: bool = True, extended: bool = True) -> Floa
 
 
 def format_name(fmt: FloatFormat) -> str:
-    """Give a format's canonical name: one that `parse` takes back to it.
+    """Give a format's canonical name, which `parse` turns back into the format.
 
     Args:
         fmt: The format.
@@ -386,24 +386,24 @@ def format_name(fmt: FloatFormat) -> str:
     name += "" if fmt.signed else "U"
     name += "" if fmt.subnormals else "NS" if fmt.zero else "NZ"
     bare = bare_specials(fmt.exponent_bits, fmt.mantissa_bits, fmt.signed and fmt.subnormals)
-    # The bare name of these bits is the block scale's.
+    # Without a suffix, E8M0 is the name of the block scale.
     is_taken = name == "E8M0"
     return name if fmt.specials is bare and not is_taken else name + _SUFFIX_OF[fmt.specials]
 
 
 def default_bias(exponent_bits: int, specials: Specials) -> int:
-    """Give the bias that a format has unless it says otherwise.
+    """Give the default bias of a format.
 
     Args:
         exponent_bits: Width of the exponent field.
-        specials: Which codes are special: under FNUZ the bias is one more, as in LLVM's types,
-            and under EXTENDED, as in IEEE P3109.
+        specials: Which codes are special. The bias is larger by one under FNUZ, as in LLVM's
+            types, and under EXTENDED, as in IEEE P3109.
 
     Returns:
         2**(E-1) - 1, or 2**(E-1) under FNUZ and EXTENDED; 0 for E = 0.
 
     Raises:
-        ValueError: If the width is no format's.
+        ValueError: If the width is out of range.
     """
     _check_width("exponent_bits", exponent_bits, MAX_EXPONENT_BITS)
     half = (1 << exponent_bits) >> 1
@@ -411,13 +411,13 @@ def default_bias(exponent_bits: int, specials: Specials) -> int:
 
 
 def bare_specials(exponent_bits: int, mantissa_bits: int, plain: bool) -> Specials:
-    """Give what a name without a suffix means; it is plain if signed and with subnormals."""
+    """Give the specials of a name without suffix; plain means signed and with subnormals."""
     standard = _STANDARD.get((exponent_bits, mantissa_bits)) if plain else None
     return standard or Specials.FINITE_ONLY
 
 
 def _is_p3109(fmt: FloatFormat) -> bool:
-    """Tell whether a format is one of IEEE P3109's that has no shorter name."""
+    """Tell whether a format is an IEEE P3109 format without a shorter name."""
     if fmt.bits <= 2 or fmt.exponent_bits == 0 or not fmt.subnormals:
         return False
     is_ours = fmt.specials is Specials.EXTENDED or (
@@ -446,7 +446,7 @@ def _as_float(value: Fraction, fact: str, fmt: FloatFormat) -> float:
 
 
 def readable(value: Fraction) -> str:
-    """Write a value in full where that is short, else as an integer times a power of two."""
+    """Write a value in full if that is short, else as an integer times a power of two."""
     if value.denominator == 1 and value < 10**9:
         return str(value)
     if 10**-4 <= value < 10**9 and value.denominator <= 1 << 16:
@@ -459,4 +459,4 @@ def readable(value: Fraction) -> str:
 _BLOCK_SCALE = FloatFormat(
     8, 0, signed=False, specials=Specials.NAN_ONLY, subnormals=False, zero=False
 )
-"""The block scale of OCP MX 1.0, whose name the grammar would read otherwise."""
+"""The block scale of OCP MX 1.0. Its name E8M0 is an exception to the grammar."""

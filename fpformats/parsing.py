@@ -16,10 +16,10 @@ part       meaning
 ``EXT``    infinity and one NaN, as the extended formats of IEEE P3109
 =========  =======================================================================
 
-Case does not matter. Without a suffix, signed names with subnormals mean what OCP OFP8 1.0 says,
+Case does not matter. Signed names with subnormals and without a suffix follow OCP OFP8 1.0,
 whatever the bias: ``E4M3`` is ``E4M3FN`` (max 448) and ``E5M2`` is ``E5M2IEEE`` (max 57344).
 ``E8M0`` is the block scale of OCP MX 1.0: ``E8M0UNZFN``, unsigned, without zero. Every other name
-without a suffix is finite only. Other names in use:
+without a suffix is finite only. Other accepted names:
 
 =============================  ==============  =========================================
 name                           the same as     source
@@ -31,7 +31,7 @@ name                           the same as     source
 ``UE4M3``, ``UE5M3``           ``E4M3UFN``,    unsigned scales, NaN at all-ones
                                ``E5M3UFN``
 ``Binary{K}p{P}{s|u}{e|f}``                    IEEE P3109: see `fpformats.p3109`
-``FP4``, ``FP8_E4M3``, ...     ``E2M1``,       names in use; the width must fit
+``FP4``, ``FP8_E4M3``, ...     ``E2M1``,       common names; the width must match
                                ``E4M3``, ...
 ``float8_e4m3fn``, ...                         a dtype of ml_dtypes, torch or NumPy
 =============================  ==============  =========================================
@@ -79,7 +79,7 @@ _ALIASES = {
     "HALF": "FP16",
 }
 _AMBIGUOUS = {"FP6": "E2M3 or E3M2", "FP8": "E4M3 or E5M2", "INT4": "E0M3", "INT8": "E0M7"}
-"""What is said for one format of several, or for integers; with what may be meant."""
+"""Names with several meanings and names of integers, with the formats that may be meant."""
 _DTYPES = {
     "float4_e2m1fn": "E2M1",
     "float6_e2m3fn": "E2M3",
@@ -98,18 +98,18 @@ _DTYPES = {
     "float64": "FP64",
 }
 _PACKED = {"float4_e2m1fn_x2": "E2M1"}
-"""Dtypes of two codes an element: they name a format, which they are not the dtype of."""
+"""Dtypes with two codes in each element. They name a format but are not its dtype."""
 
 
 def parse(name: Any) -> FloatFormat:
-    """Give the format that a name means.
+    """Give the format of a name.
 
     Args:
-        name: A name of the grammar in this module's description, in any case, or a dtype of
-            ml_dtypes, torch or NumPy, or its name.
+        name: A name by the grammar in this module's docstring, in upper or lower case; or a
+            dtype of ml_dtypes, torch or NumPy, or its name.
 
     Returns:
-        The format; `str` of it gives its canonical name.
+        The format; its `str` is the canonical name.
 
     Raises:
         ValueError: If the name is malformed, or no such format exists.
@@ -131,15 +131,15 @@ def parse(name: Any) -> FloatFormat:
 
 
 FormatLike = FloatFormat | str
-"""A format, or a name of one."""
+"""A format, or the name of one."""
 
 
 def as_format(fmt: Any, argument: str = "fmt") -> FloatFormat:
-    """Give a format as it is, or that of a name.
+    """Turn a format or its name into the format.
 
     Args:
         fmt: A format or a name.
-        argument: What to call it where it is neither.
+        argument: Name of the argument in error messages.
 
     Raises:
         TypeError: If it is neither.
@@ -153,7 +153,7 @@ def as_format(fmt: Any, argument: str = "fmt") -> FloatFormat:
 
 
 def dtype_of(fmt: FormatLike, library: str) -> Any:
-    """Give the dtype of a library whose elements are the codes of a format.
+    """Give the dtype that holds the codes of a format in a library.
 
     Args:
         fmt: The format, or its name.
@@ -164,7 +164,7 @@ def dtype_of(fmt: FormatLike, library: str) -> Any:
 
     Raises:
         ImportError: If the library is not installed.
-        ValueError: If the library is another, or has no such dtype.
+        ValueError: If the library is not one of these, or has no such dtype.
 
     Example:
         >>> dtype_of(parse("E4M3"), "torch")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 
 class Rounding(StrEnum):
-    """How a value between two neighbours of the format is decided (IEEE P3109, 4.6.2).
+    """How a number between two neighbouring values of the format is rounded (IEEE P3109, 4.6.2).
 
-    "Even" and "odd" are those of the neighbour's code. In the stochastic modes v is the distance
+    "Even" and "odd" refer to the code of the neighbour. In the stochastic modes, v is the distance
     from the neighbour nearer zero, in units of the gap, and R is a random word of N bits.
     """
 
@@ -42,9 +42,9 @@ class Rounding(StrEnum):
 
 
 class Saturation(StrEnum):
-    """What a value beyond the format's range becomes, after rounding (IEEE P3109, 4.6.3).
+    """How a rounded value beyond the format's range is replaced (IEEE P3109, 4.6.3).
 
-    A result of zero in a format without zero is beyond the range too.
+    In a format without zero, a result of zero is also beyond the range.
     """
 
     SatFinite = "SatFinite"
@@ -54,11 +54,11 @@ class Saturation(StrEnum):
     """As SatFinite, but infinities stay infinite in a format that has them."""
 
     SatNone = "SatNone"
-    """Infinity in a format that has it, else the nearest finite value; below an unsigned format,
-    NaN. Modes that round toward the range stay in it, as in IEEE 754."""
+    """Infinity in a format that has it, else the nearest finite value. Below the range of an
+    unsigned format, NaN. Rounding modes toward the range stay within it, as in IEEE 754."""
 
     OverflowNaN = "OverflowNaN"
-    """As SatNone, with NaN in place of a missing infinity: OCP OFP8's non-saturating mode."""
+    """As SatNone, but NaN replaces a missing infinity: OCP OFP8's non-saturating mode."""
 
 
 NEAREST = "NearestTiesToEven"
@@ -67,7 +67,7 @@ MAX_RANDOM_BITS = 32
 
 
 class Policy(NamedTuple):
-    """How to round: modes by name, and the random words that stochastic ones take.
+    """How to round: the modes, and the random words of a stochastic mode.
 
     Attributes:
         rounding: The name of a member of `Rounding`.
@@ -83,12 +83,12 @@ class Policy(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether it is to the nearest value, ties to even, and the range is not left."""
+        """Whether the modes are the default ones: NearestTiesToEven and SatFinite."""
         return self.rounding == NEAREST and self.saturation == FINITE
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether random words decide."""
+        """Whether the rounding mode uses random words."""
         return self.rounding.startswith("Stochastic")
 
 
@@ -96,7 +96,7 @@ DEFAULT = Policy()
 
 
 def make_policy(rounding: str, saturation: str, random: Any, random_bits: int) -> Policy:
-    """Put a policy together, of known names and with random words exactly where they are used.
+    """Make a policy from checked arguments.
 
     Args:
         rounding: The name of a member of `Rounding`.
@@ -108,8 +108,8 @@ def make_policy(rounding: str, saturation: str, random: Any, random_bits: int) -
         The policy.
 
     Raises:
-        ValueError: If a name is unknown, random words are missing or not used, or the width is
-            out of range.
+        ValueError: If a name is unknown, random words are missing in a stochastic mode or given
+            in another mode, or the width is out of range.
     """
     if random is None and (rounding, saturation, random_bits) == (NEAREST, FINITE, MAX_RANDOM_BITS):
         return DEFAULT

@@ -53,11 +53,11 @@ E0M7, E1M6, E2M5, E3M4, E4M3, E5M2, E6M1, E7M0 = _named("E0M7 E1M6 E2M5 E3M4 E4M
 E0M8U, E1M7U, E2M6U, E3M5U, E4M4U, E5M3U, E6M2U, E7M1U, E8M0U = _named(
     "E0M8U E1M7U E2M6U E3M5U E4M4U E5M3U E6M2U E7M1U E8M0U"
 )
-# Of 8 bits, with special values of their own
+# 8 bits, with other special values
 E3M4IEEE, E4M3FN, E4M3IEEE, E4M3FNUZ, E4M3B11FNUZ, E5M2FNUZ = _named(
     "E3M4IEEE E4M3FN E4M3IEEE E4M3FNUZ E4M3B11FNUZ E5M2FNUZ"
 )
 # Scales
 E8M0, UE4M3, UE5M3 = _named("E8M0 UE4M3 UE5M3")
-# IEEE 754, and others that processors compute in
+# IEEE 754, and other formats that processors compute in
 FP16, BF16, TF32, FP32, FP64 = _named("FP16 BF16 TF32 FP32 FP64")

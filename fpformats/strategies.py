@@ -1,6 +1,7 @@
 """Hypothesis strategies for formats, codes, and the inputs on which rounding goes wrong.
 
-Random floats almost never lie on a tie, a power of two or an overflow threshold: these do.
+Random floats almost never lie on a tie, a power of two or an overflow threshold. The numbers
+drawn here often do.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ _WIDTHS: dict[str, Literal[16, 32, 64]] = {"float16": 16, "float32": 32, "float6
 
 
 def _kind(dtype: str) -> Any:
-    """Return NumPy's type of a dtype's numbers."""
+    """Return NumPy's scalar type of a dtype."""
     if dtype not in _WIDTHS:
         raise ValueError(f"dtype is {dtype!r}; NumPy numbers are drawn of {', '.join(_WIDTHS)}")
     return np.dtype(dtype).type
 
 
 class _Shape(NamedTuple):
-    """Everything of a format but its bias, and the biases with which a dtype holds it."""
+    """The fields of a format except widths and bias, and the biases with which a dtype holds it."""
 
     specials: Specials
     signed: bool
@@ -59,7 +60,7 @@ class _Shape(NamedTuple):
 
 @cache
 def _shapes(exponent_bits: int, mantissa_bits: int, dtype: FloatDtype) -> tuple[_Shape, ...]:
-    """Return the formats of two widths that a dtype holds, from the plainest on."""
+    """Return the formats of the two widths that a dtype holds, the plainest first."""
     shapes = []
     kinds = [(True, True), (False, True), (False, False)]
     for specials, signed, (subnormals, zero) in itertools.product(Specials, (True, False), kinds):
@@ -67,7 +68,7 @@ def _shapes(exponent_bits: int, mantissa_bits: int, dtype: FloatDtype) -> tuple[
             fmt = FloatFormat(exponent_bits, mantissa_bits, signed, 0, specials, subnormals, zero)
         except ValueError:  # such a format does not exist
             continue
-        # The exponents of all values fall by one where the bias grows by one.
+        # The exponents of all values fall by one when the bias grows by one.
         lowest = fmt.max_exponent - dtype.bias
         smallest_step = fmt.scaled_magnitude(fmt.smallest_code)[1]
         highest = smallest_step - dtype.min_exponent + dtype.mantissa_bits
@@ -78,12 +79,12 @@ def _shapes(exponent_bits: int, mantissa_bits: int, dtype: FloatDtype) -> tuple[
 
 @st.composite
 def formats(draw: DrawFn, dtype: str = "float64", max_bits: int = 64) -> FloatFormat:
-    """Draw formats that a dtype holds: of all widths, biases, specials and signs.
+    """Draw formats that a dtype holds, of all widths, biases, specials and signs.
 
     Args:
         draw: Given by Hypothesis.
         dtype: Name of the dtype.
-        max_bits: Most bits that a code may have, at least 3.
+        max_bits: Largest number of bits of a code, at least 3.
 
     Returns:
         A format with at least two finite values.
@@ -148,14 +149,14 @@ def values_of(fmt: FloatFormat) -> SearchStrategy[Fraction | float]:
 
 
 def _signed_code(magnitude: int, negative: bool, fmt: FloatFormat) -> int:
-    """Return the code of a magnitude with a sign, where it has a number with that sign."""
+    """Return the code of a magnitude with a sign; without the sign if that code is NaN."""
     code = magnitude | negative << fmt.magnitude_bits
     return magnitude if code == fmt.nan_code else code
 
 
 @st.composite
 def ties(draw: DrawFn, fmt: FloatFormat) -> Fraction:
-    """Draw the midpoints of adjacent finite values of a format, of both signs if it has them."""
+    """Draw midpoints of adjacent finite values of a format, of both signs if it is signed."""
     if fmt.max_code == 0:
         reject()
     lower = draw(st.integers(0, fmt.max_code - 1))
@@ -176,7 +177,7 @@ def near_ties(draw: DrawFn, fmt: FloatFormat, dtype: str = "float32") -> Any:
         A NumPy scalar of the dtype.
 
     Raises:
-        ValueError: If the dtype is another.
+        ValueError: If the dtype is not one of these.
     """
     kind = _kind(dtype)
     number = kind(float(draw(ties(fmt) | values_of(fmt))))
@@ -187,16 +188,16 @@ def near_ties(draw: DrawFn, fmt: FloatFormat, dtype: str = "float32") -> Any:
 
 
 def floats(dtype: str = "float32") -> SearchStrategy[Any]:
-    """Draw NumPy numbers of a dtype, powers of two and their neighbours often among them.
+    """Draw NumPy numbers of a dtype, often powers of two and their neighbours.
 
     Args:
         dtype: "float16", "float32" or "float64".
 
     Returns:
-        Strategy of NumPy scalars: zeros, subnormals, infinities and NaN included.
+        Strategy of NumPy scalars, including zeros, subnormals, infinities and NaN.
 
     Raises:
-        ValueError: If the dtype is another.
+        ValueError: If the dtype is not one of these.
     """
     kind = _kind(dtype)
     info = np.finfo(dtype)

@@ -1,4 +1,4 @@
-"""What callers pass in: NumPy arrays, torch tensors and Python numbers, and their dtypes."""
+"""The inputs of callers: NumPy arrays, torch tensors and Python numbers, and their dtypes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 
 def is_tensor(x: object) -> bool:
-    """Tell whether `x` is a torch tensor, without importing torch: a tensor's maker has."""
+    """Tell whether `x` is a torch tensor, without importing torch.
+
+    If `x` is a tensor, torch has been imported before.
+    """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
 def is_compiling() -> bool:
-    """Tell whether torch.compile is tracing, where no value can be looked at."""
+    """Tell whether torch.compile is tracing; values cannot be read then."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
 
@@ -36,7 +39,7 @@ def is_batched(x: object) -> bool:
 
 
 def is_plain_tensor(x: Any) -> bool:
-    """Tell whether `x` is a tensor in the memory of the host, and nothing intercepts its use."""
+    """Tell whether `x` is a tensor in host memory, and nothing intercepts operations on it."""
     torch = sys.modules.get("torch")
     if torch is None or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return False
@@ -44,7 +47,7 @@ def is_plain_tensor(x: Any) -> bool:
 
 
 def is_unwatched_tensor(x: Any) -> bool:
-    """Tell whether a tensor is dense memory, and no compiler, transform or mode looks on."""
+    """Tell whether a tensor is dense, and no compiler, transform or mode intercepts operations."""
     torch = sys.modules["torch"]
     internals = torch._C
     return (
@@ -59,9 +62,10 @@ def is_unwatched_tensor(x: Any) -> bool:
 
 
 def is_hidden(x: Any) -> bool:
-    """Tell whether the values of `x` cannot be looked at.
+    """Tell whether the values of `x` cannot be read.
 
-    So it is under torch.compile and torch.vmap, and of tensors without memory: meta and fake ones.
+    This holds under torch.compile and torch.vmap, and for tensors without memory: meta and fake
+    tensors.
     """
     return is_compiling() or is_batched(x) or _is_empty_shell(x)
 
@@ -69,7 +73,7 @@ def is_hidden(x: Any) -> bool:
 def _is_empty_shell(x: Any) -> bool:
     if not is_tensor(x):
         return False
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # without it there are none
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # not loaded: no fake tensors exist
     return bool(x.is_meta) or (fakes is not None and isinstance(x, fakes.FakeTensor))
 
 
@@ -79,7 +83,7 @@ def library_of(x: object) -> ModuleType:
 
 
 def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
-    """Give the dtype that `x` is held in; a Python float is a float64.
+    """Give the dtype of `x`; a Python float is a float64.
 
     Raises:
         TypeError: If `x` is not a floating-point array, tensor or number of a known width.
@@ -98,7 +102,7 @@ def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
 
 
 def float_dtype_named(dtype: Any, argument: str = "dtype") -> FloatDtype:
-    """Give the dtype of a NumPy or torch dtype, or of its name.
+    """Give the `FloatDtype` of a NumPy or torch dtype, or of its name.
 
     Raises:
         TypeError: If there is none.
@@ -116,14 +120,14 @@ def float_dtype_named(dtype: Any, argument: str = "dtype") -> FloatDtype:
 
 
 _known_dtypes: dict[Any, FloatDtype] = {}
-"""Dtypes by dtype: making a name of a dtype takes longer than rounding a small array."""
+"""A cache, because making the name of a dtype takes longer than rounding a small array."""
 
 
 def result_dtype(dtype: Any, codes: Any) -> FloatDtype:
-    """Give the dtype that codes are to be decoded to.
+    """Give the dtype to decode codes to.
 
     Raises:
-        TypeError: If there is none, or NumPy does not have it and the codes are not a tensor.
+        TypeError: If it is unknown, or NumPy does not have it and the codes are not a tensor.
     """
     found = float_dtype_named(dtype)
     if found.name == "bfloat16" and not is_tensor(codes):
@@ -132,7 +136,7 @@ def result_dtype(dtype: Any, codes: Any) -> FloatDtype:
 
 
 def compute_dtype(dtype: FloatDtype) -> FloatDtype:
-    """Give the dtype that the kernels compute in: float64 for itself, else float32."""
+    """Give the compute dtype of the kernels: float64 for float64, else float32."""
     return FLOAT_DTYPES["float64" if dtype.name == "float64" else "float32"]
 
 
@@ -142,33 +146,33 @@ def grid_of(fmt: FloatFormat, dtype: FloatDtype) -> Grid:
     Raises:
         ValueError: If the dtype cannot hold every value of the format.
     """
-    # Tracing looks into a cache's function anyway, and warns about the cache.
+    # torch.compile traces the function behind a cache anyway, and warns about the cache.
     return (_make_grid if is_compiling() else _cached_grid)(fmt, dtype)
 
 
 def widened(x: Any, dtype: FloatDtype) -> Any:
-    """Give `x` as an array of at least one dimension in a compute dtype, exactly."""
+    """Convert `x` exactly to an array of a compute dtype, of at least one dimension."""
     if is_tensor(x):
         return cast(x.detach(), dtype.name)
     return np.atleast_1d(np.asarray(x, dtype=dtype.name))
 
 
 def cast(y: Any, dtype: str) -> Any:
-    """Give an array or tensor another dtype, by its name."""
+    """Convert an array or tensor to the dtype of a name."""
     if is_tensor(y):
         return y.to(getattr(sys.modules["torch"], dtype))
     return y.astype(dtype, copy=False)
 
 
 def contiguous(values: Any) -> Any:
-    """Give values in row-major order and aligned, in new memory only where they are not."""
+    """Give values aligned and in row-major order; copy them only if they are not."""
     if is_tensor(values):
         return values.contiguous()
     return values if values.flags.c_contiguous and values.flags.aligned else values.copy(order="C")
 
 
 def as_array(x: Any) -> Any:
-    """Give a number as an array of one dimension; arrays and tensors as they are."""
+    """Turn a number into an array of one dimension; return arrays and tensors unchanged."""
     return x if is_tensor(x) or isinstance(x, np.ndarray) else np.atleast_1d(np.asarray(x))
 
 
@@ -181,7 +185,7 @@ def take_blocks(values: Any, size: int, axis: int, length: int) -> Any:
 
 
 def padded(xp: ModuleType, x: Any, multiple: int) -> Any:
-    """Give an array with zeros after its last axis, so that it is a multiple long."""
+    """Pad the last axis of an array with zeros to a multiple of a length."""
     missing = -x.shape[-1] % multiple
     if missing == 0:
         return x
@@ -230,9 +234,9 @@ def check_out(out: Any, x: Any) -> None:
 
 
 def check_target(out: Any, source: Any, dtype: str, shape: tuple[int, ...] | None) -> None:
-    """Check that `out` can take a result of another dtype than what it is made from.
+    """Check that `out` can take a result whose dtype differs from that of its source.
 
-    Without a shape it is that of the source.
+    Without a shape, the result has the shape of the source.
 
     Raises:
         TypeError: If it is of another library than `source`, or not of the dtype.
@@ -267,7 +271,7 @@ def check_writable(out: Any) -> None:
 
 
 def assigned(out: Any, result: Any) -> Any:
-    """Write a result to `out`, of its shape and dtype, unless it is there or `out` is None."""
+    """Copy a result to `out`, of the same shape, unless it is `out` already or `out` is None."""
     if out is None or result is out:
         return result
     if isinstance(out, np.ndarray):
@@ -277,7 +281,9 @@ def assigned(out: Any, result: Any) -> Any:
 
 
 def check_codes(codes: Any, bits: int, owner: str) -> None:
-    """Check that `codes` are integers of at most `bits` bits; under torch.compile, integers.
+    """Check that `codes` are integers of at most `bits` bits.
+
+    Under torch.compile, only the dtype is checked.
 
     Raises:
         TypeError: If they are not integers.
@@ -287,11 +293,11 @@ def check_codes(codes: Any, bits: int, owner: str) -> None:
 
 
 def check_words(random: Any, bits: int, x: Any) -> None:
-    """Check that `random` is a seed, or an array of words of some bits alike to `x`, or None.
+    """Check that `random` is None, a seed, or an array of words with the library and shape of `x`.
 
     Raises:
-        TypeError: If it is neither, or of another library than `x`.
-        ValueError: If the seed or a word is out of range (words are not looked at under
+        TypeError: If it is none of these, or of another library than `x`.
+        ValueError: If the seed or a word is out of range (words are not checked under
             torch.compile), or the shape is not that of `x`.
     """
     if random is None:
@@ -313,7 +319,7 @@ def check_words(random: Any, bits: int, x: Any) -> None:
 
 
 def drawn(random: Any) -> Any:
-    """Give the next seed of a generator of NumPy or torch; anything else as it is."""
+    """Draw a seed from a generator of NumPy or torch; return anything else unchanged."""
     if isinstance(random, np.random.Generator):
         return int.from_bytes(random.bytes(8), "little")
     torch = sys.modules.get("torch")
@@ -329,8 +335,8 @@ def learns(x: object) -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Tell whether tensors may have tangents, of forward-mode differentiation."""
-    # There is no public way to ask.
+    """Tell whether tensors may have tangents of forward-mode differentiation."""
+    # torch has no public function for this.
     return not is_compiling() and sys.modules["torch"].autograd.forward_ad._current_level >= 0
 
 
@@ -343,10 +349,10 @@ def is_dual(x: object) -> bool:
 
 
 def needs_gradient(*inputs: Any, out: Any) -> bool:
-    """Tell whether a gradient, or a tangent, has to be carried between an input and the result.
+    """Tell whether a gradient or a tangent must pass between an input and the result.
 
     Raises:
-        ValueError: If one has, and a result in `out` would cut it off.
+        ValueError: If one must, and writing to `out` would cut it off.
     """
     learning = any(map(learns, inputs)) and sys.modules["torch"].is_grad_enabled()
     if not learning and not any(map(is_dual, inputs)):
@@ -357,7 +363,7 @@ def needs_gradient(*inputs: Any, out: Any) -> bool:
 
 
 def quiet() -> contextlib.AbstractContextManager[object]:
-    """Keep NumPy from warning of overflow in results that are then not used."""
+    """Suppress NumPy's warnings of overflow in results that are not used."""
     if is_compiling():
         return contextlib.nullcontext()
     return np.errstate(over="ignore", invalid="ignore")
@@ -375,17 +381,17 @@ def _check_integers(codes: Any, bits: int, argument: str, limits: str) -> None:
 
 
 def _levels(x: Any) -> list[Any]:
-    """Give `x` and, under torch.func's transforms, the tensors that it wraps."""
+    """Give `x` and, under the transforms of torch.func, the tensors that it wraps."""
     levels = [x]
     if is_tensor(x) and not is_compiling():
-        functorch = sys.modules["torch"]._C._functorch  # there is no public way to ask
+        functorch = sys.modules["torch"]._C._functorch  # there is no public function
         while functorch.is_functorch_wrapped_tensor(levels[-1]):
             levels.append(functorch.get_unwrapped(levels[-1]))
     return levels
 
 
 def _extremes(codes: Any) -> tuple[int, int]:
-    # torch has no minimum of its wider unsigned integers.
+    # torch has no minimum for its wider unsigned integers.
     plain = cast(codes, "int64") if is_tensor(codes) else np.asarray(codes)
     return (int(plain.min()), int(plain.max())) if 0 not in plain.shape else (0, 0)
 

@@ -1,4 +1,4 @@
-"""What does the work: which kernels there are, and which of them take which input."""
+"""The available kernels, and the inputs that each of them takes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WHOLE_ARRAY = "whole-array operations"
 
 
 class Backend(NamedTuple):
-    """A way of computing.
+    """A kind of input, and the code that computes it on this machine.
 
     Attributes:
-        takes: What it is used for.
-        runs: What computes it here.
-        why: Why not something faster, or empty.
+        takes: The kind of input.
+        runs: The code that computes it here.
+        why: The reason why nothing faster is used, or empty.
     """
 
     takes: str
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
 
 
 def backends() -> list[Backend]:
-    """Tell what computes here, by where the input is.
+    """List which code computes each kind of input on this machine.
 
     Returns:
         One entry for each kind of input.
@@ -40,13 +40,14 @@ def backends() -> list[Backend]:
         'NumPy arrays, torch tensors in host memory'
     """
     found = native.instruction_sets() if cpu.is_enabled() else []
+    reason = "switched off" if native.instruction_sets() else "not built on this machine"
     compiled = f"compiled kernels, {native.library().chosen()}" if found else WHOLE_ARRAY
     has_triton = importlib.util.find_spec("triton") is not None
     return [
         Backend(
             "NumPy arrays, torch tensors in host memory",
             compiled,
-            "" if found else "the compiled kernels are not there, or not used",
+            "" if found else f"the compiled kernels are {reason}",
         ),
         Backend(
             "torch tensors on a CUDA device",
@@ -59,19 +60,19 @@ def backends() -> list[Backend]:
 
 
 def show_backends() -> None:
-    """Print what computes here, by where the input is."""
+    """Print which code computes each kind of input on this machine."""
     for takes, runs, why in backends():
         print(f"{takes}: {runs}{f' ({why})' if why else ''}")
 
 
 def available() -> list[str]:
-    """List the ways of computing in host memory by name, the fastest first."""
+    """List the names of the back ends for host memory, the fastest first."""
     return [*native.instruction_sets(), "portable"]
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Compute in one of the `available` ways for a while, to test or to time it.
+    """Use one of the `available` back ends inside a ``with`` block, to test or to time it.
 
     Args:
         name: An instruction set, or "portable" for whole-array operations.

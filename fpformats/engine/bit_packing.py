@@ -1,7 +1,7 @@
 """Storing codes of any width without gaps.
 
-Codes follow one another from the lowest bit of the first byte on (little-endian bit order): two
-4-bit codes share a byte with the first in the low half, as in torch.float4_e2m1fn_x2.
+Codes start at the lowest bit of the first byte (little-endian bit order). Two 4-bit codes share a
+byte, with the first in the low half, as in torch.float4_e2m1fn_x2.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def pack(codes: Any, bits: int, *, axis: int | None = None) -> Any:
             row-major order.
 
     Returns:
-        uint8 array of the library and device of `codes`, with ceil(n * bits / 8) bytes for the n
-        codes along the axis and its other dimensions kept; one-dimensional without an axis.
-        Unused high bits of the last byte are 0.
+        uint8 array of the library and device of `codes`. The n codes along the axis become
+        ceil(n * bits / 8) bytes, and the other dimensions are kept. Without an axis, the result is
+        one-dimensional. Unused high bits of the last byte are 0.
 
     Raises:
         TypeError: If `codes` is not an integer array or tensor.
-        ValueError: If `bits` or `axis` is out of range, or a code does not fit (not looked at
+        ValueError: If `bits` or `axis` is out of range, or a code does not fit (not checked
             under torch.compile).
 
     Example:
@@ -58,7 +58,7 @@ def pack(codes: Any, bits: int, *, axis: int | None = None) -> Any:
 
 
 def unpack(packed: Any, bits: int, *, shape: tuple[int, ...] | int, axis: int | None = None) -> Any:
-    """Take codes out of the bytes that `pack` gave.
+    """Extract codes from the bytes that `pack` returned.
 
     Args:
         packed: uint8 array or tensor.
@@ -72,8 +72,8 @@ def unpack(packed: Any, bits: int, *, shape: tuple[int, ...] | int, axis: int | 
 
     Raises:
         TypeError: If `packed` is not a uint8 array or tensor.
-        ValueError: If `bits` or `axis` is out of range, or `packed` is not of as many bytes as
-            `shape` takes.
+        ValueError: If `bits` or `axis` is out of range, or `packed` does not have the number of
+            bytes that `shape` needs.
 
     Example:
         >>> import numpy as np
@@ -114,12 +114,12 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 
 def checked_packed(packed: Any, bits: int, shape: tuple[int, ...] | int) -> tuple[int, ...]:
-    """Give the shape of packed codes, of which there are as many bytes as it takes.
+    """Give the shape of packed codes, after a check that the number of bytes fits it.
 
     Raises:
         TypeError: If `packed` is not a uint8 array or tensor.
-        ValueError: If it has another number of bytes or more than one dimension, or codes of such
-            a width are not packed.
+        ValueError: If it has another number of bytes or more than one dimension, or codes of this
+            width cannot be packed.
     """
     _check_bits(bits)
     shape = checked_shape(shape)
@@ -129,7 +129,7 @@ def checked_packed(packed: Any, bits: int, shape: tuple[int, ...] | int) -> tupl
 
 
 def _regroup(xp: ModuleType, rows: Any, width: int, new_width: int) -> Any:
-    """Cut the bits of rows of fields into fields of another width, zeros filling the last."""
+    """Regroup rows of bit fields into fields of another width; zeros fill up the last one."""
     group = math.lcm(width, new_width)
     rows = padded(xp, rows, group // width)
     shape = (*rows.shape[:-1], rows.shape[-1] * width // group)

@@ -1,8 +1,8 @@
-"""One pass over memory in place of many: the compiled kernels on arrays and tensors of the host.
+"""Compiled kernels on arrays and tensors in host memory, in one pass over memory.
 
-`kernel_of` gives None where no compiled kernel takes its input: a format too wide, a tensor
-elsewhere or under a transform of torch. The caller then works with whole-array operations, which
-give the same bits.
+`kernel_of` gives None if no compiled kernel takes the input: if the format is too wide, or a
+tensor is on another device or under a transform of torch. The caller then uses whole-array
+operations, which give the same bits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _nearest_kernels: dict[tuple[FloatFormat | str, Any], Any] = {}
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Do without compiled kernels for a while, as a test of the whole-array operations does."""
+    """Switch compiled kernels off inside a ``with`` block, to test the whole-array operations."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -51,7 +51,7 @@ def disabled() -> Iterator[None]:
 
 
 def is_enabled() -> bool:
-    """Tell whether compiled kernels are used where there are any."""
+    """Tell whether compiled kernels are used if there are any."""
     return _enabled
 
 
@@ -62,7 +62,7 @@ def kernel_of(
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
 ) -> Any:
-    """Give the compiled kernel for values of a dtype, in memory like that of `x`, or None."""
+    """Give the compiled kernel for values of a dtype; None if there is none that takes `x`."""
     others = (policy.random, *(scales[:2] if scales is not None else ()))
     if not _enabled or not _in_host_memory(x) or not all(map(_may_be_read, others)):
         return None
@@ -70,11 +70,11 @@ def kernel_of(
 
 
 def nearest(x: Any, fmt: FloatFormat | str, out: Any = None) -> Any:
-    """Round by the default policy, on the shortest way; None where that takes another look.
+    """Round by the default policy on the shortest path; None if the input needs the full path.
 
     Args:
-        x: Anything. Rounded are contiguous arrays and tensors, of a dtype that a kernel of the
-            format was remembered for, not so large that threads help, and without a gradient.
+        x: Anything. The short path takes contiguous arrays and tensors without a gradient, too
+            small for threads to help, if `remember` has a kernel for the format and the dtype.
         fmt: The format.
         out: Where to write to, of the same kind, dtype and shape; None for a new result.
 
@@ -104,7 +104,7 @@ def nearest(x: Any, fmt: FloatFormat | str, out: Any = None) -> Any:
 
 
 def _is_like(out: Any, x: Any) -> bool:
-    """Tell whether results can go right to `out`, and it is not one that has to be refused."""
+    """Tell whether results can be written directly to `out`, and `out` is not to be refused."""
     if out.dtype != x.dtype or out.shape != x.shape:
         return False
     allowed = out.flags.writeable if isinstance(out, np.ndarray) else not out.requires_grad
@@ -128,11 +128,11 @@ def quantize(
     """Round the elements of an array or tensor.
 
     Args:
-        kernel: What `kernel_of` gave for `x`.
+        kernel: The result of `kernel_of` for `x`.
         x: Array or tensor of any strides.
-        policy: That of the kernel.
+        policy: The policy of the kernel.
         scales: Scales and zero points, or None.
-        out: Array or tensor alike to write to; may be `x` or overlap it.
+        out: Array or tensor like `x` to write to; may be `x` or overlap it.
 
     Returns:
         `out`, or a new array or tensor.
@@ -168,17 +168,17 @@ def encode(
     """Give the codes of the elements of an array or tensor.
 
     Args:
-        kernel: What `kernel_of` gave for `x`.
+        kernel: The result of `kernel_of` for `x`.
         x: Array or tensor of any strides.
-        nan_code: Code of NaN, None where there is none.
+        nan_code: Code of NaN, None if there is none.
         bits: Width of a code.
         packed: Whether to pack the codes side by side, in a one-dimensional array of bytes.
-        policy: That of the kernel.
+        policy: The policy of the kernel.
         scales: Scales and zero points, or None.
         out: Where to write to, of the shape and dtype of the codes, or None.
 
     Returns:
-        The codes, and which of `native.NAN_IN` and `native.NAN_OUT` were met without a code.
+        The codes; and the flags `native.NAN_IN` and `native.NAN_OUT` for NaN without a code.
     """
     source = _memory(x, in_order=True)
     size, dtype = memory.size(source), code_dtype(bits)
@@ -214,12 +214,12 @@ def decode(
     """Give the values of codes; None if one is out of range.
 
     Args:
-        kernel: What `kernel_of` gave for `codes`.
-        codes: Array or tensor of integers; where they are packed, of bytes.
+        kernel: The result of `kernel_of` for `codes`.
+        codes: Array or tensor of integers, or of bytes if the codes are packed.
         fmt: The format.
         dtype: Dtype of the result.
         shape: Shape of the result.
-        packed_bits: Width of packed codes, 0 where they are not packed.
+        packed_bits: Width of packed codes, 0 if they are not packed.
         scales: Scales and zero points, or None.
         out: Where to write to, of the shape and dtype of the values, or None.
 
@@ -258,20 +258,20 @@ def differentiate(
     *,
     clip_gradient: bool,
 ) -> tuple[Any, Any, Any]:
-    """Give what the gradient of a scaled result becomes, as `fpformats.quantize_scaled` has it.
+    """Give the gradients of the inputs of `fpformats.quantize_scaled`, from that of its result.
 
     Args:
-        kernel: What `kernel_of` gave for `x`.
-        x: What was rounded, a tensor of float32 or float64.
-        given: The gradient of the result, alike.
+        kernel: The result of `kernel_of` for `x`.
+        x: The tensor that was rounded, float32 or float64.
+        given: The gradient of the result, of the shape and dtype of `x`.
         policy: How it was rounded.
         scales: Scales and zero points.
-        wanted: Whether gradients of `x`, of the scale and of the zero point are.
-        clip_gradient: Whether that of `x` is zero beyond the range of the format.
+        wanted: Whether to compute the gradients of `x`, of the scale and of the zero point.
+        clip_gradient: Whether the gradient of `x` is zero beyond the range of the format.
 
     Returns:
-        Gradients of the shape of `x`, those of the scale and the zero point not yet summed; None
-        for those that are not wanted.
+        Three gradients of the shape of `x`, or None where not wanted. Those of the scale and the
+        zero point are not yet summed.
     """
     source, gradient = contiguous(x.detach()), contiguous(given)
     held, scaling, random = _operands(scales, policy, tuple(source.shape))
@@ -298,14 +298,14 @@ def errors(
     scales: NDArray[Any],
     zero_points: NDArray[Any] | None,
 ) -> NDArray[np.float64] | None:
-    """Give the weighted sum of squared errors of rows that are quantized, or None.
+    """Give the weighted sum of squared errors of quantized rows; None without a kernel.
 
     Args:
         x: Data, shape (rows, length), float32 or float64.
         weights: Weights of the shape of `x`, None for 1.
         fmt: The format.
         scales: Candidates for each row, shape (rows, candidates), of the dtype of `x`.
-        zero_points: The same, or None.
+        zero_points: Of the same shape and dtype, or None.
 
     Returns:
         Shape (rows, candidates), float64.
@@ -320,18 +320,18 @@ def sums(
     scale: NDArray[Any],
     zero_point: NDArray[Any] | None,
 ) -> NDArray[np.float64] | None:
-    """Give the sums that least squares need, of rows that are quantized, or None.
+    """Give the sums for a least-squares fit of quantized rows; None without a kernel.
 
     Args:
         x: As in `errors`.
         weights: As in `errors`.
         fmt: The format.
         scale: The scale of each row, shape (rows,).
-        zero_point: The same, or None.
+        zero_point: The zero point of each row, shape (rows,), or None.
 
     Returns:
-        Shape (6, rows), float64: sums of w, w q, w q**2, w x, w x q and w x**2, for the weight w
-        and the value q of the format that x rounds to.
+        Shape (6, rows), float64: sums of w, w q, w q**2, w x, w x q and w x**2. Here w is the
+        weight, and q the value of the format that x rounds to.
     """
     zero_points = None if zero_point is None else zero_point[:, None]
     found = _attempt(x, weights, fmt, scale[:, None], zero_points, sums=True)
@@ -376,15 +376,15 @@ def _attempt(
 def moments(
     numbers: NDArray[np.float32], low_bits: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]] | None:
-    """Give a histogram of patterns without their low bits, and moments of these, or None.
+    """Give a histogram of bit patterns by their high bits, and moments of the low bits, or None.
 
     Args:
         numbers: One-dimensional and contiguous.
-        low_bits: How many bits a bin leaves open.
+        low_bits: Number of low bits that a bin ignores.
 
     Returns:
-        The bins that are not empty, in ascending order, and for each the count, the sum of the
-        low bits and the sum of their squares, shape (3, bins).
+        The nonempty bins in ascending order; and for each bin the count, the sum of the low bits
+        and the sum of their squares, shape (3, bins).
     """
     if not _enabled or native.library() is None:
         return None
@@ -401,7 +401,7 @@ def _may_be_read(operand: Any) -> bool:
 
 
 def _memory(x: Any, in_order: bool) -> Any:
-    """Give an array or tensor without gaps, in row-major order where the place counts."""
+    """Give an array or tensor without gaps, in row-major order if `in_order` is True."""
     return x if not in_order and _is_channels_last(x) else contiguous(x)
 
 
@@ -414,7 +414,7 @@ def _is_channels_last(x: Any) -> bool:
 def _operands(
     scales: Scales | None, policy: Policy, shape: tuple[int, ...]
 ) -> tuple[Any, Any, Any]:
-    """Give the arrays to keep alive, and scales and random words by their addresses."""
+    """Give the arrays to keep alive, and the addresses of scales and random words."""
     held: list[Any] = []
     scaling = random = None
     if scales is not None:

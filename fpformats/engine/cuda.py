@@ -1,6 +1,6 @@
-"""One pass over memory on a CUDA device: Triton's kernels on tensors there.
+"""Triton kernels on tensors of a CUDA device, in one pass over memory.
 
-`plan_of` gives None where they do not take the input, and the caller works with whole-array
+`plan_of` gives None if the kernels do not take the input. The caller then uses whole-array
 operations, which give the same bits.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def launches() -> Any:
-    """Give the module that launches the kernels; None where Triton is missing or too old."""
+    """Give the module that launches the kernels; None if Triton is missing or too old."""
     try:
         return importlib.import_module("fpformats.kernels.cuda")
     except ImportError:
@@ -33,12 +33,12 @@ def launches() -> Any:
 
 
 def packs(bits: int) -> bool:
-    """Tell whether the kernels pack codes of a width."""
+    """Tell whether the kernels can pack codes of a width."""
     return bits in launches().PACKED_BITS
 
 
 def is_there(x: Any) -> bool:
-    """Tell whether `x` is a tensor in the memory of a CUDA device of NVIDIA's."""
+    """Tell whether `x` is a tensor in the memory of an NVIDIA CUDA device."""
     torch = sys.modules.get("torch")
     return (
         torch is not None
@@ -55,7 +55,7 @@ def plan_of(
     policy: Policy = DEFAULT,
     scales: Scales | None = None,
 ) -> Plan | None:
-    """Give the plan for values of a dtype, where the memory of `x` is, or None."""
+    """Give the plan for values of a dtype on the device of `x`, or None if kernels refuse it."""
     others = [policy.random, *(scales[:2] if scales is not None else ())]
     tensors = [x, *(t for t in others if hasattr(t, "shape"))]
     if not all(is_there(t) and is_unwatched_tensor(t) for t in tensors) or launches() is None:
@@ -69,11 +69,11 @@ def quantize(
     """Round the elements of a tensor.
 
     Args:
-        plan: What `plan_of` gave for `x`.
+        plan: The result of `plan_of` for `x`.
         x: Tensor of any strides.
-        policy: That of the plan.
+        policy: The policy of the plan.
         scales: Scales and zero points, or None.
-        out: Tensor alike to write to; may be `x` or overlap it.
+        out: Tensor like `x` to write to; may be `x` or overlap it.
 
     Returns:
         `out`, or a new tensor.
@@ -98,15 +98,15 @@ def encode(
     """Give the codes of the elements of a tensor.
 
     Args:
-        plan: What `plan_of` gave for `x`.
+        plan: The result of `plan_of` for `x`.
         x: Tensor of any strides.
-        nan_code: Code of NaN, None where there is none; the device is then waited for.
-        packed_bits: A width that `packs` to pack the codes, else None.
-        policy: That of the plan.
+        nan_code: Code of NaN. None if there is none; the call then waits for the device.
+        packed_bits: Width to pack the codes with, one that `packs` accepts; None to not pack.
+        policy: The policy of the plan.
         scales: Scales and zero points, or None.
 
     Returns:
-        The codes, and which of `NAN_IN` and `NAN_OUT` were met without a code.
+        The codes; and `NAN_IN` or `NAN_OUT` if there was NaN without a code for it, else 0.
     """
     codes, seen = launches().encode(
         x.contiguous(),
@@ -129,11 +129,11 @@ def decode(
     """Give the values of codes that are in range.
 
     Args:
-        plan: What `plan_of` gave for `codes`.
-        codes: Tensor of integers; where they are packed, of bytes.
+        plan: The result of `plan_of` for `codes`.
+        codes: Tensor of integers, or of bytes if the codes are packed.
         dtype: Dtype of the result.
         shape: Shape of the result.
-        packed_bits: Width of packed codes, None where they are not packed.
+        packed_bits: Width of packed codes, None if they are not packed.
         scales: Scales and zero points, or None.
 
     Returns:

@@ -1,7 +1,7 @@
-"""One way in for every operation: whichever kernel is the fastest that takes the input.
+"""The common entry of every operation, which runs the fastest kernel that takes the input.
 
-Compiled kernels for memory of the host, Triton's for that of a CUDA device, and whole-array
-operations for all else. All give the same bits, so that nobody need choose.
+These are compiled kernels for host memory, Triton kernels for CUDA devices, and whole-array
+operations for everything else. All give the same bits, so nobody needs to choose.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def quantize(
     Args:
         x: Array, tensor or number.
         fmt: The format.
-        grid: The format as seen from the compute dtype.
+        grid: The kernel parameters of the format in the compute dtype.
         policy: How to round.
         scales: Scales and zero points, or None.
         out: Where to write to, or None.
@@ -89,9 +89,9 @@ def encode(
     Args:
         x: Array, tensor or number.
         fmt: The format.
-        grid: The format as seen from the compute dtype.
+        grid: The kernel parameters of the format in the compute dtype.
         policy: How to round.
-        nan_code: Code of NaN, None where there is none.
+        nan_code: Code of NaN, None if there is none.
         packed: Whether to pack the codes side by side.
         scales: Scales and zero points, or None.
         out: Where to write to, or None.
@@ -100,7 +100,7 @@ def encode(
         Codes in the smallest unsigned dtype, of the kind and shape of `x`, or packed.
 
     Raises:
-        ValueError: If NaN is met and has no code.
+        ValueError: If there is NaN without a code for it.
     """
     array, dtype = as_array(x), float_dtype_of(x)
     if (kernel := cpu.kernel_of(array, fmt, dtype, policy, scales)) is not None:
@@ -155,14 +155,14 @@ def decode(
     Args:
         codes: Array or tensor of integers, or an int.
         fmt: The format.
-        grid: The format as seen from the compute dtype.
+        grid: The kernel parameters of the format in the compute dtype.
         dtype: Dtype of the result.
         shape: Shape of packed codes; None for codes that are not packed.
         scales: Scales and zero points, or None.
         out: Where to write to, or None.
 
     Returns:
-        Values of the kind of `codes`, and of their shape.
+        Values of the kind and shape of `codes`; packed codes give values of `shape`.
 
     Raises:
         TypeError: If `codes` are not integers.
@@ -192,7 +192,7 @@ def decode(
 
 
 def rounded(x: Any, grid: Grid, policy: Policy) -> Any:
-    """Round in whole-array operations; the default policy has a faster way of its own.
+    """Round in whole-array operations, on a faster path for the default policy.
 
     Args:
         x: Array of the grid's dtype.
@@ -203,7 +203,7 @@ def rounded(x: Any, grid: Grid, policy: Policy) -> Any:
         A new array of the shape and dtype of `x`.
     """
     xp = library_of(x)
-    # The faster way works in place, which vmap cannot.
+    # The faster path works in place, which vmap does not allow.
     if policy.is_default and not is_batched(x):
         return portable.quantize(xp, x, grid)
     words, bits = policy.random, policy.random_bits
@@ -224,7 +224,7 @@ def unscaled(x: Any, scales: Scales | None) -> Any:
         return x / scale
     v = x - zero_point
     if is_hidden(scale):
-        return v / scale  # vmap may have a dimension for the scale that v lacks
+        return v / scale  # vmap may give the scale a dimension that v lacks
     v /= scale
     return v
 
@@ -262,6 +262,6 @@ def _no_code(fmt: FloatFormat, policy: Policy, in_x: bool) -> ValueError:
 def _as_integers(codes: Any, dtype: str) -> Any:
     if is_tensor(codes):
         return cast(codes, dtype)
-    # Through the unsigned type, so that an int beyond the signed one wraps as arrays do.
+    # Through the unsigned type, so that an int beyond the signed range wraps as arrays do.
     unsigned = np.asarray(codes, dtype=f"u{dtype}") if isinstance(codes, int) else codes
     return np.atleast_1d(unsigned).astype(dtype)

@@ -11,7 +11,7 @@ from fpformats.engine.arrays import assigned, is_unwatched_tensor
 from fpformats.kernels import native
 
 ARRAYS = (np.ndarray, np.memmap)
-"""Types of arrays that are nothing but memory."""
+"""Types of arrays that are plain memory."""
 
 
 def address(x: Any) -> int:
@@ -25,7 +25,7 @@ def size(x: Any) -> int:
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Give an array or tensor of a shape and dtype, of the library and device of another."""
+    """Make an uninitialized array or tensor with the library and device of another."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype)
     torch = sys.modules["torch"]
@@ -33,24 +33,24 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def empty_like(x: Any) -> Any:
-    """Give an array or tensor of the shape, dtype and, of tensors, strides of another."""
+    """Make an uninitialized array or tensor with the shape, dtype and (tensors) strides of `x`."""
     if isinstance(x, np.ndarray):
         return np.empty(x.shape, x.dtype)
     return sys.modules["torch"].empty_like(x)
 
 
 def may_write(out: Any, source: Any, operands: list[Any], *, in_place: bool) -> bool:
-    """Tell whether a kernel can put its results right into `out`.
+    """Tell whether a kernel can write its results directly to `out`.
 
     Args:
-        out: Where results are wanted, of their shape and dtype; None for nowhere in particular.
-        source: What the kernel reads element by element, without gaps.
-        operands: What else it reads, contiguous; None stands for nothing.
+        out: Where to write results, of their shape and dtype; None for a new array.
+        source: The array or tensor that the kernel reads element by element, without gaps.
+        operands: The others that it reads, contiguous, or None.
         in_place: Whether elements are as wide as results, so that `out` may be `source`.
 
     Returns:
-        Whether `out` is in the order of the results, and writing there changes nothing that is
-        yet to be read.
+        Whether `out` has the memory order of the results, and writing there overwrites nothing
+        that is still to be read.
     """
     if not _is_orderly(out, source if in_place else None):
         return False
@@ -64,14 +64,14 @@ def may_write(out: Any, source: Any, operands: list[Any], *, in_place: bool) -> 
 
 
 def written(out: Any, result: Any) -> Any:
-    """Give a result that a kernel made, in `out` if there is one, and tell autograd of that."""
+    """Give a kernel's result, in `out` if there is one, and tell autograd that `out` changed."""
     if out is not None and result is out and not isinstance(out, np.ndarray):
         sys.modules["torch"].autograd.graph.increment_version(out)
     return assigned(out, result)
 
 
 def _is_orderly(out: Any, source: Any) -> bool:
-    """Tell whether `out` is plain memory in the order of a source, or without one row-major."""
+    """Tell whether `out` is plain memory in the order of a source; row-major without a source."""
     if type(out) in ARRAYS:
         return bool(out.flags.c_contiguous and out.flags.aligned)
     if out is None or isinstance(out, np.ndarray) or not is_unwatched_tensor(out):

@@ -1,8 +1,8 @@
-"""Scales and zero points: checking them, and finding the one of each element.
+"""Scales and zero points: their checks, and the scale of each element.
 
-Granularity is the shape of the scale. A number is one scale for the tensor; shape (C, 1, 1, 1) is
-one for each of C channels, by broadcasting. With a block size, one number for each dimension,
-every block of that size has a scale.
+The shape of the scale sets the granularity. A number is one scale for the tensor. Shape
+(C, 1, 1, 1) is one scale for each of C channels, by broadcasting. A block size has one number for
+each dimension; every block of that size then has a scale.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Scales(NamedTuple):
     """Checked scales and zero points of an array.
 
     Attributes:
-        scale: Array of the dtype, broadcasting to the shape or, with blocks, one for each.
-        zero_point: The same, or None.
+        scale: Array of the dtype. It broadcasts to the shape or, with blocks, has one entry for
+            each block.
+        zero_point: Likewise, or None.
         block_size: Sizes of blocks by dimension, at least 1; None without blocks.
     """
 
@@ -51,15 +52,15 @@ def make_scales(
     dtype: FloatDtype,
     shape: tuple[int, ...] | None = None,
 ) -> Scales:
-    """Check scales and zero points against what they scale.
+    """Check scales and zero points against the data that they scale.
 
     Args:
         x: Array, tensor or number.
         scale: Number, or array of the library of `x`.
-        zero_point: The same, or None.
+        zero_point: Likewise, or None.
         block_size: Sizes of the blocks that share a scale, by dimension; None for broadcasting.
-        dtype: What the operations are computed in.
-        shape: Shape of what is scaled, where it is not that of `x`.
+        dtype: The compute dtype.
+        shape: Shape of the scaled data, if it is not that of `x`.
 
     Returns:
         Scales and zero points in the dtype.
@@ -80,7 +81,7 @@ def make_scales(
 
 
 def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Give the sizes of blocks along the dimensions of a shape, -1 being the whole length.
+    """Give the sizes of blocks along the dimensions of a shape; -1 stands for the whole length.
 
     Raises:
         ValueError: If there is not one size for each dimension, or one is not an integer above 0.
@@ -108,12 +109,12 @@ def repeat(value: Any, shape: tuple[int, ...], block_size: tuple[int, ...] | Non
     """Repeat scales for the elements of their blocks; torch keeps the gradient.
 
     Args:
-        value: Array with an entry for each block, or what broadcasts anyway, or a number or None.
-        shape: Shape of what is scaled.
+        value: Array with an entry for each block, array that broadcasts, number or None.
+        shape: Shape of the scaled data.
         block_size: Sizes of blocks as in `Scales`.
 
     Returns:
-        What broadcasts to the shape.
+        A value that broadcasts to the shape, or None.
     """
     if block_size is None or getattr(value, "ndim", 0) == 0:
         return value
@@ -124,11 +125,11 @@ def repeat(value: Any, shape: tuple[int, ...], block_size: tuple[int, ...] | Non
 
 
 def lay_out(scales: Scales, shape: tuple[int, ...]) -> tuple[Any, Any, Layout]:
-    """Put scales and zero points side by side in memory, and tell which is whose.
+    """Give scales and zero points in contiguous memory, with the layout that assigns them.
 
     Args:
         scales: The scales.
-        shape: Shape of what is scaled.
+        shape: Shape of the scaled data.
 
     Returns:
         Contiguous scales, contiguous zero points or None, and the layout of both.
@@ -149,7 +150,7 @@ def lay_out(scales: Scales, shape: tuple[int, ...]) -> tuple[Any, Any, Layout]:
 def _layout(
     scale: Any, shape: tuple[int, ...], block_size: tuple[int, ...] | None
 ) -> Layout | None:
-    """Give the layout of scales that need not be repeated, None of others."""
+    """Give the layout of scales; None if they must be repeated to have one."""
     total = max(math.prod(shape), 1)
     if math.prod(scale.shape) == 1:
         return Layout(total, total, 0)
@@ -167,7 +168,7 @@ def _layout(
 def _alike(
     scale: Any, zero_point: Any, shape: tuple[int, ...], block_size: tuple[int, ...] | None
 ) -> tuple[Any, Any]:
-    """Give scales and zero points one shape, as small as may be."""
+    """Give scales and zero points one common shape, the smallest possible."""
     pair = (repeat(scale, shape, block_size), repeat(zero_point, shape, block_size))
     common = np.broadcast_shapes(*(tuple(value.shape) for value in pair))
     return _full_shape(pair[0], common), _full_shape(pair[1], common)
@@ -187,7 +188,7 @@ def _parameter(
 ) -> Any:
     """Give a scale or zero point as an array in the dtype, checked against `x`."""
     if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
-        if is_compiling():  # which traces NumPy's operations on constants too
+        if is_compiling():  # torch.compile traces NumPy's operations on constants too
             _check_number(argument, float(value))
             return _full(float(value), x, dtype)
         number = np.asarray(value, dtype=dtype.name)
@@ -201,7 +202,7 @@ def _parameter(
 
 
 def _full(value: float, x: Any, dtype: FloatDtype) -> Any:
-    # A tensor on the device: torch multiplies by the reciprocal of a number from the host.
+    # A tensor on the device, because torch multiplies by the reciprocal of a number on the host.
     torch = sys.modules["torch"]
     return torch.full((), value, dtype=getattr(torch, dtype.name), device=x.device)
 

@@ -1,4 +1,4 @@
-"""Data as rows that share a scale: one for a tensor, a row for each channel or block."""
+"""Data as rows that share a scale: one row for a tensor, or one for each channel or block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fpformats.kernels.grid import FloatDtype
 
 MAX_EXPONENT = 500
-"""Squares of numbers beyond 2**500, and the sum where all are below 2**-500, leave float64."""
+"""The largest magnitude must be from 2**-500 to 2**500, so that float64 holds sums of squares."""
 
 
 def block_sizes(
@@ -34,7 +34,7 @@ def block_sizes(
         One positive size for each dimension.
 
     Raises:
-        ValueError: If both are given, or one does not fit to the shape.
+        ValueError: If both are given, or one does not fit the shape.
     """
     if axis is not None and block_size is not None:
         raise ValueError("axis and block_size are given; only one of them can say what has a scale")
@@ -57,8 +57,9 @@ def as_rows(
         sizes: Sizes of the blocks.
 
     Returns:
-        Data of the dtype, and weights or None where all are 1; shape (rows, length). Where a
-        block is cut short, or the weight is 0, stands another value of the row, of weight 0.
+        Data of the dtype, and weights or None if all are 1; shape (rows, length). Elements that a
+        short block lacks, and those of weight 0, are replaced by another value of the row, with
+        weight 0.
 
     Raises:
         TypeError: If the weights are not floating point, or of another library than `x`.
@@ -115,7 +116,7 @@ def _checked_weights(weights: Any, x: Any) -> NDArray[np.float64]:
 
 
 def _split(data: NDArray[Any], sizes: tuple[int, ...]) -> NDArray[Any]:
-    """Give the blocks of an array, of which every length is a multiple of the size, as rows."""
+    """Give the blocks of an array as rows; every length must be a multiple of the block size."""
     pairs = [(n // size, size) for n, size in zip(data.shape, sizes, strict=True)]
     order = [*range(0, 2 * len(pairs), 2), *range(1, 2 * len(pairs), 2)]
     blocks = data.reshape([n for pair in pairs for n in pair]).transpose(order)

@@ -1,14 +1,13 @@
-"""A histogram of a stream of numbers, of bounded memory, that adds up exactly.
+"""A histogram of a stream of numbers, with bounded memory and exact merging.
 
-Bins are the float32 numbers that share sign, exponent and the upper 11 bits of the mantissa.
-Within a bin, a number is a base plus a power of two times an integer, the rest of the mantissa.
-A bin holds how many numbers it has seen, and the sums of these integers and of their squares, as
-integers. The sums of the numbers and of their squares follow from them, and merging is
-associative to the last bit: however a stream is cut, ordered and spread over processes, its
-histogram is the same.
+A bin is the set of float32 numbers with the same sign, exponent and upper 11 bits of the mantissa.
+Within a bin, a number is a base plus a power of two times an integer, the low mantissa bits. A bin
+stores its count, the sum of these integers and the sum of their squares, all as integers. The sums
+of the numbers and of their squares follow from these. Merging is associative to the last bit: the
+histogram does not depend on how a stream is cut, ordered and spread over processes.
 
-Only bins that have seen a number are kept, at 28 bytes each: some 40 000 bins, 1 MiB, for a
-million normal numbers, and never more than 2**20 of them, 28 MiB.
+Only nonempty bins are kept, at 28 bytes each: about 40 000 bins (1 MiB) for a million normally
+distributed numbers, and at most 2**20 bins (28 MiB).
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MANTISSA_BITS = 11
-"""Bits of the mantissa that tell bins apart: a bin is 2**-11 of its magnitude wide, or less."""
+"""Mantissa bits that distinguish bins: a bin is at most 2**-11 of its magnitude wide."""
 
 _LOW_BITS = 23 - MANTISSA_BITS
 _SIGN = 1 << (8 + MANTISSA_BITS)
 _INFINITY = 255 << MANTISSA_BITS
-"""Bins from here on, below the sign, are of infinities and NaN."""
+"""Bins from this one on, without the sign bit, are for infinities and NaN."""
 _CHUNK = 1 << 20
-"""Numbers taken at once, which bounds the memory."""
+"""Numbers processed at once, to bound the memory."""
 _MAX_REPEATS = 1 << 16
 
 
 class Bins(NamedTuple):
-    """The bins that have seen finite numbers, in ascending order of these.
+    """The nonempty bins of finite numbers, in ascending order of the numbers.
 
     Attributes:
-        counts: How many numbers, shape (bins,), int64.
-        sums: Their sum, float64.
-        squares: The sum of their squares, float64.
+        counts: Number of numbers in each bin, shape (bins,), int64.
+        sums: Sum of the numbers, float64.
+        squares: Sum of their squares, float64.
     """
 
     counts: NDArray[np.int64]
@@ -54,9 +53,9 @@ class Bins(NamedTuple):
 
 
 class Histogram:
-    """What a stream of numbers looked like: enough to search formats and scales for it.
+    """The distribution of a stream of numbers, in enough detail to search formats and scales.
 
-    NaN and infinities are counted, and left out of everything else.
+    NaN and infinities are counted, but left out of everything else.
 
     Example:
         >>> histogram = Histogram()
@@ -86,13 +85,12 @@ class Histogram:
         Args:
             x: Array, tensor (on any device) or number of float16, bfloat16, float32 or float64,
                 any shape. Float64 is rounded to float32.
-            repeats: How many times to count each of them, 1 to 65536: an integer weight.
+            repeats: How many times to count each number, 1 to 65536: an integer weight.
 
         Raises:
             TypeError: If `x` is not floating point.
             ValueError: If `repeats` is out of range.
-            OverflowError: If a bin would hold more than 64 bits can: not before it has seen
-                2**39 numbers.
+            OverflowError: If a bin would exceed 64 bits, which takes at least 2**39 numbers.
         """
         float_dtype_of(x)
         if type(repeats) is not int or not 1 <= repeats <= _MAX_REPEATS:
@@ -108,11 +106,11 @@ class Histogram:
             self._add(numbers[start : start + _CHUNK], repeats)
 
     def merge(self, other: Histogram) -> None:
-        """Add what another histogram has seen, as if this one had seen it.
+        """Add the numbers of another histogram, as if this one had seen them.
 
         Raises:
             TypeError: If it is not a histogram.
-            OverflowError: If a bin would hold more than 64 bits can.
+            OverflowError: If a bin would exceed 64 bits.
         """
         if not isinstance(other, Histogram):
             raise TypeError(f"other is a {type(other).__name__}; it must be a Histogram")
@@ -120,7 +118,7 @@ class Histogram:
         self._widen(other._low, other._high)
 
     def __add__(self, other: Histogram) -> Histogram:
-        """Give a new histogram of all that the two have seen."""
+        """Give a new histogram of the numbers of both."""
         if not isinstance(other, Histogram):
             return NotImplemented
         both = Histogram()
@@ -129,13 +127,13 @@ class Histogram:
         return both
 
     def all_reduce(self, group: Any = None) -> None:
-        """Merge, in every process of a torch.distributed group, the histograms of all of them.
+        """Merge the histograms of all processes of a torch.distributed group, in each process.
 
         Args:
             group: The process group; None for the default one.
 
         Raises:
-            OverflowError: If a bin could hold more than 64 bits can; in every process.
+            OverflowError: If a bin could exceed 64 bits; every process then raises it.
         """
         import torch
         import torch.distributed as dist
@@ -161,32 +159,32 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many finite numbers were seen, repeats included."""
+        """Number of finite numbers seen, repeats included."""
         return int(self._moments[0, self._finite].sum())
 
     @property
     def nonfinite(self) -> int:
-        """How many NaN and infinities were seen, repeats included."""
+        """Number of NaN and infinities seen, repeats included."""
         return int(self._moments[0, ~self._finite].sum())
 
     @property
     def min(self) -> float:
-        """Least number; infinity before any."""
+        """Smallest finite number; infinity if there is none."""
         return self._low
 
     @property
     def max(self) -> float:
-        """Largest number; minus infinity before any."""
+        """Largest finite number; minus infinity if there is none."""
         return self._high
 
     @property
     def mean(self) -> float:
-        """Mean of the finite numbers, NaN before any."""
+        """Mean of the finite numbers; NaN if there are none."""
         return float(self.bins().sums.sum()) / self.count if self.count else math.nan
 
     @property
     def variance(self) -> float:
-        """Mean squared distance from the mean, NaN before any."""
+        """Mean squared distance from the mean; NaN if there are no finite numbers."""
         if not self.count:
             return math.nan
         counts, lows, squares, bases, steps = self._parts()
@@ -195,10 +193,10 @@ class Histogram:
         return float(spread.sum()) / self.count
 
     def quantile(self, fraction: float) -> float:
-        """Give a quantile, to the width of a bin: 2**-11 of its magnitude.
+        """Give a quantile, accurate to the width of a bin: 2**-11 of its magnitude.
 
         Args:
-            fraction: 0 for the least number (exactly), 1 for the largest (exactly).
+            fraction: 0 for the smallest number (exactly), 1 for the largest (exactly).
 
         Returns:
             The mean of the bin that holds the number of this rank.
@@ -218,7 +216,7 @@ class Histogram:
         return float(sums[holder] / counts[holder])
 
     def bins(self) -> Bins:
-        """Give the bins that have seen finite numbers, in ascending order."""
+        """Give the nonempty bins of finite numbers, in ascending order."""
         counts, lows, squares, bases, steps = self._parts()
         return Bins(
             counts=counts,
@@ -227,24 +225,24 @@ class Histogram:
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Give all that was seen as arrays, to be saved.
+        """Give the contents of the histogram as arrays, for saving.
 
         Returns:
             "bins", uint32 of shape (bins,), "moments", int64 of shape (3, bins), and "ends", the
-            least and the largest number, float32 of shape (2,).
+            smallest and the largest number, float32 of shape (2,).
         """
         ends = np.array([self._low, self._high], dtype=np.float32)
         return {"bins": self._bins.copy(), "moments": self._moments.copy(), "ends": ends}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Histogram:
-        """Give the histogram that `state` was taken from.
+        """Restore a histogram from the result of `state`.
 
         Args:
-            state: Arrays or tensors as `state` gives them.
+            state: Arrays or tensors, as `state` gives them.
 
         Raises:
-            ValueError: If an entry is missing, or they do not fit to each other.
+            ValueError: If an entry is missing, or the entries do not fit together.
         """
         missing = {"bins", "moments", "ends"} - set(state)
         if missing:
@@ -286,7 +284,7 @@ class Histogram:
         self._moments[:, places] = added
 
     def _places(self, bins: NDArray[Any]) -> NDArray[np.intp]:
-        """Give where the moments of bins are, and room to those that have none."""
+        """Give the positions of bins in the moments, after inserting the bins that are missing."""
         places = np.searchsorted(self._bins, bins)
         known = places < len(self._bins)
         known[known] = self._bins[places[known]] == bins[known]
@@ -304,7 +302,7 @@ class Histogram:
         return (self._bins & (_SIGN - 1)) < _INFINITY
 
     def _parts(self) -> tuple[NDArray[Any], ...]:
-        """Give counts, sums and sums of squares of the integers, bases and steps, ascending."""
+        """Give counts, sums and square sums of low bits, bases and steps, in ascending order."""
         negative = np.flatnonzero(self._finite & (self._bins >= _SIGN))[::-1]
         order = np.append(negative, np.flatnonzero(self._finite & (self._bins < _SIGN)))
         bins = self._bins[order]
@@ -316,7 +314,7 @@ class Histogram:
 
 
 def _moments(numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Give the bins of numbers and their moments, as `fused.moments` does."""
+    """Give the bins of numbers and their moments, as `cpu.moments` does."""
     patterns = np.sort(numbers.view(np.uint32))
     bins = patterns >> _LOW_BITS
     starts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
@@ -330,7 +328,7 @@ def _moments(numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[
 
 
 def _is_state(bins: NDArray[Any], moments: NDArray[Any]) -> bool:
-    """Tell whether bins and moments are those of a histogram, but for the limits of 64 bits."""
+    """Tell whether bins and moments are valid, without a check of the limits of 64 bits."""
     if bins.dtype.kind not in "iu" or moments.dtype.kind not in "iu":
         return False
     places = bins.astype(np.int64)

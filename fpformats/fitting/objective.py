@@ -1,9 +1,10 @@
 """The sum of squared errors of quantizing data, as a function of format, scale and zero point.
 
-Two ways to the same numbers. Short rows are quantized. Long ones are sorted once: the values that
-round to one value of a format then lie next to each other, so that a candidate costs one look-up
-for each value of its format, whatever the number of data. With n data and sum S of the data that
-become the grid value g, the error is the sum of all squares plus the sum of g * (g * n - 2 * S).
+There are two ways to compute it. Short rows are quantized for each candidate. Long rows are sorted
+once: the data that round to one value of a format are then neighbours, so a candidate costs one
+look-up for each value of its format, whatever the number of data. If n data with sum S become the
+grid value g, the error is the sum of all squared data plus the sum of g * (g * n - 2 * S) over the
+grid values.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from fpformats.formats import FloatFormat
 
 CHUNK = 1 << 16
-"""Numbers worked on at once: they stay in the cache, and bound the memory."""
+"""Numbers processed at once: few enough to stay in the cache and to bound the memory."""
 
 
 BLOCK = 128
-"""Neighbours in a sorted row whose moments are kept together."""
+"""Number of neighbours in a sorted row that share one set of moments."""
 
 
 def sorting_pays(length: int, fmt: FloatFormat) -> bool:
@@ -37,7 +38,7 @@ def sorting_pays(length: int, fmt: FloatFormat) -> bool:
 
 
 class Sums(NamedTuple):
-    """Weighted sums over each row, with x a datum and q the value of the format it rounds to.
+    """Weighted sums over each row; x is a datum, q the value of the format that it rounds to.
 
     Attributes:
         w: Sum of the weights, shape (rows,), float64, like all others.
@@ -57,7 +58,7 @@ class Sums(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a search asks of its data: rows that have a scale and a zero point each.
+    """The data as a search uses them: rows, each with a scale and a zero point.
 
     Scales and zero points have the dtype of the data; zero points may be None.
     """
@@ -65,7 +66,7 @@ class Objective(Protocol):
     dtype: np.dtype[Any]
     """Dtype of the data, and of the operations that quantize them."""
     low: NDArray[np.float64]
-    """Least value of each row, shape (rows,)."""
+    """Smallest value of each row, shape (rows,)."""
     high: NDArray[np.float64]
     """Largest value of each row, shape (rows,)."""
 
@@ -83,11 +84,11 @@ class Objective(Protocol):
     def measured(
         self, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
     ) -> NDArray[np.float64]:
-        """Give the error of one candidate of each row, to the last digits; all shape (rows,)."""
+        """Give the accurate error of one candidate of each row; all of shape (rows,)."""
 
 
 class QuantizedRows:
-    """Rows that are quantized for each candidate, which beats sorting while they are short.
+    """Rows that are quantized for each candidate, which is faster than sorting if they are short.
 
     Args:
         x: Data, shape (rows, length), float32 or float64.
@@ -157,14 +158,14 @@ class QuantizedRows:
 
 
 class BinnedRow:
-    """One row, as bins of neighbouring values that round together, as the place of the bin does.
+    """One row as bins of neighbouring values; all values of a bin round as its place does.
 
     Args:
-        places: Where the bins lie, ascending, shape (bins,), float32 or float64.
+        places: One number for each bin, ascending, shape (bins,), float32 or float64.
         weights: Sum of the weights in each bin, shape (bins,), float64; None for 1.
         sums: Weighted sum of the values in each bin, shape (bins,).
         energy: Weighted sum of the squares of all values.
-        low: Least value.
+        low: Smallest value.
         high: Largest value.
     """
 
@@ -194,8 +195,8 @@ class BinnedRow:
     ) -> NDArray[np.float64]:
         """Read the errors off the prefix sums; see `Objective`.
 
-        Bins go by the midpoints of the grid in real numbers. Where the operations round another
-        way, at a midpoint, the error is nearly the same either way.
+        The midpoints of the grid, in real numbers, divide the bins. At a midpoint, floating-point
+        operations may round the other way, but the error is nearly the same either way.
         """
         errors = []
         for part in _parts(scales.shape[1], fmt.code_count):
@@ -225,14 +226,17 @@ class BinnedRow:
     def measured(
         self, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
     ) -> NDArray[np.float64]:
-        """Read the error off the prefix sums, which is all that bins can tell."""
+        """Read the error off the prefix sums; bins allow nothing more accurate."""
         zero_points = None if zero_point is None else zero_point[:, None]
         return self.errors(fmt, scale[:, None], zero_points)[:, 0]
 
     def _split(
         self, thresholds: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Give weights and sums between thresholds: (candidates, thresholds) to one more each."""
+        """Give weights and sums between thresholds.
+
+        Thresholds have shape (candidates, n), results have shape (candidates, n + 1).
+        """
         keys = thresholds.astype(self.dtype).ravel()
         order = np.argsort(keys)  # sorted keys are looked up several times faster
         inner = np.empty(keys.size, dtype=np.intp)
@@ -274,11 +278,11 @@ class SortedRow(BinnedRow):
     def measured(
         self, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
     ) -> NDArray[np.float64]:
-        """Add up squared differences to what the data really round to; see `Objective`.
+        """Add up the squared differences between data and rounded values; see `Objective`.
 
-        Blocks of neighbours that all round to one value enter by their mean and their scatter
-        around it, of which nothing cancels. Others are quantized: those that a threshold divides,
-        or comes so near that the rounding of the operations may decide.
+        A block of neighbours that all round to one value contributes by its mean and the scatter
+        around the mean, without cancellation. A block is quantized if a threshold divides it, or
+        if a threshold is so near that rounding errors of the operations may decide.
         """
         lower, upper = _sure_thresholds(fmt, scale, zero_point)
         value = np.searchsorted(upper, self._firsts, side="left")
@@ -291,7 +295,7 @@ class SortedRow(BinnedRow):
         return np.where(np.isnan(measured), np.inf, measured)
 
     def _with_rest(self, blocks: NDArray[np.bool_]) -> QuantizedRows:
-        """Give some blocks, and the values that are in none, as one row."""
+        """Give some blocks, and the values outside all blocks, as one row."""
         x = np.append(self._blocks[blocks], self._rest)[None]
         if self._block_weights is None or self._rest_weights is None:
             return QuantizedRows(x, None)
@@ -320,10 +324,11 @@ def _thresholds(
 def _sure_thresholds(
     fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Give numbers of the dtype, so far from each midpoint that no rounding error can cross it.
+    """Give numbers below and above each midpoint, farther away than any rounding error.
 
-    The operations round x - z and its quotient by s, the midpoint is a rounded product and sum,
-    and the two results are rounded too: in all at most 3 units in the last place of |x| + 2 |z|.
+    The operations round x - z and its quotient by s. The midpoint is a rounded product and sum, and
+    the two results are rounded too. In total, the error is at most 3 units in the last place of
+    |x| + 2 |z|.
     """
     middles = _thresholds(fmt, scale, zero_point)[0]
     info = np.finfo(scale.dtype)
@@ -336,7 +341,7 @@ def _sure_thresholds(
 def _moments(
     blocks: NDArray[Any], weights: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.float64], ...]:
-    """Give weight, mean, and sum and sum of squares of the differences to it, by block."""
+    """Give weight, mean, and sum and sum of squares of differences to the mean, for each block."""
     moments = np.empty((4, len(blocks)))
     for part in _parts(len(blocks), 4 * BLOCK):
         x = blocks[part].astype(np.float64)
@@ -354,7 +359,7 @@ def _moments(
 def _grid_values(
     fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
 ) -> NDArray[np.float64]:
-    """Give what each candidate can become, by the operations, shape (candidates, values)."""
+    """Give the dequantized values of each candidate, as computed, shape (candidates, values)."""
     with np.errstate(over="ignore"):
         grid: NDArray[Any] = np.multiply.outer(scale, _values(fmt).astype(scale.dtype))
         if zero_point is not None:
@@ -373,6 +378,6 @@ def _prefix_sums(terms: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _parts(count: int, size: int) -> list[slice]:
-    """Cut `count` things of some size into parts of about `CHUNK` numbers."""
+    """Cut `count` items of a size into parts of about `CHUNK` numbers."""
     step = math.ceil(CHUNK / size)
     return [slice(start, start + step) for start in range(0, count, step)]

@@ -1,14 +1,14 @@
 """The format, scale and zero point with the least squared error.
 
-Every format is tried at clips that are fractions of the data's largest magnitude, so that the
-result does not depend on the units of the data: multiplied by a power of two, they have the same
-format, and scale and zero point multiplied alike. The best candidate is then refined. With the
-assignment of data to values fixed, the best scale and zero point are a least-squares fit; with
-those fixed, the best assignment is to the nearest value (Lloyd, Least Squares Quantization in
-PCM, 1982, with two parameters). Neither step can raise the error, and both are repeated until it
-stops falling.
+Every format is tried at clips that are fractions of the data's largest magnitude. The result
+therefore does not depend on the units of the data: if the data are multiplied by a power of two,
+the format stays, and scale and zero point are multiplied alike. The best candidate is then refined
+by two steps (Lloyd, Least Squares Quantization in PCM, 1982, with two parameters). For a fixed
+assignment of data to values, the best scale and zero point are a least-squares fit. For a fixed
+scale and zero point, the best assignment is to the nearest value. Neither step can raise the
+error, and both are repeated until it stops falling.
 
-The error that is reported is that of `quantize_scaled` with the scale and zero point found.
+The reported error is that of `quantize_scaled` with the scale and zero point found.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ RATIOS: NDArray[np.float64] = np.linspace(0.01, 1.0, 100)
 """The clips tried by default, as fractions of the largest magnitude."""
 
 ZERO_POINTS: NDArray[np.float64] = np.linspace(0.0, 1.0, 31)
-"""Zero points to try for unsigned formats, as fractions of the least value."""
+"""Zero points to try for unsigned formats, as fractions of the smallest value."""
 
 MAX_BITS = 16
 MIN_GAIN = 1e-8
-"""Refinement goes on while it lowers the error by more than this part of it."""
+"""Refinement continues while it lowers the error by more than this fraction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What a search found.
+    """The result of a search.
 
-    Scale and zero point are what `quantize_scaled` takes: numbers where all data share them, else
-    of the kind and device of the data, float32 (float64 where the data are), and of a shape that
-    broadcasts with the data or has one entry for each block.
+    Scale and zero point can be passed to `quantize_scaled`. They are numbers if all data share
+    them. Otherwise they have the kind and device of the data and are float32 (float64 for float64
+    data). Their shape broadcasts with the data or has one entry for each block.
 
     Attributes:
         format: The format, one for all data.
         scale: The scale.
-        zero_point: The zero point; None where none was searched.
+        zero_point: The zero point; None if none was searched.
         squared_error: Sum of the weighted squared errors over all data.
-        squared_errors: The same for each scale, of its shape, float64.
+        squared_errors: The same for each scale, of the shape of `scale`, float64.
         block_size: Sizes of the blocks that share a scale, as they were given.
         by_format: The best choice of each candidate format, in the order of the candidates.
     """
@@ -77,7 +77,7 @@ class Choice:
     by_format: Mapping[FloatFormat, Choice] = field(default_factory=dict, repr=False)
 
     def quantize(self, x: Any) -> Any:
-        """Round `x` with what was found: `fpformats.quantize_scaled`."""
+        """Round `x` with this choice, by `fpformats.quantize_scaled`."""
         return quantize_scaled(
             x, self.format, self.scale, self.zero_point, block_size=self.block_size
         )
@@ -96,31 +96,31 @@ def search(
 ) -> Choice:
     """Find the format, scale and zero point with the least sum of squared errors.
 
-    All data share one format. They share the scale too, unless `axis` or `block_size` says what
-    has its own. Where data are all zero, so that any scale serves, it is the median of the
-    others, or 1.
+    All data share one format. They also share one scale, unless `axis` or `block_size` gives each
+    channel or block its own. If the data of a scale are all zero, any scale serves; the result is
+    then the median of the other scales, or 1 if there are none.
 
     Args:
-        x: Array, tensor or number of finite values, any shape. Searched on the CPU, in float32
-            or, for float64 values, in float64. Or a `Histogram`.
+        x: Array, tensor or number of finite values, any shape; or a `Histogram`. The search runs
+            on the CPU, in float32 or, for float64 values, in float64.
         formats: The candidates, of at most 16 bits, or their names. Uniform formats are integers
-            times a power of two: E0M3 those from -7 to 7, E0M4U those from 0 to 15.
-        ratios: Clips to try: the largest value of the format is put at this fraction of the
+            times a power of two: from -7 to 7 for E0M3, from 0 to 15 for E0M4U.
+        ratios: Clips to try. The largest value of the format is mapped to this fraction of the
             largest magnitude, or of the largest distance above the zero point.
-        zero_points: Zero points to try for unsigned formats, as fractions of the least value;
+        zero_points: Zero points to try for unsigned formats, as fractions of the smallest value;
             `ZERO_POINTS` is a sensible grid. None for no zero point.
-        weights: Weights of the squared errors, 0 or more, as `x` and broadcasting to its shape.
-            Values of weight 0 are as good as absent. None for 1.
+        weights: Weights of the squared errors, 0 or more, of the kind of `x` and broadcasting to
+            its shape. Values of weight 0 are ignored. None for 1.
         axis: Axis along which every index (channel) has its own scale.
         block_size: Sizes of the blocks that have their own scale, as in `quantize_scaled`.
-        refine: Whether to improve on the candidates by least squares.
+        refine: Whether to refine the best candidates by least squares.
 
     Returns:
         The choice with the least error over all data; of equal ones, the first in `formats`.
 
     Raises:
-        TypeError: If `x` is not floating point, `formats` holds something else, or a histogram
-            comes with weights or blocks.
+        TypeError: If `x` is not floating point, `formats` holds anything but formats or names, or
+            a histogram comes with weights or blocks.
         ValueError: If the data are empty or not finite, or an argument is out of range.
 
     Warns:
@@ -159,7 +159,7 @@ def search(
 
 
 class _Grid(NamedTuple):
-    """What to try with each format, relative to the data."""
+    """The candidates to try with each format, relative to the data."""
 
     ratios: NDArray[np.float64]
     zero_points: NDArray[np.float64] | None
@@ -167,13 +167,13 @@ class _Grid(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The best found for each row with one format; arrays of shape (rows,)."""
+    """The best candidate of each row with one format; arrays of shape (rows,)."""
 
     scale: NDArray[Any]
     zero_point: NDArray[Any] | None
     error: NDArray[np.float64]
     zero: NDArray[np.bool_]
-    """Where the data are all zero, and become zero."""
+    """Whether the data are all zero and become zero."""
 
 
 def _best(objective: Objective, fmt: FloatFormat, grid: _Grid) -> _Best:
@@ -188,7 +188,7 @@ def _best(objective: Objective, fmt: FloatFormat, grid: _Grid) -> _Best:
         better = measured < error
         scale, error = np.where(better, refined, scale), np.where(better, measured, error)
         zero_point = None if zero_point is None else np.where(better, moved, zero_point)
-    # Whatever the scale, as long as the format has a zero.
+    # Zeros become zero with any scale, as long as the format has a zero.
     zero = (objective.low == 0) & (objective.high == 0) & fmt.zero
     return _Best(scale, zero_point, error, zero)
 
@@ -214,7 +214,7 @@ def _candidates(
 def _refined(
     objective: Objective, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Fit scale and zero point of each row to what the data round to, until nothing is gained."""
+    """Fit scale and zero point of each row to its rounded data, until the error stops falling."""
     scale, zero_point = scale.copy(), None if zero_point is None else zero_point.copy()
     sums = objective.sums(fmt, scale, zero_point)
     error = _error(sums, scale, zero_point)
@@ -245,7 +245,7 @@ def _least_squares(
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Solve for the scale s and zero point z that minimise the sum of w * (s * q + z - x)**2.
 
-    Where there is no positive solution the scale stays, and the zero point is fitted alone.
+    If the scale has no positive solution, it stays, and only the zero point is fitted.
     """
     with np.errstate(all="ignore"):
         if zero_point is None:
@@ -283,7 +283,7 @@ def _of_histogram(histogram: Histogram) -> Callable[[FloatFormat], Objective]:
 
 
 class _Rows:
-    """The objective of some rows for a format: quantized, or one row sorted when first needed."""
+    """The objective of some rows for a format: quantized rows, or one row sorted on first use."""
 
     def __init__(self, x: NDArray[Any], weights: NDArray[np.float64] | None) -> None:
         self._x = x
@@ -302,7 +302,7 @@ class _Rows:
 def _batches(
     rows: NDArray[Any], weights: NDArray[np.float64] | None, formats: Sequence[FloatFormat]
 ) -> Iterator[_Rows]:
-    """Cut rows into batches: single ones where they are sorted, else some to do at once."""
+    """Cut rows into batches: single rows if they are sorted, else several at once."""
     length = rows.shape[1]
     step = 1 if any(sorting_pays(length, fmt) for fmt in formats) else -(-CHUNK // length)
     for start in range(0, len(rows), step):
@@ -331,7 +331,7 @@ def _choice(
     shape: list[int] | None,
     block_size: tuple[int, ...] | None,
 ) -> Choice:
-    """Give what was found the shape of the scale, and the kind of the data; None for numbers."""
+    """Make the choice in the kind of the data; `shape` is that of scales, None for numbers."""
     total = math.fsum(best.error)
     if shape is None:
         zero_point = None if best.zero_point is None else float(best.zero_point[0])

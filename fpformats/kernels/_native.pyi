@@ -1,4 +1,4 @@
-# The compiled kernels; every address is of memory that the caller keeps alive.
+# The compiled kernels. The caller keeps the memory of every address alive.
 
 from typing import Any
 
@@ -12,11 +12,12 @@ class Scaling:
     ) -> None: ...
 
 class Random:
-    # Random words by address, or 0 and a seed; and how many bits each has.
+    # Random words by address, or 0 and a seed; and the number of bits of a word.
     def __init__(self, words: int, seed: int, bits: int) -> None: ...
 
 class Kernel:
-    # The passes of one plan, rounding mode and dtype; both are counted as in `native`.
+    # The passes of one plan, rounding mode and dtype. Mode and dtype are indices into the lists
+    # `MODES` and `DTYPES` of `native`.
     def __init__(self, plan: Any, mode: int, dtype: int) -> None: ...
     def quantize(
         self,

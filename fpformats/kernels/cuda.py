@@ -1,8 +1,8 @@
 """Rounding, encoding and decoding of CUDA tensors, each in one launch of a Triton kernel.
 
-Importing this module imports torch and Triton, and fails without Triton 3.6 or later. Tensors are
-contiguous, arguments are checked before, and plans are made for the dtype of the values: float64
-is computed in float64, the others in float32. Nothing here waits for the device.
+Importing this module imports torch and Triton, and fails without Triton 3.6 or later. Callers pass
+contiguous tensors, checked arguments, and plans made for the dtype of the values: float64 is
+computed in float64, the others in float32. No function here waits for the device.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PACKED_BITS = (4, 6)
 
 
 class Scaling(NamedTuple):
-    """Scales and zero points, and which of them an element has.
+    """Scales and zero points, and which element has which.
 
     Attributes:
-        scales: Contiguous tensor of the dtype that the kernel computes in, on the same device.
-        zero_points: As `scales`, and as many; None for no shift.
+        scales: Contiguous tensor of the compute dtype, on the same device.
+        zero_points: As `scales`, the same number of them; None for no shift.
         layout: Which element has which.
     """
 
@@ -49,14 +49,14 @@ def quantize(
     random: torch.Tensor | int | None = None,
     random_bits: int = 32,
 ) -> torch.Tensor:
-    """Round to the values of a format, scaled and shifted where there are scales.
+    """Round to the values of a format, scaled and shifted if there are scales.
 
     Args:
         x: Contiguous tensor of any dtype.
         plan: The format and the policy.
         out: Contiguous tensor of the shape and dtype of `x` to write to; may be `x`.
         scaling: The scales, if any.
-        random: Of the stochastic modes, the seed, or int64 words of the shape of `x`.
+        random: For the stochastic modes, the seed or int64 words of the shape of `x`.
         random_bits: Width of the random words.
 
     Returns:
@@ -86,12 +86,12 @@ def encode(
     random: torch.Tensor | int | None = None,
     random_bits: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Round to the codes of a format, after a shift and a division where there are scales.
+    """Round to the codes of a format, after a shift and a division if there are scales.
 
     Args:
         x: Contiguous tensor of any dtype.
         plan: The format and the policy.
-        nan_code: Code to give for NaN; None where there is none to give.
+        nan_code: Code to give for NaN; None if there is none.
         packed_bits: 4 or 6 to store codes of at most that width side by side, as
             `fpformats.pack` does without an axis.
         scaling: As in `quantize`.
@@ -99,9 +99,9 @@ def encode(
         random_bits: As in `quantize`.
 
     Returns:
-        The codes, in the smallest unsigned dtype of the shape of `x` or, packed, as bytes. And,
-        where there is no code for NaN, an int32 on the device that tells what there was of it: 0
-        for none, 1 for some in the result, 2 for some in the input; else None.
+        The codes, in the smallest unsigned dtype and the shape of `x`, or as bytes if packed.
+        Then, if there is no code for NaN, an int32 on the device: 0 if there was no NaN, 1 if
+        there was NaN in the result, 2 if there was NaN in the input. Otherwise None.
     """
     nan_seen = torch.zeros((), dtype=torch.int32, device=x.device) if nan_code is None else None
     if packed_bits is None:
@@ -135,12 +135,12 @@ def decode(
     packed_bits: int | None = None,
     scaling: Scaling | None = None,
 ) -> torch.Tensor:
-    """Give the values of codes, scaled and shifted where there are scales.
+    """Give the values of codes, scaled and shifted if there are scales.
 
     Args:
         codes: Contiguous tensor of any integer dtype; bytes if the codes are packed.
         plan: The format.
-        out: Contiguous tensor of a dtype to write to, of as many elements as there are codes.
+        out: Contiguous tensor to write to, of any dtype, with one element for each code.
         packed_bits: 4 or 6 if codes of that width are stored side by side.
         scaling: As in `quantize`.
 
@@ -169,7 +169,7 @@ def _launch(kernel: Any, x: torch.Tensor, out: torch.Tensor, count: int, **argum
 
 
 def _scaling_arguments(scaling: Scaling | None, count: int) -> dict[str, Any]:
-    """Describe the layout, leaving away the divisions that it does not need."""
+    """Describe the layout, without the divisions that it does not need."""
     index = tl.uint32 if count < 1 << 32 else tl.int64
     scales, zero_points, layout = scaling or (None, None, None)
     row_length, run_length, row_stride = layout or (None, None, None)
@@ -197,7 +197,10 @@ def _random_arguments(random: torch.Tensor | int | None, bits: int) -> dict[str,
 
 
 def _signed(number: int) -> int:
-    """Give the int32 of the same bits: one type for all, which Triton takes from the value."""
+    """Give the int32 of the same bits.
+
+    Triton takes the type of an argument from its value; this way, all have one type.
+    """
     return number - ((number >> 31) << 32)
 
 
@@ -218,7 +221,7 @@ def _narrow_fields(plan: Plan) -> list[int]:
         _pattern32(plan.low),
         _pattern32(plan.high),
         _pattern32(plan.floor),
-        # Makes 1.5 * 2**(23 - digits) * 2**e of the exponent bits of 2**e.
+        # Added to the exponent bits of 2**e, this makes 1.5 * 2**(23 - digits) * 2**e.
         (23 - plan.digits << 23) | 1 << 22,
         int(plan.digits == 0),
         plan.digits,

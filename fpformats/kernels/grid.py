@@ -1,4 +1,4 @@
-"""The parameters of a kernel: one format seen from one dtype, as plain numbers."""
+"""The parameters of a kernel: one format in terms of one dtype, as plain numbers."""
 
 from __future__ import annotations
 
@@ -34,35 +34,36 @@ FLOAT_DTYPES = {
 
 
 class Grid(NamedTuple):
-    """What the kernels know of a format, in units of one dtype.
+    """The kernel parameters of a format, in terms of one dtype.
 
     Attributes:
-        floating: Name of the dtype's dtype.
-        integer: Name of the integer dtype as wide.
+        floating: Name of the dtype.
+        integer: Name of the integer dtype of the same width.
         width: Mantissa bits of the dtype.
         exponent_mask: Pattern of the dtype's exponent field.
         low: Lowest finite value.
         high: Largest finite value.
         floor: Power of two below which the spacing stays constant.
         ceiling: Power of two above which the spacing need not grow: only NaN is beyond it.
-        first_field: Exponent field in the dtype of the binade of code 1, or what it would be,
-            where a binade is one step wide.
+        first_field: For binades of one step, the exponent field in the dtype of the binade of
+            code 1, whether the format has that code or not.
         spacing: Distance between neighbours within a binade, divided by its power of two.
-        magic: What `floor` to `ceiling` are multiplied by to get numbers whose last bit is the
-            spacing; 0 where the dtype has no such numbers.
-        ties_by_parity: Whether a binade is one step wide, so that parity is the exponent's.
-        smallest: Smallest value above zero if that is not one step from it, else 0.
+        magic: Factor of the powers of two from `floor` to `ceiling`. The product is a number
+            whose last bit is the spacing; 0 if the dtype has no such numbers.
+        ties_by_parity: Whether a binade is one step wide, so that the exponent gives the parity.
+        smallest: Smallest value above zero if it is not one step from zero, else 0.
         zero: Whether there is a zero.
         signed: Whether there are negative values.
         negative_zero: Whether zero has a sign.
         magnitude_bits: Width of a code below the sign.
         shift: Mantissa bits that the dtype has beyond the format; -1 if every code is linear.
-        offset: FloatDtype pattern, cut by `shift`, minus the code, for codes that are not linear.
-        linear: Codes below this one are linear: they stand for as many times `quantum`.
-        linear_high: What magnitudes can be cut off at without changing a linear one.
+        offset: Bit pattern in the dtype, shifted right by `shift`, minus the code, for codes that
+            are not linear.
+        linear: Codes below this one are linear: code n stands for n times `quantum`.
+        linear_high: Limit to which magnitudes can be clipped without changing a linear one.
         quantum: Smallest spacing.
-        infinity_code: Magnitude of infinity's code, -1 without.
-        first_nan: Smallest magnitude that is NaN; -1 without.
+        infinity_code: Magnitude of infinity's code; -1 without infinity.
+        first_nan: Smallest magnitude of a code that is NaN; -1 if there is none.
         nan_is_negative_zero: Whether NaN has the code of negative zero.
         lift: Power of two that makes the dtype's subnormal numbers normal, or 0.
         lifted_codes: Codes below this one stand for subnormal numbers of the dtype, or 0.
@@ -110,7 +111,7 @@ def holds(dtype: FloatDtype, fmt: FloatFormat) -> bool:
         fmt: The format.
 
     Returns:
-        Whether neither precision nor range nor the smallest step is beyond the dtype.
+        Whether the precision, the range and the smallest step all fit the dtype.
 
     Example:
         >>> from fpformats.formats import FloatFormat
@@ -132,11 +133,11 @@ def make_grid(fmt: FloatFormat, dtype: FloatDtype, lift: int = 0) -> Grid:
     Args:
         fmt: The format.
         dtype: The dtype, float32 or float64.
-        lift: Exponent of a power of two that all values are multiplied by, and beyond which
-            they are cut off.
+        lift: Exponent of a power of two. All values are multiplied by that power, and clipped
+            to it.
 
     Returns:
-        The parameters, of which all floats are exact in the dtype.
+        The parameters. All floats among them are exact in the dtype.
     """
     width, mantissa_bits = dtype.mantissa_bits, fmt.mantissa_bits
     step = fmt.scaled_magnitude(fmt.smallest_code)[1] + lift
@@ -145,7 +146,7 @@ def make_grid(fmt: FloatFormat, dtype: FloatDtype, lift: int = 0) -> Grid:
         top, high = lift, math.ldexp(1.0, lift)
     else:
         high = _scaled(fmt, fmt.max_code, lift)
-    # Where all values are subnormal, the grid is also that of their last binade.
+    # If all values are subnormal, the grid is the same as that of their last binade.
     bottom = min(bottom, top)
     digits = bottom - step
     first = bottom + 1 - fmt.smallest_code
@@ -190,7 +191,8 @@ def make_grid(fmt: FloatFormat, dtype: FloatDtype, lift: int = 0) -> Grid:
 def _ceiling_exponent(top: int, first: int, digits: int, dtype: FloatDtype) -> int:
     """Give the top exponent; without mantissa bits, one near it whose code is odd.
 
-    NaN is rounded as if it were in that binade, and portable._break_ties leaves odd ones alone.
+    NaN is rounded as if it were in that binade, and portable._break_ties does not change numbers
+    in binades with an odd code.
     """
     ceiling = max(top, dtype.min_exponent)
     if digits > 0 or (ceiling - first) % 2 == 0:

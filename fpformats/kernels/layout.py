@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """Scales of an array in row-major order.
+    """The scales of an array in row-major order.
 
-    The array is rows of `row_length` elements. Run j of row i, `run_length` long but for the last
-    one, has the scale of index ``i * row_stride + j``: with `row_stride` 0 all rows have the same
-    scales.
+    The array consists of rows of `row_length` elements. A row consists of runs of `run_length`
+    elements, of which the last may be shorter. Run j of row i has the scale at index
+    ``i * row_stride + j``. With `row_stride` 0, all rows have the same scales.
     """
 
     row_length: int

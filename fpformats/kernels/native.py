@@ -1,7 +1,7 @@
-"""The compiled kernels for memory of the host: whether they are there, and calling them.
+"""The compiled kernels for host memory: how to load and get them.
 
-`fpformats.kernels._native` takes plain addresses. The functions here keep the arrays alive that
-the addresses are of, and leave every check of what users pass to their callers.
+`fpformats.kernels._native` takes plain addresses. Its callers keep the arrays behind the addresses
+alive, and check all input of users.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 MODES = [mode.value for mode in Rounding]
 DTYPES = list(FLOAT_DTYPES)
-"""What the kernels count rounding modes and dtypes by, which must be in their order."""
+"""Rounding modes and dtypes in the order of the compiled kernels, which know them by index."""
 PARALLEL_FROM = 1 << 20
-"""Elements from which on starting threads costs less than they save."""
+"""Number of elements from which threads save more time than their start costs."""
 STREAM_FROM = 1 << 25
-"""Bytes of a result from which on it is written past the caches, which could not hold it."""
+"""Size in bytes from which a result is too large for the caches and is written past them."""
 
 NAN_IN, NAN_OUT = 1, 2
 
@@ -38,7 +38,7 @@ def _load() -> ModuleType | None:
     try:
         import fpformats.kernels._native as found
     except ImportError as error:
-        # A library that is there but does not load raises the base class.
+        # A library that exists but does not load raises the base class, ImportError.
         missing = isinstance(error, ModuleNotFoundError)
         how = "was installed without its compiled kernels" if missing else "cannot load its kernels"
         warnings.warn(
@@ -56,12 +56,12 @@ def _load() -> ModuleType | None:
 
 
 library: Callable[[], Any] = functools.cache(_load)
-"""Gives the module of the compiled kernels, None where there are none; see `_native.pyi`."""
+"""Gives the module of the compiled kernels, None if there are none; see `_native.pyi`."""
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel_of(fmt: FloatFormat, dtype: FloatDtype, rounding: str, saturation: str) -> Kernel | None:
-    """Give the kernel of a format that the dtype holds; None where there is none."""
+    """Give the kernel of a format that the dtype holds; None if there is none."""
     native = library()
     plan = make_plan(fmt, dtype, rounding, saturation) if native else None
     if plan is None:
@@ -71,13 +71,13 @@ def kernel_of(fmt: FloatFormat, dtype: FloatDtype, rounding: str, saturation: st
 
 
 def instruction_sets() -> list[str]:
-    """List the compiled instruction sets that the machine has, the fastest first."""
+    """List the compiled instruction sets that this machine supports, the fastest first."""
     native = library()
     return list(native.names()) if native else []
 
 
 def threads_for(count: int) -> int:
-    """Give the number of threads for so many elements: torch's where torch is loaded."""
+    """Give the number of threads for `count` elements; torch's setting if torch is loaded."""
     if count < PARALLEL_FROM:
         return 1
     if (torch := sys.modules.get("torch")) is not None:

@@ -1,4 +1,4 @@
-"""Random words by counter: Philox4x32-10, the same on every library, device and shape.
+"""Counter-based random words: Philox4x32-10, the same for every library, device and shape.
 
 Element i of an array, counted in row-major order, takes the first word of the block whose counter
 is i and whose key is the seed (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
@@ -23,12 +23,12 @@ def random_words(xp: ModuleType, x: Any, seed: int, bits: int) -> Any:
 
     Args:
         xp: The library of `x`, numpy or torch.
-        x: Array whose shape and device the words have.
+        x: Array that gives the shape and device of the words.
         seed: The seed, 0 to 2**64 - 1.
         bits: Width of the words, 1 to 32.
 
     Returns:
-        Array of int64 words from 0 to 2**bits - 1: the high bits of those of the generator.
+        Array of int64 words from 0 to 2**bits - 1: the high bits of the generator's words.
     """
     device = {"device": x.device} if hasattr(x, "device") else {}
     index = xp.arange(math.prod(x.shape), dtype=xp.int64, **device)
@@ -39,7 +39,7 @@ def random_words(xp: ModuleType, x: Any, seed: int, bits: int) -> Any:
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Give the four words of a block, in int64 arithmetic that wraps as unsigned does.
+    """Give the four words of a block, in int64 arithmetic that wraps as unsigned arithmetic does.
 
     Args:
         counter: Four arrays of int64 from 0 to 2**32 - 1.
@@ -58,6 +58,6 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
 
 
 def _product(words: Any, factor: int) -> tuple[Any, Any]:
-    """Give the low and the high half of 32 by 32 bit products; their 64 bits wrap the sign."""
+    """Give the low and high halves of 32 by 32 bit products; these may wrap to negative int64."""
     product = words * factor
     return product & LOW, (product >> 32) & LOW

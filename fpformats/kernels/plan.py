@@ -1,17 +1,17 @@
-"""What the fused kernels know of a format and a policy: one flat record of plain numbers.
+"""The plan of the fused kernels: a format and a policy as one flat record of plain numbers.
 
-The kernels in C++ and in Triton round one element at a time. Up to a step of exponent e above
-`floor` a magnitude a splits, exactly in float64, into a whole number of steps and a rest::
+The kernels in C++ and in Triton round one element at a time. They split a magnitude a, exactly in
+float64, into a whole number of steps and a rest::
 
     e = max(exponent of a, exponent of floor)
     step = 2**(e - digits)
     count = floor(a / step)
     code = ((e - exponent of floor) << digits) + count + code_base
 
-`code` is that of the neighbour nearer zero, so that parity, the upper neighbour (code + 1) and the
-code of the result all come from one integer. Below `smallest`, in formats without subnormal
-numbers, the neighbours are zero and `smallest`. Float64 holds all of it for the formats that
-`make_plan` takes.
+`code` is the code of the neighbour nearer zero. The parity, the code of the upper neighbour
+(code + 1) and the code of the result all come from this one integer. In formats without subnormal
+numbers, the neighbours of a magnitude below `smallest` are zero and `smallest`. Float64 holds all
+these numbers for the formats that `make_plan` takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_EXPONENT_BITS = 8
 MAX_MANTISSA_BITS = 23
 LIMIT = 900
-"""Largest exponent, but for its sign, of steps and values."""
+"""Largest absolute value of the exponents of steps and values."""
 
 
 class Plan(NamedTuple):
@@ -42,10 +42,10 @@ class Plan(NamedTuple):
         low: Lowest finite value.
         high: Largest finite value.
         floor: Power of two below which the spacing stays constant.
-        ceiling: Power of two that is the top exponent of any finite value.
-        digits: Logarithm of the steps in a binade: step = 2**(e - digits).
-        code_base: What the code is more than the count of steps: 0, or less without subnormals.
-        smallest: Smallest value above zero if that is not one step from it, else 0.
+        ceiling: Power of two with the largest exponent of any finite value.
+        digits: Base-2 logarithm of the number of steps in a binade: step = 2**(e - digits).
+        code_base: Code minus count of steps, in the lowest binade: 0, or less without subnormals.
+        smallest: Smallest value above zero if it is not one step from zero, else 0.
         zero: Whether there is a zero.
         signed: Whether there are negative values.
         negative_zero: Whether zero has a sign.
@@ -53,18 +53,19 @@ class Plan(NamedTuple):
         max_code: Code of `high`.
         rounding: Name of the rounding mode.
         is_default: Whether the policy is nearest with ties to even and SatFinite.
-        is_narrow: Whether the default policy can be computed in float32: all intermediate
-            numbers of the sum that rounds are normal there, and `smallest` is 0.
-        draws_narrow: Whether StochasticA with SatFinite can be computed in float32.
-        edges: What becomes of results that are not values of the format.
+        is_narrow: Whether the policy is the default and can be computed in float32: all
+            intermediate numbers of the rounding sum are normal there, and `smallest` is 0.
+        draws_narrow: Whether the policy is StochasticA with SatFinite and can be computed in
+            float32.
+        edges: Replacements of results that are not values of the format.
         edge_codes: Codes of `edges`, in the same order; -1 for NaN.
         quantum: Smallest spacing.
-        linear: Codes below this one are linear: they stand for as many times `quantum`.
-        pattern_offset: Pattern of a float64, cut by 52 - mantissa_bits, minus the code, for codes
-            that are not linear.
+        linear: Codes below this one are linear: code n stands for n times `quantum`.
+        pattern_offset: Bit pattern of a float64, shifted right by 52 - mantissa_bits, minus the
+            code, for codes that are not linear.
         mantissa_bits: Width of the mantissa field.
-        infinite_code: Magnitude of the code of infinity in the format, -1 without.
-        first_nan: Smallest magnitude whose code is NaN, -1 without.
+        infinite_code: Magnitude of the code of infinity; -1 without infinity.
+        first_nan: Smallest magnitude of a code that is NaN; -1 if there is none.
         nan_is_negative_zero: Whether NaN has the code of negative zero.
     """
 
@@ -105,9 +106,9 @@ def make_plan(fmt: FloatFormat, dtype: FloatDtype, rounding: str, saturation: st
         saturation: Name of a saturation mode.
 
     Returns:
-        The record; None where the format has more than 8 exponent or 23 mantissa bits, lies
-        where float64 has no room for the steps in between, or has 32 bits that are all values:
-        the kernels mark NaN by a code of 32 ones.
+        The record. None if the format has more than 8 exponent or 23 mantissa bits, if its
+        exponents leave no room in float64 for the intermediate steps, or if it has 32 bits that
+        are all values, because the kernels mark NaN by a code of 32 ones.
 
     Example:
         >>> from fpformats import E2M1

@@ -1,7 +1,7 @@
 """Rounding in any mode, with any saturation, in whole-array operations, for NumPy and for torch.
 
-A magnitude is split exactly into its lower neighbour and a remainder; the mode decides from the
-remainder, without dividing, whether the upper neighbour is taken; saturation comes last.
+A magnitude is split exactly into its lower neighbour and a remainder. From the remainder, the mode
+decides without a division whether to take the upper neighbour. Saturation comes last.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Edges(NamedTuple):
-    """What becomes of results that are not values of the format.
+    """Replacements of results that are not values of the format.
 
     Attributes:
-        above: Of a finite number that rounds to more than the largest value.
-        below: Of a finite number that rounds to less than the lowest value.
-        infinity: Of infinity.
-        negative_infinity: Of negative infinity.
-        zero: Of a result of zero where there is no zero; it then takes the sign of the input.
+        above: For a finite number that rounds to more than the largest value.
+        below: For a finite number that rounds to less than the lowest value.
+        infinity: For infinity.
+        negative_infinity: For negative infinity.
+        zero: For a result of zero in a format without zero; it then takes the sign of the input.
     """
 
     above: float
@@ -34,12 +34,12 @@ class Edges(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The split of magnitudes between neighbours of a grid, arrays all.
+    """The split of magnitudes between neighbours of a grid; all fields are arrays.
 
     Attributes:
         low: The lower neighbour, at most the largest finite value.
-        high_part: The distance between the neighbours, but for `low_part`: a power of two.
-        low_part: What is left of that distance, which is not always a power of two.
+        high_part: The distance between the neighbours minus `low_part`: a power of two.
+        low_part: The remainder of that distance; 0 if the distance is a power of two.
         rest: The magnitude minus `low`.
         odd: Whether the code of `low` is odd.
     """
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 def make_edges(grid: Grid, mode: str, saturation: str) -> Edges:
-    """Work out what saturation makes of results beyond a format (IEEE P3109, 4.6.3).
+    """Work out the saturated results beyond the range of a format (IEEE P3109, 4.6.3).
 
     Args:
         grid: The format.
@@ -76,7 +76,7 @@ def make_edges(grid: Grid, mode: str, saturation: str) -> Edges:
     if not grid.signed:
         negative_infinity = nan
     above, below = infinity, negative_infinity
-    # Of the largest value and infinity, the one with the odd code.
+    # Between the largest value and infinity, rounding to odd chooses the odd code.
     stays = infinite and mode == "ToOdd" and grid.max_is_odd
     if mode in ("TowardZero", "TowardNegative") or stays:
         above = high
@@ -95,7 +95,7 @@ def quantize(
         x: Array of the grid's dtype.
         grid: The format.
         mode: Name of a rounding mode of IEEE P3109.
-        edges: What saturation makes of results beyond the format.
+        edges: The saturated results beyond the range of the format.
         words: int64 array of the random words of the stochastic modes, else None.
         bits: Width of the random words.
 
@@ -109,7 +109,7 @@ def quantize(
     if grid.lifted is not None:
         lifted = xp.clip(magnitude, None, 1.0) * grid.lift
         small, small_over = _round(xp, lifted, negative, grid.lifted, mode, words, bits)
-        # Of formats that end below the dtype's normal numbers, whatever lies beyond, too.
+        # If the format ends below the dtype's normal numbers, those beyond its range are small too.
         is_small = xp.clip(magnitude, None, grid.high) < grid.floor
         y = xp.where(is_small, small / grid.lift, y)
         over = xp.where(is_small, small_over, over)
@@ -133,9 +133,9 @@ def _signed(xp: ModuleType, y: Any, over: Any, negative: Any, grid: Grid, edges:
 def _round(
     xp: ModuleType, magnitude: Any, negative: Any, grid: Grid, mode: str, words: Any, bits: int
 ) -> tuple[Any, Any]:
-    """Round magnitudes; tell also which ones go beyond the largest value."""
+    """Round magnitudes, and tell which of them exceed the largest value."""
     step = _split(xp, magnitude, grid)
-    # Beyond the largest value by a step or more, no mode comes back to it.
+    # A step or more beyond the largest value, no mode rounds back to it.
     up = _goes_up(xp, step, negative, mode, words, bits)
     up = up | (step.rest >= step.high_part + step.low_part)
     y = xp.where(up, step.low + (step.high_part + step.low_part), step.low)
@@ -157,13 +157,13 @@ def _split(xp: ModuleType, magnitude: Any, grid: Grid) -> Step:
         odd = xp.floor(count / 2) * 2 != count
     low_part = xp.zeros_like(low)
     if grid.smallest:
-        # The gap below the smallest value is one normal value wide: 2**e plus its last bit.
+        # The gap below the smallest value is as wide as that value: 2**e plus its last bit.
         below = magnitude < grid.smallest
         low = xp.where(below, 0.0, low)
         leading = 2.0 ** (math.frexp(grid.smallest)[1] - 1)
         distance = xp.where(below, leading, distance)
         low_part = xp.where(below, grid.smallest - leading, low_part)
-        # Where there is no zero, the place below code 0 counts as odd.
+        # If there is no zero, the position below code 0 counts as odd.
         odd = xp.where(below, not grid.zero, odd)
     return Step(low, distance, low_part, magnitude - low, odd)
 
@@ -186,12 +186,13 @@ def _goes_up(xp: ModuleType, step: Step, negative: Any, mode: str, words: Any, b
 
 
 def _draws_up(xp: ModuleType, step: Step, mode: str, words: Any, bits: int) -> Any:
-    """Compare v * 2**(bits + 1) with what the word leaves, v being rest / distance, in float64.
+    """Compare v * 2**(bits + 1) with a threshold from the word, in float64; v = rest / distance.
 
-    With K = 2**bits - word, P3109's floor(v * 2**bits) + word >= 2**bits is v * 2**bits >= K for
-    mode A, v * 2**bits >= K - 1/2 for B, and for C, which rounds v * 2**bits to an integer first,
-    ties to even, the same but strictly so for odd K. Dividing by a power of two is exact, and so
-    is the subtraction wherever its sides are near each other.
+    Let K = 2**bits - word. For mode A, P3109's floor(v * 2**bits) + word >= 2**bits means
+    v * 2**bits >= K. For mode B, the condition is v * 2**bits >= K - 1/2. Mode C first rounds
+    v * 2**bits to an integer, ties to even; its condition is that of B, but strict for odd K.
+    Dividing by a power of two is exact, and so is the subtraction if its operands are near each
+    other.
     """
     ratio = xp.asarray(step.rest / step.high_part, dtype=xp.float64)
     excess = xp.asarray(step.low_part / step.high_part, dtype=xp.float64)

@@ -2,9 +2,9 @@
 
 The functions take the library as `xp`: the modules numpy and torch spell these operations alike.
 
-Rounding is left to the hardware: a number of the dtype whose last bit is the spacing that the
-format has at x is added to x and subtracted again, so that the sum is rounded to that spacing,
-once, to nearest with ties to even. The spacing comes from the exponent bits of x.
+The hardware does the rounding. A number whose last bit is the format's spacing at x is added to x
+and subtracted again. The sum is thereby rounded to that spacing, once, to nearest with ties to
+even. The spacing comes from the exponent bits of x.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def encode(xp: ModuleType, values: Any, grid: Grid, nan_code: int | None) -> Any
         codes |= ((_bits(xp, values, grid) >> top) & 1) << grid.magnitude_bits
     if nan_code is None:
         return codes
-    # As a signed number of the same bits, where the format fills the dtype.
+    # If the format fills the dtype, the code becomes a signed number of the same bits.
     nan = special if grid.infinity_code < 0 else xp.isnan(values)
     return xp.where(nan, nan_code - (nan_code >> top << (top + 1)), codes)
 
@@ -120,25 +120,25 @@ def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
 
 
 def _round_below_smallest(xp: ModuleType, y: Any, grid: Grid) -> Any:
-    """Decide between zero and a smallest value that is more than one step from it."""
+    """Choose between zero and the smallest value, which is more than one step from zero."""
     magnitude = abs(y)
     raised = xp.clip(magnitude, grid.smallest, grid.high)
     return raised * (magnitude + magnitude > grid.smallest) if grid.zero else raised
 
 
 def _break_ties(xp: ModuleType, y: Any, binade: Any, grid: Grid) -> Any:
-    """Move ties off the middle where rounding the mantissa to even would not round the code.
+    """Move ties off the midpoint where rounding the mantissa to even would give an odd code.
 
-    Without mantissa bits the hardware sees a tie between 1 and 2 steps and goes to 2, up. In
-    binades whose own code is even it must go down, which the next smaller number does. NaN,
-    whose pattern must not change, has been given the binade `ceiling`, whose code is odd.
+    Without mantissa bits, the hardware sees a tie between 1 and 2 steps and rounds up, to 2. In
+    binades with an even code it must round down, as the next smaller number does. The pattern of
+    NaN must not change; NaN has been given the binade `ceiling`, whose code is odd.
     """
     even = ((_bits(xp, binade, grid) >> grid.width) - grid.first_field) & 1
     return _floats(xp, _bits(xp, y, grid) - even, grid)
 
 
 def _index(xp: ModuleType, magnitudes: Any, grid: Grid) -> Any:
-    """Give the codes of values >= 0, of which the larger of two readings is the code."""
+    """Give the codes of values >= 0: the larger of the linear code and that of the bit pattern."""
     codes = xp.asarray(
         xp.clip(magnitudes, 0.0, grid.linear_high) / grid.quantum, dtype=getattr(xp, grid.integer)
     )
@@ -156,7 +156,7 @@ def _from_index(xp: ModuleType, magnitudes: Any, grid: Grid) -> Any:
 
 
 def _snap(y: Any, binade: Any, magic: float) -> None:
-    """Round y, in place, to the last bit of `magic` times `binade`, a product that is exact."""
+    """Round y in place to the last bit of the product `magic` times `binade`, which is exact."""
     if hasattr(y, "add_"):  # torch multiplies and adds in one pass
         y.add_(binade, alpha=magic).sub_(binade, alpha=magic)
     else:

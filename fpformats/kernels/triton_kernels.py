@@ -1,15 +1,15 @@
 """Rounding, encoding and decoding on a GPU: Triton kernels of one pass over memory.
 
-Each program takes `block` elements of a contiguous tensor. What it knows of the format is the
-`record`, a tensor of int64 numbers and patterns of floats that `fpformats.kernels.cuda` writes in
-the order in which they are read here, so that all formats share the compiled kernels. Arguments
-that may be None, and those marked `tl.constexpr`, are settled when a kernel is compiled.
+Each program takes `block` elements of a contiguous tensor. The format is in the `record`, a tensor
+of int64 numbers and bit patterns of floats. `fpformats.kernels.cuda` writes it in the order in
+which it is read here. All formats thus share the compiled kernels. Arguments that may be None, and
+those marked `tl.constexpr`, are fixed when a kernel is compiled.
 
-The kernels rely on what the tests look for in the code that is made for the GPU: float32 keeps
-subnormal numbers, no product is contracted with a sum (the launch says so), `tl.div_rn` divides
-float32 as IEEE 754 does (`/` does so for float64 alone), and narrowing rounds to nearest even.
-Before version 3.6 Triton's `tl.div_rn` took subnormal numbers for zero.
-Minimum and maximum are not asked of NaN, where devices differ: comparisons are, which are false.
+The kernels rely on properties that the tests check in the generated GPU code: float32 keeps
+subnormal numbers, no product is fused with a sum (the launch forbids it), `tl.div_rn` divides
+float32 as IEEE 754 does (`/` does so only for float64), and narrowing rounds to nearest even.
+Before version 3.6, Triton's `tl.div_rn` treated subnormal numbers as zero. Devices differ in the
+minimum and maximum of NaN; the kernels use comparisons instead, which are false for NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"Triton is version {triton.__version__}; the kernels need 3.6 or later")
 
-# Without being named here, numbers get kernels of their own for 1 and for multiples of 16.
+# For arguments not listed here, Triton compiles extra kernels for 1 and for multiples of 16.
 PLAIN_NUMBERS = (
     "row_length",
     "run_length",
@@ -52,7 +52,7 @@ def quantize_kernel(
     index: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the rounded values of `x` to `out`, scaled and shifted where there are scales."""
+    """Write the rounded values of `x` to `out`, scaled and shifted if there are scales."""
     offsets = _offsets(block)
     inside = offsets < count
     v = _widened(tl.load(x + offsets, mask=inside, other=0.0))
@@ -92,9 +92,9 @@ def encode_kernel(
     index: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the codes of `x` to `out`, side by side where `packed_bits` is their width.
+    """Write the codes of `x` to `out`, packed side by side if `packed_bits` is their width.
 
-    `nan_seen` is raised to 1 by a result of NaN, and to 2 by NaN in the input.
+    `nan_seen` becomes 1 if there is NaN in the result, and 2 if there is NaN in the input.
     """
     offsets = _offsets(block)
     inside = offsets < count
@@ -132,7 +132,7 @@ def decode_kernel(
     index: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the values of `codes` to `out`, scaled and shifted where there are scales."""
+    """Write the values of `codes` to `out`, scaled and shifted if there are scales."""
     offsets = _offsets(block)
     inside = offsets < count
     if packed_bits is None:
@@ -140,7 +140,7 @@ def decode_kernel(
     else:
         code = _load_packed(codes, offsets, inside, packed_bits)
     y = _decode(code, record, narrow)
-    # By way of float32, which holds what the narrower dtypes do.
+    # Through float32, which holds all values of the narrower dtypes.
     y = y if out.dtype.element_ty == tl.float64 else y.to(tl.float32)
     if scales is not None:
         scale, zero_point = _scale_at(
@@ -152,13 +152,13 @@ def decode_kernel(
 
 @triton.jit
 def _offsets(block: tl.constexpr) -> tl.tensor:
-    """Give the places of a program's elements, in 64 bits: there may be more than 2**31."""
+    """Give the indices of a program's elements, in 64 bits: there may be more than 2**31."""
     return tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
 
 
 @triton.jit
 def _widened(x: tl.tensor) -> tl.tensor:
-    """Give values in the type that is computed in."""
+    """Convert values to the compute dtype."""
     if x.dtype == tl.bfloat16:
         pattern = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return pattern.to(tl.float32, bitcast=True)
@@ -172,7 +172,7 @@ def _widened(x: tl.tensor) -> tl.tensor:
 def _narrowed(y: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Round values to the nearest of a dtype, ties to even."""
     if dtype == tl.bfloat16:
-        # By their patterns, because Triton's interpreter cuts them off.
+        # By bit patterns, because Triton's interpreter truncates instead of rounding.
         pattern = y.to(tl.uint32, bitcast=True)
         pattern = (pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
         pattern = tl.where(y == y, pattern, 0x7FC0).to(tl.uint16)
@@ -192,10 +192,10 @@ def _scale_at(
     row_stride: tl.tensor,
     index: tl.constexpr,
 ) -> tl.tensor:
-    """Give the scales and zero points of elements; without zero points, the scales again.
+    """Give the scales and zero points of elements; without zero points, the scales twice.
 
-    A `run_length` of None is one scale for all, a `row_length` of None one row. Places are worked
-    out in the integer type `index`.
+    A `run_length` of None means one scale for all, a `row_length` of None means one row. Indices
+    are computed in the integer type `index`.
     """
     if run_length is None:
         place, inside = 0, None
@@ -234,7 +234,7 @@ def _random_word(
     seed_high: tl.tensor,
     random_bits: tl.tensor,
 ) -> tl.tensor:
-    """Give the words of elements, those of Philox4x32-10 where there is a seed (see philox.py)."""
+    """Give the random words of elements, by Philox4x32-10 if there is a seed (see philox.py)."""
     if words is not None:
         return tl.load(words + offsets, mask=inside, other=0)
     elif seed_low is not None:
@@ -257,7 +257,7 @@ def _round(
     rounding: tl.constexpr,
     narrow: tl.constexpr,
 ) -> tl.tensor:
-    """Give rounded values, and their codes, -1 for NaN."""
+    """Give rounded values and their codes; the code is -1 for NaN."""
     if narrow:
         y, code = _round_narrow(v, record)
     else:
@@ -269,8 +269,8 @@ def _round(
 def _round_narrow(x: tl.tensor, record: tl.tensor) -> tl.tensor:
     """Round to nearest, ties to even, and saturate to finite values, in float32.
 
-    A number whose last bit is the step is added and taken away again: the sum is rounded to the
-    step, once, and its pattern counts the steps.
+    A number whose last bit is the step is added and subtracted again. The sum is rounded to the
+    step, once, and its bit pattern counts the steps.
     """
     low = _float32(record, 0)
     high = _float32(record, 1)
@@ -285,8 +285,8 @@ def _round_narrow(x: tl.tensor, record: tl.tensor) -> tl.tensor:
     magnitude = tl.abs(tl.where(magnitude > high, high, magnitude))
     exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, floor)
     binade = (exponent - floor) >> 23
-    # Without mantissa bits a tie goes by the parity of the exponent: an odd count of steps flips
-    # what the sum sees as even.
+    # Without mantissa bits, the parity of the exponent decides ties. In every second binade, the
+    # last bit of the anchor is set, which swaps even and odd sums.
     anchor = exponent + raised + (binade & ties_by_parity)
     total = magnitude + anchor.to(tl.float32, bitcast=True)
     y = total - anchor.to(tl.float32, bitcast=True)
@@ -320,12 +320,12 @@ def _round_wide(
     nan = x != x
     number = tl.where(nan, 0.0, x)
     negative = number.to(tl.int64, bitcast=True) < 0
-    # No mode comes back from beyond the largest value by a step.
+    # A step beyond the largest value, no mode rounds back to it.
     magnitude = tl.minimum(tl.abs(number), limit)
     exponent = magnitude.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     exponent = tl.minimum(tl.maximum(exponent, floor), ceiling)
     inverse_binade = ((2046 << 52) - exponent).to(tl.float64, bitcast=True)
-    # Exact, or so small that it rounds to 0 with no effect: `rest` is not taken from it.
+    # Exact, or so small that it rounds to 0 without effect: `rest` does not depend on it.
     steps = magnitude * steps_in_binade * inverse_binade
     count = steps.to(tl.int64)
     step = exponent.to(tl.float64, bitcast=True) * step_of_one
@@ -334,7 +334,8 @@ def _round_wide(
     gap = tl.where(below, smallest, step)
     code = (((exponent - floor) >> 52) << digits) + count + code_base
     code = tl.where(below, zero_code, code)
-    # Below `smallest` the gap is not always a power of two; `share` is of the one within it.
+    # Below `smallest`, the gap is not always a power of two. `share` is in units of the largest
+    # power of two in the gap.
     share = tl.where(below, magnitude * inverse, steps - count.to(tl.float64))
     excess = tl.where(below, excess, 0.0)
     rest = magnitude - low
@@ -379,7 +380,7 @@ def _draws_up(
     random_bits: tl.tensor,
     rounding: tl.constexpr,
 ) -> tl.tensor:
-    """Compare with what the word leaves, as in policy.py, which explains it."""
+    """Compare with a threshold from the word; policy.py explains it."""
     words = ((random_bits.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     twice = 2 * (words - word.to(tl.float64))
     if rounding != "StochasticA":
@@ -400,7 +401,7 @@ def _saturated(
     negative: tl.tensor,
     record: tl.tensor,
 ) -> tl.tensor:
-    """Give magnitudes their sign, and what lies beyond the range what the policy makes of it."""
+    """Give magnitudes their sign, and replace results beyond the range by those of the policy."""
     max_code = tl.load(record + 11)
     negative_max_code = tl.load(record + 12)
     sign_bit = tl.load(record + 13)
@@ -452,7 +453,7 @@ def _store_packed(
     bits: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write codes of 4 or 6 bits side by side: of each group that fills whole bytes, those."""
+    """Write codes of 4 or 6 bits side by side, in groups that fill whole bytes."""
     group: tl.constexpr = 2 if bits == 4 else 4
     shift = (tl.arange(0, block) % group) * bits
     shifted = tl.reshape(codes.to(tl.int32) << shift, (block // group, group))

@@ -1,12 +1,13 @@
-"""Block formats: elements of one format that share, block by block, a scale of another.
+"""Block formats: the elements of a block have one format and share a scale in another format.
 
-A block of values v along one axis is stored as the code of a scale s and the codes of v / s, and
-stands for element * s. The scale is the block's largest magnitude m, divided by a power of two or
-by the largest element, and rounded to the scale format: the rules differ in these two choices
-only. MX (OCP MX 1.0) and NVFP4 (NVIDIA, cuDNN) are presets; any other composition works alike.
+A block of values v along one axis is stored as the code of a scale s and the codes of v / s. A
+stored element stands for element * s. The scale is the block's largest magnitude m, divided by a
+power of two or by the largest element, and rounded to the scale format. Scale rules differ only
+in the divisor and in the rounding. MX (OCP MX 1.0) and NVFP4 (NVIDIA, cuDNN) are presets; any
+other composition works the same way.
 
-The quotient that becomes a scale is one float64 operation; v / s and element * s are float32
-operations (float64 for float64 values), with true division.
+The quotient that is rounded to the scale is one float64 operation. v / s and element * s are
+float32 operations (float64 for float64 values), with true division.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 class ScaleRule(StrEnum):
     """How the scale follows from the largest magnitude m of a block.
 
-    With E the exponent of the largest element (2**E <= max < 2**(E+1)):
+    Here, max is the largest element and E is its exponent: 2**E <= max < 2**(E+1).
     """
 
     Floor = "Floor"
@@ -86,16 +87,16 @@ class BlockFormat:
         element: Format of the elements; a name becomes its format.
         scale: Format of the scales, likewise.
         size: Number of elements that share a scale.
-        rule: How a scale follows from its block.
-        tensor_scale: Whether scales are relative to one float32 scale of the whole tensor,
-            which puts the largest of them at the largest value of their format.
+        rule: How the scale of a block is computed.
+        tensor_scale: Whether scales are relative to one float32 scale of the whole tensor. It
+            maps the largest scale to the largest value of the scale format.
         twos_complement: Whether the codes of a uniform element format are two's complement
             integers, as in MXINT8.
 
     Raises:
         TypeError: If element or scale is not a format.
-        ValueError: If a name is of no format, the size is not a positive integer, the rule is
-            unknown, or two's complement is asked of an element that is not signed and uniform.
+        ValueError: If no format has the name, the size is not a positive integer, the rule is
+            unknown, or `twos_complement` is True for an element that is not signed and uniform.
 
     Example:
         >>> from fpformats import E2M1U, UE5M3
@@ -129,7 +130,7 @@ class Blocks(NamedTuple):
     Attributes:
         codes: Codes of the elements, of the shape of the data.
         scales: Codes of the scales; along the axis of the blocks, one for each block.
-        tensor_scale: The float32 scale of the whole tensor, None where there is none.
+        tensor_scale: The float32 scale of the whole tensor, None if there is none.
     """
 
     codes: Any
@@ -169,29 +170,29 @@ def encode_blocks(
 ) -> Blocks:
     """Round to the codes of blocks and their scales.
 
-    A last block that is shorter than the others has a scale of its own. NaN in a block makes its
-    scale NaN where the scale format has it, and so the whole block, but no other: there is no
-    `nan` to choose. Infinity makes the scale the largest there is. Results are new arrays: of
-    several there is no `out`.
+    The last block may be shorter than the others and then has its own scale. NaN in a block makes
+    the scale NaN, if the scale format has NaN, and so the whole block, but no other block. That is
+    why there is no argument `nan`. Infinity gives the largest possible scale. The results are new
+    arrays; there is no `out`, because there are several results.
 
     Args:
         x: Array or tensor of float16, bfloat16, float32 or float64, of at least one dimension.
         fmt: The block format, or the name of one of `PRESETS`.
         axis: The axis that blocks lie along.
-        rounding: Of the elements, as in `fpformats.quantize`.
-        saturation: Of the elements, as in `fpformats.quantize`.
+        rounding: Rounding mode of the elements, as in `fpformats.quantize`.
+        saturation: Saturation mode of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
         random_bits: As in `fpformats.quantize`.
         packed: Whether to store the codes of the elements side by side, as `fpformats.pack` does
-            with all of an array.
+            without an axis.
 
     Returns:
         Codes and scales, of the library and device of `x`.
 
     Raises:
         TypeError: If `x` is not a floating-point array, or `fmt` not a block format.
-        ValueError: If `axis` is out of range, the formats do not fit into the dtype of the
-            operations, or NaN meets a scale format that has none.
+        ValueError: If `axis` is out of range, the formats do not fit into the compute dtype, or
+            `x` contains NaN and the scale format has none.
 
     Example:
         >>> blocks = encode_blocks(np.array([[1.0, -3.0, 0.2], [0.0, 8.0, 100.0]]), MXFP4)
@@ -207,7 +208,7 @@ def encode_blocks(
         raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
     with quiet():
         v = widened(x, float_dtype_named(working)) / divisors
-        # The scale has the NaN already: any code will do where the element has none.
+        # The scale is already NaN, so any code will do if the element format has no NaN.
         codes = elementwise.encode(
             v,
             fmt.element,
@@ -236,11 +237,11 @@ def decode_blocks(
     """Give the values of encoded blocks.
 
     Args:
-        blocks: What `encode_blocks` gave.
+        blocks: The result of `encode_blocks`.
         fmt: The block format, or its name.
         axis: The axis that blocks lie along.
-        dtype: Of the result; float16 and bfloat16 are computed in float32 and rounded.
-        shape: Where the codes are packed, the shape that they had.
+        dtype: Dtype of the result; float16 and bfloat16 are computed in float32 and rounded.
+        shape: For packed codes, their shape before packing.
         out: Array or tensor of the shape and dtype of the result to write to.
 
     Returns:
@@ -249,9 +250,9 @@ def decode_blocks(
     Raises:
         TypeError: If codes or scales are not integers, `fmt` is not a block format, or `out` is of
             another kind or dtype.
-        ValueError: If one is out of range, `axis` is out of range, there are not as many scales
-            as blocks, or a scale of the whole tensor where the format has none, or none where it
-            has one, not as many packed bytes as `shape` takes, or `out` is of another shape.
+        ValueError: If a code or `axis` is out of range, the number of scales does not match the
+            blocks, `blocks.tensor_scale` is given but the format has none, or the reverse, the
+            number of packed bytes does not match `shape`, or `out` is of another shape.
 
     Example:
         >>> blocks = encode_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
@@ -288,7 +289,7 @@ def quantize_blocks(
     random_bits: int = 32,
     out: Any = None,
 ) -> Any:
-    """Round to what `decode_blocks` gives of `encode_blocks`, in the dtype of `x`.
+    """Round to the result of `encode_blocks` and then `decode_blocks`, in the dtype of `x`.
 
     The gradient passes straight through to a tensor that requires one.
 
@@ -296,8 +297,8 @@ def quantize_blocks(
         x: As in `encode_blocks`.
         fmt: The block format, or its name.
         axis: The axis that blocks lie along.
-        rounding: Of the elements, as in `fpformats.quantize`.
-        saturation: Of the elements, as in `fpformats.quantize`.
+        rounding: Rounding mode of the elements, as in `fpformats.quantize`.
+        saturation: Saturation mode of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
         random_bits: As in `fpformats.quantize`.
         out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
@@ -330,7 +331,7 @@ def quantize_blocks(
             random=random,
             random_bits=random_bits,
         )
-        # A scale of zero divided everything to zero, by infinity, which must not come back.
+        # For a scale of zero, the divisor is infinity and q is zero; their product would be NaN.
         y = cast(q * _where_finite(divisors), dtype.name)
     if learning:
         from fpformats.ops.gradients import straight_through
@@ -340,7 +341,7 @@ def quantize_blocks(
 
 
 def as_block_format(fmt: Any) -> BlockFormat:
-    """Give a block format as it is, or that of a name.
+    """Turn a block format or its name into the block format.
 
     Raises:
         TypeError: If it is neither.
@@ -356,7 +357,7 @@ def as_block_format(fmt: Any) -> BlockFormat:
 
 
 def _scales(x: Any, fmt: BlockFormat, axis: int, working: str) -> tuple[ModuleType, Any, Any, Any]:
-    """Give the library, the tensor's scale, the blocks' scales, and what to divide `x` by."""
+    """Give the library, the tensor's scale, the blocks' scales, and the divisors of `x`."""
     xp = library_of(x)
     magnitudes = widened(x, float_dtype_named("float64"))
     magnitudes = abs(magnitudes) if fmt.element.signed else xp.clip(magnitudes, 0.0, None)
@@ -377,12 +378,12 @@ def _scales(x: Any, fmt: BlockFormat, axis: int, working: str) -> tuple[ModuleTy
 
 
 def _tensor_scale(xp: ModuleType, largest: Any, fmt: BlockFormat) -> Any:
-    """Put the largest magnitude of a tensor at the largest value of a block with full scale."""
+    """Give the scale that maps the largest magnitude to the largest element and block scale."""
     if 0 in largest.shape:
         return xp.ones_like(largest, dtype=xp.float32).sum() + 1
-    # Products with a scale must stay finite, for infinity in the data too.
+    # Products with a scale must stay finite, even if the data contain infinity.
     limit = float(np.finfo(np.float32).max) / fmt.scale.max
-    largest = xp.where(xp.isnan(largest), 0.0, largest)  # NaN is its block's alone
+    largest = xp.where(xp.isnan(largest), 0.0, largest)  # NaN affects only its block
     scale = xp.clip(largest.max() / (fmt.element.max * fmt.scale.max), None, limit)
     rounded = xp.asarray(scale, dtype=xp.float32)
     return xp.where(rounded == 0, xp.ones_like(rounded), rounded)

@@ -1,4 +1,4 @@
-"""Between values of a dtype, values of a format, and codes.
+"""Conversion between values of a dtype, values of a format, and codes.
 
 All functions take NumPy arrays, torch tensors (on any device, of any shape and strides) and
 single Python numbers, and return the same kind. Every result is rounded once, exactly as the
@@ -48,24 +48,24 @@ def quantize(
 ) -> Any:
     """Round to the values of a format, in the same dtype.
 
-    Rounding and saturation are IEEE P3109's (4.6): the value as given is rounded once, and what
-    then is beyond the range is saturated. By default it goes to the nearest value, ties to the
-    even code, and everything beyond the range, infinities too, becomes the nearest finite value.
-    So negative numbers become 0 in an unsigned format. NaN stays NaN, and -0.0 stays -0.0 where
-    the format has it.
+    Rounding and saturation follow IEEE P3109 (4.6): the input value is rounded once, and a result
+    beyond the range is then saturated. By default, the nearest value is taken, with ties to the
+    even code. Everything beyond the range, infinities included, becomes the nearest finite value,
+    so negative numbers become 0 in an unsigned format. NaN stays NaN, and -0.0 stays -0.0 if the
+    format has it.
 
     Args:
         x: Array, tensor or number of float16, bfloat16, float32 or float64, of any shape.
         fmt: The format, or its name.
         rounding: Name or member of `Rounding`.
         saturation: Name or member of `Saturation`.
-        random: For the stochastic modes, a seed from 0 to 2**64 - 1, from which each element
-            takes the word of its place in row-major order, whatever the device; a generator of
-            NumPy or torch, from which such a seed is drawn; or the words themselves, an array of
-            integers of the library and shape of `x`.
+        random: For the stochastic modes: a seed from 0 to 2**64 - 1; or a generator of NumPy or
+            torch, from which a seed is drawn; or the random words, an array of integers of the
+            library and shape of `x`. A seed gives each element a word by its position in
+            row-major order, the same on every device.
         random_bits: Width of the random words, 1 to 32.
-        clip_gradient: The gradient passes straight through to a tensor `x` that requires one;
-            if True, only where `x` is in the range of the format.
+        clip_gradient: Whether the gradient is zero where `x` is beyond the range of the format.
+            Otherwise the gradient of a tensor `x` that requires one passes straight through.
         out: Array or tensor of the kind, shape and dtype of `x` to write to; may be `x`.
 
     Returns:
@@ -74,7 +74,7 @@ def quantize(
     Raises:
         TypeError: If `x` is not floating point, `fmt` is not a format, or `out` is of another
             kind or dtype.
-        ValueError: If the dtype of `x` cannot hold every value of the format, a policy is
+        ValueError: If the dtype of `x` cannot hold every value of the format, a mode is
             unknown, or `out` has another shape or device, or would cut off a gradient.
 
     Example:
@@ -89,7 +89,7 @@ def quantize(
         policy = DEFAULT
     else:
         policy = make_policy(rounding, saturation, drawn(random), random_bits)
-    # Formats that were met before are found there, names are not.
+    # The short path knows formats that were used before, but no names.
     if policy is DEFAULT and (y := cpu.nearest(x, fmt, out)) is not None:
         return y
     fmt = as_format(fmt)
@@ -128,21 +128,21 @@ def encode(
         random: As in `quantize`.
         random_bits: As in `quantize`.
         nan: Code to give for NaN. By default the format's own NaN (`FloatFormat.nan_code`).
-        packed: Whether to store the codes side by side, as `pack` does with all of an array of a
-            format of up to 16 bits.
+        packed: Whether to store the codes side by side, as `pack` does without an axis. The
+            format may have up to 16 bits.
         out: Array or tensor of the shape and dtype of the result to write to. If an error is
-            raised for NaN, it has been written to.
+            raised for NaN, it may have been written to.
 
     Returns:
         Codes in the smallest unsigned integer dtype that has `fmt.bits` bits, of the kind, shape
-        and device of `x`; an int for a number. Packed, bytes in one dimension.
+        and device of `x`; an int for a number. Packed codes are bytes in one dimension.
 
     Raises:
         TypeError: If `x` is not floating point, is a number and `packed` is True, or `out` is of
             another kind or dtype than the result.
-        ValueError: If `x` contains NaN, the format has none and `nan` is None (where
-            torch.compile hides whether it does, `nan` is required instead); if the dtype of `x`
-            cannot hold every value of the format, an option is out of range, or `out` is of
+        ValueError: If `x` contains NaN, the format has none and `nan` is None (under
+            torch.compile, which hides the values, `nan` is required instead); if the dtype of
+            `x` cannot hold every value of the format, an option is out of range, or `out` is of
             another shape or device.
 
     Example:
@@ -179,7 +179,7 @@ def decode(
         fmt: The format, or its name.
         dtype: Dtype of the result, as a NumPy or torch dtype or its name: float16, bfloat16
             (torch only), float32 or float64.
-        shape: Where the codes are packed, the shape that they had.
+        shape: For packed codes, their shape before packing.
         out: Array or tensor of the shape and dtype of the result to write to. If an error is
             raised for a code, it may have been written to.
 
@@ -189,8 +189,8 @@ def decode(
     Raises:
         TypeError: If `codes` are not integers, `dtype` is not one of these, or `out` is of another
             kind or dtype.
-        ValueError: If a code is out of range (not looked at under torch.compile), there are not
-            as many packed bytes as `shape` takes, the dtype cannot hold every value, or `out` is
+        ValueError: If a code is out of range (not checked under torch.compile), the number of
+            packed bytes does not match `shape`, the dtype cannot hold every value, or `out` is
             of another shape or device.
 
     Example:
@@ -216,11 +216,11 @@ def values(fmt: FormatLike) -> NDArray[np.float64]:
         fmt: A format of at most 24 bits, or its name.
 
     Returns:
-        One-dimensional float64 array; zero is in it once, as +0.0.
+        One-dimensional float64 array; zero is listed once, as +0.0.
 
     Raises:
-        ValueError: If the format has more codes than can sensibly be listed, or float64 cannot
-            hold them all (`fpformats.exact.values` lists those as fractions).
+        ValueError: If the format has more than 24 bits, or float64 cannot hold all its values
+            (`fpformats.exact.values` lists those as fractions).
 
     Example:
         >>> from fpformats import E3M0U
@@ -237,10 +237,10 @@ def values(fmt: FormatLike) -> NDArray[np.float64]:
 
 
 def checked_nan_code(nan: int | None, fmt: FloatFormat) -> int | None:
-    """Give the code for NaN: that which is asked for, or the format's own if it has one.
+    """Give the code for NaN: the given one, or else the format's own if it has one.
 
     Raises:
-        ValueError: If what is asked for is not a code.
+        ValueError: If the given one is not a code of the format.
     """
     if nan is not None and (type(nan) is not int or not 0 <= nan < fmt.code_count):
         raise ValueError(f"nan is {nan}; codes of {fmt} are 0 to {fmt.code_count - 1}")
@@ -248,7 +248,7 @@ def checked_nan_code(nan: int | None, fmt: FloatFormat) -> int | None:
 
 
 def check_packable(x: Any, fmt: FloatFormat, packed: bool) -> None:
-    """Check that codes for `x` can be packed, if that is asked for.
+    """Check that codes for `x` can be packed, if `packed` is True.
 
     Raises:
         TypeError: If `x` is a number.
@@ -264,7 +264,7 @@ def check_codes_target(out: Any, x: Any, fmt: FloatFormat, packed: bool) -> None
     """Check that `out` can take the codes of `x`.
 
     Raises:
-        TypeError: If it is of another kind or dtype than these.
+        TypeError: If it is of another kind or dtype than the codes.
         ValueError: If its shape or device differ.
     """
     shape = tuple(getattr(x, "shape", ()))

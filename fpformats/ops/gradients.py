@@ -1,4 +1,4 @@
-"""Gradients of rounding: what training sees in place of a derivative that is zero."""
+"""Gradients of rounding, which training uses in place of the true derivative, zero."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from fpformats.rounding import Policy
 
 FUSED = (torch.float32, torch.float64)
-"""Dtypes whose gradients the compiled kernels give; they are what these compute in."""
+"""Dtypes for which the compiled kernels compute gradients; they are also the compute dtypes."""
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""What a gradient is multiplied by for the input, the scale and the zero point; None where that
-gradient passes as it is, or is not wanted."""
+"""Factors of the gradients of the input, the scale and the zero point. None means that a gradient
+passes unchanged, or is not wanted."""
 
 
 class Step(NamedTuple):
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
     Attributes:
         fmt: The format.
-        grid: The format as seen from `working`.
+        grid: The kernel parameters of the format in `working`.
         working: The compute dtype.
         policy: How to round.
         scales: Scales and zero points.
@@ -62,7 +62,7 @@ class Step(NamedTuple):
             return v, dispatch.rounded(v, self.grid, self.policy)
 
     def factors(self, v: Tensor, q: Tensor, wanted: tuple[bool, bool]) -> Factors:
-        """Return the factors of gradients; wanted are those of the scale and the zero point."""
+        """Return the factors of gradients; `wanted` is for those of the scale and zero point."""
         inside = (v >= self.grid.low) & (v <= self.grid.high)
         return (
             inside if self.clip_gradient else None,
@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 
 class _Surrogate(torch.autograd.Function):
-    """A rounded result, with given partial derivatives for the inputs that it came from."""
+    """A rounded result, with given partial derivatives with respect to its inputs."""
 
     generate_vmap_rule = True
 
@@ -87,7 +87,7 @@ class _Surrogate(torch.autograd.Function):
         clamped: Tensor | None,
     ) -> Tensor:
         del x, scale, zero_point, passes, slope, clamped
-        return result.detach()  # not a view, which could not be changed in place
+        return result.detach()  # not a view: views cannot be changed in place here
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -104,7 +104,7 @@ class _Surrogate(torch.autograd.Function):
 
 
 class _DualSurrogate(_Surrogate):
-    """The same in forward mode, which torch.compile would refuse."""
+    """The same with derivatives in forward mode, which torch.compile does not support."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -120,14 +120,14 @@ class _DualSurrogate(_Surrogate):
 
 
 def _apply(*inputs: Tensor | None) -> Tensor:
-    """Give the first input the derivatives that the others say."""
+    """Attach the derivatives that the other inputs give to the first one."""
     surrogate: Any = _DualSurrogate if in_forward_mode() else _Surrogate
     result: Tensor = surrogate.apply(*inputs)
     return result
 
 
 class _Fused(torch.autograd.Function):
-    """A rounded result of the compiled kernels, which round once more for its gradients."""
+    """A rounded result of the compiled kernels, which round again in the backward pass."""
 
     @staticmethod
     def forward(
@@ -138,8 +138,8 @@ class _Fused(torch.autograd.Function):
         step: Step,
         kernel: Any,
     ) -> Tensor:
-        # Copies, because scales may be trained before the backward pass; random words are refused
-        # if they have changed by then, as `x` is.
+        # The scales are copied, because training may change them before the backward pass. If
+        # random words or `x` have changed by then, torch raises an error.
         scales = (given if given is None else given.clone() for given in step.scales[:2])
         words = step.policy.random
         ctx.save_for_backward(x, *scales, words if isinstance(words, Tensor) else None)
@@ -157,7 +157,7 @@ class _Fused(torch.autograd.Function):
         )
         needs = tuple(ctx.needs_input_grad[:3])
         kernel = _kernel_of(x, step) if x.dtype == grad.dtype else None
-        # A gradient of the gradient is wanted where gradients are enabled here.
+        # If gradients are enabled here, a gradient of the gradient is wanted.
         if kernel is None or torch.is_grad_enabled() or not is_plain_tensor(grad):
             factors = step.factors(*step.rounded(x), needs[1:])
             return (*_multiplied(grad, factors, ctx.like, needs), None, None)
@@ -176,11 +176,11 @@ def straight_through(result: Tensor, x: Tensor, passes: Tensor | None) -> Tensor
 
     Args:
         result: Rounded values.
-        x: What was rounded, of the same shape.
+        x: The tensor that was rounded, of the same shape.
         passes: Where the gradient passes to `x`; None for everywhere.
 
     Returns:
-        The values of `result`, differentiable towards `x`.
+        The values of `result`, differentiable with respect to `x`.
     """
     return _apply(result, x, None, None, passes, None, None)
 
@@ -189,13 +189,13 @@ def learned_step(x: Tensor, scale: Any, zero_point: Any, step: Step) -> Tensor:
     """Round to s * q + z, with the gradients of learned step sizes.
 
     Args:
-        x: What is rounded.
-        scale: As it was given; a tensor that requires a gradient gets one.
+        x: The tensor to round.
+        scale: The scale as the caller gave it; a tensor that requires a gradient gets one.
         zero_point: Likewise, or None.
         step: How to scale and round.
 
     Returns:
-        Rounded values, differentiable towards those of the three that require a gradient.
+        Rounded values, differentiable with respect to the inputs that require a gradient.
     """
     learned = _repeated(scale, zero_point, x, step.scales)
     if (kernel := _kernel_of(x, step)) is not None:
@@ -214,14 +214,14 @@ def rescaled_step(
     """Scale and shift values of a format, with the gradients of both.
 
     Args:
-        values: Values of the format, in the dtype of the operations.
-        scale: As it was given.
+        values: Values of the format, in the compute dtype.
+        scale: The scale as the caller gave it.
         zero_point: Likewise, or None.
         scales: Both, checked.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
-        s * q + z, differentiable towards those of the two that require a gradient.
+        s * q + z, differentiable with respect to s and z if they require a gradient.
     """
     with quiet():
         y = cast(dispatch.rescaled(values.clone(), scales), dtype.name)
@@ -230,7 +230,7 @@ def rescaled_step(
 
 
 def _repeated(scale: Any, zero_point: Any, x: Tensor, scales: Scales) -> list[Tensor | None]:
-    """Return the scale and the zero point that may learn, for the elements of their blocks."""
+    """Repeat the scale and the zero point for the elements of their blocks; None if no tensor."""
     return [
         repeat(each, tuple(x.shape), scales.block_size) if isinstance(each, Tensor) else None
         for each in (scale, zero_point)
@@ -257,5 +257,5 @@ def _reduced(grad: Any, like: Any) -> Any:
     if grad is None:
         return None
     shape, dtype = like
-    summed = grad if grad.shape == shape else grad.sum_to_size(shape)  # which takes its time
+    summed = grad if grad.shape == shape else grad.sum_to_size(shape)  # this is slow
     return summed.to(dtype)

@@ -1,8 +1,8 @@
-"""Rounding by a format that is data: one compiled graph for all formats.
+"""Rounding to a format given as a tensor: one compiled graph for all formats.
 
-A `FloatFormat` is a constant of a graph that torch.compile makes, so that a function called with
-many formats is compiled for each, and after a few no more. Here the format is a small tensor, like
-the scale. A module may keep it as a buffer.
+torch.compile treats a `FloatFormat` as a constant of the graph. A function called with many
+formats is therefore compiled for each of them, and after a few not compiled at all. Here the
+format is a small tensor, like the scale. A module may keep it as a buffer.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def format_parameters(fmt: FormatLike, *, device: Any = None) -> Tensor:
     """Write a format as a tensor.
 
     Args:
-        fmt: A format with subnormal numbers, for which float32 has room to spare: up to 7
-            exponent and 21 mantissa bits, about.
+        fmt: A format with subnormal numbers and at most about 7 exponent and 21 mantissa bits,
+            so that float32 has room for intermediate values.
         device: Device of the tensor.
 
     Returns:
         Float32 tensor of shape (8,), for `quantize_parametric`.
 
     Raises:
-        ValueError: If the format is none of these.
+        ValueError: If the format is not of this kind.
 
     Example:
         >>> from fpformats import E2M1
@@ -68,18 +68,18 @@ def format_parameters(fmt: FormatLike, *, device: Any = None) -> Tensor:
 
 
 def quantize_parametric(x: Tensor, parameters: Tensor) -> Tensor:
-    """Round to the nearest value of a format that is given as a tensor; bits as `quantize` gives.
+    """Round to the nearest value of a format given as a tensor, bit for bit as `quantize` does.
 
     Args:
         x: Tensor of float16, bfloat16 or float32, of any shape.
-        parameters: What `format_parameters` gave, on the device of `x`.
+        parameters: The result of `format_parameters`, on the device of `x`.
 
     Returns:
         Tensor of the shape and dtype of `x`; its gradient passes straight through.
 
     Raises:
         TypeError: If `x` is not a tensor of one of these dtypes.
-        ValueError: If `parameters` is no float32 tensor of shape (8,).
+        ValueError: If `parameters` is not a float32 tensor of shape (8,).
 
     Example:
         >>> from fpformats import E2M1U
@@ -104,7 +104,7 @@ def quantize_parametric(x: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _round(x: Tensor, parameters: Tensor) -> Tensor:
-    """Round as `fpformats.kernels.portable` does, with a choice in place of every branch."""
+    """Round as `fpformats.kernels.portable` does, but without branches on the format."""
     low, high, floor, ceiling, magic, by_parity, sign, neutral = parameters.unbind()
     y = torch.clamp(x, low, high)
     binade = torch.clamp((y.view(torch.int32) & 0x7F800000).view(torch.float32), floor, ceiling)

@@ -1,14 +1,14 @@
 """Rounding to a format that is scaled and shifted: s * round((x - z) / s) + z.
 
-The definition is those floating-point operations in that order, each rounded on its own, with
-true division and no fused multiply-add, in float32 (float64 for float64 values). Without a zero
-point z there is no subtraction and no addition.
+The result is defined by these floating-point operations in this order. Each is rounded separately,
+with true division and no fused multiply-add, in float32 (float64 for float64 values). Without a
+zero point z there is no subtraction and no addition.
 
-Granularity is the shape of the scale. A number is one scale for the tensor; shape (C, 1, 1, 1) is
-one for each of C channels, by broadcasting. With ``block_size``, one number for each dimension,
-every block of that size has a scale, and the scale has ceil(length / block) entries along each
-dimension: (1, 64) makes groups of 64 along rows, (128, 128) square blocks, and -1 stands for the
-whole length. Blocks at the ends are cut short.
+The shape of the scale sets the granularity. A number is one scale for the tensor. Shape
+(C, 1, 1, 1) is one scale for each of C channels, by broadcasting. ``block_size`` has one number for
+each dimension: every block of that size has a scale, and the scale has ceil(length / block) entries
+along each dimension. (1, 64) makes groups of 64 along rows, (128, 128) makes square blocks, and -1
+stands for the whole length. Blocks at the ends may be shorter.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ def quantize_scaled(
 ) -> Any:
     """Round to the values of a format times `scale` plus `zero_point`.
 
-    With v = (x - z) / s and q its rounded value, gradients of s * q + z are those of learned
-    step sizes (LSQ, arXiv 1902.08153): where v is in the format's range, 1 for x, q - v for the
-    scale and 0 for the zero point; beyond it 1 (0 with `clip_gradient`), q and 1. The backward
-    pass may round once more: `x` must stay as it is until then.
+    Let v = (x - z) / s and let q be its rounded value. The gradients of s * q + z are those of
+    learned step sizes (LSQ, arXiv 1902.08153). Where v is in the format's range, they are 1 for x,
+    q - v for the scale and 0 for the zero point. Beyond the range, they are 1 (0 with
+    `clip_gradient`), q and 1. The backward pass may round again, so `x` must not change before it.
 
     Args:
-        x: Array, tensor or number of float16, bfloat16, float32 or float64. The two narrow ones
-            are computed in float32, and the result is rounded to them.
+        x: Array, tensor or number of float16, bfloat16, float32 or float64. The two narrow dtypes
+            are computed in float32, and the result is rounded to the dtype of `x`.
         fmt: The format, or its name.
         scale: Positive and finite; number, or array of the library of `x` that broadcasts to
             its shape. Numbers are rounded to float32 (float64 where `x` is).
-        zero_point: Finite; as `scale`, or None for no shift.
+        zero_point: Finite; of the same kinds as `scale`, or None for no shift.
         block_size: Sizes of the blocks that share a scale and a zero point, by dimension.
-        rounding: As in `fpformats.quantize`, of the scaled values.
+        rounding: Rounding mode of the scaled values, as in `fpformats.quantize`.
         saturation: As in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
         random_bits: As in `fpformats.quantize`.
@@ -77,10 +77,11 @@ def quantize_scaled(
         Values of the kind, shape, dtype and device of `x`, or `out`.
 
     Raises:
-        TypeError: If an argument is not floating point, or of a dtype wider than the operations.
-        ValueError: If `scale` is not positive and finite or `zero_point` not finite (not looked
-            at under torch.compile), a shape does not broadcast, the format does not fit into the
-            operations' dtype, or `out` has another shape or device, or would cut off a gradient.
+        TypeError: If an argument is not floating point, or its dtype is wider than the compute
+            dtype.
+        ValueError: If `scale` is not positive and finite or `zero_point` not finite (not checked
+            under torch.compile), a shape does not broadcast, the format does not fit into the
+            compute dtype, or `out` has another shape or device, or would cut off a gradient.
 
     Example:
         >>> from fpformats import E2M1
@@ -118,7 +119,7 @@ def encode_scaled(
 ) -> Any:
     """Round to the codes of a format, after a shift and a division by the scale.
 
-    `decode_scaled` takes the codes to what `quantize_scaled` gives, bit for bit.
+    `decode_scaled` turns the codes into the result of `quantize_scaled`, bit for bit.
 
     Args:
         x: As in `quantize_scaled`.
@@ -170,7 +171,7 @@ def decode_scaled(
 ) -> Any:
     """Give the values of codes, times the scale, plus the zero point.
 
-    Scales and zero points that require a gradient get it.
+    Scales and zero points that require a gradient get one.
 
     Args:
         codes: Array or tensor of any integer dtype and any shape, or an int.
@@ -179,7 +180,7 @@ def decode_scaled(
         zero_point: As in `quantize_scaled`, broadcasting to the shape of `codes`.
         dtype: Dtype of the result; float16 and bfloat16 are computed in float32 and rounded.
         block_size: As in `quantize_scaled`.
-        shape: Where the codes are packed, the shape that they had.
+        shape: For packed codes, their shape before packing.
         out: Where to write to, as in `fpformats.decode`.
 
     Returns:

@@ -16,17 +16,17 @@ MAX_BITS = 24
 
 
 def csv(fmt: FloatFormat) -> str:
-    """Write every code with its value, exactly, for formats of any range.
+    """Write every code with its exact value, for formats of any range.
 
     Args:
         fmt: A format of at most 24 bits.
 
     Returns:
-        Lines of code point, value and an asterisk where it is subnormal. Values are hexadecimal
-        floating-point constants as in C, or NaN, Inf and -Inf.
+        Lines of code point, value, and an asterisk if the value is subnormal. Values are
+        hexadecimal floating-point constants as in C, or NaN, Inf and -Inf.
 
     Raises:
-        ValueError: If the format has more codes than can sensibly be listed.
+        ValueError: If the format has more than 24 bits.
 
     Example:
         >>> from fpformats import E2M0U
@@ -46,7 +46,7 @@ def hexadecimal(value: Fraction | float) -> str:
     """Write a value as a hexadecimal floating-point constant, exactly, however large or small.
 
     Args:
-        value: A fraction whose denominator is a power of two, or a float as `exact` gives them.
+        value: A fraction whose denominator is a power of two, or a float as `exact` gives it.
 
     Returns:
         The constant, with one digit before the point.
@@ -66,7 +66,7 @@ def hexadecimal(value: Fraction | float) -> str:
     twos = abs(value.numerator).bit_length() - 1
     exponent = twos - value.denominator.bit_length() + 1
     fraction = abs(value.numerator) - (1 << twos)
-    # Digits of four bits after the point; the bits are moved up to fill them.
+    # Hexadecimal digits after the point; the bits are shifted left to fill the last digit.
     width = -(-twos // 4)
     digits = f"{fraction << (4 * width - twos):0{width}x}".rstrip("0") if width else ""
     return f"{sign}0x1{'.' if digits else ''}{digits}p{exponent:+d}"

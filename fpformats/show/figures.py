@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plot_grid(formats: Sequence[FloatFormat], path: str | Path) -> Path:
-    """Draw the finite values of formats as marks on lines, each relative to its largest.
+    """Draw the finite values of formats as marks on lines, relative to each format's largest.
 
     Args:
         formats: One or more formats of at most 10 bits.
@@ -42,7 +42,7 @@ def plot_grid(formats: Sequence[FloatFormat], path: str | Path) -> Path:
 def plot_rounding(
     fmt: FloatFormat, path: str | Path, roundings: Sequence[str] = ("NearestTiesToEven",)
 ) -> Path:
-    """Draw what a number is rounded to, across the range of a format and a little beyond.
+    """Plot rounded numbers against numbers, over the range of a format and a little beyond.
 
     Args:
         fmt: A format that float64 holds.

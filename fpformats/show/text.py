@@ -1,4 +1,4 @@
-"""Formats for the eye: a table of all codes, and the values on a line."""
+"""Formats as text: a table of all codes, and the values on a number line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe(fmt: FloatFormat) -> str:
 
 
 def compare(formats: Sequence[FloatFormat]) -> str:
-    """Set formats side by side: their facts in columns, and their values on lines of one scale.
+    """Show formats side by side: their facts in columns, and their values on lines of one scale.
 
     Args:
         formats: Formats of at most 10 bits.
@@ -104,7 +104,7 @@ def compare(formats: Sequence[FloatFormat]) -> str:
 
 
 def number_line(fmt: FloatFormat) -> str:
-    """Draw the finite values of a format on a line of text, to scale, above its two ends.
+    """Draw the finite values of a format to scale on a line of text, with its ends below.
 
     Args:
         fmt: The format.
@@ -150,7 +150,7 @@ def _table(fmt: FloatFormat) -> list[str]:
 
 
 def _fields(code: int, fmt: FloatFormat) -> str:
-    """Write the sign, exponent and mantissa fields of a code, apart from one another."""
+    """Write the sign, exponent and mantissa fields of a code, separated by spaces."""
     digits = f"{code:0{fmt.bits}b}"
     ends = [0, int(fmt.signed), fmt.signed + fmt.exponent_bits, fmt.bits]
     parts = [digits[start:end] for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-// Numbers as patterns of bits, and what float32 and float64 are made of.
+// Bit patterns of numbers, and the fields of float32 and float64.
 #pragma once
 
 #include <cstdint>

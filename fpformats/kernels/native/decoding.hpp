@@ -1,4 +1,4 @@
-// From codes to values: small codes count steps, larger ones are cut patterns of numbers.
+// From codes to values: small codes count steps, larger codes are shortened bit patterns.
 #pragma once
 
 #include <limits>
@@ -24,7 +24,7 @@ struct Decoder {
         linear(Unsigned(plan.linear)),
         offset(Unsigned(plan.pattern_offset -
                         (int64_t(1023 - Bits<Lane>::bias) << plan.mantissa_bits))),
-        // Numbers that no magnitude reaches stand for what the format does not have.
+        // A number above all magnitudes stands for a special value that the format does not have.
         infinite_code(plan.infinite_code < 0 ? ~Unsigned(0) : Unsigned(plan.infinite_code)),
         first_nan(plan.first_nan < 0 ? ~Unsigned(0) : Unsigned(plan.first_nan)),
         nan_with_sign(plan.nan_is_negative_zero ? Unsigned(1) << plan.magnitude_bits
@@ -46,7 +46,7 @@ struct Decoder {
   }
 };
 
-// Whether float32 has all intermediate numbers, and none of them is subnormal, which is slow.
+// Whether float32 holds all intermediate numbers and none is subnormal; subnormal ones are slow.
 inline bool decodes_in_float(const Plan& plan) {
   return plan.is_narrow && plan.quantum >= 0x1p-126;
 }

@@ -1,4 +1,4 @@
-// Between the dtypes in memory and the lanes that are computed in: float32 and float64.
+// Conversion between the dtypes in memory and the lanes for computation: float32 and float64.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@ namespace {
 
 inline float widen_half(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = uint32_t(half & 0x7FFF) << 13;
-  // A product that is exact: it moves the exponent, and makes subnormal numbers normal.
+  // This product is exact: it changes the exponent, and makes subnormal numbers normal.
   uint32_t moved = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   if (magnitude >= 0x0F800000u) moved = magnitude | Bits<float>::exponent;
   return bit_cast<float>(sign | moved);
@@ -65,7 +65,7 @@ inline void store_halves(const float* in, uint16_t* out, int64_t count) {
   for (; i < count; ++i) out[i] = narrow_half(in[i]);
 }
 
-// The lanes of a block that starts at `begin`; where memory holds lanes already, no copy is made.
+// The lanes of a block that starts at `begin`. If memory already holds lanes, no copy is made.
 inline const float* load(const Job& job, int64_t begin, int64_t count, float* buffer) {
   if (job.dtype == FloatDtype::float32) return static_cast<const float*>(job.in) + begin;
   const uint16_t* in = static_cast<const uint16_t*>(job.in) + begin;
@@ -82,7 +82,7 @@ inline const double* load(const Job& job, int64_t begin, int64_t, double*) {
   return static_cast<const double*>(job.in) + begin;
 }
 
-// Copy bytes to memory that is not read again soon, without reading it first.
+// Copy bytes to memory that is not read again soon, without loading it into the caches.
 inline void stream(const void* from, void* to, int64_t bytes) {
   const char* in = static_cast<const char*>(from);
   char* out = static_cast<char*>(to);
@@ -104,7 +104,7 @@ inline void stream(const void* from, void* to, int64_t bytes) {
   std::memcpy(out, in, bytes);
 }
 
-// Where to put the lanes of a block: memory itself, if it holds lanes and is not streamed to.
+// Where to put the lanes of a block: directly in memory, if it holds lanes and is not streamed to.
 inline float* place(const Job& job, int64_t begin, float* buffer) {
   const bool direct = job.dtype == FloatDtype::float32 && !job.streams;
   return direct ? static_cast<float*>(job.out) + begin : buffer;

@@ -7,7 +7,7 @@
 namespace fpformats {
 
 Histogram histogram(const float* numbers, int64_t count, int low_bits) {
-  // Room for every bin there can be and a bit for those in use, kept by each thread and left empty.
+  // All possible bins, and a bit for each bin in use. Each thread keeps both and leaves them empty.
   static thread_local std::vector<Moments> all;
   static thread_local std::vector<uint64_t> used;
   all.resize(std::max<size_t>(all.size(), size_t(1) << (32 - low_bits)));

@@ -1,4 +1,4 @@
-// Integer moments of float32 numbers by the top bits of their patterns, for Sketch.
+// Integer moments of float32 numbers by the top bits of their patterns, for Histogram in Python.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ struct Moments {
 };
 
 struct Histogram {
-  std::vector<uint32_t> bins;    // in ascending order, those that are not empty
-  std::vector<Moments> moments;  // of the low bits of the patterns in each
+  std::vector<uint32_t> bins;    // the nonempty ones in ascending order
+  std::vector<Moments> moments;  // of the low bits of the patterns in each bin
 };
 
 // The histogram of `count` numbers, by their patterns without the low `low_bits` bits.

@@ -1,4 +1,4 @@
-// What a kernel is asked to do: plain records, checked and filled by Python.
+// The work for a kernel, as plain records that Python checks and fills.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace fpformats {
 
-// Each list makes the enumeration and what Python, which must have the same order, calls its members.
+// Each list gives the members of an enumeration and their names in Python, in the same order.
 #define FPFORMATS_DTYPES(each) \
   each(float16, "float16")     \
   each(bfloat16, "bfloat16")   \
@@ -45,28 +45,29 @@ struct Plan {
   int64_t edge_codes[edge_count];
 };
 
-// Which scale an element has. The array is rows of `row_length`; run j of a row, `run_length` long
-// but for the last one, takes the scale row * row_stride + j.
+// Which scale an element has. The array consists of rows of `row_length` elements, and a row of
+// runs of `run_length`, of which the last may be shorter. Run j of a row has the scale at index
+// row * row_stride + j.
 struct Layout {
   int64_t row_length, run_length, row_stride;
 };
 
 // Random words of the stochastic modes: given, or drawn by the index of the element.
 struct Random {
-  const int64_t* words;  // null for those of the seed
+  const int64_t* words;  // null to draw them from the seed
   uint64_t seed;
   int bits;
 };
 
-// What the gradient of a scaled result becomes, element by element, in the dtype: float32 or
-// float64. Of the three results, null is not wanted.
+// The given gradient of a scaled result, and the gradients of its inputs, element by element, in
+// the dtype: float32 or float64. A null pointer means that this gradient is not wanted.
 struct Gradients {
   const void* given;
   void *x, *scale, *zero_point;
-  bool clips;  // whether that of x is zero beyond the range
+  bool clips;  // whether the gradient of x is zero beyond the range
 };
 
-// One pass over n elements. Of the scales, float32 beside all dtypes but float64, null is none.
+// One pass over `count` elements. Scales are float64 for float64 data, else float32; null for none.
 struct Job {
   const Plan* plan;
   const void* in;
@@ -77,15 +78,15 @@ struct Job {
   const void* zero_points;
   Layout layout;
   Random random;
-  int64_t nan_code;  // what NaN is encoded to
+  int64_t nan_code;  // code of NaN, negative for none
   int code_bytes;    // width of an unpacked code
   int packed_bits;   // width of a packed code, 1 to 8; 0 for unpacked ones
   bool streams;      // whether to write past the caches
   Gradients gradients;
 };
 
-// Rows that are quantized by several candidates of a scale and a zero point, to be compared. Data,
-// scales and zero points are float32 or, by the dtype, float64.
+// Rows to quantize by several candidates of a scale and a zero point, for comparison. Data, scales
+// and zero points have the dtype, float32 or float64.
 struct Trial {
   const Plan* plan;
   FloatDtype dtype;
@@ -94,12 +95,12 @@ struct Trial {
   const void* scales;         // (row_count, candidates)
   const void* zero_points;    // the same shape, or null
   int64_t row_count, length, candidates;
-  double* out;  // (row_count, candidates), or with sums six values for each
+  double* out;  // (row_count, candidates); for sums, six values for each
 };
 
-constexpr int sum_count = 6;  // those of Sums in objective.py, in its order
+constexpr int sum_count = 6;  // the fields of Sums in objective.py, in the same order
 
-// What a pass met that its caller has to refuse.
+// Flags for input that a pass has found and its caller must refuse.
 enum Met : unsigned { nan_in = 1, nan_out = 2, bad_code = 4 };
 
 // The passes of one instruction set, over the elements from `begin` to `end`. `begin` is a
@@ -112,7 +113,7 @@ struct Passes {
   unsigned (*encode)(const Job&, int64_t begin, int64_t end);
   unsigned (*decode)(const Job&, int64_t begin, int64_t end);
   unsigned (*differentiate)(const Job&, int64_t begin, int64_t end);
-  // Weighted sums of squared errors, and of what least squares need; for rows of a trial.
+  // For rows of a trial: weighted sums of squared errors, and the sums for a least-squares fit.
   void (*errors)(const Trial&, int64_t begin_row, int64_t end_row);
   void (*sums)(const Trial&, int64_t begin_row, int64_t end_row);
 };

@@ -1,6 +1,6 @@
 // The Python module: plans, and passes over memory given by its address.
 //
-// Nothing is checked here but what Python cannot know. Callers keep the memory alive.
+// Only what Python cannot know is checked here. Callers keep the memory alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -157,7 +157,7 @@ struct Kernel {
   }
 };
 
-// A new NumPy array of some values.
+// A new NumPy array with a copy of some values.
 template <class Value>
 nb::object array_of(const Value* values, std::initializer_list<size_t> shape) {
   size_t size = 1;
@@ -168,7 +168,7 @@ nb::object array_of(const Value* values, std::initializer_list<size_t> shape) {
   return nb::cast(nb::ndarray<nb::numpy, Value>(copy, shape.size(), shape.begin(), owner));
 }
 
-// Bins, and counts, sums and sums of squares of low bits, of shape (bins, 3).
+// The bins; and counts, sums and sums of squares of the low bits, of shape (bins, 3).
 nb::tuple moments(uint64_t numbers, int64_t count, int low_bits) {
   Histogram result;
   {

@@ -1,4 +1,4 @@
-// Codes in memory: whole bytes, or packed side by side from the lowest bit on, as packing.py has it.
+// Codes in memory: whole bytes, or packed side by side from the lowest bit, as in bit_packing.py.
 #pragma once
 
 #if defined(__BMI2__)
@@ -16,7 +16,7 @@
 namespace fpformats {
 namespace {
 
-// The low `bits` bits of eight bytes, side by side, and back.
+// Put the low `bits` bits of eight bytes side by side; `spread` is the inverse.
 inline uint64_t squeeze(uint64_t bytes, int bits) {
   const uint64_t mask = 0x0101010101010101u * ((1u << bits) - 1);
 #if defined(__BMI2__)
@@ -39,8 +39,8 @@ inline uint64_t spread(uint64_t packed, int bits) {
 #endif
 }
 
-// Groups of eight codes are whole words in the middle, which the next group overwrites in part,
-// and as many bytes as there are at the end. There are up to 7 bytes of room after the codes.
+// Each group of eight codes is stored as a whole word, which the next group partly overwrites. At
+// the end, only the bytes that exist are stored. `bytes` has room for 7 more after the codes.
 inline void pack(const uint8_t* bytes, char* out, int64_t count, int bits) {
   const int64_t size = (count * bits + 7) / 8;
   for (int64_t i = 0, at = 0; i < count; i += 8, at += bits) {
@@ -118,7 +118,7 @@ inline unsigned load_codes(const Job& job, int64_t begin, int64_t count, uint32_
   return widen_codes(reinterpret_cast<const uint32_t*>(in) + begin, codes, count, last);
 }
 
-// Put the format's code in the place of NaN, and tell of it where there is none.
+// Replace NaN by its code; if there is none, return flags for the NaN that was found.
 template <class Lane>
 unsigned name_nan(const Job& job, int64_t count, const Lane* in, uint32_t* codes) {
   unsigned met = 0;

@@ -1,4 +1,4 @@
-// Random words by counter: Philox4x32-10 as in philox.py, the first word of each block.
+// Counter-based random words: Philox4x32-10 as in philox.py, the first word of each block.
 #pragma once
 
 #if defined(__AVX2__)
@@ -15,7 +15,7 @@ constexpr uint32_t key_steps[2] = {0x9E3779B9, 0xBB67AE85};
 constexpr uint64_t low_half = 0xFFFFFFFF;
 
 // Eight, four or one 64-bit lanes, each with a 32-bit word in its low half. `high` moves the high
-// half there and `mixed` is the exclusive or of three.
+// half to the low half, and `mixed` is the exclusive or of three words.
 #if defined(__AVX512F__)
 struct Words {
   static constexpr int lanes = 8;
@@ -59,7 +59,7 @@ struct Words {
   uint64_t v;
   static Words fill(uint64_t word) { return {word}; }
   static Words count(uint64_t from) { return {from}; }
-  // As the vector instructions do, of the low halves.
+  // The product of the low halves, as in the vector instructions.
   Words times(Words factor) const { return {(v & low_half) * (factor.v & low_half)}; }
   Words high() const { return {v >> 32}; }
   Words mixed(Words b, Words c) const { return {v ^ b.v ^ c.v}; }
@@ -81,7 +81,7 @@ struct Keys {
   }
 };
 
-// What is left over in high halves does no harm: `times` reads only the low ones.
+// Leftover bits in the high halves do no harm: `times` reads only the low halves.
 inline Words first_words(uint64_t index, const Keys& keys) {
   const Words factor_a = Words::fill(multipliers[0]), factor_c = Words::fill(multipliers[1]);
   const Words counter = Words::count(index), product = counter.times(factor_a);
@@ -93,11 +93,11 @@ inline Words first_words(uint64_t index, const Keys& keys) {
     a = from_c.high().mixed(b, keys.first[round]), b = from_c;
     c = from_a.high().mixed(d, keys.second[round]), d = from_a;
   }
-  // Of the last round, the first word.
+  // The first word of the last round.
   return c.times(factor_c).high().mixed(b, keys.first[9]).low();
 }
 
-// The words of `count` elements from `begin` on, in the low bits; the buffer has room for 16 more.
+// Write the words of `count` elements from `begin` on, in the low bits, with room for 16 more.
 template <class Word>
 void draw(const Random& random, int64_t begin, int64_t count, Word* words) {
   if (random.words) {

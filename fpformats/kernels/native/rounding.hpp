@@ -1,9 +1,9 @@
 // Rounding the lanes of a block, to values or to codes.
 //
-// Four ways: `Narrow` leaves the rounding of float32 to the hardware, by adding a number whose last
-// bit is the spacing of the format; `Drawn` does so for StochasticA; `Pattern` rounds the pattern
-// of a float32, for formats with its exponents; `General`, the slowest, splits in float64 as plan.py
-// describes, for all else.
+// There are four ways. `Narrow` lets the hardware round float32, by adding a number whose last bit
+// is the spacing of the format. `Drawn` does the same for StochasticA. `Pattern` rounds the bit
+// pattern of a float32, for formats with the exponents of float32. `General` is for everything else
+// and the slowest; it splits numbers in float64 as plan.py describes.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,9 @@
 namespace fpformats {
 namespace {
 
-constexpr uint32_t not_a_number = 0xFFFFFFFFu;  // among codes, which have fewer bits or no NaN
+constexpr uint32_t not_a_number = 0xFFFFFFFFu;  // in place of a code; no number has this code
 
-// What becomes of the sign, and of NaN, when magnitudes have been rounded.
+// Restores the sign and NaN after magnitudes have been rounded.
 template <bool Signed>
 struct Signs {
   float high, neutral;
@@ -30,7 +30,7 @@ struct Signs {
         shift(plan.magnitude_bits),
         negative_zero(plan.negative_zero) {}
 
-  // The magnitude in the range of the format; NaN stays.
+  // The magnitude, clipped to the range of the format; NaN stays.
   float magnitude(float x) const {
     const float a = Signed ? std::fabs(x) : (x < 0.0f ? 0.0f : x);
     return a > high ? high : a;
@@ -49,7 +49,7 @@ struct Signs {
   }
 };
 
-// The binade of a magnitude, and the number in it whose last bit is the spacing of the format.
+// The binade of a magnitude, and its number: the one whose last bit is the spacing of the format.
 struct Binades {
   uint32_t floor, raise;
   int cut;
@@ -64,14 +64,15 @@ struct Binades {
   }
   float number(uint32_t binade) const { return bit_cast<float>(binade + raise); }
 
-  // The code of so many steps of a binade, counted in the last bits of a sum with its number.
+  // The code of a magnitude. The last bits of its sum with the binade's number count the steps.
   uint32_t code(uint32_t binade, float sum) const {
     const uint32_t count = bit_cast<uint32_t>(sum) - (binade + raise);
     return ((binade - floor) >> cut) + count;
   }
 };
 
-// A format with mantissa bits enough that parity of codes is that of counts, or (Parity) without.
+// The default policy in float32. `Parity` is for formats without mantissa bits, where the parity of
+// a code is not that of the count of steps.
 template <bool Signed, bool Parity>
 struct Narrow {
   Signs<Signed> signs;
@@ -83,7 +84,7 @@ struct Narrow {
     float a = signs.magnitude(x);
     binade = binades.of(a);
     if (Parity) {
-      // Where the code is even but the count odd, a tie goes down as the next smaller number does.
+      // If the code is even but the count odd, a tie must round down, as the number below does.
       const uint32_t even = a <= signs.high ? (binade - binades.floor) >> 23 & 1 : 0;
       a = bit_cast<float>(bit_cast<uint32_t>(a) - even);
     }
@@ -103,7 +104,7 @@ struct Narrow {
   }
 };
 
-// StochasticA of a format that `Narrow` takes, with words of up to 32 bits.
+// StochasticA for a format that `Narrow` takes, with words of up to 32 bits.
 template <bool Signed>
 struct Drawn {
   Signs<Signed> signs;
@@ -119,8 +120,8 @@ struct Drawn {
         kept(~uint32_t(0) << (32 - random_bits)),
         bits(random_bits) {}
 
-  // The neighbour nearer zero, and whether (1) the word takes the number to the other one: that is
-  // where the first bits of the rest, in steps, carry when the word is added.
+  // The neighbour nearer zero. `up` is 1 if the number rounds to the other neighbour: if the first
+  // bits of the rest, in steps, carry when the word is added.
   float split(float x, uint32_t word, uint32_t& binade, uint32_t& up) const {
     const float magnitude = signs.magnitude(x), a = x != x ? 0.0f : magnitude;
     binade = binades.of(a);
@@ -134,7 +135,7 @@ struct Drawn {
 
   float step(uint32_t binade) const { return bit_cast<float>(binade - below); }
 
-  // The 32nd bit of a rest of 31 bits before the point: conversion is of signed integers.
+  // The 32nd bit of the rest. Conversion is to signed integers, so 31 bits are before the point.
   static uint32_t bit_below(float rest) {
     return rest - float(int32_t(rest)) >= 0.5f ? 1 : 0;
   }
@@ -178,14 +179,14 @@ struct Pattern {
   uint32_t code(float x) const { return signs.code(steps(x), x); }
 };
 
-// Any format and any policy. Lanes are float64 as far as they take part, codes 64 bits wide.
+// Any format and any policy. Numbers are computed in float64, and codes are 64 bits wide.
 template <Mode mode>
 struct General {
   static constexpr bool is_stochastic = mode >= Mode::stochastic_a;
   double high, smallest, inverse_leading, excess, neutral, edges[edge_count];
   uint64_t floor, top;
   int64_t code_base, below_smallest, max_code, edge_codes[edge_count];
-  // Of negative numbers, codes of magnitudes up to these are in the range, and have no sign.
+  // For negative numbers: the last code of a magnitude in the range, and the last one without sign.
   int64_t last_above_low, last_without_sign;
   int digits, bits, sign_shift;
 
@@ -211,12 +212,13 @@ struct General {
     std::copy_n(plan.edge_codes, +edge_count, edge_codes);
   }
 
-  // A number, or where `by` is 1 the next larger one: the compiler vectorizes that, but no parity.
+  // The number if `by` is 0, the next larger one if `by` is 1. The compiler vectorizes this, but
+  // not a test of parity.
   static double raised(double number, int64_t by) {
     return bit_cast<double>(bit_cast<int64_t>(number) + by);
   }
 
-  // The gap is (1 + extra) powers of two wide; `part` is the rest in units of that power.
+  // The gap is a power of two times (1 + extra); `part` is the rest in units of that power.
   bool goes_up(double rest, double gap, double part, double extra, int64_t code, bool negative,
                uint64_t word) const {
     switch (mode) {
@@ -237,9 +239,9 @@ struct General {
     }
   }
 
-  // As _draws_up of policy.py, which derives it from P3109's definitions.
+  // As _draws_up in policy.py, which derives it from P3109's definitions.
   bool draws_up(double part, double extra, uint64_t word) const {
-    // As float64, of which small integers are the low bits from 2**52 on.
+    // Converted to float64: from 2**52 on, the low bits of a float64 are an integer.
     const uint64_t pattern = bit_cast<uint64_t>(0x1p52) + ((uint64_t(1) << bits) - word);
     const double wanted = bit_cast<double>(pattern) - 0x1p52;
     const double twice = 2 * wanted - (mode == Mode::stochastic_a ? 0.0 : 1.0);
@@ -251,7 +253,7 @@ struct General {
   uint32_t code(double x, uint64_t word) const { return uint32_t(round<int64_t>(x, word)); }
 
  private:
-  // To a value (Out is double) or to a code, of which one is not computed.
+  // Rounds to a value (Out is double) or to a code; the other one is not computed.
   template <class Out>
   Out round(double x, uint64_t word) const {
     const bool negative = bit_cast<int64_t>(x) < 0;
@@ -259,7 +261,7 @@ struct General {
     const uint64_t e = std::max(bit_cast<uint64_t>(clipped) & Bits<double>::exponent, floor);
     const uint64_t step_bits = e - (uint64_t(digits) << 52);
     const double step = bit_cast<double>(step_bits), inverse = bit_cast<double>(top - step_bits);
-    // The whole part of a number below 2**51, and the same as an integer, without conversions.
+    // The integer part of a number below 2**51, as float64 and as integer, without conversions.
     const double steps = clipped * inverse, sum = steps + 0x1p52;
     const double excess_count = sum - 0x1p52 > steps ? 1.0 : 0.0;
     const double count = sum - 0x1p52 - excess_count;

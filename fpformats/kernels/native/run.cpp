@@ -27,8 +27,8 @@ std::vector<const Passes*> available_passes() {
 
 namespace {
 
-// Call `part` for each index below `parts`, on as many threads where they are to be had. Threads are
-// started anew each time: a pool would not survive a fork.
+// Call `part` for each index below `parts`, on one thread each if the system has enough. Threads
+// are started again each time: a pool would not survive a fork.
 template <class Part>
 void share(int64_t parts, const Part& part) {
   std::vector<std::thread> helpers;
@@ -37,7 +37,7 @@ void share(int64_t parts, const Part& part) {
   try {
     for (; started < parts; ++started) helpers.emplace_back(part, started);
   } catch (const std::system_error&) {
-    // No more threads to be had; this one does the rest.
+    // The system has no more threads; this one does the rest.
   }
   part(0);
   for (int64_t index = started; index < parts; ++index) part(index);
@@ -47,7 +47,7 @@ void share(int64_t parts, const Part& part) {
 }  // namespace
 
 unsigned run(Pass pass, const Job& job, int threads) {
-  // Parts that begin at whole blocks, so that no two threads share a byte of packed codes.
+  // Parts begin at whole blocks, so that no two threads share a byte of packed codes.
   const int64_t blocks = (job.count + block - 1) / block;
   const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1));
   std::atomic<unsigned> met{0};

@@ -25,7 +25,7 @@ class Scales {
     in_run_ = column_ % layout_.run_length;
   }
 
-  // Spread the scales of the next `count` elements; to be called for each block in turn.
+  // Spread the scales of the next `count` elements; call this for each block in turn.
   void fill(int64_t count) {
     const bool is_one = layout_.run_length == layout_.row_length && layout_.row_stride == 0;
     if (is_one && filled_ >= count) return;

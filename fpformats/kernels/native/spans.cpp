@@ -14,7 +14,7 @@
 namespace fpformats {
 namespace {
 
-// Rounds to nearest and keeps subnormal numbers, whatever the calling thread has set.
+// Sets rounding to nearest with subnormal numbers, whatever the calling thread has set.
 class Arithmetic {
 #if defined(__x86_64__)
  public:
@@ -26,13 +26,13 @@ class Arithmetic {
 #endif
 };
 
-// Room for the random words of a block, of either width, and a few more.
+// Room for the random words of a block, in either width, and for 16 more.
 struct RandomWords {
   uint64_t wide[block + 16];
   uint32_t narrow[block + 16];
 };
 
-// Where the lanes of a block are: room for them, for codes and for random words.
+// Buffers for the lanes, codes and random words of a block.
 template <class Lane>
 struct alignas(64) Buffers {
   Lane lanes[block], results[block], scales[block], zero_points[block];
@@ -197,7 +197,7 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
   return met;
 }
 
-// The gradients of learned step sizes, as quantize_scaled in scaling.py has them.
+// The gradients of learned step sizes, as quantize_scaled in scaled.py describes them.
 template <class Lane>
 unsigned differentiate_lanes(const Job& job, int64_t begin, int64_t end) {
   Buffers<Lane> buffers;
@@ -228,7 +228,7 @@ unsigned differentiate_lanes(const Job& job, int64_t begin, int64_t end) {
   return 0;
 }
 
-// For each candidate of each row, block by block: `take` gets what the block becomes.
+// Quantize each row by each candidate, block by block; `take` gets the rounded block.
 template <class Lane, class Take>
 void try_rows(const Trial& trial, int64_t begin_row, int64_t end_row, const Take& take) {
   alignas(64) Lane v[block], q[block];
@@ -249,7 +249,8 @@ void try_rows(const Trial& trial, int64_t begin_row, int64_t end_row, const Take
 
 template <class Lane>
 void errors_of_rows(const Trial& trial, int64_t begin_row, int64_t end_row) {
-  std::fill_n(trial.out + begin_row * trial.candidates, (end_row - begin_row) * trial.candidates, 0);
+  std::fill_n(trial.out + begin_row * trial.candidates,
+              (end_row - begin_row) * trial.candidates, 0);
   try_rows<Lane>(trial, begin_row, end_row,
                  [&](const TrialRow<Lane>& row, int64_t at, int64_t from, int64_t count,
                      const Lane* q) { trial.out[at] += squared_error(row, from, count, q); });

@@ -1,4 +1,4 @@
-// How far quantized rows are from their data, without storing what they become.
+// Errors of quantized rows, without storing the quantized rows.
 #pragma once
 
 #include <algorithm>

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from fpformats import pack, unpack
 
-pytestmark = pytest.mark.usefixtures("backend")
+on_backends = pytest.mark.usefixtures("backend")
 
 
+@on_backends
 @pytest.mark.parametrize("bits", range(1, 17))
 @given(data=st.data())
 def test_packing_is_the_row_of_bits_and_comes_back(bits, data):
@@ -30,10 +31,12 @@ def test_packing_is_the_row_of_bits_and_comes_back(bits, data):
     np.testing.assert_array_equal(unpack(tensor, bits, shape=shape).numpy(), codes)
 
 
+@on_backends
 def test_two_codes_of_four_bits_share_a_byte_low_half_first():
     assert pack(np.array([1, 2, 15], dtype=np.uint8), 4).tolist() == [0x21, 0x0F]
 
 
+@on_backends
 def test_strided_codes_are_packed_in_row_major_order():
     codes = np.arange(12).reshape(3, 4)
     expected = pack(np.ascontiguousarray(codes.T), 4)
@@ -41,6 +44,7 @@ def test_strided_codes_are_packed_in_row_major_order():
     np.testing.assert_array_equal(pack(torch.from_numpy(codes).T, 4).numpy(), expected)
 
 
+@on_backends
 def test_wide_unsigned_tensors_pack():
     codes = torch.tensor([1, 65535, 300]).to(torch.uint16)
     assert torch.equal(unpack(pack(codes, 16), 16, shape=3), codes)
@@ -60,6 +64,7 @@ def test_widths_out_of_range_are_refused(bits):
         unpack(np.array([1], dtype=np.uint8), bits, shape=1)
 
 
+@on_backends
 @pytest.mark.parametrize("code", [16, -1])
 def test_codes_that_do_not_fit_are_refused(code):
     with pytest.raises(ValueError, match="a width of 4 bits has codes 0 to 15"):
@@ -82,6 +87,7 @@ def test_a_wrong_number_of_bytes_is_refused(packed):
         unpack(packed, 4, shape=(5,))
 
 
+@on_backends
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("shape", [(5,), (4, 7), (2, 3, 5), (3, 0, 2), (0, 4)])
 def test_packing_along_an_axis_packs_every_row_of_it(bits, shape):
@@ -101,6 +107,7 @@ def test_packing_along_an_axis_packs_every_row_of_it(bits, shape):
         np.testing.assert_array_equal(unpack(tensor, bits, shape=shape, axis=axis).numpy(), codes)
 
 
+@on_backends
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch has no 4-bit dtype")
 def test_four_bit_bytes_are_those_of_torch():
     packed = pack(torch.tensor([[1, 2, 3, 4]]), 4, axis=1)

@@ -20,7 +20,7 @@ from fpformats.ops.blocks import (
     quantize_blocks,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+on_backends = pytest.mark.usefixtures("backend")
 
 UNSIGNED = BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, ScaleRule.Max)
 
@@ -67,6 +67,7 @@ def random_blocks(shape, seed=0):
     return x.astype(np.float32)
 
 
+@on_backends
 @pytest.mark.parametrize("rule", ScaleRule)
 @pytest.mark.parametrize("fmt", [*PRESETS.values(), UNSIGNED], ids=[*PRESETS, "unsigned"])
 def test_blocks_are_as_defined(fmt, rule):
@@ -81,6 +82,7 @@ def test_blocks_are_as_defined(fmt, rule):
         np.testing.assert_array_equal(decode_blocks(blocks, fmt), expected)
 
 
+@on_backends
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 @pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "MXINT8"])
 def test_blocks_lie_along_any_axis(name, axis):
@@ -93,6 +95,7 @@ def test_blocks_lie_along_any_axis(name, axis):
     np.testing.assert_array_equal(decode_blocks(blocks, fmt, axis=axis), expected)
 
 
+@on_backends
 def test_a_block_just_below_a_power_of_two_keeps_its_scale():
     # float32 log2 gives 3 for 8 - 2**-21, and so a scale twice too large.
     x = np.full(32, 8 - 2**-21, dtype=np.float32)
@@ -100,6 +103,7 @@ def test_a_block_just_below_a_power_of_two_keeps_its_scale():
     assert (quantize_blocks(x, MXFP4) == 6).all()
 
 
+@on_backends
 def test_scales_that_are_subnormal_are_used():
     x = np.zeros(32, dtype=np.float32)
     x[0], x[16:] = 6 * 448, 6 * 2**-8
@@ -112,6 +116,7 @@ def test_scales_that_are_subnormal_are_used():
     assert_same_bits(quantize_blocks(tiny, MXFP8_E4M3), tiny)
 
 
+@on_backends
 def test_integers_are_twos_complement():
     x = np.array([1.0, -1.0, 127 / 64, -127 / 64, 0.0, -1 / 64], dtype=np.float32)
     blocks = encode_blocks(x, MXINT8)
@@ -123,6 +128,7 @@ def test_integers_are_twos_complement():
     assert decode_blocks(lowest, MXINT8).tolist() == [-2.0]
 
 
+@on_backends
 @pytest.mark.parametrize("name", PRESETS)
 def test_zeros_nan_and_infinity(name):
     fmt = PRESETS[name]
@@ -140,6 +146,7 @@ def test_zeros_nan_and_infinity(name):
     assert not np.isnan(quantize_blocks(x, fmt)).any()
 
 
+@on_backends
 def test_nan_without_a_code_anywhere_is_refused():
     fmt = BlockFormat(parse("E2M1"), parse("E4M3U"), 16)
     with pytest.raises(ValueError, match="x contains NaN, which the scales' format E4M3U"):
@@ -171,6 +178,7 @@ def test_what_blocks_cannot_do_is_refused():
         decode_blocks(encode_blocks(x, MXFP4), MXFP4, dtype="bfloat16")
 
 
+@on_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_is_kept(dtype):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -181,6 +189,7 @@ def test_the_dtype_is_kept(dtype):
     assert decode_blocks(encode_blocks(x, MXFP4), MXFP4, dtype=dtype).dtype == dtype
 
 
+@on_backends
 def test_policies_reach_the_elements():
     x = np.full(32, 1.1, np.float32)
     x[0] = 4.0
@@ -189,6 +198,7 @@ def test_policies_reach_the_elements():
     assert_same_bits(drawn, quantize(x, MXFP4.element, rounding="StochasticA", random=1))
 
 
+@on_backends
 def test_the_gradient_passes_straight_through():
     x = torch.randn(64, requires_grad=True)
     (quantize_blocks(x, NVFP4) * torch.arange(64)).sum().backward()
@@ -217,6 +227,7 @@ def test_impossible_compositions_are_refused(arguments, message):
         BlockFormat(**options)
 
 
+@on_backends
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["NumPy", "torch"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_results_go_where_they_are_wanted(name, wrap):
@@ -232,6 +243,7 @@ def test_results_go_where_they_are_wanted(name, wrap):
     assert_same_bits(np.asarray(x), np.asarray(expected))
 
 
+@on_backends
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", PRESETS)
 def test_packed_codes_of_blocks_come_back(name, axis):
@@ -244,6 +256,7 @@ def test_packed_codes_of_blocks_come_back(name, axis):
     assert_same_bits(values, decode_blocks(plain, name, axis=axis))
 
 
+@on_backends
 def test_results_of_blocks_are_not_put_where_they_do_not_fit():
     x = torch.ones(2, 32)
     with pytest.raises(TypeError, match=r"out is Tensor of torch\.float64; x is Tensor"):
