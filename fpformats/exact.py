@@ -12,6 +12,7 @@ no code with the kernels, which are tested against it.
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from numbers import Rational
@@ -181,6 +182,7 @@ def is_finite(value: Fraction | float) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+@functools.lru_cache(maxsize=2**16)
 def _decode_magnitude(code: int, fmt: FloatFormat) -> Fraction | float:
     field, fraction = divmod(code, 1 << fmt.mantissa_bits)
     if code > _last_finite_code(fmt):

@@ -3,7 +3,7 @@
 The method is that of "Pioneering 4-Bit FP Quantization for Diffusion Models: Mixup-Sign
 Quantization and Timestep-Aware Fine-Tuning" (Zhao et al., CVPR 2025, arXiv 2505.21591).
 
-`__init__.pyi` lists the public names; a name is imported when it is first used.
+`__init__.pyi` lists the public names. Each name is imported on first use.
 """
 
 import lazy_loader

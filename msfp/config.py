@@ -30,15 +30,15 @@ BLOCK_SCHEMES: dict[str, dict[int, str]] = {
     "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXFP8_E4M3"},
     "nvfp4": {4: "NVFP4", 8: "MXFP8_E4M3"},
 }
-"""The formats of the schemes whose blocks of elements share a scale, by their width."""
+"""The formats of each block scheme by bit width; blocks of elements share a scale."""
 MAX_RANK = 256
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
-"""What diffusers' denoisers call the layer that reads the sample and the one that writes it."""
+"""Names of the input layer and of the output layer in diffusers' denoisers."""
 
 
 class LayerSettings(NamedTuple):
-    """What is to be searched for one layer; the fields are those of `QuantizationConfig`."""
+    """Settings of the search for one layer; the fields are those of `QuantizationConfig`."""
 
     weight_bits: int
     activation_bits: int | None
@@ -47,11 +47,11 @@ class LayerSettings(NamedTuple):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the search needs to know the layer's input: blocks are scaled as they come."""
+        """Whether the search needs calibration of the layer's input; block formats do not."""
         return self.activation_bits is not None and self.scheme not in BLOCK_SCHEMES
 
     def check(self) -> None:
-        """Raise InputError if a value is out of range, or the scheme has no format so wide."""
+        """Raise InputError if a value is out of range or the scheme has no format of that width."""
         check_choice("scheme", self.scheme, get_args(Scheme))
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_bits("weight_bits", self.weight_bits, self.scheme)
@@ -60,7 +60,7 @@ class LayerSettings(NamedTuple):
 
 
 def check_bits(name: str, bits: Any, scheme: str) -> None:
-    """Raise InputError unless a scheme has formats of a width."""
+    """Raise InputError unless a scheme has formats of a bit width."""
     check_whole(name, bits, MIN_BITS, MAX_BITS)
     allowed = BLOCK_SCHEMES.get(scheme)
     if allowed is not None and bits not in allowed:
@@ -74,22 +74,22 @@ class RefinementConfig:
     """How the weights of a quantized denoiser are rounded again and corrected, without training.
 
     Attributes:
-        rounding: How weights are rounded. "gptq" makes up for the errors of the weights rounded
-            before; "nearest" rounds each weight by itself.
-        match_inputs: Whether weights are matched to the quantized input: rounded are those that
-            give the full-precision output best from it.
-        correct_bias: Whose bias makes up for the mean error of the output: of "all" layers, of the
-            "last" alone, which takes the mean shift from the prediction, or of "none".
-        split_inputs: Whether layers that read a concatenation get a scale for each of its parts.
+        rounding: How weights are rounded. "gptq" lets each weight compensate for the errors of the
+            weights rounded before it; "nearest" rounds each weight independently.
+        match_inputs: Whether weights are fitted to the quantized input before they are rounded, so
+            that the output is closest to the full-precision output.
+        correct_bias: Which biases correct the mean error of the output: those of "all" layers, only
+            that of the "last" layer, or "none". "last" removes the mean shift of the prediction.
+        split_inputs: Whether an input that is a concatenation gets one scale for each of its parts.
         branch_rank: Rank of the full-precision low-rank branch beside each layer of less than 8
-            bits; 0 for none.
-        damping: Pull towards the full-precision weights, and what GPTQ adds to the diagonal of the
-            second moments; in units of their mean diagonal.
-        samples: Most noisy samples in the one forward, which holds each of them twice. None for
-            256, but fewer where samples are large: not over 2^20 numbers in all, nor under 64
-            samples.
-        positions: Most pixels or tokens of these samples that moments are taken over.
-        seed: Seed of the draws.
+            bits; 0 for no branch.
+        damping: Value added to the diagonal of the second moments, in units of the mean of that
+            diagonal. A larger value keeps the weights closer to full precision.
+        samples: Largest number of noisy samples in the forward pass. The batch is twice as large.
+            None means 256, or fewer where samples are large: at most 2^20 numbers in all, but at
+            least 64 samples.
+        positions: Largest number of pixels or tokens of these samples in the moments.
+        seed: Seed of the random draws.
 
     Raises:
         InputError: If a value is out of range or of another type.
@@ -129,31 +129,35 @@ class RefinementConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Bit widths and the search of post-training quantization.
+    """Bit widths and search settings of post-training quantization.
 
     Attributes:
         weight_bits: Bits of the weights, 3 to 8.
-        activation_bits: Bits of every layer's input, 3 to 8, or None to leave inputs as they are.
-        end_bits: Bits of weights and input of the first and last layer.
-        scheme: Which grids are searched. "mixup" is the paper's mixup-sign floating point
-            (signed, or unsigned with a zero point, whichever has less error), "signed" is signed
-            floating point alone; "int_minmax" and "int_mse" are symmetric integers with no clip and
-            with a searched one, "int_zero_point" adds to the latter a zero point where "mixup" may;
-            "mx" and "nvfp4" are the block formats of OCP and NVIDIA, which need no calibration and
-            are not refined: "mx" has 4, 6 and 8 bits, "nvfp4" 4, with MXFP8 where 8 are asked for.
-        include: Layers to quantize: globs of dotted names of layers or of modules around them.
-        exclude: Layers to leave in full precision, likewise.
-        first_layers: The layer that reads the noisy sample: globs of whole names, of which all
-            that match count. Where none does, it is the first that runs during calibration.
-        last_layers: The layer that writes the prediction, likewise.
-        granularity: What shares a scale of the weights: each output "channel", or the "tensor".
-            Blocks have their own.
-        overrides: Other values of `weight_bits`, `activation_bits`, `scheme` or `granularity` by
-            glob, as in `include`. They go before `end_bits`, and later ones before earlier ones.
-        refine: How weights are corrected once their grids are found. "auto" does so by the
-            defaults of `RefinementConfig` where the scheme is "mixup" or "signed" and there are
-            calls to record; None rounds each weight to the nearest value, as the paper does.
-        attention_bits: Bits of the operands of attention's products, or None to leave them.
+        activation_bits: Bits of every layer's input, 3 to 8, or None to leave inputs unquantized.
+        end_bits: Bits of the weights and inputs of the first and last layer.
+        scheme: Number formats to search. "mixup" is the paper's mixup-sign floating point: signed,
+            or unsigned with a zero point, whichever has less error. "signed" is signed floating
+            point only. "int_minmax" is symmetric integers without clipping. "int_mse" is symmetric
+            integers with a searched clipping range. "int_zero_point" is "int_mse" with a zero point
+            where "mixup" may have one. "mx" and "nvfp4" are the block formats of OCP and NVIDIA;
+            they need no calibration and are not refined. "mx" has 4, 6 and 8 bits. "nvfp4" has 4
+            bits, and 8 bits as MXFP8.
+        include: Layers to quantize: globs of the dotted names of layers or of modules around them.
+        exclude: Layers to leave in full precision: globs as in `include`.
+        first_layers: The layer that reads the noisy sample: globs of whole names. Every layer that
+            matches counts. If none matches, it is the first layer that runs during calibration.
+        last_layers: The layer that writes the prediction: globs of whole names. Every layer that
+            matches counts. If none matches, it is the last layer that runs during calibration.
+        granularity: Which weights share a scale: those of each output "channel", or those of the
+            whole "tensor". Block formats have one scale for each block.
+        overrides: Other values of `weight_bits`, `activation_bits`, `scheme` or `granularity` for
+            some layers, by glob as in `include`. They take precedence over `end_bits`, and later
+            globs over earlier ones.
+        refine: How weights are corrected after the search. "auto" applies the defaults of
+            `RefinementConfig` if the scheme is "mixup" or "signed" and there are calls to record.
+            None rounds each weight to the nearest value, as the paper does.
+        attention_bits: Bits of the operands of the matrix products in attention, or None to leave
+            them unquantized.
 
     Raises:
         InputError: If a value is out of range or of another type.
@@ -187,13 +191,13 @@ class QuantizationConfig:
             check_whole("attention_bits", self.attention_bits, MIN_BITS, MAX_BITS)
 
     def bits(self, position: Literal["first", "inner", "last"]) -> tuple[int, int | None]:
-        """Return the bits of weights and inputs of a layer at a position."""
+        """Return the bits of the weights and of the input of a layer at a position."""
         if position == "inner":
             return self.weight_bits, self.activation_bits
         return self.end_bits, None if self.activation_bits is None else self.end_bits
 
     def settings(self, position: Literal["first", "inner", "last"]) -> LayerSettings:
-        """Return the settings of a layer at a position that no override names."""
+        """Return the settings of a layer at a position, without overrides."""
         return LayerSettings(*self.bits(position), self.scheme, self.granularity)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +206,7 @@ class QuantizationConfig:
 
 
 def _refinement(refine: Any) -> RefinementConfig | Literal["auto"] | None:
-    """Return what `refine` may be, from that or from a table of its fields."""
+    """Return `refine`, with a table of fields converted to a `RefinementConfig`."""
     if isinstance(refine, Mapping):
         check_keys("refine", refine, [each.name for each in dataclasses.fields(RefinementConfig)])
         return RefinementConfig(**refine)
@@ -214,7 +218,7 @@ def _refinement(refine: Any) -> RefinementConfig | Literal["auto"] | None:
 
 
 def check_overrides(overrides: Any) -> None:
-    """Raise InputError unless overrides are fields of `LayerSettings` by glob."""
+    """Raise InputError unless overrides map globs to fields of `LayerSettings`."""
     if not isinstance(overrides, Mapping):
         raise InputError(f"overrides must be a table of settings by glob, not {overrides!r}")
     for glob, changes in overrides.items():

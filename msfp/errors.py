@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Something given to msfp is not usable; the command line prints it and exits with code 2."""
+    """An input that msfp cannot use; the command line prints the message and exits with code 2."""

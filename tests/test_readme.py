@@ -8,7 +8,7 @@ SMALLER = {
     "steps=20": "steps=2",
     "calls(256": "calls(16",
     "calls(64": "calls(8",
-    "activation_bits=4)": "activation_bits=4, refine={'samples': 8, 'positions': 512})",
+    "activation_bits=4)": "activation_bits=4, refine={'samples': 8, 'branch_rank': 0})",
     "finetune(pipe, ": "finetune(pipe, msfp.FinetuneConfig(steps=2), ",
 }
 

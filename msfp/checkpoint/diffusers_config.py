@@ -1,4 +1,4 @@
-"""The `quantization_config` of a denoiser's `config.json`: what was asked for, and its outcome."""
+"""The `quantization_config` of a denoiser's `config.json`: the request and its result."""
 
 from __future__ import annotations
 
@@ -23,38 +23,41 @@ REQUEST = tuple(each.name for each in dataclasses.fields(QuantizationConfig))
 
 
 class MSFPMethod(str, Enum):  # noqa: UP042 - diffusers formats it as a str
-    """The name of the method, as diffusers wants it."""
+    """The name of the method, in the form that diffusers expects."""
 
     MSFP = "msfp"
 
 
 class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What is written to a denoiser's `config.json`: a `QuantizationConfig` and its outcome.
+    """The entry in a denoiser's `config.json`: a `QuantizationConfig` and its result.
 
-    Given to `from_pretrained` with a full-precision model, it quantizes the weights as they are
-    loaded; inputs take calibration, which is what `msfp.quantize` does, but for those in blocks.
+    Passed to `from_pretrained` with a full-precision model, it quantizes the weights while they are
+    loaded. Inputs can then be quantized only to block formats. Other formats need calibration by
+    `msfp.quantize`.
 
     Args:
-        layers: The formats of each quantized layer by name, empty before there are any.
-        products: The formats of the operands of each quantized attention module, likewise.
-        adapters: Weights of each layer, one for each adapter of its hub.
-        router: The kind of router that chooses among them.
-        summaries: What the search decided for layers and what else it could have, as of
-            `LayerSummary.to_dict`; empty where that is not known.
-        retired: Settings that an earlier version refined with and this one does not have.
-        modules_to_not_convert: More of `exclude`, by the name that diffusers has for it.
+        layers: The formats of each quantized layer by name; empty before quantization.
+        products: The formats of the operands of each quantized attention module by name; empty
+            before quantization.
+        adapters: Number of weight tensors of each layer, one for each adapter of its hub.
+        router: The kind of router that chooses among the adapters.
+        summaries: Results of the search for each layer, from `LayerSummary.to_dict`; empty if
+            unknown.
+        retired: Refinement settings of an earlier version that this version does not have.
+        modules_to_not_convert: Added to `exclude`. This is the name in diffusers.
         format_version: Version of the layout of the file; `from_dict` migrates earlier ones.
         quant_method: "msfp".
         **request: Fields of `QuantizationConfig`. `activation_bits` and `refine` are None by
-            default, and must be where a model is quantized as it is loaded, but for the bits of
-            inputs in blocks.
+            default. They must be None if a model is quantized while it is loaded, except for
+            `activation_bits` of block formats.
 
     Attributes:
         request: The `QuantizationConfig`.
-        described: What `from_dict` was given, which the checksum of a file is of; else {}.
+        described: The argument of `from_dict`, which the checksum of a file covers; otherwise {}.
 
     Raises:
-        InputError: If a value is out of range, a key unknown or the format version a later one.
+        InputError: If a value is out of range, a key is unknown, or the format version is later
+            than that of this msfp.
 
     Example:
         >>> config = MSFPConfig(weight_bits=4, exclude=["time_embedding"])
@@ -99,7 +102,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **_: Any) -> Self:
-        """Return the config that `to_dict` of this or an earlier version gave.
+        """Return the config from the result of `to_dict`, of this or an earlier version.
 
         Raises:
             InputError: As `__init__` does.
@@ -112,7 +115,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `__init__` takes, as plain JSON types."""
+        """Return the arguments of `__init__` as plain JSON types."""
         summaries = [summary.to_dict() for summary in self.summaries]
         return {
             "quant_method": self.quant_method.value,
@@ -127,12 +130,15 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what `repr` shows."""
-        return self.to_dict()
+        """Return the values that `repr` shows: those that do not grow with the model.
+
+        diffusers makes a `repr` for its log whenever a config is attached.
+        """
+        return {"quant_method": self.quant_method.value, **self.request.to_dict()}
 
 
 def _formats(layers: Any) -> dict[str, LayerFormats | BlockFormats]:
-    """Return the formats of layers from those of a JSON file."""
+    """Return the formats of layers from a table in a JSON file."""
     if not isinstance(layers, dict):
         raise InputError(f"layers must be a table of formats by name, not {layers!r}")
     formats = {}
@@ -145,7 +151,7 @@ def _formats(layers: Any) -> dict[str, LayerFormats | BlockFormats]:
 
 
 def _products(products: Any) -> dict[str, dict[str, str]]:
-    """Return the formats of attention's operands from those of a JSON file."""
+    """Return the formats of attention's operands from a table in a JSON file."""
     if not isinstance(products, dict):
         raise InputError(f"products must be a table of formats by name, not {products!r}")
     for name, formats in products.items():

@@ -1,8 +1,8 @@
 """msfp as a quantization method of diffusers: `quant_method: "msfp"`.
 
-`import msfp` registers it. From then on a quantized denoiser is saved and loaded by diffusers' own
-`save_pretrained` and `from_pretrained`, and a full-precision one is quantized as it is loaded with
-`from_pretrained(..., quantization_config=MSFPConfig(...))`.
+`import msfp` registers it. After that, diffusers' own `save_pretrained` and `from_pretrained` save
+and load quantized denoisers. `from_pretrained(..., quantization_config=MSFPConfig(...))` quantizes
+a full-precision denoiser while it is loaded.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 raise _takes_calibration(name)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """Remember the dtype of what is not quantized."""
+        """Store the dtype of everything that is not quantized."""
         self._dtype = torch_dtype or torch.float32
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
-        """Check that a packed checkpoint is whole."""
+        """Check that a packed checkpoint is complete and unchanged."""
         if self.pre_quantized:
             config = self.quantization_config
             verify(files, config.described, config.layers, config.products)
@@ -67,7 +67,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str], **_: Any
     ) -> None:
-        """Make room for codes, or plan which weights to quantize."""
+        """Insert empty packed layers, or select the weights to quantize."""
         self._float32_modules = keep_in_fp32_modules
         config = self.quantization_config
         if self.pre_quantized:
@@ -81,7 +81,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
-        """Refuse packed checkpoints with tensors missing or left over."""
+        """Refuse packed checkpoints with missing or unexpected tensors."""
         del prefix
         if self.pre_quantized:
             check_names(set(model.state_dict()), self._loaded)
@@ -95,7 +95,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         *_rest: Any,
         **_others: Any,
     ) -> bool:
-        """Return whether a tensor is to be quantized, or is of a module that stays float32."""
+        """Return whether a tensor is to be quantized, or belongs to a module that stays float32."""
         del param_value
         layer, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
@@ -112,7 +112,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         *_rest: Any,
         **_others: Any,
     ) -> None:
-        """Put a weight in its place, from the file's own numbers and not those cast on the way."""
+        """Set a weight to the numbers in the file, not to those that diffusers has cast."""
         del param_value
         value = state_dict[param_name].to(target_device)
         name, _, leaf = param_name.rpartition(".")
@@ -124,7 +124,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         replace_layers(model, {layer: packed})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        """Tell layers their dtype, and write down what was quantized."""
+        """Set the compute dtype of the layers, and attach the quantization config."""
         layers = packed_layers(model)
         missing = self._settings.keys() - layers
         if missing:
@@ -133,21 +133,21 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             kept = any(part in self._float32_modules for part in name.split("."))
             layer.dtype = torch.float32 if kept else self._dtype
             for factor in (layer.branch_down, layer.branch_up):
-                if factor is not None:  # a mapped file is not aligned, which products may show
+                if factor is not None:  # a mapped file is unaligned, which can change products
                     factor.data = factor.data.to(layer.dtype, copy=True)
         config = self.quantization_config
-        # Files have tensors in an order of their own.
+        # The order of tensors in files differs from that of layers.
         found = [self._summaries[name] for name in layers if name in self._summaries]
         attach(
             model, config.request, self, summaries=found or config.summaries, retired=config.retired
         )
-        # Marked as quantized, diffusers would refuse to cast it; packed layers can be cast.
+        # diffusers refuses to cast models marked as quantized, but packed layers can be cast.
         model.is_quantized = False  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return what to write to a safetensors file, and what it is to say of itself."""
+        """Return the tensors and the metadata of a safetensors file."""
         if not safe_serialization:
             raise InputError("safe_serialization must be True: msfp writes safetensors alone")
         config = self.quantization_config
@@ -161,7 +161,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return tensors, describe(tensors, config.to_dict())
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        """Put plain layers with dequantized weights in the place of quantized ones."""
+        """Replace quantized layers by plain layers with dequantized weights."""
         config = self.quantization_config
         if config.adapters > 1:
             raise InputError(
@@ -176,15 +176,15 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
 
 def _takes_calibration(name: str) -> InputError:
-    """Return what to say of a setting that takes more than the weights."""
+    """Return the error for a setting that needs calibration."""
     return InputError(
-        f"{name} must be None where a model is quantized as it is loaded: it takes calibration, "
-        "see msfp.quantize"
+        f"{name} must be None when a model is quantized while it is loaded: it needs calibration "
+        "(see msfp.quantize)"
     )
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
-    """Return a module by its dotted name and the modules around it, but for the model itself."""
+    """Return a module, by its dotted name, and the modules around it except the model itself."""
     parts = name.split(".") if name else []
     return [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
 
@@ -197,13 +197,13 @@ def attach(
     summaries: Iterable[LayerSummary],
     retired: Mapping[str, Any] | None = None,
 ) -> None:
-    """Tell diffusers how a denoiser is quantized, so that it can save and dequantize it.
+    """Attach the quantization config to a denoiser: diffusers needs it to save and dequantize.
 
     Args:
         denoiser: A network with quantized layers.
-        request: What was asked for.
+        request: The requested quantization.
         quantizer: The quantizer that loaded it, or None for a new one.
-        summaries: What the search decided, where that is known.
+        summaries: Results of the search, if known.
         retired: As in `MSFPConfig`.
     """
     layers = quantized_layers(denoiser)
@@ -225,7 +225,7 @@ def attach(
 
 
 def attach_again(denoiser: nn.Module, **changes: Any) -> None:
-    """Tell diffusers how a denoiser is quantized now, where it was told before.
+    """Update the quantization config of a denoiser, if it has one.
 
     Args:
         denoiser: A network whose quantized layers or products have changed.
@@ -239,7 +239,7 @@ def attach_again(denoiser: nn.Module, **changes: Any) -> None:
 
 
 def detach(denoiser: nn.Module) -> None:
-    """Make diffusers forget that a denoiser was quantized."""
+    """Remove the quantization config from a denoiser."""
     if isinstance(denoiser, ConfigMixin):
         kept = {k: v for k, v in denoiser.config.items() if k != "quantization_config"}
         denoiser._internal_dict = type(denoiser.config)(kept)

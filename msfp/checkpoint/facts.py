@@ -1,7 +1,7 @@
-"""What is known of what is quantized in a checkpoint or a denoiser, without its weights.
+"""Facts about the quantized layers of a checkpoint or a denoiser, without reading its weights.
 
-The formats stand in the quantization config, scales and zero points are read from the tensors, and
-what the search found of the alternatives from the summaries that were saved along with them.
+Formats come from the quantization config, scales and zero points from the tensors, and results of
+the search from the summaries saved with them.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from msfp.search.summary import LayerSummary
 from msfp.support.globs import matches
 
 BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a number, by the name that safetensors has for its dtype."""
+"""Bytes of a number, by the name of its dtype in safetensors."""
 Facts = TypeVar("Facts", bound="LayerFacts | ProductFacts")
 ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
-"""What layers can be sorted by: decibels from the smallest on, bytes from the largest."""
+"""Sort keys of layers: decibels in ascending order, bytes in descending order."""
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One quantized layer as it is stored, and what the search found.
+    """One quantized layer as it is stored, and the result of its search.
 
     Attributes:
         layer: Dotted name in the denoiser.
         formats: Formats and granularities of the layer.
         weight_clip: The largest weight that can be represented in any output channel or block.
-        input_scale: Scale of the inputs, the largest where each channel has its own; NaN where they
-            are not quantized, or in blocks, which are scaled as they come.
-        clip: The least and the largest input that can be represented, likewise.
-        zero_point: Zero point of the inputs, or None where their format is signed.
+        input_scale: Scale of the inputs, or the largest if each channel has one. NaN if inputs are
+            not quantized, or use block formats, whose scales are computed from each input.
+        clip: The smallest and the largest input that can be represented; NaN if `input_scale` is.
+        zero_point: Zero point of the inputs, or None if their format is signed.
         bytes: Size of the layer's tensors.
-        summary: What the search found, or None where that was not saved. Refinement and
-            fine-tuning change weights and scales afterwards, and leave it as it was.
+        summary: Result of the search, or None if it was not saved. Refinement and fine-tuning
+            change weights and scales afterwards, but not the summary.
     """
 
     layer: str
@@ -66,14 +66,14 @@ class LayerFacts:
 
     @property
     def weight(self) -> FloatFormat:
-        """Format of the weights; in blocks, that of the elements."""
+        """Format of the weights; for block formats, that of the elements."""
         if isinstance(self.formats, BlockFormats):
             return self.formats.weight_blocks.element
         return self.formats.weight
 
     @property
     def input(self) -> FloatFormat | None:
-        """Format of the inputs, likewise, or None where they are not quantized."""
+        """Format of the inputs (for block formats, of the elements), or None if not quantized."""
         if isinstance(self.formats, BlockFormats):
             blocks = self.formats.input_blocks
             return None if blocks is None else blocks.element
@@ -81,29 +81,29 @@ class LayerFacts:
 
     @property
     def sign(self) -> str | None:
-        """Whether the inputs are "signed" or "unsigned", or None where they are not quantized."""
+        """Whether the inputs are "signed" or "unsigned", or None if they are not quantized."""
         if self.input is None:
             return None
         return "signed" if self.input.signed else "unsigned"
 
     @property
     def weight_sqnr(self) -> float:
-        """SQNR of the weights in dB as the search left them, NaN where it is not known."""
+        """SQNR of the weights in dB, directly after the search; NaN if unknown."""
         return math.nan if self.summary is None else self.summary.weight_sqnr
 
     @property
     def input_sqnr(self) -> float:
-        """SQNR of the calibration inputs in dB, NaN where it is not known."""
+        """SQNR of the calibration inputs in dB; NaN if unknown."""
         return math.nan if self.summary is None else self.summary.input_sqnr
 
     @property
     def other_sign_sqnr(self) -> float:
-        """The best SQNR of formats of the other sign, NaN where none was searched."""
+        """The best SQNR in dB among formats of the other sign; NaN if none was searched."""
         return math.nan if self.summary is None else self.summary.other_sign_sqnr
 
     @property
     def cost_of_other_sign(self) -> float:
-        """What the losing choice of sign would have cost, in dB."""
+        """Loss of SQNR with the other choice of sign, in dB."""
         return self.input_sqnr - self.other_sign_sqnr
 
     @property
@@ -112,7 +112,7 @@ class LayerFacts:
         return None if self.summary is None else self.summary.reason
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known as plain JSON types, None for NaN."""
+        """Return the facts as plain JSON types, None for NaN."""
         values = {
             "layer": self.layer,
             "weight_format": str(self.formats.weight),
@@ -141,11 +141,11 @@ class ProductFacts:
     """One operand of an attention module's quantized products, as it is stored.
 
     Attributes:
-        layer: Its dotted name: that of the attention module, `products`, and the operand's.
+        layer: Its dotted name: the attention module, `products` and the operand.
         format: Its format.
         scale: Its scale.
-        zero_point: Its zero point, or None where there is none.
-        clip: The least and the largest number that can be represented.
+        zero_point: Its zero point, or None if it has none.
+        clip: The smallest and the largest number that can be represented.
         bytes: Size of its tensors.
     """
 
@@ -162,7 +162,7 @@ class ProductFacts:
         return "signed" if self.format.signed else "unsigned"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known as plain JSON types, by the keys that inputs of layers have."""
+        """Return the facts as plain JSON types, under the same keys as inputs of layers."""
         return {
             "layer": self.layer,
             "input_format": str(self.format),
@@ -176,7 +176,7 @@ class ProductFacts:
 
 
 class _Stored(NamedTuple):
-    """A config, the sizes in bytes of the tensors that belong to it, and a way to read one."""
+    """A config, the sizes of its tensors in bytes, and a function that reads a tensor."""
 
     config: MSFPConfig
     sizes: Mapping[str, int]
@@ -184,13 +184,13 @@ class _Stored(NamedTuple):
 
 
 def inspect_layers(model: DiffusionPipeline | nn.Module | str | Path) -> list[LayerFacts]:
-    """Return what is known of each quantized layer, in definition order.
+    """Return the facts of each quantized layer, in definition order.
 
-    A folder without summaries does not know that order; its layers are in alphabetical order.
+    A folder without summaries does not store that order. Its layers are in alphabetical order.
 
     Args:
-        model: A pipeline with a packed denoiser, such a denoiser, or the folder of either. Of a
-            folder's tensors none but scales and zero points are read.
+        model: A pipeline with a packed denoiser, a packed denoiser, or the folder of either. In a
+            folder only scales and zero points are read.
 
     Raises:
         InputError: If nothing there is quantized by msfp, a layer is trainable, or a file cannot be
@@ -210,7 +210,7 @@ def inspect_layers(model: DiffusionPipeline | nn.Module | str | Path) -> list[La
 
 
 def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
-    """Return what is known of each operand of quantized attention products; may be empty.
+    """Return the facts of each operand of quantized attention products; may be empty.
 
     Args:
         model: As for `inspect_layers`.
@@ -234,7 +234,7 @@ def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[
 
 
 def _stored(model: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
-    """Return what stands in a folder or a denoiser."""
+    """Return the config and tensors of a folder or a denoiser."""
     if isinstance(model, str | Path):
         return _of_folder(Path(model))
     denoiser = denoiser_of(model)
@@ -250,7 +250,7 @@ def _stored(model: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
 
 
 def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
-    """Return the folder of the denoiser in a pipeline's folder or a network's, and its config.
+    """Return the folder of the denoiser and its config, given the folder of a pipeline or network.
 
     Raises:
         InputError: If it is not quantized by msfp, or its config cannot be read.
@@ -270,7 +270,7 @@ def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
 
 
 def _of_folder(folder: Path) -> _Stored:
-    """Return what stands in a folder: the headers of its files, and a reader of tensors."""
+    """Return the config of a folder, the sizes of its tensors, and a reader of tensors."""
     folder, config = read_config(folder)
     places: dict[str, Path] = {}
     sizes: dict[str, int] = {}
@@ -291,7 +291,7 @@ def _of_folder(folder: Path) -> _Stored:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Say in a sentence why a folder cannot be read."""
+    """Raise InputError with the reason if a folder cannot be read inside the `with` block."""
     try:
         yield
     except (SafetensorError, OSError, LookupError) as error:
@@ -301,7 +301,7 @@ def _reading(folder: Path) -> Iterator[None]:
 def _facts(
     config: MSFPConfig, sizes: Mapping[str, int], read: Callable[[str], torch.Tensor]
 ) -> list[LayerFacts]:
-    """Return the facts of each layer of a config, given the sizes of tensors and their numbers."""
+    """Return the facts of each layer of a config, given the sizes and a reader of tensors."""
     summaries = {summary.name: summary for summary in config.summaries}
     owned: dict[str, int] = dict.fromkeys(config.layers, 0)
     for name, size in sizes.items():
@@ -315,7 +315,7 @@ def _facts(
     def facts(layer: str, formats: LayerFormats | BlockFormats) -> LayerFacts:
         scale, zero, low, high = math.nan, None, math.nan, math.nan
         if isinstance(formats, LayerFormats) and formats.input is not None:
-            # The scales of channels differ where an input is split.
+            # The scales of channels differ if an input is split.
             scale = numbers(f"{layer}.input_scale").max().item()
             if not formats.input.signed:
                 zero = numbers(f"{layer}.input_zero_point").item()
@@ -329,7 +329,7 @@ def _facts(
         summary = summaries.get(layer)
         return LayerFacts(layer, formats, clip, scale, (low, high), zero, owned[layer], summary)
 
-    # JSON files have layers in alphabetical order, but summaries in that of the denoiser.
+    # JSON files store layers in alphabetical order, but summaries in the order of the denoiser.
     known = {name: config.layers[name] for name in summaries if name in config.layers}
     return [facts(layer, formats) for layer, formats in (known | config.layers).items()]
 
@@ -346,10 +346,10 @@ def _largest_in_blocks(
 
 
 def matching(facts: Iterable[Facts], glob: str) -> list[Facts]:
-    """Return the layers, or operands, whose name or that of a module around them matches a glob.
+    """Return the facts whose layer, or a module around it, has a name that matches a glob.
 
     Raises:
-        InputError: If none does.
+        InputError: If no name matches.
     """
     facts = list(facts)
     kept = [each for each in facts if matches(each.layer, glob)]
@@ -359,7 +359,7 @@ def matching(facts: Iterable[Facts], glob: str) -> list[Facts]:
 
 
 def overview(facts: Sequence[LayerFacts]) -> str:
-    """Return the sums of a table in a sentence."""
+    """Return the totals of all layers in a sentence."""
     unsigned = sum(each.sign == "unsigned" for each in facts)
     size = sum(each.bytes for each in facts)
     widths = sorted({each.weight.bits for each in facts})
@@ -371,7 +371,7 @@ def overview(facts: Sequence[LayerFacts]) -> str:
 
 
 def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:
-    """Return layers sorted by one of `ORDERS`; those of which a number is not known come last."""
+    """Return layers sorted by one of `ORDERS`; layers without that number come last."""
     if order == "model":
         return list(facts)
     if order == "layer":

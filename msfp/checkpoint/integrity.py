@@ -1,4 +1,4 @@
-"""How a checkpoint holds tensors, and whether they are those that were saved."""
+"""How a checkpoint stores tensors, and checks that they are unchanged."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CHECKSUM = "checksum"
 FIRST_VERSION, FIRST_CHECKSUM = "msfp_format_version", "msfp_checksum"
 """Metadata entries of files of version 1."""
 KIND = Kind("a quantized denoiser", migrations={1: config_of_version_1})
-"""Of the safetensors files; the facts of `config.json` have the same versions."""
+"""The kind of the safetensors files; the facts of `config.json` have the same versions."""
 BRANCH = (".branch_down", ".branch_up")
-"""How the names of the factors of a low-rank branch end."""
+"""Ends of the names of a low-rank branch's factors."""
 DTYPES = {
     "codes": torch.uint8,
     "weight_scale": torch.int32,
@@ -31,18 +31,18 @@ DTYPES = {
     "input_zero_point": torch.int32,
     "tensor_scale": torch.int32,
 }
-"""The tensors of a quantized layer; those of int32 are the bits of float32 numbers."""
+"""The tensors of a quantized layer; int32 tensors hold the bits of float32 numbers."""
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], description: dict[str, Any]) -> str:
     """Return the SHA-256 of a JSON-able description and of tensors in the order of their names.
 
-    Of each tensor its name, dtype, shape and bytes count.
+    The checksum covers the name, dtype, shape and bytes of each tensor.
     """
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        # A single number may have a stride of 0, which a view as bytes refuses; a copy has not.
+        # A single number may have a stride of 0, which a view as bytes refuses. A copy avoids this.
         whole = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
         data = whole.view(torch.uint8)
         digest.update(data.numpy().tobytes())
@@ -60,23 +60,23 @@ def verify(
     formats: Mapping[str, LayerFormats | BlockFormats],
     products: Iterable[str],
 ) -> None:
-    """Check that files hold what was saved along with a description.
+    """Check that files hold the tensors that were saved with a description.
 
     Args:
         files: All safetensors files of one denoiser.
-        description: Its quantization config, as `config.json` has it.
-        formats: Those of its layers.
+        description: Its quantization config, as in `config.json`.
+        formats: The formats of its layers.
         products: The names of its attention modules with quantized products.
 
     Raises:
-        InputError: If a file is not whole, of a later version or not of msfp, the tensors or the
-            description have been changed, or a tensor of a layer is of another dtype or holds a
-            scale or zero point that cannot be.
+        InputError: If a file is incomplete, of a later version or not of msfp, the tensors or the
+            description have been changed, or a tensor of a layer has the wrong dtype or holds an
+            impossible scale or zero point.
     """
     tensors: dict[str, torch.Tensor] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
-            raise InputError(f"{file.name} is not a safetensors file, and others are not read")
+            raise InputError(f"{file.name} is not a safetensors file; msfp reads no other kind")
         try:
             with safe_open(file, framework="pt") as opened:
                 given = _checksum_in(file.name, opened.metadata() or {})
@@ -106,7 +106,7 @@ def _checksum_in(file: str, told: Mapping[str, str]) -> str:
 
 
 def as_stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a denoiser's tensors with the factors of branches in float16 where that is exact.
+    """Return a denoiser's tensors, with low-rank branches in float16 where that is exact.
 
     Example:
         >>> factor = torch.tensor([0.1]).half().float()
@@ -120,22 +120,22 @@ def as_stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _is_half(tensor: torch.Tensor) -> bool:
-    """Return whether float16 holds all numbers of a float32 tensor."""
+    """Return whether float16 represents all numbers of a float32 tensor exactly."""
     return tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
 
 
 def check_names(expected: set[str], given: set[str]) -> None:
-    """Raise InputError unless a checkpoint has the tensors that its config asks for."""
+    """Raise InputError unless a checkpoint has exactly the tensors that its config needs."""
     if expected - given:
         raise InputError(f"tensors are missing: {sorted(expected - given)[:3]}")
     if given - expected:
-        raise InputError(f"tensors are left over: {sorted(given - expected)[:3]}")
+        raise InputError(f"unexpected tensors: {sorted(given - expected)[:3]}")
 
 
 def _check_layer(
     name: str, formats: LayerFormats | BlockFormats, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Check the dtypes of a layer's tensors, and the numbers that scales and zero points are."""
+    """Check the dtypes of a layer's tensors, and the values of scales and zero points."""
     in_blocks = isinstance(formats, BlockFormats)
     for leaf, dtype in (DTYPES | ({"weight_scale": torch.uint8} if in_blocks else {})).items():
         key = f"{name}.{leaf}"
@@ -147,10 +147,10 @@ def _check_layer(
             numbers = tensors[key].view(torch.float32)
             _check_numbers(key, numbers, positive=leaf != "input_zero_point")
         elif leaf == "weight_scale" and isinstance(formats, BlockFormats):
-            # A block of numbers that are small beside others may have a scale of zero.
+            # The scale of a block may be zero if other blocks have much larger numbers.
             scales = decode(tensors[key], formats.weight_blocks.scale)
             if not (scales.isfinite() & (scales >= 0)).all():
-                raise InputError(f"{key} must be codes of finite numbers from 0 on")
+                raise InputError(f"{key} must hold codes of finite, non-negative numbers")
 
 
 def _check_numbers(key: str, numbers: torch.Tensor, *, positive: bool) -> None:

@@ -1,8 +1,8 @@
-"""Packed checkpoints: folders as diffusers writes them, with codes and scales for weights.
+"""Packed checkpoints: folders in the layout of diffusers, with codes and scales as weights.
 
-A pipeline is written by its own `save_pretrained`, the quantization config standing in the
-`config.json` of its denoiser. A network that is not of diffusers has a folder of its own, with the
-same two files that diffusers would write. The layout is described in docs/checkpoint-format.md.
+The `save_pretrained` method of a pipeline writes it. The quantization config is in the
+`config.json` of its denoiser. A network that is not of diffusers is written to a folder with the
+same two files that diffusers would write. docs/checkpoint-format.md describes the layout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
     """Write a pipeline with a packed denoiser, or a packed network, to a folder, atomically.
 
     Args:
-        model: A pipeline whose denoiser was quantized and packed, or such a network by itself.
+        model: A pipeline with a quantized and packed denoiser, or a quantized and packed network.
         folder: A new or an empty folder.
 
     Raises:
@@ -76,16 +76,16 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> Any:
 
     Args:
         folder: A folder written by `save`.
-        into: Where the folder is of a network that is not of diffusers: a network of the same
-            architecture in full precision, which is changed in place.
+        into: A full-precision network of the same architecture, which is changed in place. Only
+            for the folder of a network that is not of diffusers.
 
     Returns:
         The pipeline, whose samples are bit-equal to those of the saved one, or the network.
 
     Raises:
-        InputError: If the folder is not a checkpoint, is of another version or is corrupt, or
-            there is none, or it is of a network by itself and there is none to read it into, or
-            that is quantized already.
+        InputError: If the folder does not exist, is not a checkpoint, is of another version or is
+            corrupt, if it holds a network without a pipeline and `into` is not given, or if `into`
+            is quantized already.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -101,12 +101,12 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> Any:
 
 
 def quantized_component(folder: Path) -> str | None:
-    """Return the name of a pipeline folder's denoiser if it is quantized by msfp."""
+    """Return the name of the denoiser in a pipeline's folder, or None unless msfp quantized it."""
     return next((name for name in COMPONENTS if _is_packed(folder / name)), None)
 
 
 def _is_packed(folder: Path) -> bool:
-    """Return whether the folder of a network says that it is quantized by msfp."""
+    """Return whether the config in a network's folder has the quantization method msfp."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return False
@@ -119,7 +119,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _load_pipeline(folder: Path) -> DiffusionPipeline:
-    """Load a pipeline through diffusers; nothing is imported that a folder names."""
+    """Load a pipeline through diffusers, without importing code that the folder names."""
     name = quantized_component(folder)
     if name is None:
         raise InputError(_why_no_pipeline(folder))
@@ -132,17 +132,19 @@ def _load_pipeline(folder: Path) -> DiffusionPipeline:
 
 
 def _why_no_pipeline(folder: Path) -> str:
-    """Return what is wrong with a folder without a quantized denoiser in a folder of its own."""
+    """Return why a folder does not hold a pipeline with a quantized denoiser."""
     if not _is_packed(folder):
         return f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp"
     kind = json.loads((folder / CONFIG_FILE).read_text()).get("_class_name")
     if kind is None:
-        return "it is of a network by itself: into must be one of its architecture"
-    return f"it is of a denoiser by itself: read it with {kind}.from_pretrained"
+        return (
+            "it holds a network without a pipeline: into must be a network of the same architecture"
+        )
+    return f"it holds a denoiser without a pipeline: read it with {kind}.from_pretrained"
 
 
 def _load_network(folder: Path, network: nn.Module) -> nn.Module:
-    """Fill a plain network from its two files."""
+    """Quantize a plain network in place with the contents of its two files."""
     if not _is_packed(folder):
         raise InputError(f"its {CONFIG_FILE} has no quantization config of msfp")
     refuse_quantized("into", network)

@@ -1,7 +1,8 @@
-"""Fine-tuned denoisers in forms that others read: one checkpoint for each LoRA, or a LoRA file.
+"""Exporting fine-tuned denoisers for other programs: a checkpoint for each LoRA, or a LoRA file.
 
-A denoiser whose LoRAs are inside the quantizer has a set of codes for each; one whose LoRAs stand
-beside the weights has branches, each of which is an ordinary LoRA on top of a packed checkpoint.
+A denoiser with LoRAs inside the quantizer has a set of codes for each LoRA. A denoiser with LoRAs
+beside the weights has low-rank branches, each of which is an ordinary LoRA on top of a packed
+checkpoint.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def export_adapters(model: DiffusionPipeline, folder: str | Path) -> list[Path]:
-    """Write a plain packed checkpoint for each LoRA of the hub: all layers with that one.
+    """Write a plain packed checkpoint for each LoRA of the hub, with that LoRA in all layers.
 
     Args:
-        model: With a denoiser that was fine-tuned with a hub of several, and packed.
+        model: A pipeline whose denoiser was fine-tuned with a hub of several LoRAs, and packed.
         folder: A new or an empty folder.
 
     Returns:
         The folders of the checkpoints, `adapter-0` and so on.
 
     Raises:
-        InputError: If the denoiser has no hub of several.
+        InputError: If the denoiser has no hub of several LoRAs.
     """
     check_type("model", model, DiffusionPipeline)
     denoiser = denoiser_of(model)
@@ -59,23 +60,23 @@ def export_adapters(model: DiffusionPipeline, folder: str | Path) -> list[Path]:
 
 
 def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
-    """Write a packed checkpoint without branches, and these as a LoRA file of diffusers.
+    """Write a packed checkpoint without its low-rank branches, and these as a diffusers LoRA file.
 
-    Read both with `pipe = msfp.load(folder)` and, where the pipeline has that method, as those of
-    Stable Diffusion and Flux have, `pipe.load_lora_weights(folder)`. `DDIMPipeline`, `DiTPipeline`,
-    PixArt's and msfp's own have none: PEFT itself puts the LoRA into their denoiser
-    (docs/fine-tuning.md shows how).
+    Read the checkpoint with `pipe = msfp.load(folder)`, then the LoRA with
+    `pipe.load_lora_weights(folder)`. The pipelines of Stable Diffusion and Flux have that method.
+    `DDIMPipeline`, `DiTPipeline`, PixArt's pipelines and msfp's own do not have it: use PEFT to add
+    the LoRA to their denoiser (docs/fine-tuning.md shows how).
 
     Args:
-        model: With a denoiser that has branches beside its weights, and is packed.
+        model: A pipeline whose denoiser has low-rank branches beside its weights, and is packed.
         folder: A new or an empty folder.
 
     Returns:
         The LoRA file, whose keys are those of PEFT.
 
     Raises:
-        InputError: If the denoiser has no branches, several to choose from, or one of a grouped
-            convolution, which PEFT cannot hold.
+        InputError: If the denoiser has no low-rank branches, several to choose from, or one of a
+            grouped convolution, which PEFT does not support.
     """
     check_type("model", model, DiffusionPipeline)
     tensors = lora_tensors(model)
@@ -94,10 +95,10 @@ def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
 
 
 def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Return the branches of a pipeline's denoiser under the keys of diffusers' LoRA files.
+    """Return a pipeline's low-rank branches under the keys of diffusers' LoRA files.
 
     Raises:
-        InputError: As `export_lora`.
+        InputError: As `export_lora` does.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in packed_layers(denoiser_of(pipe)).items():
@@ -109,7 +110,10 @@ def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
                 "chooses from: export_adapters writes a checkpoint for each, which can be exported"
             )
         if groups_of(layer) > 1:
-            raise InputError(f"layer {name} is a grouped convolution: PEFT has no LoRA of those")
+            raise InputError(
+                f"layer {name} is a grouped convolution, and PEFT does not support LoRAs of "
+                "grouped convolutions"
+            )
         key = f"{denoiser_name(pipe)}.{name}"
         shape = layer.weight_shape[1:]
         down, up = layer.branch_down.detach(), layer.branch_up.detach()
@@ -121,7 +125,7 @@ def lora_tensors(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 def _single(denoiser: nn.Module, adapter: int) -> nn.Module:
-    """Return a copy of a denoiser whose layers have one of their adapters, without a router."""
+    """Return a copy of a denoiser with only one adapter in each layer, and without a router."""
     single = copy.deepcopy(denoiser)
     for layer in packed_layers(single).values():
         _keep_adapter(layer, adapter)
@@ -131,7 +135,7 @@ def _single(denoiser: nn.Module, adapter: int) -> nn.Module:
 
 
 def _keep_adapter(layer: PackedLayer, adapter: int) -> None:
-    """Drop all adapters of a layer but one."""
+    """Remove all adapters of a layer except one."""
     layer.routing = None
     if layer.adapters == 1:
         _keep_branch(layer, adapter)
@@ -144,7 +148,7 @@ def _keep_adapter(layer: PackedLayer, adapter: int) -> None:
 
 
 def _keep_branch(layer: PackedLayer, adapter: int) -> None:
-    """Drop all branches of a layer but one."""
+    """Remove all low-rank branches of a layer except one."""
     if not isinstance(layer.formats, LayerFormats):
         return
     layer.formats = replace(layer.formats, branch_adapters=1)
@@ -155,7 +159,7 @@ def _keep_branch(layer: PackedLayer, adapter: int) -> None:
 
 @contextmanager
 def _in_place_of(pipe: DiffusionPipeline, denoiser: nn.Module) -> Iterator[None]:
-    """Give a pipeline another denoiser inside the block."""
+    """Give a pipeline another denoiser inside the `with` block."""
     name, own = denoiser_name(pipe), denoiser_of(pipe)
     setattr(pipe, name, denoiser)
     try:

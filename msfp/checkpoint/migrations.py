@@ -1,4 +1,4 @@
-"""From the quantization configs of earlier versions to that of this one."""
+"""Converting the quantization configs of earlier versions to the current version."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ REQUEST_OF_1 = {
     "last": "last_layers",
     "attention": "attention_bits",
 }
-"""Names of version 1, of msfp 0.2.0, and what they are now."""
+"""Names of version 1, of msfp 0.2.0, and their current names."""
 DEFAULTS_OF_1 = {"sweeps": 0, "scales": "weight"}
-"""Settings of refinement that version 1 had and that are gone, with what they are by default."""
+"""Refinement settings that only version 1 had, with their defaults."""
 
 
 def config_of_version_1(header: Header) -> Header:
-    """Return the quantization config that one of version 1 is now."""
+    """Convert a quantization config of version 1 to the current version."""
     config = request_of_version_1(header.facts)
     if "entries" in config:
         config["adapters"] = config.pop("entries")
@@ -34,9 +34,9 @@ def config_of_version_1(header: Header) -> Header:
 
 
 def request_of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `QuantizationConfig` that those of version 1 are now.
+    """Convert the fields of version 1 to the fields of `QuantizationConfig`.
 
-    Settings that refinement has no more are `retired`.
+    Refinement settings that no longer exist are put under the key `retired`.
     """
     current: dict[str, Any] = renamed(request, REQUEST_OF_1)
     if isinstance(overrides := current.get("overrides"), Mapping):
@@ -59,7 +59,7 @@ def request_of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(table: Any, names: Mapping[str, str]) -> Any:
-    """Return a table with other names for some keys; anything else as it is."""
+    """Return a table with some keys renamed; return anything else unchanged."""
     if not isinstance(table, Mapping):
         return table
     return {names.get(key, key): value for key, value in table.items()}

@@ -20,17 +20,17 @@ def make_room(
     adapters: int,
     router: str = "learned",
 ) -> None:
-    """Put empty packed layers, and a router if need be, where a checkpoint's tensors will go.
+    """Insert empty packed layers, and a router if needed, for the tensors of a checkpoint.
 
     Args:
         denoiser: The plain network, on any device.
-        formats: Those of the quantized layers, by name.
-        adapters: Adapters of each layer; there is a router if more than one.
+        formats: Formats of the quantized layers, by name.
+        adapters: Number of adapters of each layer; more than one need a router.
         router: The kind of that router, a key of `ROUTERS`.
 
     Raises:
-        InputError: If the denoiser has no such layer, one in blocks is to have several adapters, or
-            one has another number of branches to choose from.
+        InputError: If the denoiser has no such layer, a layer in block formats has several
+            adapters, or a layer has another number of low-rank branches to choose from.
     """
     plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
     missing = [name for name in formats if name not in plain]
@@ -39,7 +39,7 @@ def make_room(
             f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
             "the checkpoint does"
         )
-    with torch.device("meta"):  # which takes no random numbers
+    with torch.device("meta"):  # draws no random numbers
         kind = ROUTERS[router]
         routes = kind.placeholder(len(formats), adapters, denoiser) if adapters > 1 else None
     empty: dict[nn.Module, nn.Module]

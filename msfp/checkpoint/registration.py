@@ -1,7 +1,8 @@
-"""Making `quant_method: "msfp"` known to diffusers, without importing it.
+"""Registering `quant_method: "msfp"` with diffusers, without importing diffusers.
 
-diffusers looks classes up in two tables, and transformers in a third. Each gets an entry that is
-resolved when it is looked up: at once where its module is imported already, else as soon as it is.
+diffusers looks up classes in two tables, and transformers in a third. Each table gets an entry for
+msfp, whose class is imported when the entry is looked up. The entry is added at once if the module
+of the table is already imported, otherwise when that module is imported.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ TABLES = {
         "AUTO_QUANTIZER_MAPPING": QUANTIZER,
         "AUTO_QUANTIZATION_CONFIG_MAPPING": CONFIG,
     },
-    # Without it `PipelineQuantizationConfig(quant_backend="msfp")` is refused; models of
-    # transformers are not quantized.
+    # `PipelineQuantizationConfig(quant_backend="msfp")` needs this entry. Models of transformers
+    # are not quantized.
     "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": CONFIG},
 }
-"""The classes that are looked up, by the module and the name of the table."""
+"""The classes of the entries, by the module and the name of the table."""
 
 
 class LateTable(dict[str, Any]):
-    """A table one entry of which is imported when it is looked up.
+    """A table with one entry that is imported when it is looked up.
 
     Args:
         table: The other entries.
-        place: Module and name of the class that "msfp" stands for.
+        place: Module and name of the class under the key "msfp".
     """
 
     def __init__(self, table: dict[str, Any], place: tuple[str, str]) -> None:
@@ -60,18 +61,18 @@ class LateTable(dict[str, Any]):
         return [(key, self[key]) for key in self]
 
     def __iter__(self) -> Iterator[str]:
-        # Without a method of its own, dict() would copy entries past __getitem__.
+        # Without this method, dict() would copy entries without calling __getitem__.
         return super().__iter__()
 
 
 def register() -> None:
-    """Make msfp known to diffusers and transformers, now or when they are imported."""
+    """Register msfp with diffusers and transformers, now or when they are imported."""
     for module in TABLES:
         wrapt.register_post_import_hook(_extend, module)
 
 
 def _extend(module: ModuleType) -> None:
-    """Put the entries into the tables of a module."""
+    """Add the entries to the tables of a module."""
     for name, place in TABLES[module.__name__].items():
         table = getattr(module, name)
         if METHOD not in table:

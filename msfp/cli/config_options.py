@@ -1,8 +1,8 @@
-"""Options that are generated from config dataclasses.
+"""Command-line options that are generated from config dataclasses.
 
-The name of an option, its type, default and help are those of a field and of its documentation, so
-that another field is another option at once. A field that is a dataclass itself gives an option for
-each of its own fields, which begins with its name: `refine` gives `--refine-rounding`.
+An option takes its name, type and default from a field, and its help from the documentation of the
+field. A new field is therefore a new option. A field that is itself a dataclass gives an option for
+each of its own fields, with its name as a prefix: `refine` gives `--refine-rounding`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Config = TypeVar("Config")
 NONE = "none"
 """How None is written on the command line."""
 GLOBS = tuple[str, ...]
-"""The type of a field that is given by one option for each of its items."""
+"""The type of a field whose option is repeated, once for each item."""
 ATTRIBUTE = re.compile(r"^    (\w+): ", re.MULTILINE)
 """The beginning of an attribute's documentation in a docstring."""
 
 
 class _Option(NamedTuple):
-    """How a type is given on the command line.
+    """How a value of some type is written on the command line.
 
     Attributes:
-        parse: From one word to a value, or to one item of a tuple.
-        metavar: What help calls a value.
-        repeated: Whether the option is given once for each item of a tuple.
+        parse: Converts one word to a value, or to one item of a tuple.
+        metavar: Placeholder of the value in the help text.
+        repeated: Whether the option is repeated, once for each item of a tuple.
     """
 
     parse: Callable[[str], Any] = str
@@ -52,23 +52,23 @@ def add_config(
     """Add an option for each field of a config.
 
     Args:
-        command: What takes the options.
+        command: The parser to add the options to.
         config: A frozen dataclass whose docstring describes its attributes.
-        heading: Of the group that the options are shown in.
+        heading: Heading of the options in the help text.
         skip: Fields without an option.
-        defaults: Values that the command has where the config has others.
+        defaults: Defaults of the command that differ from those of the config.
     """
-    group = command.add_argument_group(heading, "where a value may be None, give none")
+    group = command.add_argument_group(heading, "write none for None")
     _add_fields(group, config, "", skip, defaults or {})
 
 
 def config_from(arguments: argparse.Namespace, config: type[Config], **values: Any) -> Config:
-    """Return the config of what was given.
+    """Return the config that the arguments describe.
 
     Args:
-        arguments: Parsed by a command that `add_config` gave its options.
-        config: The same dataclass.
-        **values: Fields without an option, or that the command overrides.
+        arguments: Arguments of a parser whose options `add_config` added.
+        config: The dataclass that `add_config` received.
+        **values: Fields without an option, or fields to override.
 
     Raises:
         InputError: If a value is out of range.
@@ -91,7 +91,7 @@ def described(config: type[Any]) -> dict[str, str]:
     Example:
         >>> from msfp.config import RefinementConfig
         >>> described(RefinementConfig)["seed"]
-        'Seed of the draws.'
+        'Seed of the random draws.'
     """
     _, _, section = (inspect.getdoc(config) or "").partition("Attributes:\n")
     section = re.split(r"^\S", section, maxsplit=1, flags=re.MULTILINE)[0]
@@ -120,7 +120,10 @@ def _add_fields(
 
 
 def _add(group: Any, name: str, kinds: tuple[Any, ...], text: str, default: Any) -> None:
-    """Add one option. What has no default here and is not given is absent from the arguments."""
+    """Add one option.
+
+    With the default `argparse.SUPPRESS`, an option that is not given is absent from the arguments.
+    """
     flag = _flag(name)
     if kinds == (bool,):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
@@ -138,7 +141,7 @@ def _flag(name: str) -> str:
 
 
 def _option(kinds: tuple[Any, ...]) -> _Option:
-    """Return how a value of some types is given."""
+    """Return how a value of these types is written on the command line."""
     optional = types.NoneType in kinds
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     if all(get_origin(kind) is Literal for kind in kinds):
@@ -157,12 +160,12 @@ def _option(kinds: tuple[Any, ...]) -> _Option:
 
 
 def _choice(values: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Return a parser of one of some words, which gives its value."""
+    """Return a parser that maps each allowed word to its value."""
 
     def parse(text: str) -> Any:
         if text not in values:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not one of them: choose from {', '.join(values)}"
+                f"{text!r} is not allowed: choose from {', '.join(values)}"
             )
         return values[text]
 
@@ -170,12 +173,12 @@ def _choice(values: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def _none_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser of a value, or of "none"."""
+    """Return a parser that also accepts "none"."""
 
     def parsed(text: str) -> Any:
         return None if text == NONE else parse(text)
 
-    parsed.__name__ = parse.__name__  # what argparse calls a value that cannot be read
+    parsed.__name__ = parse.__name__  # argparse shows this name in its error messages
     return parsed
 
 
@@ -224,6 +227,6 @@ def _given(arguments: argparse.Namespace, config: type[Any], prefix: str) -> dic
         if nested is not None and parts:
             if each.name in found:
                 first = _flag(f"{name}_{next(iter(parts))}")
-                raise InputError(f"{_flag(name)} must not be given beside {first}")
+                raise InputError(f"{_flag(name)} cannot be combined with {first}")
             found[each.name] = nested(**parts)
     return found

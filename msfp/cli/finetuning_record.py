@@ -1,4 +1,4 @@
-"""What is kept of fine-tuning that has not ended, in one folder, so that it can resume."""
+"""The record of an unfinished fine-tuning run, in one folder, from which the run resumes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from msfp.training.config import FinetuneConfig, options_of_version_1
 FILE = "run.safetensors"
 KIND = Kind("a record of fine-tuning", migrations={1: lambda header: header})
 FIRST_FILE = "run.json"
-"""What version 1, of msfp 0.2.0, had in the place of `FILE`."""
+"""The file that version 1, of msfp 0.2.0, wrote instead of `FILE`."""
 
 
 class FinetuningRecord:
-    """The rows of trainings that ended, and the state and time of the one that did not.
+    """The rows of finished trainings, and the state and time of the unfinished one.
 
     Args:
-        folder: Where it is kept.
-        settings: What gives the result, by option, as plain JSON types.
-        writes: Whether this process is the one that writes.
+        folder: Folder of the record.
+        settings: All that the result depends on, by option, as plain JSON types.
+        writes: Whether this process writes the record.
 
     Attributes:
-        seconds: What each training has taken so far, by its name.
+        seconds: Seconds that each training has taken so far, by its name.
 
     Example:
         >>> import tempfile
@@ -55,23 +55,23 @@ class FinetuningRecord:
         self._images: dict[str, torch.Tensor] = {}
 
     def resume(self) -> None:
-        """Read what was kept.
+        """Read the record, if there is one.
 
         Raises:
-            InputError: If it cannot be read, or is of other settings.
+            InputError: If the record cannot be read, or was written with other settings.
         """
         file, first = self.folder / FILE, self.folder / FIRST_FILE
         if not file.exists() and first.exists():
             self._resume_first(first)
             return
-        if not file.exists():  # nothing was kept before the end came
+        if not file.exists():  # the run was interrupted before it wrote a record
             return
         facts = check_fingerprint(file, KIND, self.settings).facts
         self._images = read(file, KIND)[1]
         self.seconds, self._rows = facts["seconds"], facts["rows"]
 
     def _resume_first(self, file: Path) -> None:
-        """Read what version 1 kept: a JSON file, and a file of images for each row."""
+        """Read a record of version 1: a JSON file, and a file of images for each row."""
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
             settings = settings_of_version_1(kept["facts"])
@@ -83,13 +83,13 @@ class FinetuningRecord:
             raise InputError(f"{file} cannot be read as {KIND.name}: {error}") from error
         unlike = difference(settings, self.settings)
         if unlike is not None:
-            raise InputError(f"{file} is {KIND.name} of another run: {unlike}")
+            raise InputError(f"{file} belongs to another run: {unlike}")
 
     def begin(self) -> None:
-        """Make the folder, and write down what the run is.
+        """Create the folder, and write a record with the settings of the run.
 
         Raises:
-            InputError: If that cannot be done.
+            InputError: If the folder cannot be created or written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -98,22 +98,22 @@ class FinetuningRecord:
         self._write()
 
     def state(self, name: str) -> Path:
-        """Return the file of the state of a training."""
+        """Return the state file of a training."""
         return self.folder / f"{_slug(name)}.safetensors"
 
     def spent(self, name: str, seconds: float) -> None:
-        """Write down how long a training has taken."""
+        """Record how many seconds a training has taken."""
         self.seconds[name] = seconds
         self._write()
 
     def row(self, name: str) -> Row | None:
-        """Return what was measured after a training, or None where it did not end."""
+        """Return the row of a finished training, or None if the training has not finished."""
         if name not in self._rows:
             return None
         return Row(**self._rows[name], images=self._images[name])
 
     def ended(self, row: Row) -> None:
-        """Keep what was measured after a training, in place of its state."""
+        """Record the row of a finished training, and remove its state."""
         self._rows[row.name], self._images[row.name] = row.to_dict(), row.images
         self._write()
         if self.writes:
@@ -125,7 +125,7 @@ class FinetuningRecord:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder if nothing can resume from it."""
+        """Remove the folder if it holds nothing to resume from."""
         states = {file.name for file in self.folder.glob("*.safetensors")} - {FILE}
         if not states and not self._rows:
             self.discard()
@@ -137,12 +137,12 @@ class FinetuningRecord:
 
 
 def _slug(name: str) -> str:
-    """Return a name as file names have it."""
+    """Return a name with all characters that are no letter or digit replaced by hyphens."""
     return re.sub(r"[^0-9A-Za-z]+", "-", name)
 
 
 def option_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return what gives the result of a config, by the options of the command line.
+    """Return the settings of a config that its result depends on, by command-line option.
 
     Example:
         >>> settings = option_settings(FinetuneConfig(hub=2))
@@ -151,13 +151,14 @@ def option_settings(config: FinetuneConfig) -> dict[str, Any]:
     """
     values = config.to_dict()
     rates = {f"rates_{group}": rate for group, rate in values.pop("rates").items()}
-    for name in ("shard", "guidance_branches", "guidance_rows"):  # which the pipeline tells
+    # The result does not depend on shard, and the pipeline determines the guidance branches.
+    for name in ("shard", "guidance_branches", "guidance_rows"):
         del values[name]
     return {f"--{name.replace('_', '-')}": value for name, value in (values | rates).items()}
 
 
 def settings_of_version_1(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that msfp 0.2.0 wrote, by the options that there are now."""
+    """Return settings that msfp 0.2.0 wrote, by the options of this version."""
     given = {name.removeprefix("--").replace("-", "_"): value for name, value in facts.items()}
     known = {
         "denoising_power": given.pop("power"),
@@ -178,7 +179,7 @@ def settings_of_version_1(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _both_ends(temperature: list[float]) -> list[float]:
-    """Return the first and the last of a temperature that may be given as one number."""
+    """Return the first and the last temperature of a list, which may have only one."""
     return [temperature[0], temperature[-1]]
 
 

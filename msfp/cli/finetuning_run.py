@@ -1,4 +1,4 @@
-"""From a packed pipeline and its full-precision one to a fine-tuned one, and what that brought."""
+"""Fine-tuning a packed pipeline towards its full-precision one, and measuring the result."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ MEASURED_IMAGES = 64
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is recorded.
+    """How many trajectories are recorded.
 
     Attributes:
-        trajectories: Images whose trajectories are trained on.
-        held_out: Images of those that errors are measured on.
-        seed: Of their noise.
+        trajectories: Number of images whose trajectories are trained on.
+        held_out: Number of images whose trajectories errors are measured on.
+        seed: Seed of the noise.
     """
 
     trajectories: int
@@ -52,20 +52,20 @@ class Extent:
 
 
 class FinetuningRun:
-    """Fine-tunes one packed pipeline, perhaps in several ways.
+    """Fine-tunes one packed pipeline, with one config or several.
 
     Args:
         original: The full-precision pipeline.
-        quantized: The packed one, as loaded; it is not changed.
-        sampler: How both are called.
-        extent: How much is recorded.
-        config: What is to be trained, to be refused before anything is recorded.
-        data: A folder of images, to train on them, noised, and not on the sampler's own samples.
-        progress: Told of each stage.
+        quantized: The packed pipeline, as loaded; it is not changed.
+        sampler: How to call both pipelines.
+        extent: How many trajectories to record.
+        config: A config of the training. It is checked before anything is recorded.
+        data: A folder of images to train on, with noise added, instead of the sampler's samples.
+        progress: Called with the progress of each stage.
 
     Raises:
-        InputError: If the pipelines are of different models or samplers, the packed one cannot be
-            trained, or not by the config, or the data cannot be read.
+        InputError: If the pipelines have different models or samplers, the packed pipeline cannot
+            be trained, the config does not suit it, or the data cannot be read.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FinetuningRun:
         """Return the trajectories of noised images."""
         seed = self.extent.seed
         calls = self.sampler.calls(self.extent.trajectories, seed)
-        places = len(calls) * self.sampler.batch  # the last call is a whole batch as well
+        places = len(calls) * self.sampler.batch  # the last call is a whole batch too
         files = chosen_files(data, places, len(self.sampler.conditions))
         images = clean_images(self.original, files, self.progress)
         return data_trajectories(
@@ -127,13 +127,13 @@ class FinetuningRun:
     def measured(
         self, name: str, pipe: DiffusionPipeline, minutes: float = 0.0, best: int | None = None
     ) -> Row:
-        """Return what can be measured of a pipeline.
+        """Measure a pipeline, and return its row of the report.
 
         Args:
-            name: What to call it.
-            pipe: The packed one, or one that was fine-tuned.
-            minutes: That its training took.
-            best: The step of its training that gave it, where held-out errors chose that.
+            name: Name of the row.
+            pipe: The packed pipeline, or a fine-tuned one.
+            minutes: Minutes that its training took.
+            best: The training step whose weights were kept, where held-out errors chose it.
         """
         images = self._sampled(name, pipe)
         errors = noise_errors(pipe, trajectories=self.held_out, batch=self.rows_at_once)
@@ -154,10 +154,10 @@ class FinetuningRun:
         tensorboard: Path | None = None,
         progress: Progress = no_progress,
     ) -> tuple[DiffusionPipeline, History, float]:
-        """Fine-tune a copy of the packed pipeline; return it, what was measured, and the seconds.
+        """Fine-tune a copy of the packed pipeline; return the copy, its history and the seconds.
 
         Args:
-            config: What is trained and how; its branches are those of the pipeline's guidance.
+            config: What is trained and how; the pipeline's guidance branches replace its own.
             state: As for `finetune`.
             resume: As for `finetune`.
             tensorboard: As for `finetune`.
@@ -168,7 +168,7 @@ class FinetuningRun:
         unpack(pipe, original=original)
         started = time.monotonic()
         device = next(original.parameters()).device
-        if config.shard:  # a whole one beside the parts would be in their way
+        if config.shard:  # make room on the device for the parts of the sharded weights
             original.to("cpu")
         history = finetune(
             pipe,
@@ -205,14 +205,14 @@ class FinetuningRun:
         self, title: str, names: dict[str, str], config: FinetuneConfig, rows: list[Row],
         history: History, pipe: DiffusionPipeline,
     ) -> FinetuningReport:  # fmt: skip
-        """Return the report of a run that ended with a pipeline.
+        """Return the report of a finished run.
 
         Args:
-            title: The heading.
-            names: Of what was fine-tuned, and towards what.
-            config: How.
-            rows: What was measured.
-            history: Of the training.
+            title: Heading of the page.
+            names: Names of the checkpoint and of the original pipeline.
+            config: Config of the training.
+            rows: Rows of the table.
+            history: History of the training.
             pipe: The fine-tuned pipeline.
         """
         timesteps = self.held_out.timesteps
@@ -223,7 +223,7 @@ class FinetuningRun:
 
 
 def _factors(scheduler: SchedulerMixin) -> tuple[dict[float, float] | None, str]:
-    """Return the factors of a grid where nothing is clipped; or None, and why."""
+    """Return the denoising factors of a scheduler, ignoring clipping, or None and the reason."""
     try:
         return denoising_factors(scheduler, clipping="ignore"), ""
     except InputError as error:
@@ -236,15 +236,15 @@ def _recorded_factors(
     recorded: torch.Tensor,
     unknown: str,
 ) -> tuple[dict[float, float] | None, str]:
-    """Return factors by the timesteps that the denoiser was given; or None, and why.
+    """Return the factors by the timesteps that the denoiser received, or None and the reason.
 
     Pipelines may divide the scheduler's timesteps, but keep their order.
 
     Args:
-        scheduler: Its timesteps are set.
-        factors: By those, or None.
-        recorded: What the denoiser was given.
-        unknown: Why there are none.
+        scheduler: A scheduler whose timesteps are set.
+        factors: The factors by the scheduler's timesteps, or None.
+        recorded: The timesteps that the denoiser received.
+        unknown: The reason if there are no factors.
     """
     if factors is None:
         return None, unknown
@@ -262,7 +262,7 @@ def _recorded_factors(
 
 
 def _check_power(power: float, unknown: str) -> None:
-    """Raise InputError if factors are wanted, and are not known for a reason."""
+    """Raise InputError if the loss needs factors and they are unknown."""
     if power > 0 and unknown:
         raise InputError(f"dfa_power must be 0, not {power}: {unknown}")
 
@@ -270,11 +270,14 @@ def _check_power(power: float, unknown: str) -> None:
 def _check_rates(config: FinetuneConfig) -> None:
     """Raise InputError unless something is trained."""
     if not trains(config):
-        raise InputError(f"rates must leave something to be trained, not {config.rates}")
+        raise InputError(
+            "at least one rate must be above 0 (the rate of router counts only if hub is above 1 "
+            f"and routing is learned), not {config.rates}"
+        )
 
 
 def trains(config: FinetuneConfig) -> bool:
-    """Return whether a config trains anything that every denoiser has.
+    """Return whether a config trains anything; the router counts only if there is routing.
 
     Example:
         >>> rates = dict.fromkeys(("adapters", "weight_scales", "input_scales", "biases"), 0)
@@ -288,7 +291,7 @@ def trains(config: FinetuneConfig) -> bool:
 
 
 def routing_table(pipe: DiffusionPipeline, timesteps: torch.Tensor) -> torch.Tensor | None:
-    """Return the LoRA of each layer (rows) at each timestep, or None where there is no choice."""
+    """Return the LoRA of each layer (rows) at each timestep (columns), or None without routing."""
     routing = routing_of(denoiser_of(pipe))
     if routing is None:
         return None
@@ -298,7 +301,9 @@ def routing_table(pipe: DiffusionPipeline, timesteps: torch.Tensor) -> torch.Ten
 
 
 def ablation(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
-    """Return what a config is made of, one ingredient after the other, without the config itself.
+    """Return the ablation of a config: simpler configs, each with one more ingredient.
+
+    The config itself is left out.
 
     Example:
         >>> [name for name, _ in ablation(FinetuneConfig(hub=2, dfa_power=1.0))]
@@ -318,23 +323,23 @@ def ablation(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
 
 
 def check_same_sampler(original: DiffusionPipeline, quantized: DiffusionPipeline) -> None:
-    """Raise InputError unless two pipelines have one scheduler."""
+    """Raise InputError unless two pipelines have equal schedulers."""
     one, other = original.scheduler, quantized.scheduler
     if type(one) is not type(other):
         raise InputError(
-            f"the sampler of the original must be that of the quantized pipeline, "
-            f"{type(other).__name__}, not {type(one).__name__}: choose one for both"
+            "original and quantized pipelines must have the same sampler, not "
+            f"{type(one).__name__} and {type(other).__name__}: set --sampler"
         )
     for key, value in one.config.items():
         if not key.startswith("_") and other.config.get(key) != value:
             raise InputError(
-                f"the sampler of the original must be that of the quantized pipeline: {key} is "
-                f"{value!r}, not {other.config.get(key)!r}"
+                "original and quantized pipelines must have the same sampler settings, not "
+                f"{key}={value!r} and {key}={other.config.get(key)!r}"
             )
 
 
 def _with_own_denoiser(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Return a pipeline of the same components but for the denoiser, which is copied."""
+    """Return a pipeline with a copy of the denoiser and the same other components."""
     denoiser = denoiser_of(pipe)
     shared = {id(part): part for part in vars(pipe).values() if part is not denoiser}
     return copy.deepcopy(pipe, shared)

@@ -1,4 +1,4 @@
-"""The pipelines that commands are given: folders, checkpoints, and the models that ship."""
+"""Loading pipelines for commands: folders, checkpoints, and the models that ship."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 REFERENCES = get_args(ReferenceName)
 NAMED = f"{', '.join(REFERENCES[:-1])} or {REFERENCES[-1]}"
-"""The models that ship, as help lists them."""
+"""The models that ship, as the help text lists them."""
 
 
 def device(arguments: argparse.Namespace) -> str:
-    """Return the device that was given, or CUDA where there is one.
+    """Return the device that was given; by default CUDA if it is available, else the CPU.
 
     Raises:
-        InputError: If there is no such device.
+        InputError: If the device cannot be used.
     """
     import torch
 

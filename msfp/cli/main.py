@@ -1,6 +1,6 @@
 """The command line `msfp`: its commands are in msfp.cli.commands.
 
-No command imports torch or diffusers before it runs, so that help and errors of usage come at once.
+No command imports torch or diffusers before it runs, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from msfp.version import __version__
 
 COMMANDS = (demo, quantize, finetune, sample, inspect, statistics, evaluate, study)
 WRITTEN = ("output", "state", "report", "json", "csv", "calibration")
-"""Arguments that name what a command writes."""
+"""Arguments that name the outputs of a command."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes options by their whole names alone, as do those of its commands."""
+    """A parser that accepts only unabbreviated options, and so do the parsers of its commands."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"allow_abbrev": False} | options)  # type: ignore[arg-type]
@@ -52,21 +52,23 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _left_behind(arguments: argparse.Namespace) -> str:
-    """Return which files and folders of a command that was interrupted are there, all whole."""
+    """Return a sentence on the complete files and folders that an interrupted command left."""
     folder = getattr(arguments, "folder", None)
     if folder is not None and folder.exists():
-        return f"{folder} has what was done, and the same command resumes from it"
+        return f"{folder} holds the finished images; run the same command to resume"
     paths = [path for name in WRITTEN if isinstance(path := getattr(arguments, name, None), Path)]
     there = [str(path) for path in paths if path.exists()]
-    return f"{' and '.join(there)} is there, whole" if there else "nothing was written"
+    if not there:
+        return "nothing was written"
+    return f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} saved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, 1 where nobody reads the output any more, 2 for input that cannot be used, 130 when
-        interrupted.
+        The exit status: 0 for success, 1 if the reader of the output has closed it, 2 for unusable
+        input, 130 if interrupted.
     """
     arguments = parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_memory()
         arguments.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     except InputError as error:

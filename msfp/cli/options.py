@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ seed = whole(0, 2**32 - 1)
 
 
 def add_features(command: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add the network whose features Frechet distances are measured in."""
+    """Add the option for the feature network of Frechet distances."""
     default = (
         ""
         if required
@@ -62,7 +62,7 @@ def add_features(command: argparse.ArgumentParser, *, required: bool = False) ->
 def add_sampling(
     command: argparse.ArgumentParser, *, count: int, first_seed: int = 0, training: bool = False
 ) -> None:
-    """Add how a pipeline is called; in training, `--steps` and `--batch` are something else."""
+    """Add the options for sampling; in training, `--sampler-steps` and `--sampler-batch`."""
     prefix = "sampler-" if training else ""
     group = command.add_argument_group("how the pipeline is called")
     conditions = group.add_mutually_exclusive_group()
@@ -97,15 +97,15 @@ def add_sampling(
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
-    """Add where a network computes."""
+    """Add the option for the device."""
     group.add_argument("--device", help="such as cuda (default: cuda where there is one)")
 
 
 def check_sampling(arguments: argparse.Namespace) -> Sampler:
-    """Return how the pipeline is to be called.
+    """Return the sampler that the arguments describe.
 
     Raises:
-        InputError: If the prompts cannot be read or there is no such device.
+        InputError: If the prompts cannot be read or the device cannot be used.
     """
     from msfp.pipelines.sampler import Sampler
 
@@ -130,26 +130,26 @@ def _prompts(file: Path | None) -> list[str]:
 
 
 def add_report(command: argparse.ArgumentParser) -> None:
-    """Add the file of the report."""
+    """Add the option for the report file."""
     command.add_argument(
         "--report", type=Path, metavar="FILE", help="a new .html file: one page with pictures"
     )
 
 
 def add_state(command: argparse.ArgumentParser) -> None:
-    """Add the file that an interrupted run resumes from."""
+    """Add the option for the file that an interrupted run resumes from."""
     command.add_argument(
         "--state", type=Path, metavar="FILE",
-        help="a .safetensors file: written each minute, resumed from, and removed at the end",
+        help="a .safetensors file: saved every minute for resuming, deleted on success",
     )  # fmt: skip
 
 
 def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
-    """Check files that a command is to write, where they were named.
+    """Check the files that a command will write, where the arguments name them.
 
     Args:
-        arguments: Of the command.
-        **suffixes: How the names of the files must end, by the name of the argument.
+        arguments: Arguments of the command.
+        **suffixes: Required suffix of each file, by the name of its argument.
     """
     from msfp.support.files import check_new_file
 
@@ -160,7 +160,7 @@ def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, or to standard output."""
+    """Write text to a file or to standard output."""
     from msfp.support.files import atomic_file
 
     if path == STANDARD_OUTPUT:

@@ -36,23 +36,25 @@ from msfp.support.progress import Progress, counted, no_progress
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured; `to_dict` gives all but images and histograms.
+    """The results of a comparison; `to_dict` returns all except images and histograms.
 
     Attributes:
         sampler: The call of both pipelines.
-        count: Images of each set.
-        seed: Seed of the noise that both start from.
-        measures: What the metrics of images gave, in the order of tables.
-        timesteps: The sampler's.
+        count: Number of images in each set.
+        seed: Seed of the noise that both pipelines start from.
+        measures: The results of the image metrics, in the order of tables.
+        timesteps: The timesteps of the sampler.
         noise_errors: Mean squared error of the prediction on full-precision trajectories, at each
             timestep.
-        noise_sqnr: Energy of the prediction over that of the error, in dB, likewise.
-        layers: SQNR in dB of the output of each quantized layer given full-precision inputs, over
+        noise_sqnr: Energy of the prediction over that of its error on these trajectories, in dB, at
+            each timestep.
+        layers: SQNR in dB of the output of each quantized layer with full-precision inputs, over
             the same trajectories.
-        trajectories: How many images these were of.
+        trajectories: Number of images on these trajectories.
         bytes: Size of the tensors of the full-precision denoiser and of the quantized one.
         images: Some images of the full-precision pipeline and of the quantized one.
-        inputs: What the layers of the full-precision denoiser read on these trajectories.
+        inputs: Histograms of the layers' inputs in the full-precision denoiser on these
+            trajectories.
     """
 
     sampler: Sampler
@@ -70,7 +72,7 @@ class Comparison:
 
     @property
     def noise_error(self) -> float:
-        """Mean over timesteps."""
+        """Mean of `noise_errors` over timesteps."""
         return sum(self.noise_errors) / len(self.noise_errors)
 
     @property
@@ -79,7 +81,7 @@ class Comparison:
         return {measure.key: measure.value for measure in self.measures}
 
     def table(self) -> list[tuple[str, str, str]]:
-        """Return rows of a measure, its value and what it was measured on."""
+        """Return one row for each measure: its label, its value, and the data measured on."""
         size, packed = (f"{number / 1e6:.2f}" for number in self.bytes)
         steps = f"{self.trajectories} full-precision trajectories of {len(self.timesteps)} steps"
         return [
@@ -89,7 +91,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers as plain JSON types, None where one is not finite."""
+        """Return the numbers as plain JSON types, with None for numbers that are not finite."""
         left_out = ("sampler", "images", "inputs", "measures")
         known = {key: value for key, value in vars(self).items() if key not in left_out}
         numbers: dict[str, Any] = _finite(
@@ -99,7 +101,7 @@ class Comparison:
 
 
 def _finite(value: Any) -> Any:
-    """Return plain JSON types with None for numbers that JSON does not have."""
+    """Return plain JSON types, with None for NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -122,30 +124,32 @@ def compare(
     state: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> Comparison:
-    """Sample two pipelines from equal noise, and give both denoisers the same inputs.
+    """Compare a quantized pipeline with its original: images from equal noise, and predictions.
 
-    Images are compared batch by batch, so that their number is not limited by memory. On a CPU a
-    comparison that resumes from its state has the bits of one that was never stopped.
+    Both denoisers predict from the same recorded inputs. Images are compared batch by batch, so
+    memory does not limit their number. On a CPU, a comparison that resumes from its state has the
+    same bits as an uninterrupted one.
 
     Args:
         model: The quantized pipeline.
         original: The same pipeline in full precision.
-        sampler: How to call them.
-        count: Images of each set, at least two.
-        seed: Seed of their noise; the next one is for the other full-precision images, and that
-            after it for the trajectories.
-        features: In which Frechet distances are measured: a function of images, or a name as
-            `feature_network` takes it.
-        features_name: What tables call a function.
-        statistics: Of a data set, in the same features; images of one channel count as RGB then.
-        state: A safetensors file to resume from if it exists. It is written again each minute, or
-            less often where that takes long, and left for the caller to remove.
-        progress: Told of each stage.
+        sampler: How to call both pipelines.
+        count: Number of images in each set, at least two.
+        seed: Seed of the noise. `seed + 1` is for the other full-precision images, `seed + 2` for
+            the trajectories.
+        features: The features for Frechet distances: a function of images, or a name for
+            `feature_network`.
+        features_name: The name of the features in tables.
+        statistics: Statistics of a data set, in the same features. Images of one channel are then
+            converted to RGB.
+        state: A safetensors file to resume from if it exists. It is saved every minute, or less
+            often if saving takes long. It is not deleted at the end.
+        progress: Called as each stage advances.
 
     Raises:
-        InputError: If the first is not the second one quantized, a pipeline takes other
-            conditions, the statistics are of other features or of images of another size, or the
-            state is of another comparison or cannot be written.
+        InputError: If `model` is not `original` quantized, a pipeline takes other conditions than
+            those of the sampler, the statistics are of other features or of images of another size,
+            or the state is of another comparison or cannot be written.
     """
     for name, pipe in (("model", model), ("original", original)):
         check_type(name, pipe, DiffusionPipeline)
@@ -189,7 +193,7 @@ def compare(
 
 
 def check_pair(full: nn.Module, quantized: nn.Module) -> None:
-    """Raise InputError unless one denoiser is the other one quantized."""
+    """Raise InputError unless the second denoiser is the first one, quantized."""
     layers = quantized_layers(quantized)
     if quantized_layers(full) or not layers:
         raise InputError("a quantized pipeline must be compared with one in full precision")
@@ -205,7 +209,7 @@ def check_pair(full: nn.Module, quantized: nn.Module) -> None:
 def _observed(
     pipe: DiffusionPipeline, sampler: Sampler, seed: int
 ) -> tuple[Trajectories, dict[str, Histogram]]:
-    """Return the trajectories of one batch, and what the layers read on them."""
+    """Return the trajectories of one batch, and histograms of the layers' inputs on them."""
     recorded: list[Trajectories] = []
 
     def record(pipe: DiffusionPipeline) -> None:
@@ -227,7 +231,7 @@ def _errors(
     with _compared(full, quantized) as layers:
         for step, prediction in enumerate(paths.predictions):
             steps = torch.full_like(rows, step)
-            # First the quantized one: its router's choice holds for the layers compared after it.
+            # The quantized denoiser runs first: the layers compared next use its router's choice.
             difference = paths.predict(quantized, steps, rows).double() - prediction
             paths.predict(full, steps, rows)
             difference, prediction = paths.of_sample(difference), paths.of_sample(prediction)
@@ -240,7 +244,7 @@ def _errors(
 
 @contextmanager
 def _compared(full: nn.Module, quantized: nn.Module) -> Iterator[dict[str, float]]:
-    """Compare layers at each forward of the full one; the SQNR is there when the block ends."""
+    """Compare layers at each full-precision forward pass; fill in the SQNR when the block ends."""
     layers = quantized_layers(quantized)
     totals = {name: [0.0, 0.0] for name in layers}
 

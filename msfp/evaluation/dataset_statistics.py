@@ -1,4 +1,4 @@
-"""Statistics of a data set's images, kept in a file to measure Frechet distances from."""
+"""Statistics of a data set's images in a file, as a reference for Frechet distances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msfp.version import __version__
 
 
 def _without_version(header: Header) -> Header:
-    """Return the header of statistics of version 1, whose facts named the version."""
+    """Convert the header of version 1 statistics, which stored the version among the facts."""
     return Header({}, {key: value for key, value in header.facts.items() if key != "version"})
 
 
@@ -32,19 +32,19 @@ STATE = Kind(
     migrations={1: run_as_fingerprint},
 )
 TOLERANCE = 1e-2
-"""Largest relative difference of the features of one image that devices may make."""
+"""Largest relative difference between features of one image on different devices."""
 
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Statistics of the images of a folder, and how they were made.
+    """Statistics of the images of a folder, and how they were computed.
 
     Attributes:
         statistics: Mean and covariance of the features.
         features: Name of the feature network.
-        size: Height and width of the images that the network was given.
-        resize: The filter that brought them to that size.
-        probe: The network's features of `probe_images(size)`, by which it is known again.
+        size: Height and width of the network's input images.
+        resize: The filter that resized images to that size.
+        probe: The network's features of `probe_images(size)`, which identify the network.
     """
 
     statistics: FeatureStatistics
@@ -54,7 +54,7 @@ class DatasetStatistics:
     probe: torch.Tensor
 
     def check_features(self, network: Features) -> None:
-        """Raise InputError unless a network is the one that the statistics are of."""
+        """Raise InputError unless the statistics were computed with this network."""
         given = checked_features(network, probe_images(self.size)).float()
         if not same_features(given, self.probe):
             raise InputError(
@@ -63,7 +63,7 @@ class DatasetStatistics:
             )
 
     def description(self) -> dict[str, Any]:
-        """Return how they were made, as plain JSON types."""
+        """Return how the statistics were computed, as plain JSON types."""
         return {
             "features": self.features,
             "count": self.statistics.count,
@@ -78,7 +78,7 @@ class DatasetStatistics:
         """Write a .safetensors file.
 
         Raises:
-            InputError: If it cannot be written.
+            InputError: If the file cannot be written.
         """
         tensors = {
             "mean": self.statistics.mean,
@@ -89,10 +89,10 @@ class DatasetStatistics:
 
     @classmethod
     def load(cls, file: Path) -> DatasetStatistics:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            InputError: If the file is something else.
+            InputError: If the file does not hold statistics of a data set.
         """
         (_, told), tensors = read(file, KIND)
         try:
@@ -103,7 +103,7 @@ class DatasetStatistics:
 
 
 def same_features(given: torch.Tensor, known: torch.Tensor) -> bool:
-    """Return whether features of the same images are those of one network."""
+    """Return whether two sets of features of the same images are from the same network."""
     return given.shape == known.shape and bool((given - known).norm() <= TOLERANCE * known.norm())
 
 
@@ -125,20 +125,21 @@ def dataset_statistics(
     """Return the statistics of all images of a folder.
 
     Args:
-        folder: Searched with the folders in it; files are taken in the order of their paths.
+        folder: A folder with images, searched with its subfolders. Files are read in the order of
+            their paths.
         network: Maps images in [0, 1] to features.
-        name: What to call the network.
-        size: Height and width that the central square of each image is brought to.
-        resize: By which filter of Pillow.
-        state: A safetensors file to resume from if it exists. It is written again each minute, or
-            less often where that takes long. On a CPU the statistics have the bits of those that
-            were never stopped.
-        progress: Told of each batch, and of what the state has.
+        name: Name of the network.
+        size: Height and width to which the central square of each image is resized.
+        resize: The resize filter of Pillow.
+        state: A safetensors file to resume from if it exists. It is saved every minute, or less
+            often if saving takes long. On a CPU, statistics that resume have the same bits as
+            those of an uninterrupted run.
+        progress: Called after each batch, and once for the images in the state.
 
     Raises:
-        InputError: If there are fewer than two images, one cannot be read, the network does not
-            take them, or the state is of other images, of another network or size, or cannot be
-            written.
+        InputError: If there are fewer than two images, an image cannot be read, the network does
+            not accept the images, or the state is of other images, of another network or size, or
+            cannot be written.
     """
     folder = Path(folder)
     files = image_files(folder)

@@ -1,4 +1,4 @@
-"""Features of images, in which the Frechet distance compares sets of them."""
+"""Features of images, with which the Frechet distance compares image sets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from msfp.errors import InputError
 Features = Callable[[torch.Tensor], torch.Tensor]
 """Maps images (n, channels, height, width) in [0, 1] to features (n, any)."""
 FEATURE_BATCH = 64
-"""Images that features are computed of at a time."""
+"""Images in one forward pass of a feature network."""
 PIXELS = 8
-"""Rows and columns that images are averaged to where pixels are the features."""
+"""Rows and columns of the averaged image, for the features "pixels" alone."""
 
 NAMED = {
     "digits": "msfp.experiments.reference.features:digit_features",
     "photographs": "msfp.experiments.reference.features:photograph_features",
 }
-"""Features that ship with the reference models, by their short names."""
+"""Features included with the reference models, by their short names."""
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """Return the mean colours of 8x8 patches, shape (n, channels * 64): coarse, but always there.
+    """Return the mean colours of 8x8 patches, shape (n, channels * 64): coarse, but built in.
 
     Example:
         >>> pixels(torch.ones(2, 3, 32, 32)).shape
@@ -37,17 +37,17 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def feature_network(name: str, device: str = "cpu") -> Features:
-    """Return the features of a name.
+    """Return the features with a given name.
 
     Args:
-        name: "pixels"; "digits" or "photographs", the classifiers that ship with the reference
-            models, of which the first reads the mean of the channels; the file of a TorchScript
-            module; or `module:function` of a Python module that can be imported from here. The
-            last two are given images in [0, 1] and must return (n, features).
-        device: Where a TorchScript module computes them; all are given and return host memory.
+        name: One of: "pixels"; "digits" or "photographs", the classifiers included with the
+            reference models ("digits" reads the mean of the channels); the file of a TorchScript
+            module; `module:function` of a Python module that can be imported from the working
+            directory. The last two receive images in [0, 1] and must return (n, features).
+        device: Device of a TorchScript module. All features take and return host memory.
 
     Raises:
-        InputError: If there is no such thing.
+        InputError: If there are no such features.
     """
     if name == "pixels":
         return pixels
@@ -67,7 +67,7 @@ def feature_network(name: str, device: str = "cpu") -> Features:
 
 
 def _imported(name: str, module: str, attribute: str) -> Features:
-    """Return a function of a module, which may lie in the working directory."""
+    """Import a function from a module, which may be in the working directory."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -84,7 +84,7 @@ def checked_features(features: Features, images: torch.Tensor) -> torch.Tensor:
     """Return the features of images, shape (images, any).
 
     Raises:
-        InputError: If the network does not take such images, or gives another shape.
+        InputError: If the network does not accept such images, or returns another shape.
     """
     try:
         given = torch.cat([features(some) for some in images.split(FEATURE_BATCH)])

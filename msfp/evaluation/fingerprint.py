@@ -1,4 +1,4 @@
-"""The fingerprint of a comparison of two pipelines, by which its state is known."""
+"""The fingerprint of a comparison of two pipelines, which identifies its saved state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msfp.support.fingerprints import digest
 
 
 def _first_fingerprint(header: Header) -> Header:
-    """Return the header of a state of version 1, which named the statistics the reference."""
+    """Convert the header of a version 1 state, which called the statistics "reference"."""
     told = run_as_fingerprint(header)
     known = {key: value for key, value in told.fingerprint.items() if key != "version"}
     known["statistics"] = known.pop("reference")
@@ -32,7 +32,7 @@ def _first_fingerprint(header: Header) -> Header:
 
 
 def _first_tensors(tensors: Named) -> Named:
-    """Return the tensors of a state of version 1, which were not named by their metric."""
+    """Convert the tensors of a version 1 state, whose names did not contain their metric."""
     renamed = {"count": tensors["0/count"]}
     for name, tensor in tensors.items():
         of_features = name[0].isdigit()
@@ -54,13 +54,13 @@ def comparison_fingerprint(
     count: int,
     statistics: DatasetStatistics | None,
 ) -> dict[str, Any]:
-    """Return what must be equal for a comparison to resume, as JSON gives it back.
+    """Return the values that must be equal for a comparison to resume, as plain JSON types.
 
     Args:
         calls: The quantized pipeline and the full-precision one, each with the seed of its noise.
-        sampler: How they are called.
-        count: Images of each set.
-        statistics: Of a data set, or None.
+        sampler: How the pipelines are called.
+        count: Number of images in each set.
+        statistics: Statistics of a data set, or None.
 
     Raises:
         InputError: If the weights of a pipeline are not in memory.
@@ -81,7 +81,7 @@ def comparison_fingerprint(
 
 
 def pipeline_digest(pipe: DiffusionPipeline) -> str:
-    """Return digits that tell pipelines apart: by their networks and the sampler's settings."""
+    """Return a digest of the networks and the scheduler settings of a pipeline."""
     tensors = {
         f"{part}.{name}": value
         for part, network in pipe.components.items()
@@ -93,7 +93,7 @@ def pipeline_digest(pipe: DiffusionPipeline) -> str:
     if away is not None:
         raise InputError(f"state must be of pipelines in memory, and {away} is not")
     scheduler = getattr(pipe, "scheduler", None)
-    # Others are notes of diffusers, some of them in another order in each process.
+    # Keys with an underscore are internal to diffusers. The order of some differs by process.
     settings = {
         key: value
         for key, value in getattr(scheduler, "config", {}).items()

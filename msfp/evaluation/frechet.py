@@ -12,12 +12,12 @@ from msfp.errors import InputError
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What the Frechet distance knows of a set of images.
+    """Statistics of the features of an image set, for the Frechet distance.
 
     Attributes:
-        mean: Of the features, shape (features,), float64.
-        covariance: Unbiased, shape (features, features), float64.
-        count: Images that these are of, at least two.
+        mean: Mean of the features, shape (features,), float64.
+        covariance: Unbiased covariance of the features, shape (features, features), float64.
+        count: Number of images, at least two.
     """
 
     mean: torch.Tensor
@@ -26,7 +26,7 @@ class FeatureStatistics:
 
 
 class FeatureMoments:
-    """Running sums over the features of images that come in batches.
+    """Running sums over the features of images, updated batch by batch.
 
     Example:
         >>> from msfp.evaluation.features import pixels
@@ -50,20 +50,20 @@ class FeatureMoments:
         self._products = self._products + features.T @ features
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all that `restore` needs to go on with the images after these."""
+        """Return all that `restore` needs to resume with the images after these."""
         count = torch.tensor(self.count)
         return {"count": count, "sum": self._sum, "products": self._products}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what `tensors` gave."""
+        """Restore the sums from the result of `tensors`."""
         self.count = int(tensors["count"])
         self._sum, self._products = tensors["sum"], tensors["products"]
 
     def statistics(self) -> FeatureStatistics:
-        """Return mean and covariance of what was added.
+        """Return the mean and covariance of the features added so far.
 
         Raises:
-            InputError: If that were fewer than two images.
+            InputError: If there are fewer than two images.
         """
         if self.count < 2:
             raise InputError(f"count must be at least 2 for a covariance, not {self.count}")
@@ -75,11 +75,11 @@ class FeatureMoments:
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """Return the Frechet distance of two normal distributions (Heusel et al., NeurIPS 2017).
 
-    (m1 - m2)^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), where the trace of the root is that of the
-    symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), which stays real where covariances are singular.
+    The distance is (m1 - m2)^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The symmetric root
+    (C1^(1/2) C2 C1^(1/2))^(1/2) has the same trace, and is real for singular covariances too.
 
     Raises:
-        InputError: If they are of different numbers of features.
+        InputError: If the numbers of features differ.
 
     Example:
         >>> unit = FeatureStatistics(torch.zeros(2).double(), torch.eye(2).double(), 10)
@@ -89,7 +89,7 @@ def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """
     if one.mean.shape != other.mean.shape:
         raise InputError(
-            f"statistics must be of equally many features, not {len(one.mean)} and "
+            f"statistics must have the same number of features, not {len(one.mean)} and "
             f"{len(other.mean)}"
         )
     root = _root(one.covariance)

@@ -1,4 +1,4 @@
-"""All metrics of the images of two pipelines, which come in batches, and some of the images."""
+"""All metrics of two pipelines' images, updated batch by batch, and some of the images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from msfp.support.container import part
 
 KEPT_IMAGES = 64
 PROBES = 2
-"""Images by whose features a network is known again."""
+"""Number of images whose features identify a network."""
 
 
 class ImageMetrics:
     """Measures the images of both pipelines batch by batch.
 
     Attributes:
-        count: Images of each set that were measured.
+        count: Number of images in each set measured so far.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -47,12 +47,12 @@ class ImageMetrics:
         return named | {"count": torch.tensor(self.count)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what `tensors` gave; a batch must follow before anything is measured.
+        """Restore the state from the result of `tensors`; a batch must follow before `measures`.
 
         Raises:
-            InputError: If these are of other features.
+            InputError: If the state is of other features.
         """
-        # Images may have NaN, of which features are NaN as well.
+        # Images may contain NaN. Their features are then NaN too.
         probes = (self._probe(tensors["full"]), tensors["probe"])
         if not same_features(*(probe.nan_to_num() for probe in probes)):
             raise InputError("features must be those of the state: they differ for the same image")
@@ -72,5 +72,5 @@ class ImageMetrics:
         return full, quantized
 
     def measures(self) -> list[Measure]:
-        """Return what all metrics measured."""
+        """Return the results of all metrics."""
         return [each for metric in self._metrics for each in metric.result(self.count)]

@@ -1,8 +1,8 @@
-"""What is measured of images: one class for each metric, and the list of them.
+"""The metrics of images: one class for each metric, and the list of all metrics.
 
-A metric takes sets of images batch by batch and gives its measures at the end. `METRICS` is the
-list that evaluations, tables, pages and saved states read: another metric is a class here and a
-place in the list.
+A metric takes image sets batch by batch, and returns its measures at the end. Evaluations, tables,
+pages and saved states read the list `METRICS`. To add a metric, add a class here and an entry to
+the list.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from msfp.support.decibels import sqnr
 from msfp.support.image_files import eight_bits
 
 SSIM_WINDOW = 11
-"""Pixels that the window of the structural similarity is wide."""
+"""Width of the window of the structural similarity, in pixels."""
 
 
 class ImageSets(NamedTuple):
     """Images in [0, 1], three tensors of shape (n, channels, height, width).
 
     Attributes:
-        quantized: Of the quantized pipeline.
-        full: Of the full-precision pipeline, from the same noise.
-        other: Of the full-precision pipeline, from other noise.
+        quantized: Images of the quantized pipeline.
+        full: Images of the full-precision pipeline, from the same noise.
+        other: Images of the full-precision pipeline, from other noise.
     """
 
     quantized: torch.Tensor
@@ -47,9 +47,9 @@ class Measure(NamedTuple):
     Attributes:
         key: Its name in JSON.
         label: Its name in tables.
-        value: The number; NaN where there is none.
+        value: The number, or NaN if there is none.
         text: The number as tables show it.
-        note: What it was measured on.
+        note: The data that it was measured on.
     """
 
     key: str
@@ -60,12 +60,12 @@ class Measure(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What metrics may depend on.
+    """The settings of all metrics.
 
     Attributes:
-        features: In which sets of images are compared.
-        features_name: What tables call the features.
-        statistics: Of a data set to compare with, or None.
+        features: The features with which image sets are compared.
+        features_name: The name of the features in tables.
+        statistics: Statistics of a data set to compare with, or None.
     """
 
     features: Features
@@ -74,10 +74,10 @@ class Setting(NamedTuple):
 
 
 class Metric(ABC):
-    """A metric of sets of images that come in batches.
+    """A metric of image sets, updated batch by batch.
 
     Attributes:
-        name: In saved states.
+        name: Name of the metric in saved states.
     """
 
     name: ClassVar[str]
@@ -91,7 +91,7 @@ class Metric(ABC):
 
     @abstractmethod
     def result(self, count: int) -> list[Measure]:
-        """Return what was measured on so many images of each set."""
+        """Return the measures, given the number of images in each set."""
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -99,15 +99,15 @@ class Metric(ABC):
 
     @abstractmethod
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take what `state` gave; a batch must follow before anything is measured."""
+        """Restore the result of `state`; a batch must follow before `result`."""
 
 
 def _of_pairs(count: int) -> str:
-    return f"{count} images of either model from equal noise"
+    return f"{count} images of each model from equal noise"
 
 
 class Psnr(Metric):
-    """Peak signal-to-noise ratio of pairs; the squared error is averaged over all of them."""
+    """Peak signal-to-noise ratio of pairs; the squared error is averaged over all pairs."""
 
     name = "psnr"
 
@@ -126,18 +126,19 @@ class Psnr(Metric):
         return [Measure("psnr", "paired PSNR, dB", value, f"{value:.2f}", _of_pairs(count))]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return its sums."""
+        """Return the running sums."""
         return self._metric.state_dict()
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take its sums."""
+        """Restore the running sums."""
         self._metric.load_state_dict(state)
 
 
 class Ssim(Metric):
-    """Mean structural similarity of pairs, NaN where images are smaller than its window.
+    """Mean structural similarity of pairs, or NaN if images are smaller than its window.
 
-    That of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11 pixels.
+    The definition is that of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11
+    pixels.
     """
 
     name = "ssim"
@@ -161,16 +162,16 @@ class Ssim(Metric):
         return [Measure("ssim", "paired SSIM", value, f"{value:.4f}", note)]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return its sums."""
+        """Return the running sums."""
         return self._metric.state_dict()
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take its sums."""
+        """Restore the running sums."""
         self._metric.load_state_dict(state)
 
 
 class Sqnr(Metric):
-    """Energy of full-precision images over that of the errors."""
+    """Energy of the full-precision images over that of the errors of the quantized ones."""
 
     name = "sqnr"
 
@@ -190,11 +191,11 @@ class Sqnr(Metric):
         return [Measure("sqnr", "paired SQNR, dB", value, f"{value:.2f}", _of_pairs(count))]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return its sums."""
+        """Return the running sums."""
         return {"sums": torch.tensor([self._energy, self._noise], dtype=torch.float64)}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take its sums."""
+        """Restore the running sums."""
         self._energy, self._noise = state["sums"].tolist()
 
 
@@ -213,7 +214,7 @@ class Frechet(Metric):
             moments.update(features_of(images, self.setting))
 
     def result(self, count: int) -> list[Measure]:
-        """Return distances from full-precision images, and from those of a data set."""
+        """Return the distances from full-precision images, and from images of a data set."""
         quantized, full, other = (moments.statistics() for moments in self._moments)
         apart, floor = frechet_distance(quantized, other), frechet_distance(full, other)
         note = f"{count} images, from {count} full-precision ones of another seed"
@@ -230,13 +231,13 @@ class Frechet(Metric):
         ]
 
     def _from_data_set(self, count: int, *sets: FeatureStatistics) -> list[Measure]:
-        """Return the distances of the three sets from a data set, where there is one."""
+        """Return the distances of the three sets from a data set, if there is one."""
         if self.setting.statistics is None:
             return []
         real = self.setting.statistics.statistics
         quantized, full, other = (frechet_distance(each, real) for each in sets)
         of = f"{count} images, from {real.count} of the data set"
-        noise = "what it differs by from the line above is noise"
+        noise = "its difference from the line above is noise"
         return [
             _distance("data_set", "Frechet distance from the data set", quantized, of),
             _distance("data_set_full", "the same in full precision", full, "from equal noise"),
@@ -244,7 +245,7 @@ class Frechet(Metric):
         ]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the sums of the three sets, by their number."""
+        """Return the running sums of the three sets, by the index of the set."""
         return {
             f"{index}/{name}": tensor
             for index, moments in enumerate(self._moments)
@@ -252,7 +253,7 @@ class Frechet(Metric):
         }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take the sums of the three sets."""
+        """Restore the running sums of the three sets."""
         for index, moments in enumerate(self._moments):
             moments.restore(part(str(index), state))
 
@@ -266,7 +267,9 @@ METRICS: tuple[type[Metric], ...] = (Psnr, Ssim, Sqnr, Frechet)
 
 
 def features_of(images: torch.Tensor, setting: Setting) -> torch.Tensor:
-    """Return the features of images as they would be read from a file; RGB beside a data set.
+    """Return the features of images, rounded to 8 bits as in a file.
+
+    With statistics of a data set, images of one channel are converted to RGB.
 
     Raises:
         InputError: If the data set's images are of another size.

@@ -17,16 +17,16 @@ def noise_errors(
 ) -> list[float]:
     """Return the mean squared error of the prediction at each timestep of held-out trajectories.
 
-    The noise has unit variance, so an error of 0.01 is one hundredth of it. What is predicted
-    beside it, such as a variance, does not count.
+    The noise has unit variance, so an error of 0.01 is one hundredth of the noise. Other outputs of
+    the denoiser, such as a variance, are ignored.
 
     Args:
         model: A pipeline or its denoiser, which predicts from the recorded inputs.
-        trajectories: All rows of each timestep count.
-        batch: The most rows in one forward. The errors depend on it by rounding alone.
+        trajectories: The trajectories; all rows of each timestep are used.
+        batch: Largest number of rows in one forward pass. It changes the errors only by rounding.
 
     Raises:
-        InputError: If `batch` is less than 1, or it is a pipeline without a denoiser.
+        InputError: If `batch` is less than 1, or the pipeline has no denoiser.
     """
     denoiser = denoiser_of(model)
     if batch < 1:
@@ -38,7 +38,7 @@ def noise_errors(
         off = trajectories.of_sample(predicted - trajectories.predictions[step, some])
         return off.square().mean().item()
 
-    # Weighted by shares of the rows, so that those of one forward have the weight 1 exactly.
+    # Weighted by their share of the rows, so that a single forward pass has the weight 1 exactly.
     return [
         sum(len(some) / len(rows) * error(step, some) for some in rows.split(batch))
         for step in range(len(trajectories.timesteps))

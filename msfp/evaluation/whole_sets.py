@@ -1,4 +1,4 @@
-"""Metrics of sets of images that are in memory as a whole."""
+"""Metrics of image sets that are entirely in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def paired_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def paired_sqnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the energy of reference images over that of their pairs' errors, in dB.
+    """Return the energy of reference images over that of the errors of their pairs, in dB.
 
     Example:
         >>> round(paired_sqnr(torch.full((2, 1, 4, 4), 0.9), torch.ones(2, 1, 4, 4)), 3)
@@ -38,8 +38,8 @@ def paired_sqnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the mean structural similarity of images in [0, 1] and their pairs.
 
-    That of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11 pixels; 1 for
-    equal images.
+    The definition is that of Wang, Bovik, Sheikh and Simoncelli (2004), with Gaussian windows of 11
+    pixels. The result is 1 for equal images.
 
     Example:
         >>> images = torch.rand(2, 1, 16, 16)
@@ -53,14 +53,14 @@ def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 class FrechetDistance:
-    """Distance between sets of images in chosen features (Heusel et al., NeurIPS 2017).
+    """Frechet distance between image sets in chosen features (Heusel et al., NeurIPS 2017).
 
     Args:
         features: Maps images in [0, 1] to features of shape (n, any).
         real: The images to compare with, in [0, 1], at least two.
 
     Raises:
-        InputError: If what the features give has another shape.
+        InputError: If the features have another shape.
 
     Example:
         >>> from msfp.evaluation.features import pixels

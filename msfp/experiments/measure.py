@@ -1,9 +1,10 @@
-"""Measure reference models that ship: `python -m msfp.experiments.measure MODEL`.
+"""Measure a reference model that ships: `python -m msfp.experiments.measure MODEL`.
 
-The Frechet distance depends on the seed of the noise and on the number of images. Here the
-full-precision model is sampled with several seeds, and the real images are split at random, to
-state how far a distance moves with nothing changed: the noise floor of every comparison. The
-noise-prediction error of a fine-tuned model depends on the seed of the fine-tuning in the same way.
+The Frechet distance depends on the seed of the noise and on the number of images. This script
+samples the full-precision model with several seeds and splits the real images at random. The
+results show how much the distance varies when nothing is changed: the noise floor of every
+comparison. In the same way, the noise-prediction error of a fine-tuned model depends on the seed of
+the fine-tuning.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STEPS = 20
 
 
 def real_halves(features: Features, real: torch.Tensor) -> list[float]:
-    """Return the distance of a random half of the real images from the other, for each seed."""
+    """Return the distance between two random halves of the real images, for each seed."""
     halves = []
     for seed in SEEDS:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
@@ -77,7 +78,7 @@ def finetune_errors(settings: Settings) -> list[float]:
 
 
 def digits_quality() -> dict[str, Any]:
-    """Return the floors of the digits model, for the demo's settings and its fine-tuning."""
+    """Return the noise floors of the digits model, for the demo's settings and its fine-tuning."""
     real = (digits()[0] + 1) / 2
     pipe, distance = reference_pipeline(), FrechetDistance(digit_features, real)
     runs = (QUICK, FULL)
@@ -93,7 +94,7 @@ def digits_quality() -> dict[str, Any]:
 
 
 def study_quality(model: BenchmarkModel, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Return the floors of a model at the study's settings."""
+    """Return the noise floors of a model at the study's settings."""
     real, count, sampler = model.real(), model.settings.images, model.sampler(STEPS)
     distance = FrechetDistance(model.features, real)
     return {
@@ -107,7 +108,7 @@ def study_quality(model: BenchmarkModel, pipe: DiffusionPipeline) -> dict[str, A
 
 
 def main() -> None:
-    """Write the quality of a model, and a grid of its samples."""
+    """Write the quality file of a model, and a grid of its samples."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(BENCHMARK_MODELS))
     name: str = parser.parse_args().model

@@ -1,9 +1,9 @@
 """Quantized products of attention: queries with keys, and softmax probabilities with values.
 
-The layers around attention are quantized as any other; these are the two matrix products between
-them. Probabilities lie in [0, 1], so their format is unsigned, without a zero point. Processors
-are left as they are: while an attention module runs, the call of scaled dot-product attention is
-computed on rounded operands, whatever else its processor does.
+The linear layers of attention are quantized like all others. This module quantizes the two matrix
+products between them. Probabilities lie in [0, 1], so their format is unsigned, without a zero
+point. Attention processors are not changed: while an attention module runs, calls of scaled
+dot-product attention are computed on rounded operands, whatever else its processor does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msfp.layers.fake_quantizer import Quantizer
 OPERANDS = ("query", "key", "probabilities", "value")
 
 RoundOperand = Callable[[str, torch.Tensor], torch.Tensor]
-"""Rounds the operand of a name."""
+"""A function that rounds an operand, given its name."""
 
 
 def attention(
@@ -34,15 +34,15 @@ def attention(
     scale: float | None,
     round_operand: RoundOperand,
 ) -> torch.Tensor:
-    """Return softmax(Q K^T scale + mask) V with each operand rounded as it enters its product.
+    """Return softmax(Q K^T scale + mask) V, with the operands of both products rounded.
 
     Args:
         query: Shape (..., queries, width).
         key: Shape (..., keys, width).
         value: Shape (..., keys, values).
-        mask: Added to the scores, or boolean: False leaves a key out; or None.
-        scale: Of the scores; None is width ** -0.5.
-        round_operand: Called with each of `OPERANDS` and its tensor.
+        mask: Added to the scores; or boolean, where False excludes a key; or None.
+        scale: Scale of the scores. None is width ** -0.5.
+        round_operand: Function that rounds each operand, given a name of `OPERANDS` and a tensor.
 
     Returns:
         Shape (..., queries, values).
@@ -57,7 +57,7 @@ def attention(
 
 
 class _Products(TorchFunctionMode):
-    """Inside the block, scaled dot-product attention is computed on rounded operands."""
+    """Computes scaled dot-product attention on rounded operands inside the block."""
 
     def __init__(self, round_operand: RoundOperand) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replace the one function, call all others."""
+        """Replace scaled dot-product attention, and call all other functions unchanged."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         return self._attention(*args, **(kwargs or {}))
@@ -122,20 +122,20 @@ class AttentionProducts(nn.ModuleDict):
     quantizing: bool = True
 
     def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return an operand rounded, unless that is switched off."""
+        """Return an operand rounded, or unchanged if `quantizing` is False."""
         if not self.quantizing:
             return x
         rounded: torch.Tensor = self[name](x)
         return rounded
 
     def attach(self, module: nn.Module) -> None:
-        """Become part of an attention module and round its operands."""
+        """Add the quantizers to an attention module, in place, and round its operands."""
         module.add_module("products", self)
         self.switch = Switch(module, self.round_operand)
 
 
 def attention_products(denoiser: nn.Module) -> dict[str, AttentionProducts]:
-    """Return the quantizers of products by the name of their attention module."""
+    """Return the quantizers of attention products by the name of their attention module."""
     return {
         name.removesuffix(".products"): module
         for name, module in denoiser.named_modules()
@@ -144,7 +144,7 @@ def attention_products(denoiser: nn.Module) -> dict[str, AttentionProducts]:
 
 
 def remove_products(denoiser: nn.Module) -> None:
-    """Leave the operands of all attention modules as they are."""
+    """Remove the quantizers of attention products from a denoiser, in place."""
     for name, products in attention_products(denoiser).items():
         products.switch.remove()
         del denoiser.get_submodule(name).products
@@ -159,22 +159,22 @@ def product_formats(denoiser: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def make_room_for_products(denoiser: nn.Module, formats: dict[str, dict[str, str]]) -> None:
-    """Put empty quantizers where a checkpoint's tensors of attention products will go.
+    """Add empty quantizers for a checkpoint's tensors of attention products, in place.
 
     Args:
         denoiser: The plain network, on any device.
-        formats: What `product_formats` gave.
+        formats: Formats that `product_formats` returned.
 
     Raises:
-        InputError: If the denoiser has no such attention module.
+        InputError: If the denoiser has no attention module with one of the names.
     """
     modules = attention_modules(denoiser)
     device = next(denoiser.parameters()).device
     for name, named in formats.items():
         if name not in modules:
             raise InputError(
-                f"{type(denoiser).__name__} has no attention module {name!r}, but the checkpoint "
-                "does"
+                f"the checkpoint has an attention module {name!r}, but "
+                f"{type(denoiser).__name__} has none of this name"
             )
         quantizers = {}
         for operand in OPERANDS:
@@ -187,12 +187,12 @@ def make_room_for_products(denoiser: nn.Module, formats: dict[str, dict[str, str
 
 
 def has_zero_point(operand: str, fmt: FloatFormat) -> bool:
-    """Return whether an operand has a zero point: where unsigned, but for probabilities."""
+    """Return whether an operand has a zero point: unsigned formats do, except for probabilities."""
     return not fmt.signed and operand != "probabilities"
 
 
 def attention_modules(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention modules of a denoiser, those with a processor to set, by name."""
+    """Return the attention modules of a denoiser by name: the modules with `set_processor`."""
     return {
         name: module
         for name, module in denoiser.named_modules()

@@ -1,4 +1,4 @@
-"""What trainable and packed layers share: the forward, its routes through a hub, and branches."""
+"""Shared parts of trainable and packed layers: forward, adapter routing, low-rank branches."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from msfp.layers.lora.talora import Routing
 
 
 class QuantizedLayer(nn.Module, ABC):
-    """What trainable and packed layers share; mixed in before the nn class.
+    """Base class of trainable and packed layers, a mixin that precedes the nn class.
 
     Attributes:
-        kind: How the plain layer computes.
+        kind: The computation of the plain layer.
         formats: Formats of weight and inputs.
-        adapters: Weights that are held, one for each LoRA of a hub that there was.
+        adapters: Number of weights: one for each LoRA of the hub merged into them, or 1.
         branch_down: Factor (rank, columns) of the low-rank branch beside the layer, which reads
-            the input before it is rounded; with several branches, (adapters, rank, columns); None
-            where there is no branch.
-        branch_up: The other factor, (rows, rank), likewise.
-        routing: The denoiser's routing, or None where there is one adapter.
+            the input before rounding. With several low-rank branches, (adapters, rank, columns).
+            None if there is no low-rank branch.
+        branch_up: The other factor, (rows, rank). With several low-rank branches, (adapters, rows,
+            rank). None if there is no low-rank branch.
+        routing: The denoiser's routing, or None if there is one adapter.
         index: The layer's number in the routing.
     """
 
@@ -47,14 +48,14 @@ class QuantizedLayer(nn.Module, ABC):
 
     @property
     def choices(self) -> int:
-        """How many weights, or else branches, there are to choose from."""
+        """Number of weights, or of low-rank branches, that the routing chooses from."""
         formats = self.formats
         several = formats.branch_adapters if isinstance(formats, LayerFormats) else 1
         return max(self.adapters, several)
 
     @property
     def weights_are_routed(self) -> bool:
-        """Whether samples have weights of their own, and not branches at most."""
+        """Whether the routing chooses weights, and not only low-rank branches."""
         return self.routing is not None and self.adapters > 1
 
     @abstractmethod
@@ -66,27 +67,27 @@ class QuantizedLayer(nn.Module, ABC):
         """Return the dequantized weight for an adapter of the hub."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize the input and apply the layer, each sample with the weight it is routed to."""
+        """Quantize the input and apply the layer, each sample with the weight of its adapter."""
         return self.add_branch(x, self.product(x))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the quantized weight gives for the quantized input, bias included."""
+        """Return the product of the quantized weight and the quantized input, plus the bias."""
         if self.weights_are_routed:
             return self._by_adapter(x, lambda part, adapter: product(self, part, adapter))
         return product(self, x, 0)
 
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return an output with what the branch gives for the input, where there is a branch."""
-        # A layer without formats is a plain one, which has no such attributes.
+        """Return an output plus the output of the low-rank branch, if there is one."""
+        # A layer without formats is a plain layer, without the attributes of low-rank branches.
         if self.formats is None or self.branch_down is None or self.branch_up is None:
             return y
         return y + self.branches(x, self.branch_down, self.branch_up)
 
     def branches(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return what a branch gives for an input, or of several that to which a sample is routed.
+        """Return the output of the low-rank branch, or of the one that each sample is routed to.
 
         Args:
-            x: The input.
+            x: The input before rounding.
             down: Factor (rank, columns), or (adapters, rank, columns).
             up: Factor (rows, rank), or (adapters, rows, rank).
         """
@@ -98,7 +99,7 @@ class QuantizedLayer(nn.Module, ABC):
 
     @property
     def winners(self) -> torch.Tensor:
-        """The adapter of each sample, shape (batch,), or (1,) where all have the same."""
+        """The adapter of each sample, shape (batch,), or (1,) if all samples have the same."""
         if self.routing is None:
             raise ValueError("the layer is not routed")
         return self.routing.winners[:, self.index]
@@ -106,9 +107,9 @@ class QuantizedLayer(nn.Module, ABC):
     def _by_adapter(
         self, x: torch.Tensor, apply: Callable[[torch.Tensor, int], torch.Tensor]
     ) -> torch.Tensor:
-        """Apply to each sample what its adapter is for.
+        """Call `apply` for the samples of each adapter, and return the outputs in sample order.
 
-        Samples of one adapter are taken together, in the order that they have.
+        All samples of one adapter are one batch, in their original order.
         """
         chosen, counts = self.winners.unique_consecutive(return_counts=True)
         adapters = chosen.tolist()
@@ -119,7 +120,7 @@ class QuantizedLayer(nn.Module, ABC):
         parts: list[torch.Tensor] = [*x.split(lengths)]
         for adapter in used:
             runs = [run for run, winner in enumerate(adapters) if winner == adapter]
-            # Of one run no copy is made, which the backward pass would hold.
+            # A single run is not copied, because the backward pass would keep the copy.
             part = parts[runs[0]] if len(runs) == 1 else torch.cat([parts[run] for run in runs])
             y = apply(part, adapter)
             for run, own in zip(runs, y.split([lengths[run] for run in runs]), strict=True):
@@ -129,13 +130,14 @@ class QuantizedLayer(nn.Module, ABC):
     def compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply the plain layer with other parameters; padding is zero in real terms."""
+        """Apply the plain layer with other parameters; zero padding is exactly zero."""
         return self.kind.compute(self, x, weight, bias)
 
     def low_rank(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Apply the plain layer, without bias, with the weight `up @ down`.
 
-        Convolutions go to `rank` channels and then mix them; grouped ones take the product.
+        A convolution maps to `rank` channels and then mixes them. A grouped convolution uses the
+        product of the factors.
         """
         if groups_of(self) > 1:
             return self.compute(x, (up @ down).view(-1, *kernel_shape(self, down)), None)
@@ -149,7 +151,7 @@ class QuantizedLayer(nn.Module, ABC):
 def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantized layers of a denoiser by name, in definition order.
 
-    A layer is one once it has formats; the plain layers that a LoRA is made of are not.
+    A layer is quantized if it has formats. The plain layers of a LoRA have none.
     """
     return {
         name: module
@@ -159,6 +161,6 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def refuse_quantized(name: str, network: nn.Module) -> None:
-    """Raise InputError if a network, which an argument holds, has quantized layers."""
+    """Raise InputError if a network, the value of the argument `name`, has quantized layers."""
     if quantized_layers(network):
-        raise InputError(f"{name} is quantized already: give one in full precision")
+        raise InputError(f"{name} is quantized already: it must be in full precision")

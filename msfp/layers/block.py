@@ -1,6 +1,6 @@
-"""Layers whose weight and input are rounded to block formats, MX and NVFP4.
+"""Layers with weight and input in block formats, MX and NVFP4.
 
-There is nothing to search, and nothing is trained: they are packed from the start.
+They need no search and cannot be trained, so they are packed from the start.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from msfp.layers.formats import BlockFormats
 from msfp.layers.packed import PackedLayer, from_bits, packed_layers, to_bits
 
 WEIGHT_AXIS = 1
-"""The axis of a weight that its blocks lie along: the input channels."""
+"""The axis of a weight along which blocks are formed: the input channels."""
 
 
 class BlockLayer(PackedLayer):
     """A packed layer with a scale for each block of input channels.
 
     Attributes:
-        weight_scale: Codes of the scales of the weight's blocks, uint8, of the shape of the weight
-            with one for each block along the input channels.
-        tensor_scale: Bits of the float32 scale of the whole weight, int32, shape (); None where
-            the format has none.
+        weight_scale: Codes of the scales of the weight's blocks, uint8. The shape is that of the
+            weight, with blocks instead of input channels.
+        tensor_scale: Bits of the float32 scale of the whole weight, int32, shape (), or None if the
+            format has no such scale.
     """
 
     formats: BlockFormats | None = None
@@ -36,7 +36,7 @@ class BlockLayer(PackedLayer):
 
     @classmethod
     def empty_like(cls, layer: nn.Module, formats: BlockFormats) -> Self:
-        """Return a layer with the attributes and the bias of another, and codes and scales of 0."""
+        """Return a layer with another's attributes and bias, and with codes and scales of 0."""
         packed = cls._with_codes(layer, formats)
         fmt, device = formats.weight_blocks, packed.codes.device
         shape = list(packed.weight_shape)
@@ -50,7 +50,7 @@ class BlockLayer(PackedLayer):
     @classmethod
     @torch.no_grad()
     def of_weight(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
-        """Return a layer with the attributes and the bias of another, and with a weight to pack."""
+        """Return a layer with another's attributes and bias, and with a packed weight."""
         packed = cls.empty_like(layer, formats)
         blocks = encode_blocks(weight, formats.weight_blocks, axis=WEIGHT_AXIS)
         packed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
@@ -60,7 +60,7 @@ class BlockLayer(PackedLayer):
         return packed
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input rounded, each block of channels to its own scale; same shape, dtype."""
+        """Return the input rounded with one scale for each block of channels; same shape, dtype."""
         if self.formats is None or self.formats.input_blocks is None:
             return x
         axis = self.kind.channel_axis(x)
@@ -68,7 +68,7 @@ class BlockLayer(PackedLayer):
         return rounded
 
     def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
-        """Return the values of the codes, of the only adapter, by the scales of their blocks."""
+        """Return the dequantized weight; block layers have one adapter, so `adapter` is ignored."""
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
         del adapter

@@ -1,4 +1,4 @@
-"""One tensor's format, scale and zero point as a module."""
+"""The format, scale and zero point of a tensor as a module."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from msfp.layers.float32 import Float32Module
 
 
 class Quantizer(Float32Module):
-    """Rounds a tensor to `scale * v + zero_point`, v a value of the format.
+    """Rounds a tensor to `scale * v + zero_point`, where v is a value of the format.
 
-    Gradients are straight-through inside the range and zero outside; scale and zero point have
-    the gradients of LSQ (Esser et al., ICLR 2020) where they are made to require them.
+    Gradients are straight-through inside the range and zero outside it. If scale and zero point
+    require gradients, these are the gradients of LSQ (Esser et al., ICLR 2020).
 
     Args:
         fmt: The format of the codes.
-        scale: Float32, any shape that broadcasts with the tensors to be rounded.
-        zero_point: Likewise, or None for none.
+        scale: Float32, any shape that broadcasts with the input.
+        zero_point: Float32, any shape that broadcasts with the input, or None for no zero point.
     """
 
     scale: torch.Tensor
@@ -42,6 +42,6 @@ class Quantizer(Float32Module):
         return rounded
 
     def extra_repr(self) -> str:
-        """Return what repr shows."""
+        """Return the description in `repr`."""
         zero = "" if self.zero_point is None else ", zero_point"
         return f"{self.format}, scale {tuple(self.scale.shape)}{zero}"

@@ -1,4 +1,4 @@
-"""The quantized classes of each kind of layer: the one table that says what stands for what."""
+"""The quantized classes of each plain layer class, in one table."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Family(NamedTuple):
     """The quantized classes of a plain layer.
 
     Attributes:
-        packed: With packed codes, and a scale for each output channel.
-        trainable: With the full-precision weight.
-        block: With packed codes, and a scale for each block.
+        packed: Class with packed codes and one scale for each output channel.
+        trainable: Class with the full-precision weight.
+        block: Class with packed codes and one scale for each block.
     """
 
     packed: type[ScaledLayer]
@@ -73,14 +73,14 @@ FAMILIES: dict[type[nn.Module], Family] = {
     nn.Conv1d: Family(QuantConv1d, TrainableConv1d, BlockConv1d),
     nn.Conv2d: Family(QuantConv2d, TrainableConv2d, BlockConv2d),
 }
-"""By the plain class; the same as those of `kinds.KINDS`."""
+"""The quantized classes of each plain class in `kinds.KINDS`."""
 
 
 def family_of(layer: nn.Module) -> Family:
-    """Return the quantized classes that may take the place of a plain layer.
+    """Return the quantized classes that can replace a plain layer.
 
     Raises:
-        InputError: If it is of no kind of layers that are quantized.
+        InputError: If layers of this class cannot be quantized.
 
     Example:
         >>> family_of(nn.Conv2d(1, 1, 1)).packed.__name__

@@ -1,4 +1,4 @@
-"""What must be known of a quantized layer, beside its shape, to rebuild it."""
+"""Number formats of a quantized layer: with its shape, all that is needed to rebuild it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from msfp.layers.fake_quantizer import Quantizer
 from msfp.support.checks import check_choice
 
 TENSOR, CHANNEL, BLOCK = "tensor", "channel", "block"
-"""The granularities of one scale, of one for each channel, and of one for each block."""
+"""Granularities: one scale for the tensor, for each channel, or for each block."""
 KEYS = {
     "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
 }  # fmt: skip
-"""The keys of a layer in a checkpoint's config."""
+"""Keys of a layer in a checkpoint's config."""
 BRANCH_ADAPTERS = "branch_adapters"
-"""One more key, of layers that have several branches."""
+"""An additional key of layers with several low-rank branches."""
 
 
 @dataclass(frozen=True)
 class LayerFormats:
-    """Formats and granularities of one layer that has a scale for each output channel.
+    """Formats and granularities of a layer with one scale for each output channel.
 
     Attributes:
-        weight: Format of the weights, which have a scale for each output channel.
-        input: Format of the inputs, with a zero point if it is unsigned; None where inputs are
-            left as they are.
-        input_granularity: "tensor" where the inputs have one scale, "channel" where each of their
-            channels has its own.
-        branch_rank: Rank of the branch of full precision, 0 where there is none.
-        branch_adapters: Branches of that rank, of which the routing chooses one.
+        weight: Format of the weights, which have one scale for each output channel.
+        input: Format of the inputs, with a zero point if it is unsigned. None if inputs are not
+            quantized.
+        input_granularity: "tensor" for one scale of the inputs, "channel" for one scale of each
+            input channel.
+        branch_rank: Rank of the full-precision low-rank branch, 0 for no branch.
+        branch_adapters: Number of low-rank branches, of which the routing chooses one.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
@@ -70,7 +70,7 @@ class LayerFormats:
     def of(
         cls, weights: Quantizer, inputs: Quantizer | None, branch_up: torch.Tensor | None
     ) -> Self:
-        """Return the formats of a layer with these quantizers, and this factor of its branch."""
+        """Return the formats of a layer from its quantizers and a factor of its low-rank branch."""
         return cls(
             weights.format,
             None if inputs is None else inputs.format,
@@ -94,11 +94,11 @@ class LayerFormats:
 
 @dataclass(frozen=True)
 class BlockFormats:
-    """Formats of one layer whose weight and inputs are in blocks, which have scales of their own.
+    """Formats of a layer with one scale for each block of its weight and inputs.
 
     Attributes:
-        weight: Name of the format of the weight, one of `fpformats`.
-        input: That of the inputs, or None where they are left as they are.
+        weight: Name of the weight's block format in `fpformats`.
+        input: Name of the inputs' block format, or None if inputs are not quantized.
 
     Example:
         >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
@@ -141,11 +141,11 @@ class BlockFormats:
 
 
 def read_formats(names: Any) -> LayerFormats | BlockFormats:
-    """Return the formats that `to_dict` named.
+    """Return the formats from the result of `to_dict`.
 
     Raises:
-        InputError: If a key is missing or unknown, a format is not one of at most 8 bits, or
-            a granularity, a rank or a number of branches is not one that there can be.
+        InputError: If a key is missing or unknown, a format is unknown or has more than 8 bits, or
+            a granularity, a rank or a number of low-rank branches is invalid.
     """
     if not isinstance(names, dict) or set(names) - {BRANCH_ADAPTERS} != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
@@ -186,7 +186,7 @@ def _block_formats(names: dict[str, Any]) -> BlockFormats:
 
 
 def narrow_format(key: str, name: Any) -> FloatFormat:
-    """Return the format of a name; raise InputError unless it is one of at most 8 bits."""
+    """Return the format with a name; raise InputError if it is unknown or has more than 8 bits."""
     try:
         fmt = parse(name)
     except (TypeError, ValueError, AttributeError) as error:

@@ -1,6 +1,6 @@
-"""The kinds of layers that are quantized: what a plain layer computes, whatever its numbers.
+"""Kinds of layers that can be quantized: the computation of a plain layer, for any parameters.
 
-Another kind is one more entry of `KINDS`, and its quantized classes in `families`.
+To add a kind, add an entry to `KINDS` and its quantized classes to `families`.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
 class Kind(ABC):
-    """How layers of one class compute."""
+    """The computation of the layers of one class."""
 
     @abstractmethod
     def compute(
         self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply a layer with other parameters; padding is zero in real terms."""
+        """Apply a layer with other parameters; zero padding is exactly zero."""
 
     @abstractmethod
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix (rows, columns) to the channels, or features, of each place."""
+        """Apply a matrix (rows, columns) to the channels, or features, at each position."""
 
     @abstractmethod
     def channel_axis(self, x: torch.Tensor) -> int:
-        """Return the axis of an input or output that its channels, or features, lie along."""
+        """Return the channel, or feature, axis of an input or output."""
 
     @abstractmethod
     def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return what the matrix of a layer multiplies, shape (groups, columns, positions)."""
+        """Return the operand of the layer's weight matrix, shape (groups, columns, positions)."""
 
     @abstractmethod
     def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
-        """Return an output as matrix times columns, shape (groups, rows, positions)."""
+        """Return an output in the shape of matrix times columns, (groups, rows, positions)."""
 
 
 class LinearKind(Kind):
-    """Linear layers: features are last."""
+    """Linear layers, with features on the last axis."""
 
     def compute(
         self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -56,7 +56,7 @@ class LinearKind(Kind):
         return F.linear(x, weight, bias)
 
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix to the features of each place."""
+        """Apply a matrix to the features at each position."""
         return F.linear(x, matrix)
 
     def channel_axis(self, x: torch.Tensor) -> int:
@@ -78,7 +78,7 @@ class ConvKind(Kind):
     """Convolutions over one or two dimensions, with any stride, dilation, groups and padding.
 
     Args:
-        places: How many dimensions the kernel moves along.
+        places: Number of dimensions that the kernel moves along.
     """
 
     def __init__(self, places: int) -> None:
@@ -87,17 +87,17 @@ class ConvKind(Kind):
     def compute(
         self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply a layer with other parameters; padding is zero in real terms."""
+        """Apply a layer with other parameters; zero padding is exactly zero."""
         y: torch.Tensor = layer._conv_forward(x, weight, bias)
         return y
 
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Apply a matrix to the channels of each place, as a convolution of kernel 1."""
+        """Apply a matrix to the channels at each position, as a convolution with kernel size 1."""
         mix = {1: F.conv1d, 2: F.conv2d}[self.places]
         return mix(x, matrix.view(*matrix.shape, *(1,) * self.places))
 
     def channel_axis(self, x: torch.Tensor) -> int:
-        """Return the axis before the places; an input may have no batch."""
+        """Return the axis before the spatial axes; an input may have no batch axis."""
         return x.dim() - self.places - 1
 
     def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -105,18 +105,18 @@ class ConvKind(Kind):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded: torch.Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-        if self.places == 1:  # unfold knows images alone: these are of height 1
+        if self.places == 1:  # unfold supports only images, so the height becomes 1
             padded = padded.unsqueeze(2)
             kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
         return _by_group(F.unfold(padded, kernel, dilation, stride=stride), layer.groups)
 
     def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
-        """Return the channels of each place, by group."""
+        """Return the channels at each position, by group."""
         return _by_group(y.flatten(2), layer.groups)
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Bring (batch, channels, positions) to (groups, channels of one, positions of all)."""
+    """Reshape (batch, channels, positions) to (groups, channels / groups, batch * positions)."""
     split: torch.Tensor = x.unflatten(1, (groups, -1))
     return split.permute(1, 2, 0, 3).flatten(2)
 
@@ -126,14 +126,14 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv1d: ConvKind(1),
     nn.Conv2d: ConvKind(2),
 }
-"""The kinds of layers by their plain class."""
+"""The kind of each plain class."""
 
 
 def plain_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return the plain class that a class of layers is or derives from.
 
     Raises:
-        InputError: If there is none, as for a convolution over three dimensions.
+        InputError: If there is no such class, as for a convolution over three dimensions.
 
     Example:
         >>> plain_class(nn.Conv3d)
@@ -151,18 +151,18 @@ def kind_of(layer: nn.Module) -> Kind:
     """Return the kind of a layer, plain or quantized.
 
     Raises:
-        InputError: As `plain_class` does.
+        InputError: If layers of this class cannot be quantized.
     """
     return KINDS[plain_class(type(layer))]
 
 
 def groups_of(layer: nn.Module) -> int:
-    """Return the groups of channels of a convolution; 1 for a linear layer."""
+    """Return the number of groups of a convolution; 1 for a linear layer."""
     groups: int = getattr(layer, "groups", 1)
     return groups
 
 
 def kernel_shape(layer: nn.Module, matrix: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape that a row of a matrix has in a layer's weight."""
+    """Return the shape of a matrix row in the layer's weight: input channels, then kernel."""
     kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
     return (matrix.shape[1] // math.prod(kernel), *kernel)

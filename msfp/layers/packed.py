@@ -1,13 +1,12 @@
 """Packed linear and convolution layers, with packed weights and quantized inputs.
 
-A quantized layer (`msfp.layers.base`) is trainable while it holds the full-precision weight
-(`msfp.layers.trainable`), and packed once it holds nothing but packed codes and scales, as the
-layers here do.
-Open layers can be trained; only packed ones are saved. `msfp.layers.block` has packed
-layers with a scale for each block.
+A quantized layer (`msfp.layers.base`) is trainable or packed. A trainable layer
+(`msfp.layers.trainable`) has the full-precision weight and can be trained. A packed layer has only
+packed codes and scales. Only packed layers are saved. This module has the packed layers with one
+scale for each output channel; `msfp.layers.block` has those with one scale for each block.
 
-Scales are kept as the bits of float32 numbers in int32 tensors, so that neither `model.half()` nor
-a loader's cast can round them.
+Scales are stored as the bits of float32 numbers in int32 tensors. Neither `model.half()` nor a
+loader's cast can then round them.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class DequantizedWeight(torch.Tensor):
-    """The weight of a packed layer as others see it: a copy that cannot be written through."""
+    """The weight of a packed layer for other code: a copy, which cannot change the layer."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        """Refuse what would change a copy, such as merging a LoRA."""
+        """Raise InputError, because changes, such as merging a LoRA, would be lost in the copy."""
         raise InputError(
             "the weight of a quantized layer is packed: nothing can be merged into it; keep LoRAs "
             "beside it, or call dequantize() on the denoiser first"
@@ -50,15 +49,15 @@ class DequantizedWeight(torch.Tensor):
 
 
 class PackedLayer(QuantizedLayer):
-    """A layer that keeps packed codes and dequantizes them at each forward.
+    """A layer that has packed codes and dequantizes them at each forward.
 
-    A new one is a plain layer of its nn class until it is given formats, as by `empty_like`.
+    A new layer is a plain layer of its nn class until it gets formats, for example by `empty_like`.
 
     Attributes:
         weight_shape: Shape of an adapter's weight.
         codes: The packed codes, uint8, one-dimensional. Each adapter begins with a new byte.
-        dtype: What `weight` is in; moves with casts of the module.
-        cache: Dequantized weights, adapters first, or None.
+        dtype: Dtype of `weight`, which casts of the module change.
+        cache: Dequantized weights of all adapters, shape (adapters, *weight_shape), or None.
     """
 
     formats: LayerFormats | BlockFormats | None = None
@@ -75,7 +74,7 @@ class PackedLayer(QuantizedLayer):
     def _with_codes(
         cls, layer: nn.Module, formats: LayerFormats | BlockFormats, adapters: int = 1
     ) -> Self:
-        """Return a layer with the attributes and the bias of another, and codes of 0."""
+        """Return a layer with another's attributes and bias, and with codes of 0."""
         packed = adopt(cls, layer)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         packed.formats, packed.adapters, packed.cache = formats, adapters, None
@@ -83,13 +82,13 @@ class PackedLayer(QuantizedLayer):
         del packed._parameters["weight"]
         size = adapters * -(-weight.numel() * formats.bits // 8)
         codes = torch.zeros(size, dtype=torch.uint8, device=weight.device)
-        # A parameter, not a buffer, because offloading leaves buffers where they are.
+        # A parameter, not a buffer, because offloading does not move buffers.
         packed.codes = nn.Parameter(codes, requires_grad=False)
         return packed
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight of the first adapter; before there are formats, the parameter."""
+        """The dequantized weight of the first adapter; without formats, the weight parameter."""
         if self.formats is not None:
             return self.quantized_weight().as_subclass(DequantizedWeight)
         weight = self._parameters.get("weight")
@@ -107,29 +106,29 @@ class PackedLayer(QuantizedLayer):
         if self.formats is None:
             return self.weight
         dtype = self.dtype if dtype is None else dtype
-        # What is cached in float32 is exact, and can be rounded to any dtype.
+        # A float32 cache is exact, and can be rounded to any dtype.
         if self.cache is not None and self.cache.dtype in (dtype, torch.float32):
             return self.cache[adapter].to(dtype)
         return self.decoded_weight(adapter, NARROW.get(dtype, "float32")).to(dtype)
 
     def cache_weight(self, enabled: bool) -> None:
-        """Keep the dequantized weights in memory, in the dtype of the module, or drop them."""
+        """Keep the dequantized weights in memory, in the dtype of the module, or delete them."""
         self.cache = None
         if enabled and self.formats is not None:
             self.cache = torch.stack([self.quantized_weight(e) for e in range(self.adapters)])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move and cast; codes and scales are integers, which casts leave alone."""
+        """Move and cast the module; casts do not change codes and scales, which are integers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.formats is not None:
             empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
             self.dtype = fn(empty).dtype
-            # Cached weights are made anew: a cast would round them twice.
+            # Weights are dequantized again for the cache, because a cast would round them twice.
             self.cache_weight(self.cache is not None and not self.codes.is_meta)
         return self
 
     def extra_repr(self) -> str:
-        """Return what repr shows."""
+        """Return the description in `repr`."""
         if self.formats is None:
             return super().extra_repr()
         return f"{super().extra_repr()}, {self.formats}"
@@ -139,10 +138,11 @@ class ScaledLayer(PackedLayer):
     """A packed layer with a scale for each output channel.
 
     Attributes:
-        weight_scale: Bits of the scales, int32, shape (out,).
-        input_scale: Bits of the scale of the inputs, int32, shape (), or (channels,) where each
-            has its own; None if they have no format.
-        input_zero_point: Bits of their zero point, shape (); None if their format is signed.
+        weight_scale: Bits of the weight scales, int32, shape (out,).
+        input_scale: Bits of the input scale, int32, shape (), or (channels,) with one scale for
+            each channel. None if inputs are not quantized.
+        input_zero_point: Bits of the input zero point, int32, shape (). None if inputs are not
+            quantized or their format is signed.
     """
 
     formats: LayerFormats | None = None
@@ -152,9 +152,9 @@ class ScaledLayer(PackedLayer):
 
     @classmethod
     def empty_like(cls, layer: nn.Module, formats: LayerFormats, adapters: int = 1) -> Self:
-        """Return a layer with the attributes and the bias of another, and codes and scales of 0.
+        """Return a layer with another's attributes and bias, and with codes and scales of 0.
 
-        Where its formats have several branches, these are the adapters, and there is one weight.
+        If the formats have several low-rank branches, these are the adapters of the single weight.
         """
         several = formats.branch_adapters > 1
         packed = cls._with_codes(layer, formats, 1 if several else adapters)
@@ -176,7 +176,7 @@ class ScaledLayer(PackedLayer):
         ):
             shape = (*((formats.branch_adapters,) if several else ()), rows, width)
             factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            # Products may differ in the last bit where a gradient is asked for.
+            # If a gradient is required, products may differ in the last bit.
             fixed = nn.Parameter(factor, requires_grad=False)
             packed.register_parameter(name, fixed if rank else None)
         return packed
@@ -190,13 +190,13 @@ class ScaledLayer(PackedLayer):
         weight_quantizer: Quantizer,
         input_quantizer: Quantizer | None,
     ) -> Self:
-        """Return a layer with the attributes and the bias of another, and with weights to pack.
+        """Return a layer with another's attributes and bias, and with packed weights.
 
         Args:
-            layer: The layer to be like, plain or trainable.
+            layer: The other layer, plain or trainable.
             weights: One weight for each adapter of a hub.
-            weight_quantizer: The grid of the weights.
-            input_quantizer: That of the inputs, or None to leave them as they are.
+            weight_quantizer: Quantizer of the weights.
+            input_quantizer: Quantizer of the inputs, or None to leave them unquantized.
         """
         inputs, fmt = input_quantizer, weight_quantizer.format
         down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
@@ -215,7 +215,7 @@ class ScaledLayer(PackedLayer):
         return packed
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input rounded, same shape and dtype; computed in float32 if it is narrower."""
+        """Return the input rounded, same shape and dtype; narrow dtypes are computed in float32."""
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             return x
         zero = None if self.input_zero_point is None else from_bits(self.input_zero_point)
@@ -241,10 +241,10 @@ class ScaledLayer(PackedLayer):
         return weight
 
     def quantizers(self) -> tuple[Quantizer, Quantizer | None]:
-        """Return the quantizers that gave the codes and the rounded inputs.
+        """Return the quantizers of the weight and of the input, rebuilt from formats and scales.
 
         Raises:
-            ValueError: If there are no formats yet.
+            ValueError: If the layer has no formats yet.
         """
         if self.formats is None:
             raise ValueError("the layer has no formats yet")
@@ -261,10 +261,10 @@ class ScaledLayer(PackedLayer):
 
 
 def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
-    """Return a layer of another class with the attributes, hooks and parameters of one.
+    """Return a layer of class `cls` with the attributes, hooks and parameters of a layer.
 
-    Containers are copied, so that what is set on one layer is not set on the other; submodules
-    and buffers are not taken over.
+    Dictionaries and sets are copied, so a later change to one layer does not affect the other.
+    Submodules and buffers are not adopted.
     """
     adopted = cls.__new__(cls)
     for name, value in vars(layer).items():
@@ -274,7 +274,7 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
 
 
 def dequantized(layer: PackedLayer) -> nn.Module:
-    """Return the plain layer of the first adapter of a packed one, its branch merged."""
+    """Return a packed layer as a plain layer: first adapter, low-rank branch merged."""
     plain = adopt(plain_class(type(layer)), layer)
     for name in ("formats", "adapters", "weight_shape", "dtype", "cache"):
         del plain.__dict__[name]
@@ -288,12 +288,12 @@ def dequantized(layer: PackedLayer) -> nn.Module:
 
 
 def to_bits(number: torch.Tensor) -> torch.Tensor:
-    """Return a copy of float32 numbers as int32."""
+    """Return a copy of float32 numbers, with their bits as int32."""
     return number.detach().float().contiguous().clone().view(torch.int32)
 
 
 def from_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Return the float32 numbers that int32 ones are the bits of; they share memory."""
+    """Return int32 numbers reinterpreted as float32, in the same memory."""
     return bits.view(torch.float32)
 
 
@@ -306,14 +306,14 @@ def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
 def cache_weights(model: DiffusionPipeline | nn.Module, *, enabled: bool = True) -> None:
     """Keep dequantized weights in memory for speed, in place, or dequantize at each forward.
 
-    Outputs are the same bits either way. What is cached is not saved.
+    Outputs are the same bits either way. Checkpoints do not include the cached weights.
 
     Args:
-        model: With packed layers: a pipeline or its denoiser.
-        enabled: Whether to keep them.
+        model: A pipeline or its denoiser, with packed layers.
+        enabled: Whether to keep the dequantized weights.
 
     Raises:
-        InputError: If it is a pipeline without a denoiser.
+        InputError: If the model is a pipeline without a denoiser.
 
     Example:
         >>> import msfp
@@ -328,7 +328,7 @@ def cache_weights(model: DiffusionPipeline | nn.Module, *, enabled: bool = True)
 
 
 def add_router(denoiser: nn.Module, router: Router) -> None:
-    """Attach a router to a denoiser and number its quantized layers in the routing."""
+    """Add a router to a denoiser, in place, and number its quantized layers in the routing."""
     routing = attach_router(denoiser, router)
     for index, layer in enumerate(quantized_layers(denoiser).values()):
         layer.routing, layer.index = routing, index

@@ -1,4 +1,4 @@
-"""Which layers of a denoiser are quantized, and what is to be searched for each."""
+"""Choice of the layers to quantize, and the search settings of each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from msfp.support.globs import matches
 
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
-    """Return every layer that can be quantized by its dotted name, in definition order.
+    """Return every layer that can be quantized, by dotted name, in definition order.
 
-    Subclasses are left out: they may do anything.
+    Layers of subclasses are excluded, because their computation may differ.
     """
     return {name: module for name, module in denoiser.named_modules() if type(module) in KINDS}
 
@@ -24,31 +24,31 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
 def settings_by_layer(
     denoiser: nn.Module, config: QuantizationConfig, executed: Iterable[str] | None = None
 ) -> dict[str, LayerSettings]:
-    """Return what is to be searched for each layer that a config chooses.
+    """Return the search settings of each layer that a config selects.
 
     Args:
         denoiser: The full-precision network.
-        config: What to search, and for which layers.
-        executed: Names of layers in the order in which they run, where that is known.
+        config: Search settings and the selection of layers.
+        executed: Names of layers in the order in which they run, or None if unknown.
 
     Returns:
-        By name, in definition order.
+        Settings by layer name, in definition order.
 
     Raises:
         InputError: If the network is a layer itself, a glob of `include`, `exclude` or `overrides`
-            matches no layer, no layer is chosen, an override is out of range, or the first or last
-            layer is to have other bits and is not found.
+            matches no layer, no layer is selected, an override is out of range, or the first or
+            last layer has different bits and is not found.
     """
     layers = list(quantizable_layers(denoiser))
     kind = type(denoiser).__name__
-    if "" in layers:  # the root itself, which no other layer can take the place of
+    if "" in layers:  # the root itself, which cannot be replaced
         raise InputError(
             f"the network must hold its layers in a module, such as Sequential: it is a {kind}"
         )
     chosen = _matching(layers, "include", config.include, kind)
     chosen -= _matching(layers, "exclude", config.exclude, kind)
     if not chosen:
-        raise InputError(f"{kind} has no layer that include and exclude leave to be quantized")
+        raise InputError(f"include and exclude leave no layer of {kind} to quantize")
     ends = _ends(layers, config, None if executed is None else list(executed), kind)
     settings = {name: config.settings("first" if name in ends else "inner") for name in layers}
     for glob, changes in config.overrides.items():
@@ -59,7 +59,7 @@ def settings_by_layer(
 
 
 def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: str) -> set[str]:
-    """Return the layers that a glob matches, by their own name or that of a module around them."""
+    """Return the layers whose name, or the name of a module around them, matches a glob."""
     found: set[str] = set()
     for glob in globs:
         some = {name for name in layers if matches(name, glob)}
@@ -72,7 +72,7 @@ def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: st
 def _ends(
     layers: list[str], config: QuantizationConfig, executed: list[str] | None, kind: str
 ) -> set[str]:
-    """Return the first and the last layer, where they have bits of their own."""
+    """Return the first and last layers if their bits differ from the others, or else no layer."""
     if config.bits("first") == config.bits("inner"):
         return set()
     ends: set[str] = set()
@@ -91,7 +91,7 @@ def _ends(
 
 
 def replace_layers(denoiser: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put layers in the place of others, wherever those occur."""
+    """Replace layers of a denoiser by others wherever they occur, in place."""
     for module in list(denoiser.modules()):
         for name, child in list(module._modules.items()):
             if child in replacements:

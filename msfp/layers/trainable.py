@@ -1,4 +1,4 @@
-"""Quantized layers that still hold the full-precision weight, and can be trained."""
+"""Quantized layers that have the full-precision weight and can be trained."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class TrainableLayer(QuantizedLayer):
 
     Attributes:
         weight: The full-precision weight.
-        weight_quantizer: One scale for each output channel.
-        input_quantizer: One scale, or one for each channel, and a zero point where the format is
-            unsigned; None to leave inputs as they are.
-        hub: LoRAs added to the weight before it is quantized, or beside it; or None.
-        quantizing: False makes it the plain layer, in full precision.
+        weight_quantizer: Quantizer of the weight, with one scale for each output channel.
+        input_quantizer: Quantizer of the input, with one scale or one for each channel, and with a
+            zero point if the format is unsigned. None leaves inputs unquantized.
+        hub: LoRAs that are added to the weight before it is quantized, or that are beside the
+            weight; or None.
+        quantizing: Whether to quantize. False computes the plain layer, in full precision.
     """
 
     packed_class: type[ScaledLayer]
@@ -57,13 +58,13 @@ class TrainableLayer(QuantizedLayer):
         return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
 
     def merged_weight(self, adapter: int = 0) -> torch.Tensor:
-        """Return the weight with the correction of an adapter of the hub, before it is rounded."""
+        """Return the weight plus the correction of an adapter of the hub, before rounding."""
         if self.hub is None or self.hub.beside:
             return self.weight
         return self.weight + self.hub.correction(adapter).view_as(self.weight)
 
     def quantized_weight(self, adapter: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the rounded weight for an adapter of the hub, in a dtype or that of the weight."""
+        """Return the rounded weight for an adapter; dtype None is the dtype of the weight."""
         weight: torch.Tensor = self.weight_quantizer(self.merged_weight(adapter))
         return weight.to(dtype)
 
@@ -75,8 +76,8 @@ class TrainableLayer(QuantizedLayer):
         return rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the quantized layer, or the plain one."""
-        # A weight that is made of parts is made once: all processes have to do so equally often.
+        """Apply the quantized layer, or the plain layer if `quantizing` is False."""
+        # All processes must compute a parametrized weight equally often, so it is computed once.
         with parametrize.cached() if parametrize.is_parametrized(self) else nullcontext():
             return self._forward(x)
 
@@ -87,7 +88,7 @@ class TrainableLayer(QuantizedLayer):
 
     @property
     def weights_are_routed(self) -> bool:
-        """Whether the hub is inside the quantizer, and its adapters are chosen by the routing."""
+        """Whether the hub is inside the quantizer and the routing chooses its adapters."""
         return self.routing is not None and not self._hub_is_beside
 
     @property
@@ -95,7 +96,7 @@ class TrainableLayer(QuantizedLayer):
         return self.hub is not None and self.hub.beside
 
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return an output with what the branch and a hub beside the weight give for the input."""
+        """Return an output plus the outputs of the low-rank branch and a hub beside the weight."""
         down, up = self._beside()
         if down is None or up is None:
             return y
@@ -103,7 +104,7 @@ class TrainableLayer(QuantizedLayer):
         return self._chosen(y, x) if self._hub_is_beside else y
 
     def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return the factors of all that stands beside the weight, in its dtype."""
+        """Return the joint factors of low-rank branch and hub beside the weight, in its dtype."""
         if self.hub is None or not self.hub.beside:
             return self.branch_down, self.branch_up
         factors = self.hub.factors(0) if len(self.hub.up) == 1 else self.hub.all_factors()
@@ -116,9 +117,9 @@ class TrainableLayer(QuantizedLayer):
 
     @torch.no_grad()
     def pack(self) -> PackedLayer:
-        """Return the packed layer of the same outputs, with an adapter for each of the hub.
+        """Return a packed layer with the same outputs and an adapter for each one of the hub.
 
-        A weight that processes share out is gathered for good.
+        A weight that is sharded across processes is gathered permanently.
         """
         if parametrize.is_parametrized(self, "weight"):
             parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
@@ -133,7 +134,7 @@ class TrainableLayer(QuantizedLayer):
         )
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the rounded weight gives, of several with the gradient of the choice."""
+        """Return the product with the rounded weight, with the gradient of the choice if routed."""
         if not self.weights_are_routed:
             return super().product(x)
         rounded = self.quantize_input(x)
@@ -147,7 +148,7 @@ class TrainableLayer(QuantizedLayer):
     def _rounded_weights(
         self, adapters: Sequence[int], dtype: torch.dtype
     ) -> Sequence[torch.Tensor]:
-        """Return the rounded weights for some adapters of the hub, rounded as one tensor."""
+        """Return the weights for some adapters of the hub, rounded as one tensor."""
         if len(adapters) == 1:
             return [self.quantized_weight(adapters[0], dtype)]
         merged = torch.stack([self.merged_weight(adapter) for adapter in adapters])
@@ -155,7 +156,7 @@ class TrainableLayer(QuantizedLayer):
         return weights.to(dtype).unbind()
 
     def _chosen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return an output with the gradient of the choice; `x` is what the hub reads."""
+        """Return an output with the gradient of the choice; `x` is the input of the hub."""
         if self.routing is None or self.hub is None or not torch.is_grad_enabled():
             return y
         choices = self.routing.choices[:, self.index]
@@ -166,15 +167,15 @@ class TrainableLayer(QuantizedLayer):
         return routed
 
     def gains(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Return what the loss gains from each adapter's correction, shape (batch, adapters).
+        """Return the loss gradient along each adapter's correction, shape (batch, adapters).
 
-        That is the inner product of the output's gradient with the layer applied with the
-        correction alone, in float32. Its factors are shared out between the two sides, so that but
-        for grouped convolutions nothing is computed that has the size of an output.
+        This is the inner product, in float32, of the output's gradient and the output of the layer
+        with only the correction as its weight. Each factor of the correction is applied to one of
+        the two sides. Except for grouped convolutions, no tensor of the output's size is computed.
 
         Args:
-            x: The input, rounded where the hub is inside the quantizer.
-            grad: The gradient of the output, of any dtype.
+            x: The input, rounded if the hub is inside the quantizer.
+            grad: The gradient of the output, in any dtype.
         """
         if self.hub is None:
             raise ValueError("the layer has no hub")
@@ -191,15 +192,15 @@ class TrainableLayer(QuantizedLayer):
         return gained
 
     def extra_repr(self) -> str:
-        """Return what repr shows."""
+        """Return the description in `repr`."""
         return f"{super().extra_repr()}, {self.formats}"
 
 
 class _Choice(torch.autograd.Function):
-    """An output as it is, with the gradient of each sample's choice among the adapters.
+    """Returns an output unchanged, with the gradient of each sample's choice of an adapter.
 
-    Straight through the quantizer, the output moves with the choice of an adapter by what that
-    adapter adds to it.
+    The gradient is straight-through at the quantizer: the derivative of the output with respect to
+    the choice of an adapter is that adapter's contribution to the output.
     """
 
     @staticmethod
@@ -208,7 +209,7 @@ class _Choice(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.like = layer, choices
-        return y.clone()  # a view could not be changed in place
+        return y.clone()  # a view could not be modified in place
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -230,7 +231,7 @@ def trainable_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:
 
 
 def untrained_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:
-    """Return the trainable layers; raise InputError if there are none, or they have LoRAs."""
+    """Return the trainable layers; raise InputError if there are none, or any has LoRAs."""
     layers = trainable_layers(denoiser)
     if not layers or any(layer.hub is not None for layer in layers.values()):
         raise InputError("denoiser must have been quantized and not yet packed or fine-tuned")

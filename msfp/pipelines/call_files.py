@@ -1,7 +1,7 @@
-"""Saving the arguments of a denoiser's forwards, to make the same calls again.
+"""Saving the arguments of a denoiser's forward calls, to repeat the same calls later.
 
 folder/
-  00000.safetensors   the tensors of one forward; its metadata say where they belong
+  00000.safetensors   the tensors of one forward call; the metadata have the argument structure
   00001.safetensors ...
 """
 
@@ -23,7 +23,7 @@ from msfp.support.hooks import hooked
 
 
 def _named_arguments(header: Header) -> Header:
-    """Return the header of a call of version 1, whose facts were the tree of arguments itself."""
+    """Return a header of version 1 in version 2: its facts were the tree of arguments itself."""
     return Header({}, {"arguments": header.facts})
 
 
@@ -36,12 +36,12 @@ def save_calls(
     *,
     calls: PipelineCall | Sequence[PipelineCall],
 ) -> list[Path]:
-    """Make calls of a pipeline, and write each forward of its denoiser to a file.
+    """Make calls of a pipeline, and write each forward call of its denoiser to a file.
 
     Args:
         model: A pipeline, or the denoiser itself.
-        folder: A folder, which may hold files already; new ones get the numbers that follow.
-        calls: What to do with the model: a function, or several.
+        folder: A folder, existing or new. New files are numbered after existing ones.
+        calls: One or more functions that run the model.
 
     Returns:
         The files that were written.
@@ -76,15 +76,15 @@ def save_calls(
 
 
 def call_files(folder: str | Path) -> list[Path]:
-    """Return the files of a folder that `save_calls` wrote, in order."""
+    """Return the files that `save_calls` wrote to a folder, in order."""
     return sorted(Path(folder).glob("*.safetensors"))
 
 
 def load_calls(folder: str | Path) -> list[PipelineCall]:
-    """Return the saved calls of a folder, for `calibrate`; each is read when it is made.
+    """Return the saved calls of a folder, for `calibrate`; each file is read when its call is made.
 
     Raises:
-        InputError: If the folder holds none.
+        InputError: If the folder has no saved calls.
     """
     files = call_files(folder)
     if not files:
@@ -93,13 +93,13 @@ def load_calls(folder: str | Path) -> list[PipelineCall]:
 
 
 class _SavedCall:
-    """Makes the call that a file holds."""
+    """A function that repeats the call saved in a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def __call__(self, model: DiffusionPipeline | nn.Module) -> None:
-        """Run the denoiser of a pipeline, on its device."""
+        """Run the denoiser of a pipeline on the device of the denoiser."""
         denoiser = denoiser_of(model)
         header, tensors = read(self.file, KIND, next(denoiser.parameters()).device)
         try:
@@ -110,7 +110,7 @@ class _SavedCall:
 
 
 def _stripped(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a value as JSON, its tensors replaced by their names in the file."""
+    """Return a value as JSON, with tensors replaced by their names in the file."""
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().clone().contiguous()
         return {"tensor": path}
@@ -126,7 +126,7 @@ def _stripped(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _restored(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the value that `_stripped` made JSON of."""
+    """Return the value that `_stripped` converted to JSON."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

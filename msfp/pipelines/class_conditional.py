@@ -24,20 +24,20 @@ from msfp.errors import InputError
 
 
 class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """What samples images of classes; the label after the last class stands for "no class".
+    """A pipeline that samples images of classes; the label after the last class means "no class".
 
-    As in diffusers' `DiTPipeline`, the guidance branch of the class comes first.
+    As in diffusers' `DiTPipeline`, the conditional guidance branch comes first in a batch.
     """
 
     @property
     @abstractmethod
     def denoiser(self) -> Any:
-        """The network, which has `in_channels` and `sample_size`."""
+        """The network, whose config has `in_channels` and `sample_size`."""
 
     @property
     @abstractmethod
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes, without "no class"."""
 
     @abstractmethod
     def predict(
@@ -63,8 +63,8 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             class_labels: Classes of the images.
             guidance_scale: Weight w of eps(none) + w (eps(class) - eps(none)) (Ho and Salimans,
-                2022); 1 is the plain conditional model, which is called once instead of twice.
-            generator: Source of the starting noise.
+                2022). 1 is the conditional model without guidance, at half the computation.
+            generator: Source of the initial noise.
             num_inference_steps: Sampler steps.
             output_type: "pil", or "np" for an array (n, height, width, channels) in [0, 1].
 
@@ -87,7 +87,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(self.numpy_to_pil(images) if output_type == "pil" else images)
 
     def _noise(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Return the starting noise of `count` images."""
+        """Return the initial noise of `count` images."""
         config, dtype = self.denoiser.config, self.denoiser.dtype
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
         noise: torch.Tensor = randn_tensor(
@@ -98,7 +98,7 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _guided(
         self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, guidance: float
     ) -> torch.Tensor:
-        """Return the guided prediction; both branches run as one batch."""
+        """Return the guided prediction; both guidance branches run as one batch."""
         if guidance == 1:
             return self.predict(sample, timestep, labels)
         none = torch.full_like(labels, self.classes)
@@ -110,14 +110,14 @@ class ClassPipeline(DiffusionPipeline):  # type: ignore[misc]
 class ClassConditionalLDMPipeline(ClassPipeline):
     """Latent diffusion conditioned on class labels by cross-attention (Rombach et al., CVPR 2022).
 
-    The table of class embeddings is the U-Net's own projection of its conditions: a label is given
-    as a one-hot row, so that `encoder_hid_proj` looks it up.
+    The U-Net's projection of conditions, `encoder_hid_proj`, is the table of class embeddings: the
+    condition of a label is a one-hot row, which selects the embedding of the class.
 
     Args:
-        vqvae: Decodes latents, which it divides by its `scaling_factor` before.
-        unet: With `encoder_hid_dim_type="text_proj"` and as many `encoder_hid_dim` as there are
-            classes, "no class" included.
-        scheduler: Any sampler of diffusers that takes the U-Net's kind of prediction.
+        vqvae: Autoencoder that decodes latents, after division by its `scaling_factor`.
+        unet: U-Net with `encoder_hid_dim_type="text_proj"`. Its `encoder_hid_dim` is the number of
+            classes, including "no class".
+        scheduler: Any diffusers scheduler that supports the U-Net's prediction type.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ClassConditionalLDMPipeline(ClassPipeline):
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes, without "no class"."""
         return int(self.unet.config.encoder_hid_dim) - 1
 
     def predict(
@@ -159,9 +159,9 @@ class PixelDiTPipeline(ClassPipeline):
     """diffusers' `DiTPipeline` without its autoencoder: the transformer works on the pixels.
 
     Args:
-        transformer: Predicts the noise from (x_t, t, class label); its label `num_classes` stands
-            for "no class".
-        scheduler: Any sampler of diffusers that takes noise predictions.
+        transformer: Transformer that predicts the noise from (x_t, t, class label). The label
+            `num_classes` means "no class".
+        scheduler: Any diffusers scheduler that supports noise prediction.
     """
 
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin) -> None:
@@ -175,7 +175,7 @@ class PixelDiTPipeline(ClassPipeline):
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes, without "no class"."""
         return int(self.transformer.config.num_embeds_ada_norm)
 
     def predict(
@@ -188,12 +188,12 @@ class PixelDiTPipeline(ClassPipeline):
         return prediction
 
     def decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Return the samples, which are images."""
+        """Return the samples, which already are images."""
         return sample
 
 
 def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    """Return the class to load a pipeline folder with: msfp's own where it names one."""
+    """Return the class that loads a pipeline folder: the class of msfp that it names, if any."""
     index = folder / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     own = (ClassConditionalLDMPipeline, PixelDiTPipeline)

@@ -1,4 +1,4 @@
-"""The network inside a pipeline: where it is, and its timestep argument."""
+"""The network inside a pipeline: finding it, and its timestep argument."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     """Return the name of the pipeline component that predicts the noise.
 
     Raises:
-        InputError: If the pipeline has none.
+        InputError: If the pipeline has no such component.
     """
     components = getattr(pipe, "components", {})
     for name in COMPONENTS:
@@ -31,10 +31,11 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
 
 
 def denoiser_of(model: DiffusionPipeline | nn.Module) -> nn.Module:
-    """Return the network of a pipeline that predicts the noise, or the network itself.
+    """Return the noise-predicting network of a pipeline, or the model itself if it is a network.
 
     Raises:
-        InputError: If it is a pipeline that has none, or something else.
+        InputError: If the model is a pipeline without a denoiser, or neither a pipeline nor a
+            network.
     """
     if isinstance(model, nn.Module):
         return model
@@ -49,7 +50,7 @@ def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Return the timestep argument of one forward call as a tensor of shape (1,) or (batch,).
 
     Raises:
-        InputError: If the forward has none.
+        InputError: If the call has no timestep.
     """
     timestep = timestep_or_none(denoiser, args, kwargs)
     if timestep is None:
@@ -60,12 +61,12 @@ def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def timestep_or_none(
     denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor | None:
-    """Return what `timestep_of` does, or None for a forward without a timestep."""
+    """Return the timestep as `timestep_of` does, or None for a call without a timestep."""
     bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
     timestep = bound.arguments.get("timestep")
     return None if timestep is None else torch.as_tensor(timestep).reshape(-1)
 
 
 def has_timestep(denoiser: nn.Module) -> bool:
-    """Return whether the forward of a network takes a timestep, as those of denoisers do."""
+    """Return whether the forward of a network takes a timestep, as denoisers do."""
     return "timestep" in inspect.signature(denoiser.forward).parameters

@@ -22,7 +22,7 @@ from msfp.support.progress import Progress, counted, no_progress
 
 @dataclass(frozen=True)
 class _Forward:
-    """One recorded forward of a denoiser; its timesteps are those of all samples, or one."""
+    """One recorded forward call; `timesteps` has one value for each sample, or one for all."""
 
     timesteps: torch.Tensor | None
     sample: torch.Tensor
@@ -31,7 +31,7 @@ class _Forward:
 
     @property
     def timestep(self) -> torch.Tensor:
-        """The timestep; InputError if there is none, or more than one."""
+        """The timestep of the call; raises InputError if there is none, or more than one."""
         if self.timesteps is None:
             raise InputError("a recorded forward must be given a timestep")
         if (self.timesteps != self.timesteps[0]).any():
@@ -41,7 +41,7 @@ class _Forward:
 
 @contextmanager
 def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
-    """Record every forward of a denoiser inside the block."""
+    """Record every forward call of a denoiser inside the block."""
     forwards: list[_Forward] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -63,13 +63,13 @@ def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
 
 
 class Recording:
-    """Records the path of a denoiser's inputs and outputs while someone else makes the calls.
+    """Records the path of a denoiser's inputs and outputs while another function makes the calls.
 
     Args:
-        calls: As for `record_trajectories`.
+        calls: One or more functions that run the model, as for `record_trajectories`.
 
     Attributes:
-        calls: The same calls, which are recorded when they are made.
+        calls: The same functions, with recording added.
 
     Example:
         >>> from msfp import Sampler, calibrate, reference_pipeline
@@ -95,9 +95,9 @@ class Recording:
     def trajectories(
         self, model: DiffusionPipeline | nn.Module, progress: Progress = no_progress
     ) -> Trajectories:
-        """Make the calls that are missing and return the path, as `record_trajectories` does.
+        """Make the remaining calls and return the path, as `record_trajectories` does.
 
-        What was recorded is not kept beside the path.
+        The recordings of the single calls are then released.
         """
         missing = [call for index, call in enumerate(self.calls) if index not in self._forwards]
         done = counted(progress, "recording", len(missing))
@@ -117,17 +117,17 @@ def record_trajectories(
 
     Args:
         model: A pipeline, or the denoiser itself.
-        calls: What to do with it, as for `calibrate`: a function, or several such as
-            `Sampler.calls` and `prompt_calls` return. All must take the same steps, with samples
-            and conditions of the same size.
-        progress: Told of each call.
+        calls: One or more functions that run the model, as for `calibrate`. `Sampler.calls` and
+            `prompt_calls` return such functions. All must take the same steps, with samples and
+            conditions of the same size.
+        progress: Called after each call.
 
     Returns:
-        The path; the rows of later calls follow those of earlier ones.
+        The path. The rows of later calls follow those of earlier calls.
 
     Raises:
-        InputError: If the calls differ in their steps, sizes or other conditions, or a forward
-            has no timestep or samples at several.
+        InputError: If the calls differ in their steps, sizes or other conditions, or a forward call
+            has no timestep or more than one.
 
     Example:
         >>> from msfp import Sampler, reference_pipeline
@@ -140,7 +140,7 @@ def record_trajectories(
 
 
 def _trajectories(batches: list[list[_Forward]]) -> Trajectories:
-    """Return the path of the forwards of all calls."""
+    """Return the path of the recorded forwards of all calls."""
     if not batches or not batches[0]:
         raise InputError("calls must run the denoiser at least once")
     steps = [[forward.timestep.item() for forward in forwards] for forwards in batches]
@@ -155,7 +155,7 @@ def _trajectories(batches: list[list[_Forward]]) -> Trajectories:
 
 
 def _table(batches: Sequence[Sequence[torch.Tensor]], name: str) -> torch.Tensor:
-    """Return tensors of calls and steps as one of shape (steps, rows, ...)."""
+    """Return the tensors of all calls and steps as one tensor of shape (steps, rows, ...)."""
     shapes = {tuple(each.shape[1:]) for steps in batches for each in steps}
     if len(shapes) > 1:
         raise InputError(f"all calls must have {name} of one size, not {sorted(shapes)}")
@@ -171,12 +171,12 @@ def _merged(batches: list[list[_Forward]]) -> dict[str, Any]:
 
 
 def _merge(values: list[list[Any]], rows: list[int], name: str) -> Any:
-    """Merge the values that one argument had in calls and steps.
+    """Merge the values of one argument over all calls and steps.
 
     Args:
-        values: One for each call and step.
-        rows: How many samples each call has.
-        name: What to call the argument.
+        values: The value at each call and step.
+        rows: Number of samples of each call.
+        name: Name of the argument in error messages.
     """
     first = values[0][0]
     if isinstance(first, dict | list | tuple):
@@ -189,7 +189,7 @@ def _merge(values: list[list[Any]], rows: list[int], name: str) -> Any:
 
 
 def _merge_parts(values: list[list[Any]], rows: list[int], name: str) -> Any:
-    """Merge dictionaries and lists, part by part."""
+    """Merge dictionaries or lists item by item."""
     first = values[0][0]
     keys = list(first) if isinstance(first, dict) else range(len(first))
     if any(type(each) is not type(first) or len(each) != len(first) for v in values for each in v):
@@ -208,7 +208,7 @@ def _row_condition(values: list[list[torch.Tensor]], name: str) -> RowCondition:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two arguments are the same, tensors by their numbers."""
+    """Return whether two arguments are equal; tensors are equal if all their values are."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     return bool(one == other)

@@ -18,43 +18,43 @@ from msfp.support.checks import MAX_SEED, MIN_SEED, check_number, check_whole
 from msfp.support.progress import Progress, counted, no_progress
 
 PipelineCall = Callable[[Any], object]
-"""A function that does something with a pipeline, or with a bare denoiser."""
+"""A function that runs a pipeline, or a denoiser without a pipeline."""
 CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
-"""Arguments of pipeline calls that say what images show, and the type of each image's."""
+"""Names of the condition arguments of pipeline calls, and the type of each condition."""
 MOST_STEPS, MOST_IMAGES = 10**6, 10**9
 MOST_SEED = 2**42
-"""Of noise: each image of a seed has one of its own, which generators of torch must take."""
+"""Largest seed of the noise, so that torch accepts the seeds of batches derived from it."""
 SAFETY_CHECKER = "safety_checker"
-"""The component of pipelines that makes images black which it takes for unsafe."""
+"""The pipeline component that replaces images by black ones if it considers them unsafe."""
 
 FLOAT32 = (torch.float32,)
 NO_BFLOAT16 = (torch.float32, torch.float16)
 PIPELINE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    # Their noise is float32, whatever the network is.
+    # Their noise is always float32, even with another dtype of the network.
     "LDMPipeline": FLOAT32,
     "PNDMPipeline": FLOAT32,
-    # Their images become arrays of NumPy, which has no bfloat16.
+    # Their images are converted to NumPy, which has no bfloat16.
     "DDPMPipeline": NO_BFLOAT16,
     "DDIMPipeline": NO_BFLOAT16,
     "DiTPipeline": NO_BFLOAT16,
 }
-"""The dtypes that pipelines of diffusers can sample in, where these are not all."""
+"""Dtypes in which a diffusers pipeline can sample; pipelines not listed can use any dtype."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A pipeline call with fixed step count, batch size and conditions.
+    """A pipeline call with a fixed number of steps, batch size and conditions.
 
-    The noise of image i depends on the seed and the batch size alone, so two models sampled alike
-    start from equal noise. A safety checker that the pipeline has is not run: images that it makes
-    black could not be compared.
+    The noise of image i depends only on the seed and the batch size, so two models sampled with the
+    same settings start from the same noise. The pipeline's safety checker is not run, because it
+    replaces images by black ones, which cannot be compared.
 
     Attributes:
         steps: Sampler steps.
         batch: Images in one call of the pipeline.
-        conditions: Prompts, or class labels, for a pipeline that takes those. Image i has the
-            condition i; after the last one the first is next.
-        guidance_scale: Of classifier-free guidance, or None for the pipeline's default.
+        conditions: Prompts or class labels, whichever the pipeline takes. Image i has condition i.
+            If there are more images than conditions, the conditions repeat.
+        guidance_scale: Scale of classifier-free guidance, or None for the pipeline's default.
 
     Raises:
         InputError: If a value is out of range or of another type.
@@ -83,14 +83,14 @@ class Sampler:
         """Return `count` images of shape (count, channels, height, width) in [0, 1], float32.
 
         Args:
-            pipe: What to call.
-            count: Images in all.
-            seed: Of their noise.
-            progress: Told of each batch.
+            pipe: The pipeline.
+            count: Number of images.
+            seed: Seed of their noise.
+            progress: Called after each batch.
 
         Raises:
-            InputError: If the pipeline takes other conditions or no guidance scale, or cannot
-                sample in its dtype, or the count or the seed is out of range.
+            InputError: If the pipeline takes other conditions or no guidance scale, the pipeline
+                cannot sample in its dtype, or the count or the seed is out of range.
         """
         images = []
         finished = counted(progress, "sampling", count)
@@ -102,16 +102,16 @@ class Sampler:
     def batches(
         self, pipe: DiffusionPipeline, count: int, seed: int, done: int = 0
     ) -> Iterator[torch.Tensor]:
-        """Yield the same images batch by batch, of which one is held at a time.
+        """Yield the same images batch by batch, with one batch in memory at a time.
 
         Args:
-            pipe: What to call.
-            count: Images in all.
-            seed: Of their noise.
-            done: Images of whole batches that are left out at the beginning.
+            pipe: The pipeline.
+            count: Number of images.
+            seed: Seed of their noise.
+            done: Number of images to skip at the beginning, a multiple of the batch size.
 
         Raises:
-            InputError: As a call.
+            InputError: For the same reasons as a call of the sampler.
         """
         _check_images(count, seed)
         for start in range(done, count, self.batch):
@@ -133,10 +133,10 @@ class Sampler:
         ]
 
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
-        """Return the images from number `start` on, one batch of them.
+        """Return one batch of images, beginning with image number `start`.
 
         Raises:
-            InputError: As a call.
+            InputError: For the same reasons as a call of the sampler.
         """
         check_whole("seed", seed, -MOST_SEED, MOST_SEED)
         given = self.arguments(pipe, start)
@@ -151,7 +151,7 @@ class Sampler:
         return torch.from_numpy(output.images).permute(0, 3, 1, 2)
 
     def arguments(self, pipe: DiffusionPipeline, start: int = 0) -> dict[str, Any]:
-        """Return the arguments of a call that say what the images from number `start` on show.
+        """Return the condition arguments of the call for the batch beginning with image `start`.
 
         Raises:
             InputError: If the pipeline takes other conditions, or no guidance scale.
@@ -172,7 +172,7 @@ class Sampler:
 
 
 def _check_images(count: int, seed: int) -> None:
-    """Raise InputError unless so many images can be sampled from the noise of a seed."""
+    """Raise InputError unless a number of images and a seed are in range."""
     check_whole("count", count, 1, MOST_IMAGES)
     check_whole("seed", seed, -MOST_SEED, MOST_SEED)
 
@@ -187,15 +187,15 @@ def _listed(conditions: Any) -> tuple[str, ...] | tuple[int, ...]:
 
 
 def check_calls(name: str, calls: Any, others: str = "") -> list[PipelineCall]:
-    """Return a call, or several, as a list.
+    """Return one or more calls as a list.
 
     Args:
-        name: What to call the argument.
-        calls: What is given.
-        others: What else the argument may be, as it is to be said after "functions".
+        name: Name of the argument in error messages.
+        calls: One function or several.
+        others: Other allowed values of the argument, as text that the error message appends.
 
     Raises:
-        InputError: If that is something else, or none.
+        InputError: If the argument is not one or more functions.
     """
     given = [calls] if callable(calls) else calls
     given = list(given) if isinstance(given, Iterable) else [given]
@@ -208,20 +208,20 @@ def check_calls(name: str, calls: Any, others: str = "") -> list[PipelineCall]:
 
 
 def condition_argument(pipe: DiffusionPipeline) -> str | None:
-    """Return the argument of a pipeline's call that takes its conditions, or else their number."""
+    """Return the name of the argument of a pipeline for conditions, or else for the batch size."""
     parameters = inspect.signature(pipe.__call__).parameters
     return next((name for name in (*CONDITION_TYPES, "batch_size") if name in parameters), None)
 
 
 @contextmanager
 def unchecked(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Keep the safety checker of a pipeline, where it has one, from running inside the block."""
+    """Disable the safety checker of a pipeline, if it has one, inside the block."""
     parts = vars(pipe)
     checker = parts.get(SAFETY_CHECKER)
     if checker is None:
         yield
         return
-    # Not by setting the attribute, from which the pipeline's config would forget the class.
+    # Setting the attribute would also delete the class of the checker from the pipeline's config.
     parts[SAFETY_CHECKER] = None
     try:
         yield
@@ -240,12 +240,12 @@ def check_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
 
 
 def check_conditions(kind: str, conditions: Sequence[str | int], taken: str) -> None:
-    """Raise InputError unless conditions are what the call of a pipeline takes.
+    """Raise InputError unless a pipeline takes these conditions.
 
     Args:
-        kind: The class of the pipeline.
-        conditions: What is given.
-        taken: The argument that takes them, or "batch_size" where none does.
+        kind: Name of the pipeline's class.
+        conditions: The conditions.
+        taken: Name of the argument for conditions, or "batch_size" for an unconditional pipeline.
     """
     wanted = CONDITION_TYPES.get(taken)
     if wanted is None and conditions:
@@ -264,15 +264,15 @@ def prompt_calls(
     """Return calls of a conditional pipeline, one for each condition.
 
     Args:
-        conditions: Prompts, or class labels for a pipeline that takes those.
+        conditions: Prompts, or class labels for a class-conditional pipeline.
         steps: Sampler steps.
-        seed: Seed of the noise of the first call; each next one has the next.
-        **arguments: More arguments of the call, such as `guidance_scale` and `height`.
+        seed: Seed of the noise of the first call. It increases by 1 with each call.
+        **arguments: Further arguments of the call, such as `guidance_scale` and `height`.
 
     Raises:
-        InputError: If there is no condition, or one string in place of a list of them, or some are
-            prompts and some labels, or another value is out of range. A call itself raises it
-            where the pipeline takes other conditions.
+        InputError: If there is no condition, the conditions are a string instead of a list, they
+            mix prompts and labels, or another value is out of range. A call raises it if the
+            pipeline takes other conditions.
 
     Example:
         >>> calls = prompt_calls(["a fox", "a red bicycle"], steps=20, guidance_scale=5.0)

@@ -1,4 +1,4 @@
-"""A denoiser's inputs and outputs along a sampler's path, and the same inputs for another one."""
+"""A denoiser's inputs and outputs along a sampler's path, to compare with other denoisers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class RowCondition:
-    """An argument of a denoiser that has a row for each sample, such as prompt embeddings.
+    """An argument of a denoiser with one row for each sample, such as prompt embeddings.
 
     Attributes:
-        values: Shape (steps, rows, ...), or (1, rows, ...) where all steps have the same.
+        values: Shape (steps, rows, ...), or (1, rows, ...) if the values are equal at all steps.
     """
 
     values: torch.Tensor
 
     def at(self, step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Return the rows of steps, both given by number."""
+        """Return the values at pairs of a step number and a row number."""
         return self.values[step if len(self.values) > 1 else torch.zeros_like(step), row]
 
 
@@ -29,12 +29,13 @@ class Trajectories:
     """A denoiser's inputs and outputs along a sampler's path.
 
     Attributes:
-        timesteps: What the denoiser was given, shape (steps,), in the sampler's order.
-        samples: Noisy inputs x_t, shape (steps, rows, channels, height, width), or of whatever
-            shape the denoiser reads. With classifier-free guidance, the two branches are rows.
-        predictions: The denoiser's outputs there, shape (steps, rows, ...).
-        conditions: The other arguments by name: tensors with a row for each sample as
-            `RowCondition`, in dictionaries and lists if need be, and all else as it was given.
+        timesteps: Timestep inputs of the denoiser, shape (steps,), in the sampler's order.
+        samples: Noisy inputs x_t, shape (steps, rows, channels, height, width), or another shape
+            that the denoiser takes. With classifier-free guidance, the two guidance branches are
+            separate rows.
+        predictions: Outputs of the denoiser for these inputs, shape (steps, rows, ...).
+        conditions: All other arguments, by name. Tensors with one row for each sample are
+            `RowCondition`, also inside dictionaries and lists. All other values are unchanged.
     """
 
     timesteps: torch.Tensor
@@ -43,24 +44,26 @@ class Trajectories:
     conditions: dict[str, Any] = field(default_factory=dict)
 
     def predict(self, denoiser: nn.Module, step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Return what a denoiser predicts from the recorded inputs.
+        """Return the prediction of a denoiser for the recorded inputs.
 
         Args:
-            denoiser: Of the architecture that was recorded, in any precision.
-            step: Numbers of sampler steps, shape (batch,); they may differ.
-            row: Numbers of rows, shape (batch,). A pair may occur more than once.
+            denoiser: A denoiser of the recorded architecture, in any precision.
+            step: Step number of each sample, shape (batch,).
+            row: Row number of each sample, shape (batch,). A pair of step and row may occur more
+                than once.
 
         Returns:
-            Its prediction, of the shape of `predictions[step, row]`.
+            The prediction, with the shape of `predictions[step, row]`.
         """
         conditions = {name: _at(value, step, row) for name, value in self.conditions.items()}
         output = denoiser(self.samples[step, row], timestep=self.timesteps[step], **conditions)
         return prediction_of(output)
 
     def of_sample(self, predictions: torch.Tensor) -> torch.Tensor:
-        """Return the channels of predictions (batch, channels, ...) that are of the sample's.
+        """Return predictions (batch, channels, ...) without a learned variance.
 
-        Where there are twice as many, the second half is a variance, which pipelines drop.
+        If predictions have twice as many channels as samples, the second half is the variance, and
+        pipelines ignore it.
 
         Example:
             >>> path = Trajectories(torch.zeros(1), torch.zeros(1, 3, 4, 8, 8), torch.zeros(0))
@@ -73,7 +76,7 @@ class Trajectories:
 
 
 def prediction_of(output: Any) -> torch.Tensor:
-    """Return the prediction in what a denoiser's forward gave: a tensor, a tuple or an output."""
+    """Return the prediction from a denoiser's result: a tensor, a tuple or an output object."""
     if isinstance(output, torch.Tensor):
         return output
     prediction: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
@@ -81,7 +84,7 @@ def prediction_of(output: Any) -> torch.Tensor:
 
 
 def _at(value: Any, step: torch.Tensor, row: torch.Tensor) -> Any:
-    """Return a condition for a batch of steps and rows."""
+    """Return a condition at a batch of pairs of a step and a row."""
     if isinstance(value, RowCondition):
         return value.at(step, row)
     if isinstance(value, dict):
@@ -97,13 +100,13 @@ def draw_batch(
     """Draw a batch: evenly spread sampler steps from a random offset, and random rows.
 
     Args:
-        steps: Sampler steps to draw from.
-        count: Rows of the trajectories to draw from.
-        size: Samples in the batch.
+        steps: Number of sampler steps.
+        count: Number of rows of the trajectories.
+        size: Number of samples in the batch.
         generator: Source of randomness.
 
     Returns:
-        The number of the step and that of the row of each sample, both of shape (size,).
+        The step number and the row number of each sample, both of shape (size,).
 
     Example:
         >>> step, row = draw_batch(20, 100, 5, torch.Generator().manual_seed(0))
@@ -118,16 +121,16 @@ def draw_batch(
 def spread_batch(
     steps: int, rows: int, size: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch without repetition: steps as evenly as can be, and random rows at each.
+    """Draw a batch without repetition: steps as evenly as possible, and random rows at each step.
 
     Args:
-        steps: Sampler steps to draw from.
-        rows: Rows to draw from.
-        size: Samples in the batch, or all that there are if these are fewer.
+        steps: Number of sampler steps.
+        rows: Number of rows.
+        size: Number of samples in the batch. All samples are drawn if there are fewer.
         generator: Source of randomness.
 
     Returns:
-        The number of the step and that of the row of each sample, both one-dimensional.
+        The step number and the row number of each sample, both one-dimensional.
 
     Example:
         >>> step, row = spread_batch(2, 3, 100, torch.Generator().manual_seed(0))

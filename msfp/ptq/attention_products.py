@@ -1,4 +1,4 @@
-"""The search of the grids of attention's products, by what one forward shows of their operands."""
+"""Searching the grids of attention's operands, with data from one forward pass."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from msfp.support.hooks import hooked
 
 
 class _Recorder:
-    """Histogrames the operands and leaves them as they are."""
+    """Adds the operands to histograms without changing them."""
 
     def __init__(self) -> None:
         self.histograms = {name: Histogram() for name in OPERANDS}
 
     def round_operand(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return an operand as it is."""
+        """Add an operand to its histogram and return it unchanged."""
         self.histograms[name].update(x.detach())
         return x
 
@@ -64,22 +64,22 @@ def quantize_attention(
     samples: int = 64,
     seed: int = 0,
 ) -> list[str]:
-    """Quantize the products of every attention module, in place, by one forward's operands.
+    """Quantize the products of every attention module in place, with data from one forward pass.
 
     Args:
-        model: Quantized by `quantize` and trainable: a pipeline or its denoiser.
-        bits: Of all four operands.
+        model: A pipeline or its denoiser, quantized by `quantize` and trainable.
+        bits: Bits of all four operands.
         trajectories: Recorded from the full-precision denoiser.
-        samples: Most noisy samples in the forward.
+        samples: Largest number of noisy samples in the forward pass.
         seed: Seed of the draws.
 
     Returns:
         The names of the attention modules.
 
     Raises:
-        InputError: If the denoiser is not quantized, or is packed, or there is no attention, a
+        InputError: If the denoiser is not quantized, is packed or has no attention module, a
             processor does not call scaled dot-product attention, or `bits` is not from 3 to 8. The
-            denoiser is then as it was.
+            denoiser is then unchanged.
     """
     denoiser = denoiser_of(model)
     check_whole("bits", bits, MIN_BITS, MAX_BITS)

@@ -1,9 +1,9 @@
 """Separate scales for the parts of a concatenated input.
 
-Where a UNet's up path concatenates a skip connection with what comes from below, the two have
-ranges of their own, and one scale for both wastes values on the narrower (Q-Diffusion, Li et al.,
-ICCV 2023). A layer that reads a concatenation of channels as it is gets one scale for each part,
-held as a scale for each channel.
+The up path of a UNet concatenates a skip connection with the features from the level below. The two
+parts have different ranges, and a common scale wastes values on the narrower part (Q-Diffusion, Li
+et al., ICCV 2023). A layer whose input is such a concatenation of channels gets one scale for each
+part. It is stored as a scale for each channel.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 
 
 class _Concatenations(TorchFunctionMode):
-    """Inside the block, keeps each concatenation, its dimension and the sizes of its parts.
+    """Records each concatenation, its dimension and the sizes of its parts in a `with` block.
 
-    Vectors are left out: sine and cosine of a timestep are concatenated too, and are of one range.
+    Vectors are not recorded: the sine and cosine of a timestep are concatenated too, but have the
+    same range.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class _Concatenations(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the function; note what it was if it concatenates."""
+        """Call a torch function, and record its result if it is a concatenation."""
         result = func(*args, **(kwargs or {}))
         if func in CONCATENATE:
             self._note(result, *args, **(kwargs or {}))
@@ -72,7 +73,7 @@ class _Concatenations(TorchFunctionMode):
 def concatenated_inputs(
     denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Return the layers that read a concatenation, what they read, and the sizes of its parts."""
+    """Return the inputs that are concatenations, by layer, and the sizes of their parts."""
     found: dict[str, tuple[torch.Tensor, list[int]]] = {}
     concatenations = _Concatenations()
 
@@ -94,11 +95,11 @@ def concatenated_inputs(
 def split_quantizer(
     layer: nn.Module, x: torch.Tensor, sizes: Sequence[int], formats: Sequence[FloatFormat]
 ) -> Quantizer:
-    """Return the quantizer with one format and, for each part of the channels, a scale.
+    """Return a quantizer with one format, and a scale for each part of the channels.
 
     Args:
-        layer: The layer that reads the values.
-        x: Values.
+        layer: The layer whose input is quantized.
+        x: Its input.
         sizes: Channels of each part.
         formats: Signed formats to choose from.
     """
@@ -123,22 +124,22 @@ def split_inputs(
     samples: int = 64,
     seed: int = 0,
 ) -> list[str]:
-    """Give each layer that reads a concatenation a scale for each of its parts, in place.
+    """Give each layer with a concatenated input one scale for each part of it, in place.
 
-    Layers with an unsigned input keep their one scale and zero point.
+    Layers with an unsigned input keep their single scale and zero point.
 
     Args:
-        model: Quantized by `quantize` and trainable: a pipeline or its denoiser.
+        model: A pipeline or its denoiser, quantized by `quantize` and trainable.
         trajectories: Recorded from the full-precision denoiser.
-        samples: Most noisy samples to look at, of all timesteps alike.
+        samples: Largest number of noisy samples to use, spread evenly over the timesteps.
         seed: Seed of the draws.
 
     Returns:
         The names of the layers whose input was split.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, or one that is packed or has LoRAs, or
-            an argument is of another type.
+        InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs,
+            or an argument has the wrong type.
     """
     denoiser = denoiser_of(model)
     check_type("trajectories", trajectories, Trajectories)

@@ -1,4 +1,4 @@
-"""Low-rank branches of full precision beside quantized layers, for the largest part of weights."""
+"""Full-precision low-rank branches beside quantized layers, for the largest part of weights."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from msfp.support.checks import check_whole
 
 @torch.no_grad()
 def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
-    """Take the largest singular values out of weights, into low-rank branches, in place.
+    """Move the largest singular values of weights into low-rank branches, in place.
 
-    What is left has fewer outliers and less to multiply errors of the input with (SVDQuant, Li et
-    al., ICLR 2025); its format and scales are searched again. In full precision the denoiser
-    computes the same as before.
+    The remaining weight has fewer outliers, and its smaller values amplify errors of the input less
+    (SVDQuant, Li et al., ICLR 2025). Its format and scales are searched again. In full precision
+    the denoiser still computes the same function.
 
     Args:
-        model: Quantized by `quantize`, trainable and without branches: a pipeline or its denoiser.
-        rank: Of each branch. A layer gets none where it would have as many weights as the layer,
-            or where the layer has 8 bits.
+        model: A pipeline or its denoiser, quantized by `quantize`, trainable and without low-rank
+            branches.
+        rank: Rank of each low-rank branch. A layer gets no branch if the branch would have as many
+            weights as the layer, or if the layer has 8 bits.
 
     Returns:
-        The names of the layers that got a branch.
+        The names of the layers that got a low-rank branch.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, one that is packed or has LoRAs, or
-            branches already, or the rank is below 1.
+        InputError: If the denoiser has no quantized layer, has one that is packed or has LoRAs, or
+            has low-rank branches already, or the rank is below 1.
     """
     denoiser = denoiser_of(model)
     check_whole("rank", rank, 1, MAX_RANK)
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
-        raise InputError("the denoiser has branches already")
+        raise InputError("the denoiser has low-rank branches already")
     names = []
     for name, layer in layers.items():
         rows, columns = layer.weight.flatten(1).shape
@@ -56,11 +57,11 @@ def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
 
 
 def _add_branch(layer: TrainableLayer, rank: int) -> None:
-    """Take the largest singular values out of a layer's weight."""
+    """Move the largest singular values of a layer's weight into a low-rank branch."""
     dtype = layer.weight.dtype
     matrix = layer.weight.float().flatten(1)
-    # Of 16 bits, as they are stored; in memory as a loader lays them out, since products may depend
-    # on strides in the last bit.
+    # Rounded to 16 bits, as in files, and laid out in memory as after loading: strides can change
+    # the last bit of products.
     halves = (factor.half() for factor in low_rank(matrix, rank))
     down, up = (torch.empty(f.shape, dtype=dtype, device=f.device).copy_(f) for f in halves)
     layer.branch_down, layer.branch_up = (nn.Parameter(f, requires_grad=False) for f in (down, up))
@@ -70,7 +71,7 @@ def _add_branch(layer: TrainableLayer, rank: int) -> None:
 
 
 def _searched(weight: torch.Tensor, old: Quantizer) -> Quantizer:
-    """Return the quantizer of a weight, of the kind, width and granularity of another."""
+    """Return a new quantizer of a weight, with the kind, width and granularity of the old one."""
     axis = 0 if len(old.scale.unique()) > 1 else None
     choice = search(weight, formats_like(old.format), ratios=WEIGHT_RATIOS, axis=axis)
     scale = torch.as_tensor(choice.scale, dtype=torch.float32, device=weight.device)

@@ -1,9 +1,10 @@
-"""Moments of what a layer reads and should give, and the corrections that follow from them.
+"""Moments of a layer's inputs and wanted outputs, and the corrections computed from them.
 
-A layer is a matrix that multiplies columns: the features of a token for a linear layer, the
-unfolded patch under the kernel for a convolution. An error e in a row of the matrix costs
-`e E[x x^T] e^T` in the mean square of the output, x being a random column. Grouped convolutions
-are one such matrix for each group, so everything here has a leading dimension of groups.
+A layer is a matrix that multiplies columns. A column holds the features of a token for a linear
+layer, and the unfolded patch under the kernel for a convolution. An error e in a row of the matrix
+causes a mean squared error of `e E[x x^T] e^T` in the output, where x is a random column. A grouped
+convolution has one such matrix for each group, so all tensors here have a leading dimension of
+groups.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from msfp.layers.kinds import groups_of, kind_of
 
 MAX_CHUNK = 2**24
-"""Numbers unfolded at once."""
+"""The most numbers that are unfolded at once."""
 
 
 def as_matrix(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -26,16 +27,16 @@ def as_matrix(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Moments:
-    """Moments of columns x that a matrix reads and of rows y that it should give.
+    """Moments of the columns x that a matrix multiplies, and of its wanted outputs y.
 
     Args:
-        groups: Matrices side by side.
-        rows: Rows of each.
-        columns: Columns of each.
+        groups: Number of matrices.
+        rows: Rows of each matrix.
+        columns: Columns of each matrix.
         options: Dtype and device, as for torch.zeros.
 
     Attributes:
-        positions: Columns that were added.
+        positions: Number of columns x added so far.
     """
 
     def __init__(self, groups: int, rows: int, columns: int, **options: Any) -> None:
@@ -66,7 +67,7 @@ class Moments:
     def second(self, *, centred: bool) -> torch.Tensor:
         """Return E[x x^T], or the covariance of x, shape (groups, columns, columns).
 
-        The covariance is what errors cost where a bias makes up for their mean.
+        The covariance gives the cost of errors if a bias corrects their mean.
         """
         second = self._second / self.positions
         return second - _outer(self.input_mean, self.input_mean) if centred else second
@@ -92,11 +93,11 @@ def layer_moments(
     """Return the moments of a batch of a layer's inputs and wanted outputs, unfolded in chunks.
 
     Args:
-        layer: For its shapes.
-        inputs: What it reads.
-        outputs: What it should give, bias included.
-        most: Positions to use at most, drawn evenly from all samples; None uses all.
-        generator: Source of that draw.
+        layer: The layer, for its shapes.
+        inputs: Its inputs.
+        outputs: Its wanted outputs, bias included.
+        most: Largest number of positions to use, drawn evenly from all samples; None uses all.
+        generator: Random generator for that draw.
     """
     kind, matrix = kind_of(layer), as_matrix(layer, layer.get_parameter("weight"))
     moments = Moments(*matrix.shape, dtype=inputs.dtype, device=inputs.device)
@@ -115,17 +116,17 @@ def layer_moments(
 def matched_matrix(
     matrix: torch.Tensor, moments: Moments, upper: torch.Tensor, *, centred: bool
 ) -> torch.Tensor:
-    """Return the matrix that gives the wanted outputs best from the inputs as they are read.
+    """Return the matrix that computes the wanted outputs best from the quantized inputs.
 
-    With moments damped by d it minimises the mean square of `y - M x` plus d times the squared
-    distance from the given matrix. Errors of the inputs that show in the inputs themselves are so
-    made up for; without any, the matrix is returned.
+    With moments damped by d, the result M minimises the mean square of `y - M x`, plus d times the
+    squared distance from the given matrix. M corrects the errors of the inputs as far as they can
+    be predicted from the quantized inputs. Without such errors, M is the given matrix.
 
     Args:
         matrix: The full-precision weights, shape (groups, rows, columns).
-        moments: Of the quantized inputs x and the full-precision outputs y.
-        upper: The `upper_factor` of the second moments of x, damped.
-        centred: Whether a bias makes up for the means (ordinary least squares with intercept).
+        moments: Moments of the quantized inputs x and the full-precision outputs y.
+        upper: The `upper_factor` of the damped second moments of x.
+        centred: Whether a bias corrects the means (ordinary least squares with intercept).
 
     Returns:
         Shape (groups, rows, columns).
@@ -138,11 +139,11 @@ def matched_matrix(
 
 
 def matched_bias(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """Return the bias with which the mean output is the wanted one, shape (groups * rows,).
+    """Return the bias that gives the output its wanted mean, shape (groups * rows,).
 
     Args:
-        matrix: The weights as quantized, shape (groups, rows, columns).
-        moments: Of the quantized inputs and the full-precision outputs, bias included.
+        matrix: The quantized weights, shape (groups, rows, columns).
+        moments: Moments of the quantized inputs and the full-precision outputs, bias included.
     """
     mean = (matrix @ moments.input_mean[..., None])[..., 0]
     return (moments.output_mean - mean).flatten()

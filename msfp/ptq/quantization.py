@@ -1,4 +1,4 @@
-"""Taking a whole denoiser from full precision to trainable layers, and these to packed ones."""
+"""Quantizing a whole denoiser: from full precision to trainable layers, then to packed layers."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ def quantize(
 ) -> list[LayerSummary]:
     """Quantize a denoiser in place.
 
-    The layers that the config chooses are swapped for trainable quantized layers that share their
-    parameters; those of block schemes for packed ones, as in `msfp.layers.block`.
+    Trainable quantized layers replace the layers that the config selects, and share their
+    parameters. With block schemes, packed layers replace them, as in `msfp.layers.block`.
 
     Args:
         model: A pipeline or its denoiser, in full precision.
-        config: Bit widths, scheme, choice of layers, and how weights are refined; None for the
+        config: Bit widths, scheme, selection of layers, and refinement of weights; None for the
             defaults.
-        calibration: What `calibrate` saw of the same denoiser, or the calls of the pipeline that
-            it is to make. Not needed where inputs are not quantized, or to block formats.
-        trajectories: What `record_trajectories` recorded of the same denoiser, to refine weights
-            by. Not needed where `calibration` is calls, which are recorded as they are made.
-        progress: Told of each stage.
+        calibration: The result of `calibrate` for the same denoiser, or calls of the pipeline to
+            calibrate with. Not needed if inputs are not quantized, or use block formats.
+        trajectories: The result of `record_trajectories` for the same denoiser, to refine weights
+            with. Not needed if `calibration` is calls: these are recorded while they run.
+        progress: Called as each stage advances.
 
     Returns:
-        What was chosen, one summary for each layer.
+        One summary for each layer, with the formats chosen.
 
     Raises:
-        InputError: If the pipeline has no denoiser, or one that is quantized already or is a layer
-            itself, an argument is of another type, no layer is the first or last though they are
-            to have other bits, a glob matches nothing, the calibration is missing or of another
-            denoiser, there is nothing to refine by though the config asks for it, or a weight or an
-            input is not finite, or a weight offloaded. The denoiser is then as it was.
+        InputError: If the pipeline has no denoiser, the denoiser is quantized already or is a layer
+            itself, an argument has the wrong type, no first or last layer is found although these
+            have other bits, a glob matches nothing, the calibration is missing or belongs to
+            another denoiser, the config asks for refinement without calls or trajectories, a weight
+            or an input is not finite, or a weight is offloaded. The denoiser is then unchanged.
 
     Warns:
-        UserWarning: If layers never ran during calibration, which are left in full precision, or
-            the calls cannot be recorded, so that weights are rounded to the nearest value.
+        UserWarning: If layers never ran during calibration; they stay in full precision. Also if
+            the calls cannot be recorded; weights are then rounded to the nearest value.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
@@ -87,7 +87,7 @@ def quantize(
     settings = settings_by_layer(denoiser, config, plain)
     seen = calibration if isinstance(calibration, Calibration) else None
     calls = None if isinstance(calibration, Calibration) else calibration
-    # What is wrong is said before anything runs.
+    # Errors are raised before anything runs.
     recordable = calls is not None or trajectories is not None
     refinement = refinement_of(denoiser, config, settings, recordable=recordable)
     if calls is not None:
@@ -129,13 +129,13 @@ def refinement_of(
     *,
     recordable: bool,
 ) -> RefinementConfig | None:
-    """Return how to refine weights; raise InputError if what is asked for cannot be done.
+    """Return how to refine weights; raise InputError if the request cannot be met.
 
     Args:
         denoiser: The full-precision network.
-        config: What is asked for.
-        settings: What is to be searched for each layer.
-        recordable: Whether there are calls or trajectories.
+        config: The request.
+        settings: The search settings of each layer.
+        recordable: Whether calls or trajectories are given.
     """
     in_blocks = any(isinstance(SCHEMES[each.scheme], BlockScheme) for each in settings.values())
     for name in ("refine", "attention_bits"):
@@ -150,7 +150,7 @@ def refinement_of(
             )
     if config.attention_bits is not None and not attention_modules(denoiser):
         raise InputError(
-            f"attention_bits must be None: {type(denoiser).__name__} has no such module"
+            f"attention_bits must be None: {type(denoiser).__name__} has no attention module"
         )
     if config.refine != "auto":
         return config.refine
@@ -161,7 +161,7 @@ def refinement_of(
 def _recorded(
     model: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
 ) -> Trajectories | None:
-    """Return the trajectories of calls, or None where there can and need be none."""
+    """Return the trajectories of calls, or None if they cannot be recorded and are optional."""
     try:
         return recording.trajectories(model)
     except InputError as error:
@@ -174,7 +174,7 @@ def _recorded(
 def _settings(
     denoiser: nn.Module, config: QuantizationConfig, calibration: Calibration | None
 ) -> dict[str, LayerSettings]:
-    """Return what is to be searched for each layer, of which calibration knows what is needed."""
+    """Return the search settings of each layer, without layers that calibration did not run."""
     if calibration is None:
         settings = settings_by_layer(denoiser, config)
         if any(each.needs_calibration for each in settings.values()):
@@ -199,7 +199,7 @@ def _settings(
 
 
 def _check_input(name: str, calibration: Calibration) -> None:
-    """Raise InputError unless a calibration knows a layer, and saw finite numbers alone."""
+    """Raise InputError unless a calibration contains a layer, with finite inputs only."""
     if name not in calibration.inputs:
         raise InputError(
             f"calibration has no inputs for the layer {name!r}: it must be made with the denoiser "
@@ -209,7 +209,7 @@ def _check_input(name: str, calibration: Calibration) -> None:
     if nonfinite:
         raise InputError(
             f"the input of layer {name!r} had {nonfinite} numbers that are NaN or infinite "
-            "during calibration: does the pipeline give proper images in this dtype?"
+            "during calibration: check that the pipeline generates correct images in this dtype"
         )
 
 
@@ -217,19 +217,19 @@ def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
     """Replace trainable layers by packed ones, in place; the denoiser can then be saved.
 
     Args:
-        model: Quantized by `quantize`: a pipeline or its denoiser.
+        model: A pipeline or its denoiser, quantized by `quantize`.
 
     Returns:
         The names of the layers.
 
     Raises:
-        InputError: If it is a pipeline without a denoiser.
+        InputError: If the pipeline has no denoiser.
     """
     denoiser = denoiser_of(model)
     trainable = trainable_layers(denoiser)
     names, layers = list(trainable), list(trainable.values())
     del trainable
-    while layers:  # one by one, so that no full-precision weight stays longer than it must
+    while layers:  # one by one, to free each full-precision weight early
         layer = layers.pop()
         replace_layers(denoiser, {layer: layer.pack()})
     attach_again(denoiser)

@@ -1,4 +1,4 @@
-"""Correcting the weights and biases of a quantized denoiser, layer after layer, in one forward."""
+"""Correcting a quantized denoiser's weights and biases layer by layer, in one forward pass."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from msfp.support.checks import check_type
 from msfp.support.progress import Progress, counted, no_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
-"""Samples in one forward where no number is given, and the most numbers in all of them."""
+"""Bounds of the default number of samples in one forward pass, and the most numbers in all."""
 
 
 class _Refiner:
-    """Refines each layer that it visits; all is computed in float32, whatever the dtype.
+    """Refines each layer that it visits, in float32 for every dtype of the denoiser.
 
     Args:
         config: What is corrected and how.
         biased: Names of the layers whose bias is corrected.
-        layers: How many layers there are to refine.
-        progress: Told of each layer.
+        layers: Number of layers to refine.
+        progress: Called after each layer.
 
     Attributes:
-        refined: Names of the layers that were refined.
+        refined: Names of the layers refined so far.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class _Refiner:
     def __call__(self, visit: Visit) -> None:
         layer, config = visit.layer, self.config
         _check_finite(visit)
-        # The branch reads what is not rounded, and so makes up for its own errors.
+        # The low-rank branch reads the input before rounding. The matrix must give the rest of the
+        # output, and so corrects the errors of the branch too.
         wanted = -layer.add_branch(visit.inputs, -visit.outputs)
         moments = layer_moments(
             layer,
@@ -80,12 +81,12 @@ class _Refiner:
 
 
 def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """Return values as a parameter of the shape and dtype of another."""
+    """Return values as a parameter with the shape and dtype of another."""
     return nn.Parameter(values.reshape(like.shape).to(like.dtype), requires_grad=False)
 
 
 def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tensor:
-    """Return the upper factor of what a layer's second moments are with some damping."""
+    """Return the upper factor of a layer's damped second moments."""
     try:
         return upper_factor(second)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -96,12 +97,12 @@ def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tens
 
 
 def _check_finite(visit: Visit) -> None:
-    """Raise InputError unless a layer reads and gives finite numbers."""
+    """Raise InputError unless the inputs and outputs of a layer are finite."""
     for what, x in (("input", visit.inputs), ("output", visit.outputs)):
         if not x.isfinite().all():
             raise InputError(
-                f"the {what} of layer {visit.name!r} is not finite: does the pipeline give "
-                "proper images in this dtype?"
+                f"the {what} of layer {visit.name!r} is not finite: check that the pipeline "
+                "generates correct images in this dtype"
             )
 
 
@@ -114,24 +115,24 @@ def refine(
 ) -> list[str]:
     """Round the weights of a quantized denoiser again and correct them, in place, without training.
 
-    The layers are visited in the order in which they run, each with the inputs that it gets from
-    the layers already refined and the outputs that it has in full precision. `quantize` does this
-    where its config has a `RefinementConfig`.
+    The layers are visited in the order in which they run. Each is fitted to its full-precision
+    outputs, with the inputs that it gets from the layers already refined. `quantize` does this if
+    its config has a `RefinementConfig`.
 
     Args:
-        model: Quantized by `quantize` to the nearest values, and trainable: a pipeline or its
-            denoiser. Its weights become values of their grids, and stay trainable by `finetune`.
+        model: A pipeline or its denoiser, quantized by `quantize` to the nearest values, and
+            trainable. Its weights become values of their grids; `finetune` can still train them.
         config: What is corrected and how; None for the defaults.
-        trajectories: Recorded from the full-precision denoiser. Samples are drawn from all
-            timesteps alike.
-        progress: Told of each layer.
+        trajectories: Recorded from the full-precision denoiser. Samples are drawn evenly from all
+            timesteps.
+        progress: Called after each layer.
 
     Returns:
-        The names of the layers that were refined: those that read samples.
+        The names of the refined layers: those whose input depends on the samples.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, one that is packed or has LoRAs, or
-            branches already where it is to get some, or numbers are not finite.
+        InputError: If the denoiser has no quantized layer, has one that is packed or has LoRAs, or
+            has low-rank branches already although the config adds some, or numbers are not finite.
     """
     denoiser = denoiser_of(model)
     config = RefinementConfig() if config is None else config
@@ -149,20 +150,20 @@ def refine(
     biased = _biased(denoiser, trajectories, config)
     refiner = _Refiner(config, biased, len(layers), progress)
     visit_layers(denoiser, trajectories, step, row, refiner)
-    if idle := len(layers) - len(refiner.refined):  # layers that do not read the samples
+    if idle := len(layers) - len(refiner.refined):  # layers whose input is not of the samples
         refiner.done(idle)
     attach_again(denoiser, refine=config)
     return [name for name in layers if name in refiner.refined]
 
 
 def _samples(trajectories: Trajectories) -> int:
-    """Return as many samples as moments want, or fewer where these are large."""
+    """Return the default number of samples, which is smaller for large samples."""
     numbers = trajectories.samples[0, 0].numel()
     return max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_NUMBERS // numbers))
 
 
 def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementConfig) -> set[str]:
-    """Return the names of the layers whose bias is to be corrected."""
+    """Return the names of the layers whose bias is corrected."""
     if config.correct_bias == "none":
         return set()
     if config.correct_bias == "all":

@@ -1,11 +1,11 @@
-"""One forward of a denoiser in full precision and quantized at once, layer by layer.
+"""One forward pass of a denoiser, in full precision and quantized side by side.
 
-The batch is given twice. The first half runs through each layer in full precision, the second
-through the quantized layer, so that at a layer both are at hand: what it should give, and what it
-reads once everything before it is quantized. Whoever visits the layer may change it before its
-quantized half is computed. One forward thus corrects all layers in the order in which they run,
-each on inputs that come from corrected predecessors. Between quantized layers a denoiser treats
-samples one by one, so the halves do not mix.
+The batch contains each sample twice. Each layer computes the first half in full precision, and the
+second half quantized. At each layer, both its full-precision outputs and its inputs from quantized
+predecessors are therefore available. A visitor may change the layer before its quantized half is
+computed. One forward pass thus corrects all layers in the order in which they run, each with inputs
+from corrected predecessors. Between quantized layers a denoiser processes samples independently, so
+the halves do not mix.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from msfp.pipelines.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class Visit:
-    """A layer between its full-precision and its quantized half.
+    """A layer after its full-precision half and before its quantized half.
 
     Attributes:
         name: Dotted name of the layer in the denoiser.
         layer: The trainable layer; its weight and bias are still those of full precision.
-        inputs: What it reads behind quantized predecessors, before its input quantizer.
-        outputs: What it gives in full precision, bias and low-rank branch included.
+        inputs: Its inputs from quantized predecessors, before its input quantizer.
+        outputs: Its full-precision outputs, bias and low-rank branch included.
     """
 
     name: str
@@ -43,8 +43,8 @@ Visitor = Callable[[Visit], None]
 class _Halves:
     """A layer that is applied to both halves of a batch, and may be changed in between.
 
-    Layers may run again, as the first time embedding of DiT does: they are visited once, and stay
-    what they were for the full-precision half.
+    A layer may run more than once, such as the first time embedding of DiT. It is visited only
+    once. The full-precision half always uses its original weight and bias.
     """
 
     def __init__(self, name: str, layer: TrainableLayer, visitor: Visitor, batch: int) -> None:
@@ -53,9 +53,9 @@ class _Halves:
         self.visited = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Stand in for the forward of the layer."""
+        """Compute both halves; this replaces the forward method of the layer."""
         layer = self.layer
-        if len(x) % (2 * self.batch):  # not of the samples: learned queries, or one for all
+        if len(x) % (2 * self.batch):  # not of the samples: learned queries, or one row for all
             return type(layer).forward(layer, x)
         full, quantized = x.chunk(2)
         outputs = layer.add_branch(full, layer.compute(full, self.weight, self.bias))
@@ -73,25 +73,25 @@ def visit_layers(
     row: torch.Tensor,
     visitor: Visitor,
 ) -> torch.Tensor:
-    """Run recorded samples through a denoiser in full precision and quantized, in one forward.
+    """Run recorded samples through a denoiser in full precision and quantized, in one forward pass.
 
     Args:
         denoiser: Quantized by `quantize`, trainable and without LoRAs.
         trajectories: Recorded from the full-precision denoiser.
-        step: Numbers of sampler steps, shape (batch,).
-        row: Numbers of rows, shape (batch,).
-        visitor: Called at each layer, the first time that it runs. What it puts into the layer
-            holds for the quantized half alone.
+        step: Indices of sampler steps, shape (batch,).
+        row: Indices of rows, shape (batch,).
+        visitor: Called at each layer, the first time that the layer runs. Its changes to the layer
+            affect only the quantized half.
 
     Returns:
-        The predictions, those of full precision before those of the quantized denoiser.
+        The full-precision predictions, followed by those of the quantized denoiser.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, or one that is packed or has LoRAs.
+        InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
     for name, layer in layers.items():
-        # On the instance, where nn.Module looks first; the class keeps its own.
+        # Set on the instance, where nn.Module looks first. The class keeps its own method.
         layer.forward = _Halves(name, layer, visitor, len(step)).forward  # type: ignore[method-assign]
     try:
         return trajectories.predict(denoiser, step.repeat(2), row.repeat(2))

@@ -1,4 +1,4 @@
-"""Pictures of a quantized model: image grids, errors, distributions with their grids, routing."""
+"""Pictures of a quantized model: images, errors, distributions with format grids, routing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fpformats import FloatFormat, Histogram, values
 
 INK, SIGNED, UNSIGNED, GREY = "#1f2933", "#c2410c", "#0f766e", "#9aa5b1"
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933", "#9aa5b1")
-"""Colours that are told apart by all eyes (Okabe and Ito, 2008), and two greys."""
+"""Colours that colour-blind readers can tell apart (Okabe and Ito, 2008), and two greys."""
 SMALL = 48
-"""Pixels in the height of an image below which its pixels are enlarged."""
+"""Height in pixels up to which smaller images are enlarged."""
 STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -47,7 +47,7 @@ def axes_of(picture: Figure) -> Axes:
 
 
 def colours(count: int) -> list[Any]:
-    """Return so many colours: distinct ones, or a scale of them where there are too many."""
+    """Return `count` colours: distinct ones, or a continuous scale if there are not enough."""
     if count <= len(DISTINCT):
         return list(DISTINCT[:count])
     return list(mpl.colormaps["viridis"](np.linspace(0, 0.92, count)))
@@ -65,14 +65,14 @@ def tiled(images: torch.Tensor, columns: int) -> NDArray[np.float32]:
 
 
 def save_image_grid(images: torch.Tensor, file: Path, columns: int = 8) -> None:
-    """Write images as one PNG, the pixels of small ones enlarged."""
+    """Write images as one PNG; small images are enlarged."""
     zoom = max(1, SMALL // images.shape[2])
     canvas = tiled(images, columns).repeat(zoom, axis=0).repeat(zoom, axis=1)
     mpl.image.imsave(file, canvas.repeat(3, axis=2) if canvas.shape[2] == 1 else canvas)
 
 
 def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
-    """Draw one labelled row of images for each method; columns start from equal noise."""
+    """Draw one labelled row of images for each method; the images of a column share their noise."""
     columns, side = len(rows[0][1]), 0.52 if rows[0][1].shape[2] <= SMALL else 1.2
     picture = figure(2.6 + side * columns, (side + 0.06) * len(rows) + 0.1)
     with mpl.rc_context(STYLE):
@@ -85,7 +85,7 @@ def image_rows(rows: Sequence[tuple[str, torch.Tensor]]) -> Figure:
 
 
 def name_row(axes: Axes, label: str) -> None:
-    """Write a label left of a row of images, and take everything else away."""
+    """Write a label to the left of a row of images, and remove ticks and spines."""
     axes.set_ylabel(label, rotation=0, ha="right", va="center")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -94,7 +94,7 @@ def name_row(axes: Axes, label: str) -> None:
 
 
 def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -> Figure:
-    """Draw one point for each method on a logarithmic axis, its number beside it."""
+    """Draw one point for each method on a logarithmic axis, with its value beside it."""
     picture = figure(7.2, 0.36 * len(labels) + 0.9)
     axes = axes_of(picture)
     axes.plot(errors, range(len(labels)), "o", color=UNSIGNED, markersize=8)
@@ -112,7 +112,7 @@ def error_points(labels: Sequence[str], errors: Sequence[float], heading: str) -
 
 
 def _plain_decades(axis: Axis) -> None:
-    """Mark 1, 2 and 5 of each power of ten of a logarithmic axis, in plain numbers."""
+    """Put plain-number ticks on a logarithmic axis at 1, 2 and 5 times each power of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
@@ -123,7 +123,7 @@ def errors_by_timestep(
     rows: Sequence[tuple[str, Sequence[float]]],
     shades: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the noise-prediction error of each method against the timestep, in colours if given."""
+    """Draw the noise-prediction error of each method against the timestep, in `shades` if given."""
     picture = figure(7.2, 3.8)
     axes = axes_of(picture)
     for (label, errors), colour in zip(rows, shades or colours(len(rows)), strict=True):
@@ -140,7 +140,7 @@ def errors_by_timestep(
 
 
 def errors_by_layer(rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
-    """Draw up to three kinds of ratios of signal to noise in dB, one point for each layer."""
+    """Draw up to three signal-to-noise ratios of each layer in dB, one colour for each kind."""
     picture = figure(9.2, 3.8)
     axes = axes_of(picture)
     for (label, ratios), colour in zip(rows, (GREY, UNSIGNED, SIGNED), strict=False):
@@ -158,13 +158,13 @@ def distribution_with_grids(
     grids: Sequence[tuple[str, FloatFormat, float, float]],
     heading: str,
 ) -> Figure:
-    """Draw a histogram of a layer's input and below it the values each format can give it.
+    """Draw a histogram of a layer's input, and below it the values that each format represents.
 
     Args:
-        inputs: What calibration saw of the layer's input.
-        grids: Label, format, scale and zero point of each grid; the last, which is the one that was
-            chosen, is in view from end to end.
-        heading: What the picture is of.
+        inputs: Histogram of the layer's input from calibration.
+        grids: Label, format, scale and zero point of each grid. The last one is the chosen grid;
+            the axis shows its whole range.
+        heading: Label of the horizontal axis.
     """
     picture = figure(7.2, 2.4 + 0.35 * len(grids))
     axes = axes_of(picture)
@@ -208,7 +208,7 @@ def distribution_with_grids(
 
 
 def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> Figure:
-    """Draw which LoRA the router gives each layer (rows) at each timestep (columns)."""
+    """Draw which LoRA the router selects for each layer (rows) at each timestep (columns)."""
     picture = figure(7.2, 4.6)
     axes = axes_of(picture)
     adapters = int(choices.max()) + 1
@@ -229,7 +229,7 @@ def routing_picture(timesteps: Sequence[float], choices: NDArray[np.int64]) -> F
 
 
 def training_picture(losses: Sequence[float], errors: dict[int, float]) -> Figure:
-    """Draw the loss of each step of training, and the held-out error where it was measured."""
+    """Draw the training loss of each step, and the held-out error where it was measured."""
     picture = figure(7.2, 3.4)
     axes = axes_of(picture)
     axes.plot(range(1, len(losses) + 1), losses, color=GREY, linewidth=0.8, label="loss of a batch")

@@ -1,4 +1,4 @@
-"""What fine-tuning did, as a table, JSON, pictures and one HTML page."""
+"""The report of a fine-tuning run: a table, JSON, pictures and one HTML page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from msfp.training.config import FinetuneConfig
 from msfp.training.state import History
 
 SHOWN = 12
-"""Images of each row of the picture."""
+"""Images in each row of the picture."""
 COLUMNS = ("", "prediction error", "error of the next sample", "paired PSNR, dB", "minutes")
 
 
 @dataclass
 class Row:
-    """What was measured of a denoiser.
+    """The measurements of one denoiser.
 
     Attributes:
-        name: What it is.
+        name: Name of the denoiser in the report.
         errors: Mean squared error of its prediction on held-out trajectories, at each timestep.
-        step_errors: The same of the sampler's next sample, or None where there are no factors.
-        psnr: Of its images against the full-precision ones of equal noise, in dB.
-        images: Some of them.
-        minutes: That its training took.
-        best: The step of its training that gave it, where held-out errors chose that.
+        step_errors: Mean squared error of the sampler's next sample on the same trajectories, at
+            each timestep; None without denoising factors.
+        psnr: PSNR of its images in dB, against full-precision images from the same noise.
+        images: Some of its images.
+        minutes: Minutes that its training took.
+        best: The training step whose weights were kept, where held-out errors chose it.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Row:
     best: int | None = None
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row of the table."""
+        """Return the cells of its table row."""
         moved = "" if self.step_errors is None else f"{statistics.mean(self.step_errors):.3g}"
         minutes = f"{self.minutes:.1f}" if self.minutes else ""
         return self.name, f"{statistics.mean(self.errors):.3g}", moved, f"{self.psnr:.2f}", minutes
@@ -53,17 +54,19 @@ class Row:
 
 @dataclass
 class FinetuningReport:
-    """What a run of fine-tuning did.
+    """The results of one fine-tuning run.
 
     Attributes:
-        title: The heading.
-        config: How it was run.
-        timesteps: The sampler's.
-        full: Some images in full precision.
-        rows: The quantized denoiser, what was tried beside, and the fine-tuned one.
-        history: Losses and held-out errors of the last.
-        routing: Its LoRA of each layer (rows) at each timestep, or None for a single one.
-        run: What was fine-tuned towards what, and how the pipelines were called.
+        title: Heading of the page.
+        config: Config of the fine-tuning.
+        timesteps: Timesteps of the sampler.
+        full: Some images of the full-precision pipeline.
+        rows: Measurements of the quantized denoiser, of the ablation if any, and of the fine-tuned
+            denoiser.
+        history: Losses and held-out errors of the training of the fine-tuned denoiser.
+        routing: The LoRA of each layer (rows) at each timestep (columns) in the fine-tuned
+            denoiser; None for a single LoRA.
+        run: The checkpoint, the original pipeline, and how both were called.
     """
 
     title: str
@@ -76,9 +79,10 @@ class FinetuningReport:
     run: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """Return a sentence for each row whose training brought nothing."""
+        """Return a sentence for each row whose training did not lower the held-out error."""
         return [
-            f"{row.name!r} is what its training began with: no later held-out error was lower."
+            f"{row.name!r}: training did not lower the held-out error, so the initial weights are "
+            "kept."
             for row in self.rows
             if row.best == 0
         ]

@@ -36,8 +36,7 @@ for (const head of document.querySelectorAll("table.sortable th")) head.onclick 
   head.closest("tbody").append(...rows);
 };
 """
-"""Sorts a table by the column that is clicked, the other way at the second click; what is empty
-comes last."""
+"""Sorts a table by the clicked column; another click reverses the order. Empty cells come last."""
 
 
 def png(picture: Figure) -> bytes:
@@ -48,7 +47,7 @@ def png(picture: Figure) -> bytes:
 
 
 def image(picture: bytes, caption: str) -> str:
-    """Return a PNG as an HTML figure that carries its own data."""
+    """Return a PNG as an HTML figure with embedded data."""
     data = base64.b64encode(picture).decode()
     text = html.escape(caption)
     return (

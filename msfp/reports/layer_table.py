@@ -1,4 +1,4 @@
-"""The tables of what is quantized, layer by layer, as text."""
+"""Tables of the quantized layers and of attention's products, as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = (
 
 
 def cells(facts: LayerFacts) -> tuple[str, ...]:
-    """Return a layer's row of the per-layer table as text; what is not known is empty."""
+    """Return a layer's row of the per-layer table as text; unknown values are empty."""
     return (
         facts.layer,
         str(facts.formats.weight),

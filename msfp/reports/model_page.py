@@ -1,4 +1,4 @@
-"""The report of one quantized model: an HTML page that carries its tables and pictures."""
+"""The report of one quantized model: a self-contained HTML page with tables and pictures."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from msfp.search.layer_search import search_input
 from msfp.support.versions import versions
 
 WORST = 4
-"""Layers whose distributions are drawn."""
+"""Number of layers whose distributions are drawn."""
 SHOWN = 12
 """Images of each model in the side-by-side picture."""
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What a report is made of.
+    """The contents of a report.
 
     Attributes:
         title: Heading of the page.
         denoiser: The packed denoiser.
-        inputs: What the layers of the full-precision denoiser read; may be empty.
-        weights: The full-precision weights of its layers.
-        comparison: With the full-precision pipeline, or None where that was not made.
+        inputs: Histograms of the full-precision denoiser's layer inputs, by layer; may be empty.
+        weights: The full-precision weights of its layers, by layer.
+        comparison: The comparison with the full-precision pipeline, or None without one.
     """
 
     title: str
@@ -82,9 +82,9 @@ class ModelReport:
                 html.image(html.png(pictures), "Every column starts from the same noise."),
                 html.table(("measure", "value", "of"), found.table()),
                 html.paragraph(
-                    f"A Frechet distance between {found.count} images of either model and as many "
-                    "others depends on their number. It says something only where it is well above "
-                    "its noise floor, which is measured with nothing quantized.", note=True,
+                    f"The Frechet distance is that of {found.count} images of each model. It "
+                    "depends on this number, and is meaningful only well above its noise floor, "
+                    "which is the distance between two sets of full-precision images.", note=True,
                 ),
             ]),
             ("Error by timestep", [
@@ -97,7 +97,7 @@ class ModelReport:
         ]  # fmt: skip
 
     def _by_layer(self, facts: Sequence[LayerFacts]) -> list[str]:
-        """Return the picture of the error of each layer, where any is known."""
+        """Return the picture of the error of each layer, if any error is known."""
         measured = {} if self.comparison is None else self.comparison.layers
         rows = [
             ("weights, as searched", [each.weight_sqnr for each in facts]),
@@ -114,9 +114,9 @@ class ModelReport:
         return [html.image(html.png(figures.errors_by_layer(rows)), caption)]
 
     def _distributions(self, facts: Sequence[LayerFacts]) -> list[str]:
-        """Return the pictures of what the worst layers round, with the grids that they have.
+        """Return pictures of the weights and inputs of the worst layers, with their grids.
 
-        Layers in blocks have no grid of their own.
+        Layers in block formats are left out: they have no single grid.
         """
         layers = packed_layers(self.denoiser)
         parts = []
@@ -138,7 +138,7 @@ class ModelReport:
         return parts
 
     def _quality(self, facts: LayerFacts) -> float:
-        """Return the SQNR by which layers are good: of the output, or the lesser one searched."""
+        """Return the SQNR that ranks a layer: measured at its output, else the lower searched."""
         if self.comparison is not None and facts.layer in self.comparison.layers:
             return self.comparison.layers[facts.layer]
         known = [x for x in (facts.weight_sqnr, facts.input_sqnr) if not math.isnan(x)]
@@ -146,7 +146,7 @@ class ModelReport:
 
 
 def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list[str]:
-    """Return what the tables show, in sentences."""
+    """Return the main results of the tables as sentences."""
     sentences = [overview(facts)]
     gains = [each.cost_of_other_sign for each in facts if each.sign == "unsigned"]
     gains = [gain for gain in gains if not math.isnan(gain)]
@@ -171,11 +171,11 @@ def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list
 
 
 def input_distribution(facts: LayerFacts, inputs: Histogram) -> Figure:
-    """Draw a layer's inputs with the chosen grid and, where that is unsigned, the best signed one.
+    """Draw a layer's inputs with the chosen grid and, if that is unsigned, the best signed grid.
 
     Args:
-        facts: Of a layer with quantized inputs.
-        inputs: What it read.
+        facts: Facts of a layer with quantized inputs.
+        inputs: Histogram of its inputs.
     """
     fmt = facts.input
     if fmt is None:
@@ -196,9 +196,9 @@ def weight_distribution(
     """Draw a layer's weights with the chosen grid, each output channel in units of its scale.
 
     Args:
-        facts: Of the layer.
-        weight: Output channels first.
-        scale_bits: As in a packed layer.
+        facts: Facts of the layer.
+        weight: Its full-precision weights, output channels first.
+        scale_bits: The bits of its weight scales, as a packed layer stores them.
     """
     scale = scale_bits.view(torch.float32).view(-1, *(1,) * (weight.dim() - 1))
     normalised = Histogram()

@@ -1,9 +1,9 @@
-"""Denoising factors in closed form, for the samplers whose update rule is written down.
+"""Denoising factors in closed form, for samplers with a published update rule.
 
-A grid point is a pair of levels: x = alpha * x0 + sigma * noise. Every sampler here builds its next
-sample from the x0 or the noise that the model output stands for, so that a factor is a coefficient
+A grid point is a pair of levels: x = alpha * x0 + sigma * noise. Every sampler here computes x0 or
+the noise from the model output, and the next sample from that. A factor is therefore a coefficient
 of the sampler times the slope of x0 (or noise) in the model output. Values at the next point of the
-grid are called `next_alpha`, `next_sigma`; all arrays are float64 of shape (model calls,).
+grid are called `next_alpha` and `next_sigma`. All arrays are float64 of shape (model calls,).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Target = Literal["next_sample", "x0"]
 
 
 class Slopes(NamedTuple):
-    """d(next sample) and d(x0) by d(model output), at each model call."""
+    """d(next sample) / d(model output) and d(x0) / d(model output), at each model call."""
 
     next_sample: Array
     x0: Array
@@ -43,21 +43,21 @@ class Slopes(NamedTuple):
 def closed_form(
     scheduler: SchedulerMixin, target: Target, arguments: dict[str, Any]
 ) -> list[tuple[float, float]] | None:
-    """Return (timestep, factor) of every model call on the scheduler's grid, from its formula.
+    """Return (timestep, factor) of every model call on the scheduler's grid, by its formula.
 
     Args:
-        scheduler: Its timesteps are set; it is not changed.
-        target: What the factor is the derivative of.
-        arguments: What the pipeline hands to `step` beyond output, timestep and sample.
+        scheduler: A scheduler with its timesteps set. It is not changed.
+        target: The quantity whose derivative is the factor.
+        arguments: Arguments of `step` other than the model output, timestep and sample.
 
     Returns:
-        The factors in the sampler's order; None if there is no formula for this scheduler called
-        with these arguments.
+        The factors in the sampler's order, or None if no formula is known for this scheduler with
+        these arguments.
     """
     formula, known = FORMULAS.get(type(scheduler), (None, frozenset()))
     if formula is None or not known.issuperset(arguments):
         return None
-    with np.errstate(all="ignore"):  # what is not finite is refused by the caller
+    with np.errstate(all="ignore"):  # the caller refuses values that are not finite
         slopes: Array = getattr(formula(scheduler, **arguments), target)
     return list(zip(scheduler.timesteps.tolist(), slopes.tolist(), strict=True))
 
@@ -77,7 +77,7 @@ def x0_slope(prediction: str, alpha: Array, sigma: Array) -> Array:
 
 
 def noise_slope(prediction: str, alpha: Array, sigma: Array) -> Array:
-    """Return d(noise) / d(model output); written out, because alpha may be 0."""
+    """Return d(noise) / d(model output), not derived from `x0_slope` because alpha may be 0."""
     slopes = {
         "epsilon": np.ones_like(sigma),
         "v_prediction": alpha,
@@ -94,18 +94,18 @@ def _double(values: torch.Tensor) -> Array:
 
 
 def _levels(bars: Array) -> tuple[Array, Array]:
-    """Return alpha and sigma of variance-preserving noise, from the cumulative products."""
+    """Return alpha and sigma of variance-preserving noise from the cumulative products."""
     return np.sqrt(bars), np.sqrt(1 - bars)
 
 
 def _bars_at(scheduler: SchedulerMixin, timesteps: npt.NDArray[np.int64], last: float) -> Array:
-    """Return the cumulative products of alpha at timesteps, `last` where they are below 0."""
+    """Return the cumulative products of alpha at timesteps, or `last` at negative timesteps."""
     bars = _double(scheduler.alphas_cumprod)
     return np.where(timesteps >= 0, bars[np.maximum(timesteps, 0)], last)
 
 
 def ddpm(scheduler: SchedulerMixin) -> Slopes:
-    """Ho et al., NeurIPS 2020, eq. 7: the posterior mean; its next point is the grid's next one."""
+    """Ho et al., NeurIPS 2020, eq. 7: the posterior mean; the next point is the grid's next."""
     timesteps = scheduler.timesteps.cpu().numpy()
     bars = _bars_at(scheduler, timesteps, 1.0)
     next_bars = _bars_at(scheduler, np.append(timesteps[1:], -1), 1.0)
@@ -131,7 +131,7 @@ def ddim(scheduler: SchedulerMixin, eta: float = 0.0) -> Slopes:
 
 
 def pndm(scheduler: SchedulerMixin) -> Slopes:
-    """Liu et al., ICLR 2022, eq. 11 to 13: a weighted output takes the step of DDIM."""
+    """Liu et al., ICLR 2022, eq. 11 to 13: a DDIM step with a weighted sum of outputs."""
     starts, ends, weights = map(np.array, zip(*_pndm_transitions(scheduler), strict=True))
     last = scheduler.final_alpha_cumprod.item()
     alpha, sigma = _levels(_bars_at(scheduler, starts, last))
@@ -146,16 +146,16 @@ def pndm(scheduler: SchedulerMixin) -> Slopes:
 
 
 def _pndm_transitions(scheduler: SchedulerMixin) -> list[tuple[int, int, float]]:
-    """Return for each model call where its step starts and ends, and the weight of its output."""
+    """Return the start and end of each model call's step, and the weight of its output."""
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    starts = scheduler.prk_timesteps  # four model calls, of Runge-Kutta, share a start
+    starts = scheduler.prk_timesteps  # the four model calls of Runge-Kutta share a start
     adams_bashforth = [1.0, 1 / 2, 3 / 2, 23 / 12] if len(starts) == 0 else []
     transitions = []
     for call, timestep in enumerate(scheduler.timesteps.tolist()):
         if call < len(starts):
             end = timestep - (0 if call % 2 else stride // 2)
             transitions.append((int(starts[call // 4 * 4]), end, 1 / 6 if call % 4 == 3 else 1.0))
-        elif call == 1:  # the first step is taken again, with the mean of both its ends
+        elif call == 1:  # the first step is repeated with the mean of both outputs
             transitions.append((timestep + stride, timestep, 1 / 2))
         else:
             weight = adams_bashforth[call] if call < len(adams_bashforth) else 55 / 24
@@ -166,9 +166,9 @@ def _pndm_transitions(scheduler: SchedulerMixin) -> list[tuple[int, int, float]]
 def euler(scheduler: SchedulerMixin) -> Slopes:
     """Karras et al., NeurIPS 2022, algorithm 1: x + (sigma' - sigma) (x - x0) / sigma.
 
-    Its samples are those of variance-preserving noise, divided by alpha.
+    Its samples are the variance-preserving samples divided by alpha.
     """
-    # Interpolated in the logarithm, there is one level more than the steps go through.
+    # With log-linear interpolation, the scheduler has one level more than its steps use.
     sigmas = _double(scheduler.sigmas)[: len(scheduler.timesteps) + 1]
     sigma, next_sigma = sigmas[:-1], sigmas[1:]
     alpha = 1 / np.sqrt(sigma**2 + 1)
@@ -190,7 +190,7 @@ def dpm_solver(scheduler: SchedulerMixin) -> Slopes:
     """Lu et al., NeurIPS 2022 (DPM-Solver) and arXiv 2211.01095 (DPM-Solver++).
 
     A step extrapolates the model's x0 (or noise, without ++) as D0 + D1 h + D2 h^2 / 2 in the half
-    log-SNR lambda, and integrates it exactly; the factor is the coefficient of the latest output.
+    log-SNR lambda, and integrates it exactly. The factor is the coefficient of the latest output.
     """
     config = scheduler.config
     sigmas = _double(scheduler.sigmas)
@@ -207,7 +207,7 @@ def dpm_solver(scheduler: SchedulerMixin) -> Slopes:
 
 
 def _dpm_solver_coefficients(scheduler: SchedulerMixin, alpha: Array, sigma: Array) -> Array:
-    """Return what each step multiplies its latest x0 (or noise, without ++) by."""
+    """Return each step's coefficient of its latest x0 (or noise, without ++)."""
     config, algorithm = scheduler.config, scheduler.config.algorithm_type
     single = isinstance(scheduler, DPMSolverSinglestepScheduler)
     orders = _singlestep_orders(scheduler) if single else _multistep_orders(scheduler)
@@ -232,9 +232,9 @@ def _dpm_solver_coefficients(scheduler: SchedulerMixin, alpha: Array, sigma: Arr
 
 
 def _integrals(k: float, order: int, algorithm: str, solver_type: str) -> list[float]:
-    """Return the integrals that multiply D0, D1 and D2, as many as the order has.
+    """Return the integrals that multiply D0, D1 and D2, up to the order.
 
-    With D2 diffusers' SDE solver differs by 1 from the others; the factor is that of its step.
+    For D2, diffusers' SDE solver differs by 1 from the other solvers. The factor follows its step.
     """
     if order == 3 and algorithm == "sde-dpmsolver":
         raise InputError("solver_order must be 1 or 2 for algorithm_type sde-dpmsolver")
@@ -252,7 +252,8 @@ def _multistep_weights(lambdas: Array) -> list[float]:
     """Return the weight of the latest output in D0, D1, D2: differences from the latest point.
 
     Args:
-        lambdas: At the points of the outputs in use, oldest first, and at the next point.
+        lambdas: Half log-SNR at the points of the outputs in use, oldest first, and at the next
+            point.
     """
     *past, latest, after = lambdas
     h = after - latest
@@ -279,7 +280,7 @@ def _singlestep_weights(lambdas: Array, solver_type: str) -> list[float]:
 
 
 def _multistep_orders(scheduler: SchedulerMixin) -> list[int]:
-    """Return the order of each step: lower at the start, and at the end where configured."""
+    """Return the order of each step: lower at the start, and at the end if so configured."""
     config, count = scheduler.config, len(scheduler.timesteps)
     orders = [min(config.solver_order, call + 1) for call in range(count)]
     short = config.lower_order_final and count < 15
@@ -307,5 +308,7 @@ FORMULAS: dict[type, tuple[Callable[..., Slopes], frozenset[str]]] = {
     EulerDiscreteScheduler: (euler, frozenset()),
     FlowMatchEulerDiscreteScheduler: (flow_match_euler, frozenset()),
 }
-"""The formula of each scheduler, and the arguments of `step` that it knows; subclasses may step
-otherwise, and have none."""
+"""The formula of each scheduler, and the arguments of `step` that it supports.
+
+Subclasses have no formula, because their step may differ.
+"""

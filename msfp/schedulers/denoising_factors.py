@@ -1,7 +1,7 @@
 """Denoising-factor alignment: how much an error of the prediction moves the sampler's next sample.
 
 The factor of a step is d(next sample) / d(model output), on the grid of timesteps that the sampler
-really visits. It is known in closed form (`factor_formulas`) or measured (`factor_probe`).
+visits. It is known in closed form (`closed_forms`) or measured (`probe`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Clipping = Literal["refuse", "ignore"]
 Normalisation = Literal["mean", "none"]
 
 CLIPPING_FLAGS = ("clip_sample", "clip_denoised", "thresholding")
-TOKENS = "its samples are tokens, which a small error of the output does not move by a little"
+TOKENS = "its samples are tokens, which have no derivative by the output"
 REFUSED = {
     "AmusedScheduler": TOKENS,
     "BlockRefinementScheduler": TOKENS,
@@ -35,7 +35,7 @@ REFUSED = {
     "ScoreSdeVpScheduler": "it has no step, but a predictor",
     "VQDiffusionScheduler": TOKENS,
 }
-"""Schedulers that have no denoising factor, and why."""
+"""Schedulers without a denoising factor, and the reason."""
 
 
 def denoising_factors(
@@ -48,24 +48,25 @@ def denoising_factors(
 ) -> dict[float, float]:
     """Return the denoising factor of each step of a sampler.
 
-    It is the derivative of what the scheduler's `step` returns by the model output handed to it,
-    at every point of the sampler's own grid; earlier outputs, which multistep schedulers keep, and
-    the noise of stochastic ones are held fixed. For DDIM without noise it is
+    The factor is the derivative of the result of the scheduler's `step` with respect to the model
+    output, at every point of the sampler's grid. The earlier outputs of multistep schedulers and
+    the noise of stochastic schedulers are held fixed. For DDIM without noise the factor is
     `sqrt(1 - a') - sqrt(a' (1 - a) / a)`, with a and a' the cumulative products of alpha at this
     and the next timestep (Song et al., ICLR 2021, eq. 12).
 
     Args:
-        scheduler: Any diffusers scheduler; it is copied, not changed.
-        steps: Sampler steps. Without it, the grid is that of the scheduler's last `set_timesteps`,
-            which may have been given timesteps, sigmas or a shift.
-        target: "next_sample", or "x0", the final sample as predicted at this step.
-        clipping: Where the scheduler clips or thresholds x0, there is no single factor: "refuse",
-            or "ignore" to take the factor that it has where nothing is clipped.
-        **step_arguments: What the pipeline hands to `step` besides, such as `eta` of DDIM.
+        scheduler: Any diffusers scheduler. It is copied, not changed.
+        steps: Sampler steps. None uses the grid of the scheduler's last `set_timesteps`, which may
+            have received timesteps, sigmas or a shift.
+        target: "next_sample", or "x0" for the final sample as predicted at this step.
+        clipping: Treatment of a scheduler that clips or thresholds x0, and so has no single factor:
+            "refuse" it, or "ignore" the clipping and return the factor of unclipped values.
+        **step_arguments: Further arguments of `step`, such as `eta` of DDIM.
 
     Returns:
-        The factor at each of the scheduler's timesteps, in the sampler's order; at one that the
-        sampler visits more than once (Heun, PNDM) the root mean square, with the sign of the first.
+        The factor at each of the scheduler's timesteps, in the sampler's order. If the sampler
+        visits a timestep more than once (Heun, PNDM), this is the root mean square of its factors,
+        with the sign of the first.
 
     Raises:
         InputError: If an argument is not allowed, the scheduler has no factor (the message says
@@ -107,15 +108,15 @@ def timestep_weights(
     """Return the loss weight `abs(factor) ** power` of each timestep.
 
     Args:
-        factors: From `denoising_factors`.
-        power: 1 is the paper's loss (section 4.3), 2 is exact for the squared error of the target,
-            0 weighs all timesteps alike.
-        normalisation: "mean" makes the mean of the weights 1, so that the power does not change
-            the learning rate; "none" leaves them as they are.
+        factors: Factors that `denoising_factors` returned.
+        power: 1 is the paper's loss (section 4.3). 2 is exact for the squared error of the target.
+            0 gives all timesteps the same weight.
+        normalisation: "mean" scales the weights to a mean of 1, so that the power does not change
+            the effective learning rate. "none" does not scale them.
 
     Raises:
-        InputError: If there are no factors, all are 0 or one is not finite, or an argument is not
-            allowed.
+        InputError: If there are no factors, all factors are 0, a factor is not finite, or an
+            argument is not allowed.
 
     Example:
         >>> timestep_weights({10: -3.0, 0: -1.0}, 1)
@@ -137,7 +138,7 @@ def timestep_weights(
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise InputError unless a value is one of those allowed."""
+    """Raise InputError unless a value is one of the allowed values."""
     if value not in allowed:
         raise InputError(f"{name} must be one of {allowed}, not {value!r}")
 
@@ -148,7 +149,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    """Return whether a value is a whole number, which True is not."""
+    """Return whether a value is a whole number; bools are not numbers."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -169,13 +170,13 @@ def _set_grid(scheduler: SchedulerMixin, steps: int | None) -> None:
     """Set the timesteps, or check that they are set and that no step has been taken.
 
     Raises:
-        InputError: If they cannot be set, or are not.
+        InputError: If the timesteps cannot be set, are not set, or a step has been taken.
     """
     name = type(scheduler).__name__
     if steps is None:
         state = vars(scheduler)
         if state.get("num_inference_steps") is None and not state.get("custom_timesteps"):
-            raise InputError(f"steps must be given, or set_timesteps of {name} called before")
+            raise InputError(f"steps must be given, or set_timesteps of {name} called first")
         if getattr(scheduler, "step_index", None):
             raise InputError(f"set_timesteps of {name} must be called again after sampling")
         return
@@ -185,13 +186,13 @@ def _set_grid(scheduler: SchedulerMixin, steps: int | None) -> None:
         scheduler.set_timesteps(steps)
     except Exception as error:
         raise InputError(
-            f"steps must be what set_timesteps of {name} takes alone, not {steps} ({error}); or "
-            "call it with all that it wants, and leave steps out"
+            f"set_timesteps of {name} does not accept steps={steps} ({error}): "
+            "call it with all its arguments first, and omit steps"
         ) from error
 
 
 def _treat_clipping(scheduler: SchedulerMixin, clipping: Clipping) -> None:
-    """Turn clipping and thresholding off, or refuse them."""
+    """Turn off clipping and thresholding, or raise InputError if they are on."""
     on = [flag for flag in CLIPPING_FLAGS if scheduler.config.get(flag)]
     if on and clipping == "refuse":
         raise InputError(
@@ -202,7 +203,7 @@ def _treat_clipping(scheduler: SchedulerMixin, clipping: Clipping) -> None:
 
 
 def _by_timestep(factors: list[tuple[float, float]]) -> dict[float, float]:
-    """Return one factor for each timestep: the root mean square over its visits."""
+    """Return one factor for each timestep: the root mean square over the visits."""
     visits = defaultdict(list)
     for timestep, factor in factors:
         visits[timestep].append(factor)

@@ -1,4 +1,4 @@
-"""Weights of timesteps that are whole numbers, so that weighted sums are exact in any order."""
+"""Integer weights of timesteps, so that weighted sums are exact in any order."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def integer_weights(factors: dict[float, float]) -> dict[float, int]:
 
 
 def weight_at(weights: dict[float, int], timestep: float) -> int:
-    """Return the weight of the timestep that is nearest to one.
+    """Return the weight of the known timestep nearest to a timestep.
 
-    A denoiser in bfloat16 gets timesteps rounded to 1 part in 256, so that they need not be equal.
+    A denoiser in bfloat16 receives timesteps rounded to 1 part in 256, so the two may differ by
+    that much.
 
     Raises:
-        InputError: If none is that near.
+        InputError: If no known timestep is within 1 part in 256.
 
     Example:
         >>> weight_at({999: 1024, 501: 7}, 500.0)
@@ -45,7 +46,7 @@ def weight_at(weights: dict[float, int], timestep: float) -> int:
     nearest = min(weights, key=lambda known: abs(known - timestep))
     if abs(nearest - timestep) > abs(nearest) / 256:
         raise InputError(
-            f"factors has none for timestep {timestep:g}; it must have one for each timestep that "
-            f"the denoiser's forward is given, and has {', '.join(f'{t:g}' for t in weights)}"
+            f"factors has no entry for timestep {timestep:g}; it must have one for each timestep "
+            f"of the denoiser's forward, and has {', '.join(f'{t:g}' for t in weights)}"
         )
     return weights[nearest]

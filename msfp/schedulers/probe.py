@@ -1,4 +1,4 @@
-"""Denoising factors of any scheduler, by calling its own `step` with nearby model outputs."""
+"""Denoising factors of any scheduler, measured by calling `step` with nearby model outputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from msfp.errors import InputError
 from msfp.schedulers.closed_forms import Target
 
 PROBE_SHAPE = (1, 3, 1, 4, 4)
-"""One frame of video: some schedulers take nothing of fewer dimensions."""
+"""Shape of one video frame, because some schedulers require five dimensions."""
 TOLERANCE = 1e-6
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Of samples, where a scheduler computes in float32 whatever it is given."""
+"""Relative rounding error of samples, for schedulers that always compute in float32."""
 
 
 def probe(
@@ -23,14 +23,15 @@ def probe(
 ) -> list[tuple[float, float]]:
     """Measure (timestep, factor) of every model call on the scheduler's grid.
 
-    At each call a copy of the scheduler steps with a model output raised by 1, another with one
-    lowered by 1, and the scheduler itself with the one between, which becomes history. All three
-    draw the same noise.
+    At each model call, one copy of the scheduler steps with the model output plus 1, and another
+    copy with the model output minus 1. The scheduler itself steps with the unchanged output, which
+    becomes its history. All three draw the same noise.
 
     Args:
-        scheduler: Fresh, its timesteps set; it is stepped to the end, in float64.
-        target: What the factor is the derivative of.
-        arguments: What the pipeline hands to `step` beyond output, timestep and sample.
+        scheduler: A scheduler with its timesteps set and no step taken. It is stepped to the end,
+            in float64.
+        target: The quantity whose derivative is the factor.
+        arguments: Arguments of `step` other than the model output, timestep and sample.
 
     Returns:
         The factors in the sampler's order.
@@ -63,14 +64,14 @@ def probe(
 
 
 def model_calls(scheduler: SchedulerMixin) -> list[torch.Tensor]:
-    """Return the timesteps at which a pipeline calls the model, in its order."""
+    """Return the timesteps at which a pipeline calls the model, in order."""
     timesteps = list(scheduler.timesteps)
     name = type(scheduler).__name__
-    if name in ("DDPMWuerstchenScheduler", "SCMScheduler"):  # they list the end of the grid too
+    if name in ("DDPMWuerstchenScheduler", "SCMScheduler"):  # they list the grid's end too
         timesteps.pop()
-    if name == "DDPMWuerstchenScheduler":  # its step wants one timestep for each sample
+    if name == "DDPMWuerstchenScheduler":  # its step takes one timestep for each sample
         timesteps = [timestep.reshape(1) for timestep in timesteps]
-    if name == "RePaintScheduler":  # it jumps back to noise without the model
+    if name == "RePaintScheduler":  # it jumps back to higher noise without a model call
         pairs = zip([timesteps[0] + 1, *timesteps], timesteps, strict=False)
         timesteps = [timestep for before, timestep in pairs if timestep < before]
     return timesteps
@@ -79,7 +80,7 @@ def model_calls(scheduler: SchedulerMixin) -> list[torch.Tensor]:
 def _pipeline_arguments(
     scheduler: SchedulerMixin, timesteps: list[torch.Tensor], call: int, x0: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Return what a scheduler's pipelines always hand to `step`, for those that need more."""
+    """Return the additional arguments of `step` that a scheduler's pipelines always pass."""
     match type(scheduler).__name__:
         case "CogVideoXDPMScheduler":
             before = timesteps[call - 1] if call else None
@@ -92,9 +93,9 @@ def _pipeline_arguments(
                 "dmd_timesteps": scheduler.timesteps,
                 "all_timesteps": scheduler.timesteps,
             }
-        case "RePaintScheduler":  # all of the image is to be painted
+        case "RePaintScheduler":  # the whole image is to be painted
             return dict.fromkeys(("original_image", "mask"), torch.zeros(PROBE_SHAPE))
-        case "RFD4ProteinaScheduler":  # all of the tokens are there
+        case "RFD4ProteinaScheduler":  # all tokens are present
             return {"emit_mask": torch.ones(1)}
         case "UnCLIPScheduler":
             return {"prev_timestep": timesteps[call + 1] if call + 1 < len(timesteps) else None}
@@ -102,9 +103,9 @@ def _pipeline_arguments(
 
 
 def _prepare(scheduler: SchedulerMixin) -> None:
-    """Take the scheduler's tables to the CPU and float64, and start at the first timestep.
+    """Move the scheduler's tables to the CPU and float64, and start at the first timestep.
 
-    In float32, small factors would drown in the rounding of the samples.
+    In float32, the rounding errors of the samples would hide small factors.
     """
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timesteps":
@@ -115,9 +116,9 @@ def _prepare(scheduler: SchedulerMixin) -> None:
 
 
 def _fork(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Return a copy with its own history.
+    """Return a copy of a scheduler with its own history.
 
-    Shared are the config, and torchsde's noise, which cannot be copied and does not change.
+    The copy shares the config and torchsde's noise, which cannot be copied and does not change.
     """
     shared = (scheduler.config, getattr(scheduler, "noise_sampler", None))
     return copy.deepcopy(scheduler, {id(each): each for each in shared})
@@ -126,12 +127,12 @@ def _fork(scheduler: SchedulerMixin) -> SchedulerMixin:
 def _step(
     scheduler: SchedulerMixin, output: torch.Tensor, given: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
-    """Return the next sample and, where the scheduler tells it, x0, with the same noise always."""
+    """Return the next sample, and x0 if the scheduler returns it, always with the same noise."""
     name = type(scheduler).__name__
     if hasattr(scheduler, "scale_model_input"):
         scheduler.scale_model_input(given["sample"], given["timestep"])
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    if learned:  # the second half of the channels tells the variance
+    if learned:  # the second half of the channels is the variance
         output = torch.cat([output, torch.zeros_like(output)], dim=1)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -153,10 +154,10 @@ def _slope(
     timestep: torch.Tensor,
     *steps: dict[str, torch.Tensor | None],
 ) -> float:
-    """Return the slope through three results, from outputs one apart.
+    """Return the slope through the results of three steps, whose model outputs are 1 apart.
 
     Raises:
-        InputError: If there is no such result, or the three are not on a line.
+        InputError: If the steps do not return the target, or the three results are not on a line.
     """
     name = type(scheduler).__name__
     lowered, middle, raised = (step[target] for step in steps)

@@ -1,4 +1,4 @@
-"""The samplers that a pipeline can be given by name."""
+"""Samplers by name, to use in a pipeline."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Schedulers and their settings, by the name of the sampler.
 
-All start from noise of unit variance and give it to the denoiser as it is, so that the loops of
-all pipelines can drive them.
+All of them start from noise of unit variance and do not scale the denoiser's input. The sampling
+loops of all pipelines can therefore use them.
 """
 
 
 def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
-    """Put another scheduler, of the same noise schedule, into a pipeline.
+    """Give a pipeline another scheduler of the same noise schedule, in place.
 
     Args:
         pipe: The pipeline, which is changed in place.
-        name: One of `SAMPLERS`.
+        name: A key of `SAMPLERS`.
 
     Raises:
-        InputError: If there is no such sampler, or it cannot follow the pipeline's schedule.
+        InputError: If there is no such sampler, or it does not support the pipeline's schedule.
 
     Example:
         >>> from msfp import reference_pipeline
@@ -53,22 +53,20 @@ def use_sampler(pipe: DiffusionPipeline, name: str) -> None:
         raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
     scheduler_class, settings = SAMPLERS[name]
     if scheduler_class not in pipe.scheduler.compatibles:
-        raise InputError(
-            f"sampler {name!r} cannot take the place of {type(pipe.scheduler).__name__}"
-        )
+        raise InputError(f"sampler {name!r} cannot replace {type(pipe.scheduler).__name__}")
     scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
     scheduler.step = _tolerant_step(scheduler)
     pipe.scheduler = scheduler
 
 
 def restore_sampler(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Give a pipeline that was just loaded the scheduler that its folder holds.
+    """Give a newly loaded pipeline the scheduler saved in its folder, in place.
 
-    Pipelines of one scheduler, such as DDIMPipeline, make their own of whatever is there.
+    Pipelines with a fixed scheduler, such as DDIMPipeline, convert the saved scheduler to theirs.
 
     Args:
         pipe: The pipeline, which is changed in place.
-        folder: Where it was loaded from.
+        folder: The folder that the pipeline was loaded from.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
@@ -81,10 +79,10 @@ def restore_sampler(pipe: DiffusionPipeline, folder: Path) -> None:
 
 
 def _tolerant_step(scheduler: Any) -> Any:
-    """Return a scheduler's step that ignores arguments which are for other schedulers.
+    """Return a scheduler's step that ignores the arguments of other schedulers.
 
-    Pipelines of one scheduler, such as DDIMPipeline, give every other one what theirs takes. It is
-    a bound method, so that a copy of the scheduler steps itself.
+    Pipelines with a fixed scheduler, such as DDIMPipeline, pass the arguments of that scheduler to
+    any scheduler. The step is a bound method, so that a copy of the scheduler steps itself.
     """
     plain = type(scheduler).step
     known = inspect.signature(plain).parameters

@@ -17,14 +17,15 @@ ACTIVATIONS = {
     "mish": "Mish",
     "hardswish": "Hardswish",
 }
-"""Functions of torch, and what the layers that apply them are called."""
+"""The names of torch functions, and the names of the layers that apply them."""
 
 
 class ActivationTrace(TorchFunctionMode):
-    """Remembers, while it is entered, the outputs of activation functions.
+    """Records the outputs of activation functions inside a `with` block.
 
-    A tensor is known by the memory that it lies in, so that reshaping and dropout in evaluation
-    mode keep what was known. Memory that another function has written anew is forgotten.
+    A tensor is identified by the address of its memory. Reshaping, and dropout in evaluation mode,
+    therefore keep its record. If another function writes a new tensor into the same memory, the
+    record is deleted.
 
     Example:
         >>> with ActivationTrace() as trace:
@@ -56,7 +57,7 @@ class ActivationTrace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch, and note what it wrote."""
+        """Call a torch function and update the record of its output."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.layout is torch.strided:
             place = _place(result)
@@ -73,5 +74,5 @@ def _place(x: torch.Tensor) -> int:
 
 
 def _reads(args: tuple[Any, ...], place: int) -> bool:
-    """Return whether one of the arguments lies in a place."""
+    """Return whether one of the arguments has its memory at a given address."""
     return any(isinstance(arg, torch.Tensor) and _place(arg) == place for arg in args)

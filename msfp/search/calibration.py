@@ -1,4 +1,4 @@
-"""What calibration saw at the input of each layer: histograms that add up and can be saved."""
+"""Histograms of the input of each layer, which can be merged and saved."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from msfp.support.container import Header, Kind, read, write
 
 
 def _without_version(header: Header) -> Header:
-    """Return the header of a calibration of version 1, whose facts named the version."""
+    """Convert the header of a version 1 calibration, which stored the version among the facts."""
     facts = {key: value for key, value in header.facts.items() if key != "format_version"}
     return Header({}, {"description": {}} | facts)
 
 
 KIND = Kind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
 SHORT = 60
-"""Characters of a value that are shown."""
+"""Length of the longest value that an error message shows in full, in characters."""
 
 
 @dataclass
 class Calibration:
-    """What the input of each layer looked like, over all calls that were made.
+    """A histogram of the input of each layer, over all calls that have run.
 
-    Two calibrations of one denoiser, by calls that were shared out between them, merge into that
-    of all calls, bit for bit.
+    The calls can be split between two calibrations of one denoiser. Merging these gives the same
+    result, bit for bit, as one calibration with all calls.
 
     Attributes:
-        inputs: For each layer a histogram of its input, in the order in which layers first ran.
+        inputs: A histogram of the input of each layer, in the order in which layers first ran.
             Layers that never ran come last; their histograms are empty.
-        activations: The activation function that computed a layer's input, where there is one.
-        timesteps: How often the denoiser was called at each timestep, where it has any;
-            descending.
-        weights: Of the timesteps, where they are weighted.
-        calls: Numbers of the pipeline calls that were made, ascending.
-        total: How many there are to make.
-        description: What these calls do, such as their prompts and seed, as plain JSON types by
-            name; empty where that is not known.
+        activations: The activation function that computed a layer's input. Layers without one are
+            absent.
+        timesteps: Number of calls of the denoiser at each timestep, in descending order of
+            timesteps. Empty if the network has no timesteps.
+        weights: Weights of the timesteps, or None if they are not weighted.
+        calls: Indices of the pipeline calls that have run, ascending.
+        total: Number of calls of the complete calibration.
+        description: What the calls do, such as their prompts and seed, as plain JSON types by
+            name. Empty if unknown.
     """
 
     inputs: dict[str, Histogram]
@@ -56,7 +57,7 @@ class Calibration:
 
     @property
     def ran(self) -> list[str]:
-        """The layers that ran, in the order in which they first did."""
+        """The layers that ran, in the order in which they first ran."""
         return [
             name
             for name, histogram in self.inputs.items()
@@ -64,43 +65,44 @@ class Calibration:
         ]
 
     def check_same(self, other: Calibration) -> None:
-        """Raise InputError unless another calibration has these layers, weights and calls."""
+        """Raise InputError unless another calibration has the same layers, weights and calls."""
         unlike = self.inputs.keys() ^ other.inputs.keys()
         if unlike:
             raise InputError(
-                "the calibrations are of different denoisers: one alone has a layer "
+                "the calibrations are of different denoisers: only one of them has layer "
                 f"{min(unlike)!r}"
             )
         if other.weights != self.weights:
             raise InputError("the calibrations weigh timesteps differently")
         if other.total != self.total:
             raise InputError(
-                f"the calibrations are by different calls: {self.total} and {other.total} of them"
+                f"the calibrations are of different calls: {self.total} and {other.total} calls"
             )
         for name in self.description | other.description:
             mine, theirs = (each.description.get(name) for each in (self, other))
             if mine != theirs:
                 values = f"{_short(mine)} and {_short(theirs)}"
-                raise InputError(f"the calibrations are by different calls: {name} {values}")
+                raise InputError(f"the calibrations are of different calls: {name} {values}")
 
     def merge(self, other: Calibration) -> None:
         """Add the calls of another calibration.
 
         Raises:
-            InputError: If it has other layers, weights or calls, or a call is in both.
+            InputError: If the layers, the weights, the number of calls or their description
+                differ, or a call is in both calibrations.
         """
         self.check_same(other)
         both = set(self.calls) & set(other.calls)
         if both:
             raise InputError(f"call {min(both)} is in both calibrations, and would count twice")
-        # The order of layers is that of the first call of all.
+        # The calibration with the earliest call determines the order of layers.
         first, second = sorted((self, other), key=lambda each: each.calls[:1] or [each.total])
         added = {name: self.inputs[name] + other.inputs[name] for name in first.inputs}
         timesteps = {
             timestep: self.timesteps.get(timestep, 0) + other.timesteps.get(timestep, 0)
             for timestep in sorted(self.timesteps | other.timesteps, reverse=True)
         }
-        # All at once, so that an interrupt leaves the call in every layer or in none.
+        # One update for all fields: an interrupt leaves the call in every layer or in none.
         vars(self).update(
             inputs=added,
             activations=second.activations | first.activations,
@@ -109,7 +111,7 @@ class Calibration:
         )
 
     def all_reduce(self) -> None:
-        """Merge, in every process of torch.distributed, the calibrations of all of them."""
+        """Merge the calibrations of all torch.distributed processes, in every process."""
         facts: list[Any] = [None] * dist.get_world_size()
         names = list(self.inputs)
         dist.all_gather_object(facts, (names, self.activations, self.timesteps, self.calls))
@@ -124,14 +126,14 @@ class Calibration:
         vars(self).update(vars(merged))
 
     def _empty(self, names: list[str]) -> Calibration:
-        """Return a calibration like this one, of which no call was made."""
+        """Return a calibration like this one, before any call."""
         inputs = {name: Histogram() for name in names}
         return Calibration(
             inputs, weights=self.weights, total=self.total, description=self.description
         )
 
     def save(self, file: str | Path) -> None:
-        """Write a safetensors file, of which others never see a part.
+        """Write a safetensors file atomically.
 
         Raises:
             InputError: If the file cannot be written.
@@ -154,10 +156,11 @@ class Calibration:
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            InputError: If the file cannot be read, or is no whole calibration of this version.
+            InputError: If the file cannot be read, or is not a complete calibration of a version
+                that this msfp reads.
         """
         header, tensors = read(Path(file), KIND)
         try:
@@ -180,7 +183,7 @@ class Calibration:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text, the middle of a long one left out."""
+    """Return a value as text, without the middle if it is long."""
     text = "none" if value is None else str(value)
     return text if len(text) <= SHORT else f"{text[: SHORT // 2]}...{text[-SHORT // 2 :]}"
 

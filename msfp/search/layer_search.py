@@ -27,32 +27,36 @@ from msfp.search.summary import LayerSummary
 from msfp.support.decibels import sqnr
 
 ASYMMETRY = 0.4
-"""Inputs are asymmetric where negatives have less than this part of the positives' energy.
+"""Inputs are asymmetric if the energy of negatives over that of positives is below this ratio.
 
-Normal numbers of standard deviation 1 have 0.07 of it after SiLU and 0.02 after GELU; inputs that
-no activation has squeezed are rarely below 0.5.
+For normal numbers of standard deviation 1 the ratio is 0.07 after SiLU and 0.02 after GELU. For
+inputs without an activation function it is rarely below 0.5.
 """
 WEIGHT_RATIOS = np.linspace(0.3, 1.0, 36)
-"""Clips of weights: rows are short and near normal, so that the best one is never far below 1."""
+"""Clipping ratios to search for weights.
+
+Rows are short and nearly normal, so the best ratio is never far below 1.
+"""
 NO_CLIP = np.ones(1)
 
 
 def is_asymmetric(inputs: Histogram) -> bool:
-    """Return whether negative inputs are small beside the positive ones, whatever the unit.
+    """Return whether negative inputs have much less energy than positive ones.
 
-    What is compared is their energy, the sum of squares, which single outliers do not decide.
+    The energy is the sum of squares. Neither the unit of the inputs nor single outliers decide the
+    result.
     """
     _, sums, squares = inputs.bins()
     return bool(squares[sums < 0].sum() < ASYMMETRY * squares[sums > 0].sum())
 
 
 def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Choice]:
-    """Return the best choice for a layer's input, and the best signed one.
+    """Return the best choice of grid for a layer's input, and the best signed choice.
 
     Args:
-        inputs: What calibration saw.
+        inputs: Histogram of the layer's input.
         bits: Width of the formats.
-        name: Of a scheme that is not one of blocks.
+        name: Name of the scheme, which must not be a block scheme.
     """
     scheme = scaled_scheme(name)
     formats = scheme.formats(bits, signed=True)
@@ -72,12 +76,12 @@ def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Ch
 def search_weight(
     weight: torch.Tensor, settings: LayerSettings
 ) -> tuple[Quantizer, dict[str, float]]:
-    """Return the quantizer of a weight, and the SQNR in dB of the best that each format could do.
+    """Return the quantizer of a weight, and the best SQNR in dB of each format.
 
     Args:
         weight: Float32, finite, output channels first.
-        settings: What to search. The quantizer has a scale for each output channel; they are
-            equal where the granularity is the tensor.
+        settings: What to search. The quantizer has a scale for each output channel; all scales
+            are equal if the granularity is the tensor.
     """
     scheme = scaled_scheme(settings.scheme)
     choice = search(
@@ -118,13 +122,13 @@ def quantize_layer(
     """Search the grids of one layer.
 
     Args:
-        name: Its name.
+        name: Name of the layer.
         layer: The plain layer.
         settings: What to search.
-        calibration: What its input looked like; not needed where inputs have no bits.
+        calibration: Histograms of layer inputs; not needed if inputs are not quantized.
 
     Returns:
-        The trainable quantized counterpart, or the block layer, and what was found.
+        The trainable quantized layer or the block layer, and a summary of the search.
     """
     weight = finite_weight(name, layer.weight)
     if isinstance(SCHEMES[settings.scheme], BlockScheme):
@@ -146,13 +150,13 @@ def pack_layer(
     """Search the grid of one layer's weight and pack it, without calibration.
 
     Args:
-        name: Its name.
-        layer: A plain layer to be like, which may be on the meta device.
+        name: Name of the layer.
+        layer: The plain layer to replace, which may be on the meta device.
         weight: The weight to pack.
-        settings: What to search; inputs are quantized in block formats alone.
+        settings: What to search. Inputs are quantized only in block formats.
 
     Returns:
-        The packed counterpart, and what was found.
+        The packed layer, and a summary of the search.
     """
     values = finite_weight(name, weight)
     if isinstance(SCHEMES[settings.scheme], BlockScheme):
@@ -164,7 +168,7 @@ def pack_layer(
 def _searched(
     name: str, weight: torch.Tensor, settings: LayerSettings
 ) -> tuple[Quantizer, LayerSummary]:
-    """Return the quantizer of a weight, and a summary that says no more than that."""
+    """Return the quantizer of a weight, and a summary of the weight alone."""
     quantizer, table = search_weight(weight, settings)
     chosen = str(quantizer.format)
     return quantizer, LayerSummary(name, chosen, table[chosen], table)
@@ -173,7 +177,7 @@ def _searched(
 def _block_layer(
     name: str, layer: nn.Module, weight: torch.Tensor, settings: LayerSettings
 ) -> tuple[BlockLayer, LayerSummary]:
-    """Return the layer in blocks and its summary; there is nothing to search."""
+    """Return the block layer and its summary; block formats need no search."""
     names = BLOCK_SCHEMES[settings.scheme]
     bits = settings.activation_bits
     inputs = None if bits is None else names[bits]
@@ -190,7 +194,7 @@ def _input_quantizer(choice: Choice) -> Quantizer:
 
 
 def _facts(inputs: Histogram, choice: Choice, signed: Choice) -> dict[str, Any]:
-    """Return what a summary says of a layer's input."""
+    """Return the fields of a summary that describe a layer's input."""
     signal = float(inputs.bins().squares.sum())
     return {
         "input_format": str(choice.format),

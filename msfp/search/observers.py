@@ -1,4 +1,4 @@
-"""Watching the input of every layer while the user's own pipeline samples."""
+"""Recording the input of every layer while the user's own pipeline samples."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, counted, no_progress
 
 SAMPLES_PER_CALL = 4096
-"""Numbers drawn from a larger input of a layer, to which its extremes are added."""
+"""Numbers drawn from a layer input that has more; its minimum and maximum are added to them."""
 DRAWS_AT_ONCE = 16
-"""How many draws from a layer's inputs go into its histogram together, which is much faster."""
+"""Draws from a layer's inputs that are added to its histogram together, which is much faster."""
 SAVE_INTERVAL = 30.0
-"""Seconds of work that a process that is killed may lose, beside the call that it is in."""
+"""Most seconds of work that a killed process loses, besides the call in progress."""
 
 
 def draw(x: torch.Tensor, key: str) -> torch.Tensor:
-    """Return the numbers of a tensor: all, or random ones and the extremes where there are many.
+    """Return all numbers of a small tensor, or random numbers and the extremes of a large one.
 
     Args:
         x: Any shape and floating-point dtype.
-        key: Seeds the choice, which depends on nothing else, so that calls can be made in any
-            order and in any process.
+        key: Seed of the random numbers. They depend on nothing else, so calls can run in any order
+            and in any process.
 
     Returns:
         A copy, one-dimensional, float32.
@@ -54,10 +54,10 @@ def draw(x: torch.Tensor, key: str) -> torch.Tensor:
 
 
 class _Observer:
-    """Hooks that histogram what layers read during one call of the pipeline.
+    """Hooks that add the layers' inputs to histograms during one call of the pipeline.
 
     Attributes:
-        seen: What was seen; layers that did not run are absent.
+        seen: The calibration of this call; layers that did not run are absent.
     """
 
     def __init__(self, weights: dict[float, int] | None) -> None:
@@ -70,7 +70,7 @@ class _Observer:
 
     @contextmanager
     def watching(self, denoiser: nn.Module) -> Iterator[None]:
-        """Hook a denoiser and its layers inside the block."""
+        """Install hooks on a denoiser and its layers inside the `with` block."""
         hooks = [
             denoiser.register_forward_pre_hook(self._enter, with_kwargs=True),
             denoiser.register_forward_hook(lambda *_: self._tracing.close()),
@@ -83,7 +83,7 @@ class _Observer:
             self._flush(name)
 
     def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the timestep of a forward of the denoiser, and trace the first forward."""
+        """Record the timestep of a forward pass; trace activation functions in the first one."""
         if not self._pending:
             self._tracing.enter_context(self._trace)
         timesteps = timestep_or_none(denoiser, args, kwargs)
@@ -93,7 +93,9 @@ class _Observer:
             counts[self._timestep] = counts.get(self._timestep, 0) + 1
         if self.seen.weights is not None:
             if timesteps is None or (timesteps != timesteps[0]).any():
-                raise InputError("factors need forwards whose samples are all at one timestep")
+                raise InputError(
+                    "factors need all samples of a forward pass to have the same timestep"
+                )
             self._repeats = weight_at(self.seen.weights, timesteps[0].item())
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -116,7 +118,7 @@ class _Observer:
         return observe
 
     def _flush(self, name: str) -> None:
-        """Put into a layer's histogram what was drawn since the last time."""
+        """Add the numbers drawn since the last flush to a layer's histogram."""
         drawn, self._pending[name] = self._pending[name], []
         for repeats in sorted({each for each, _ in drawn}):
             numbers = torch.cat([numbers for each, numbers in drawn if each == repeats])
@@ -132,34 +134,35 @@ def calibrate(
     description: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
-    """Make calls of a pipeline, and histogram what each quantizable layer of its denoiser reads.
+    """Run calls of a pipeline, and make a histogram of the input of each quantizable layer.
 
-    The histograms do not grow with the number of calls. Where torch.distributed is initialised, its
-    processes share the calls out, and each gets what one process alone would, bit for bit.
+    The size of the histograms does not depend on the number of calls. If torch.distributed is
+    initialised, its processes divide the calls among themselves. Each process then returns the same
+    result, bit for bit, as a single process with all calls.
 
     Args:
         model: A pipeline with a full-precision denoiser, or any network to be quantized.
-        calls: What to do with it: a function of `model`, or several, each of which seeds itself.
+        calls: A function of `model`, or several functions, each of which sets its own seed.
             `Sampler.calls`, `prompt_calls` and `load_calls` make them. All timesteps that they
-            visit count, and all that they batch, such as both branches of classifier-free
-            guidance.
-        factors: The sampler's `denoising_factors`, to weigh each forward of the denoiser by the
-            square of its timestep's factor, in steps of 1/1024 of the largest square, at least
-            one. Their keys are timesteps as the forward gets them (those of Flux are divided by
-            1000). None weighs all alike.
-        file: Where to keep the state: a safetensors file that is written from time to time, at
-            the end, and when interrupted. If it exists, calibration goes on from there with the
-            calls that are missing. Processes that share the calls write one each.
+            visit count, and all samples of a batch, such as both guidance branches of
+            classifier-free guidance.
+        factors: The sampler's `denoising_factors`. Each forward pass of the denoiser is weighted
+            by the square of the factor of its timestep, in steps of 1/1024 of the largest square,
+            and by one step at least. Keys are the timesteps that the denoiser receives (those of
+            Flux are divided by 1000). None weights all forward passes equally.
+        file: A safetensors file for the state. It is written from time to time, at the end, and
+            after an interrupt. If it exists, calibration resumes from it and runs only the missing
+            calls. If processes divide the calls, each writes its own file.
         description: What the calls do, such as their prompts and seed, as plain JSON types by
-            name. The file keeps it, and is refused where it has another.
-        progress: Told of each call that is done.
+            name. The file stores it. A file with another description is refused.
+        progress: Called after each call of the pipeline.
 
     Returns:
-        What was seen.
+        The histograms of all calls.
 
     Raises:
-        InputError: If there is no denoiser, or one that is quantized already, or no call, a call
-            does not run the denoiser, a timestep has no factor, or the file is the state of
+        InputError: If there is no denoiser, the denoiser is quantized already, there are no calls,
+            a call does not run the denoiser, a timestep has no factor, or the file is the state of
             another calibration.
 
     Example:
@@ -175,7 +178,7 @@ def calibrate(
         {name: Histogram() for name in quantizable_layers(denoiser)},
         weights=None if factors is None else integer_weights(factors),
         total=len(calls),
-        # As it comes back from the file.
+        # Converted to JSON and back, as if read from the file.
         description=json.loads(json.dumps(dict(description or {}))),
     )
     shared = dist.is_available() and dist.is_initialized()
@@ -203,7 +206,7 @@ def calibrate(
 
 
 def _resumed(calibration: Calibration, file: Path) -> Calibration:
-    """Return the state in a file, or a calibration that has not begun where there is no file."""
+    """Return the state in a file, or save and return the new calibration if there is no file."""
     if not file.exists():
         calibration.save(file)
         return calibration
@@ -222,7 +225,7 @@ def _seen(
     index: int,
     calibration: Calibration,
 ) -> Calibration:
-    """Make one call and return what was seen, with the layers of a whole calibration."""
+    """Run one call and return its calibration, with all layers of the whole calibration."""
     observer = _Observer(calibration.weights)
     with observer.watching(denoiser):
         call(model)

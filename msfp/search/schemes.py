@@ -1,6 +1,6 @@
 """Schemes: which grids are searched for the weights and inputs of a layer.
 
-Another scheme is one more entry of `SCHEMES`, whose key `msfp.config.Scheme` names.
+To add a scheme, add an entry to `SCHEMES` and its key to `msfp.config.Scheme`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def float_formats(bits: int, *, signed: bool) -> list[FloatFormat]:
 
 
 def integer_formats(bits: int, *, signed: bool) -> list[FloatFormat]:
-    """Return the integers of a width as a format, symmetric if signed: E0My has a uniform step.
+    """Return the integer format of a width, symmetric if signed: E0My has a uniform step.
 
     Example:
         >>> integer_formats(4, signed=True)[0].values().tolist() == [v / 4 for v in range(-7, 8)]
@@ -39,7 +39,7 @@ def integer_formats(bits: int, *, signed: bool) -> list[FloatFormat]:
 
 
 def formats_like(fmt: FloatFormat) -> list[FloatFormat]:
-    """Return the formats of the kind, width and sign of a format: floating point, or integers.
+    """Return all formats of the same kind (floating point or integer), width and sign.
 
     Example:
         >>> [str(fmt) for fmt in formats_like(FloatFormat(2, 1))]
@@ -51,12 +51,13 @@ def formats_like(fmt: FloatFormat) -> list[FloatFormat]:
 
 @dataclass(frozen=True)
 class ScaledScheme:
-    """A scheme whose weights have a scale for each channel or for all, and whose inputs have one.
+    """A scheme with one scale for each channel or tensor of weights, and one scale for inputs.
 
     Attributes:
-        formats: Those that are searched of a width and a sign.
-        unsigned: Whether asymmetric inputs may have unsigned formats, with a zero point.
-        clips: Whether scales are searched, or put the largest magnitude at the largest value.
+        formats: Returns the formats to search, given a width and a sign.
+        unsigned: Whether asymmetric inputs may have unsigned formats with a zero point.
+        clips: Whether scales are searched. If not, the largest magnitude becomes the largest value
+            of the format.
         refined: Whether weights are refined by default.
     """
 
@@ -68,10 +69,11 @@ class ScaledScheme:
 
 @dataclass(frozen=True)
 class BlockScheme:
-    """A scheme whose blocks of elements share a scale: there is nothing to search.
+    """A scheme in which each block of elements shares a scale, without any search.
 
     Attributes:
-        formats: The name of a block format by its width.
+        formats: Names of the block formats, by width.
+        refined: Whether weights are refined by default.
     """
 
     formats: dict[int, str]
@@ -87,16 +89,16 @@ SCHEMES: dict[Scheme, ScaledScheme | BlockScheme] = {
     "mx": BlockScheme(BLOCK_SCHEMES["mx"]),
     "nvfp4": BlockScheme(BLOCK_SCHEMES["nvfp4"]),
 }
-"""By name."""
+"""All schemes, by name."""
 
 
 def scaled_scheme(name: Scheme) -> ScaledScheme:
-    """Return a scheme that is not one of blocks.
+    """Return the scheme with a name, which must not be a block scheme.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If it is a block scheme.
     """
     scheme = SCHEMES[name]
     if isinstance(scheme, BlockScheme):
-        raise ValueError(f"scheme {name!r} is one of blocks")
+        raise ValueError(f"scheme {name!r} is a block scheme")
     return scheme

@@ -1,10 +1,10 @@
-"""What the search decided for one layer, as plain data that reports carry."""
+"""The result of the search for one layer, as plain data for reports."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from fpformats import parse
@@ -14,22 +14,23 @@ from msfp.layers.formats import BlockFormats, LayerFormats
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The grids of one layer, and what the other choices would have cost.
+    """The grids of one layer, and the SQNR of the alternatives.
 
     Attributes:
         name: Dotted name in the denoiser.
         weight_format: Format of the weights.
-        weight_sqnr: Signal to quantization noise of the weights, in dB.
-        weight_choices: The best that each format could do for the weights, likewise.
-        input_format: Format of the inputs, or None where they are not quantized; the numbers
-            below are NaN then.
+        weight_sqnr: Signal-to-quantization-noise ratio (SQNR) of the weights, in dB.
+        weight_choices: The best SQNR of the weights in each format, in dB.
+        input_format: Format of the inputs, or None if they are not quantized. The numbers below
+            are then NaN.
         input_scale: Scale of the inputs, as searched.
-        input_zero_point: Zero point of the inputs, or None where the format is signed.
-        asymmetric: Whether the negative inputs are small beside the positive, as after SiLU.
-        activation: The activation function that computed the inputs, where there is one.
-        input_sqnr: Signal to quantization noise of the calibration inputs, in dB.
-        signed_input_sqnr: Likewise with the best signed format.
-        input_choices: Likewise with the best scale and zero point of each format.
+        input_zero_point: Zero point of the inputs, or None if the format is signed.
+        asymmetric: Whether negative inputs are small compared with positive ones, as after SiLU.
+        activation: The activation function that computed the inputs, or None.
+        input_sqnr: SQNR of the calibration inputs, in dB.
+        signed_input_sqnr: SQNR of the calibration inputs in the best signed format, in dB.
+        input_choices: SQNR of the calibration inputs in each format, in dB, with the best scale
+            and zero point of that format.
     """
 
     name: str
@@ -52,7 +53,7 @@ class LayerSummary:
 
     @property
     def other_sign_sqnr(self) -> float:
-        """The best SQNR in dB of the formats of the other sign, NaN if none was searched.
+        """The best SQNR in dB among formats of the other sign, or NaN if none was searched.
 
         Example:
             >>> choices = {"E2M1": 18.0, "E3M0": 15.0, "E2M2U": 22.5}
@@ -67,13 +68,13 @@ class LayerSummary:
 
     @property
     def reason(self) -> str | None:
-        """Why the inputs count as asymmetric: the activation function before, or the data alone."""
+        """Why inputs are asymmetric: the activation function before, or "data"; else None."""
         if not self.asymmetric:
             return None
         return "data" if self.activation is None else self.activation
 
     def with_formats(self, formats: LayerFormats | BlockFormats | None) -> Self:
-        """Return the summary with the formats that its layer has now; None leaves it as it is.
+        """Return the summary with the current formats of its layer; None changes nothing.
 
         Example:
             >>> summary = LayerSummary("a", "E2M1", 20.0, {"E2M1": 20.0, "E3M0": 15.0})
@@ -93,17 +94,18 @@ class LayerSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types, None for NaN."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
+        plain: dict[str, Any] = {}
+        for key, value in vars(self).items():
+            unknown = isinstance(value, float) and math.isnan(value)
+            plain[key] = None if unknown else dict(value) if isinstance(value, dict) else value
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the summary that `to_dict` wrote.
+        """Return the summary from the result of `to_dict`.
 
         Raises:
-            InputError: If a key is unknown, or a value is not of its kind.
+            InputError: If a key is unknown or missing, or a value has the wrong type.
 
         Example:
             >>> summary = LayerSummary("conv_in", "E2M1", 20.5)
@@ -128,7 +130,7 @@ class LayerSummary:
 
 
 def _is_a(kind: Any, value: Any) -> bool:
-    """Return whether a value is of the type that a field is annotated with."""
+    """Return whether a value has the annotated type of a field."""
     kinds: dict[str, Any] = {"str": str, "float": float, "int": int, "bool": bool}
     if kind == "dict[str, float]":
         return isinstance(value, dict) and all(isinstance(db, float) for db in value.values())

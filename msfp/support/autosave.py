@@ -1,4 +1,4 @@
-"""Saving what was measured so far from time to time, so that a long run can resume."""
+"""Saving the measurements of a long run periodically, so that the run can resume."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from msfp.support.container import Header, Kind, check_fingerprint, header_of, r
 from msfp.support.files import check_folder, check_new_file
 
 SAVE_SECONDS, SAVE_SHARE = 60, 0.05
-"""Least time between states that are saved, and the largest share of time that goes into saving."""
+"""Shortest time between two saves, and the largest share of the run time spent on saving."""
 
 
 class Measures(Protocol):
-    """What adds up over images that come in batches."""
+    """Measurements that accumulate over batches of images."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all that `restore` needs to resume with the images after these."""
+        """Return everything that `restore` needs to resume after the last image measured."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what `tensors` gave."""
+        """Replace the measurements by those that `tensors` returned."""
 
 
 def check_state(path: Path, kind: Kind) -> None:
-    """Raise InputError unless a path is that of a state, or of a new file that can be written.
+    """Raise InputError unless a path is a saved state, or a new file can be written there.
 
     Args:
-        path: Where the state is or is to be.
-        kind: What it must be.
+        path: File of the state, existing or new.
+        kind: Required kind of the file.
     """
     if not path.exists():
         check_new_file("state", path, ".safetensors")
@@ -41,15 +41,16 @@ def check_state(path: Path, kind: Kind) -> None:
 
 
 class Autosave:
-    """What was measured in a run, in a file.
+    """A file with the measurements of a run, saved periodically.
 
     Args:
-        path: A safetensors file, which may exist.
-        kind: What it must be.
-        fingerprint: What must be equal for a run to resume from the file, as plain JSON types.
+        path: A safetensors file, existing or new.
+        kind: Required kind of the file.
+        fingerprint: Facts that must be equal for a run to resume from the file, as plain JSON
+            types.
 
     Raises:
-        InputError: If the file is something else, or cannot be written.
+        InputError: If the file is of another kind, or cannot be written.
     """
 
     def __init__(self, path: Path, kind: Kind, fingerprint: dict[str, Any]) -> None:
@@ -58,17 +59,17 @@ class Autosave:
         self._next = time.monotonic() + SAVE_SECONDS
 
     def restore(self, measures: Measures) -> None:
-        """Take what was measured from the file, if there is one.
+        """Restore the measurements from the file, if it exists.
 
         Raises:
-            InputError: If it is of another run.
+            InputError: If the file is from a run with another fingerprint.
         """
         if self._path.exists():
             check_fingerprint(self._path, self._kind, self._fingerprint)
             measures.restore(read(self._path, self._kind)[1])
 
     def save(self, measures: Measures) -> None:
-        """Write what was measured, unless that was done not long ago."""
+        """Save the measurements, unless the last save was too recent."""
         started = time.monotonic()
         if started < self._next:
             return
@@ -78,6 +79,6 @@ class Autosave:
 
 
 def run_as_fingerprint(header: Header) -> Header:
-    """Return the header of a state of version 1, which had its fingerprint among the facts."""
+    """Return a header of version 1 in version 2: version 1 had its fingerprint in the facts."""
     facts = dict(header.facts)
     return Header(facts.pop("run"), facts)

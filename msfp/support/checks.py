@@ -8,18 +8,18 @@ from typing import Any
 from msfp.errors import InputError
 
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
-"""What generators of torch take."""
+"""Range of seeds that torch's generators accept."""
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise InputError unless a value is a number, which True is not, in a range."""
+    """Raise InputError unless a value is a number in a range; bools are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name} must be a number, not {value!r}")
     _check_between(name, value, low, high)
 
 
 def check_whole(name: str, value: Any, low: int, high: int) -> None:
-    """Raise InputError unless a value is a whole number that JSON can hold, in a range."""
+    """Raise InputError unless a value is an int, as in JSON, in a range; bools are not ints."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{name} must be a whole number, not {value!r}")
     _check_between(name, value, low, high)
@@ -37,13 +37,13 @@ def check_truth(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str | None]) -> None:
-    """Raise InputError unless a value is one of those allowed."""
+    """Raise InputError unless a value is one of the allowed values."""
     if value not in tuple(allowed):
         raise InputError(f"{name} must be one of {tuple(allowed)}, not {value!r}")
 
 
 def check_type(name: str, value: object, allowed: type) -> None:
-    """Raise InputError unless a value is of a class."""
+    """Raise InputError unless a value is an instance of a class."""
     if not isinstance(value, allowed):
         given = type(value).__name__
         raise InputError(f"{name} must be of the type {allowed.__name__}, not {given}")
@@ -58,7 +58,7 @@ def check_names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def check_keys(name: str, table: Any, known: Iterable[str]) -> None:
-    """Raise InputError unless a table has known keys alone."""
+    """Raise InputError unless a value is a table with only known keys."""
     if not isinstance(table, Mapping):
         raise InputError(f"{name} must be a table, not {table!r}")
     unknown = table.keys() - set(known)

@@ -1,13 +1,13 @@
-"""The one kind of file that msfp keeps things in: safetensors, described in its metadata.
+"""The file format of msfp: safetensors with a description in the metadata.
 
 The metadata have one entry, `msfp`, which is JSON:
 
-    kind         what the file is, such as "calibration"
-    version      of its layout; files of earlier versions are read by migrations
-    fingerprint  what must be equal for a run to resume from the file; {} in other files
-    facts        what else is not a tensor
+    kind         kind of the file, such as "a calibration"
+    version      version of the layout; migrations read files of earlier versions
+    fingerprint  facts that must be equal for a run to resume from the file; {} in other files
+    facts        all other contents that are not tensors
 
-A checkpoint, whose files diffusers writes, has the same entry.
+Diffusers writes the files of checkpoints, which have the same entry.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ KEY = "msfp"
 
 
 class Header(NamedTuple):
-    """What a file says of itself.
+    """The metadata of a file.
 
     Attributes:
-        fingerprint: What must be equal for a run to resume from the file.
-        facts: What else is not a tensor.
+        fingerprint: Facts that must be equal for a run to resume from the file.
+        facts: All other contents that are not tensors.
     """
 
     fingerprint: dict[str, Any]
@@ -44,10 +44,10 @@ class Header(NamedTuple):
 
 
 Migration = Callable[[Header], Header]
-"""From the header of one version to that of the next."""
+"""Converts the header of one version to that of the next."""
 Named = dict[str, torch.Tensor]
 TensorMigration = Callable[[Named], Named]
-"""From the tensors of one version to those of the next."""
+"""Converts the tensors of one version to those of the next."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: What it is, with an article: "a calibration".
-        version: The version that is written.
-        first_key: The metadata entry that version 1, of msfp 0.2.0, had in the place of `msfp`;
-            its JSON is that version's facts.
-        migrations: By the version that they start from; every version but the last has one.
-        tensor_migrations: Likewise, for tensors that have other names in the next version.
+        name: Name of the kind with an article, such as "a calibration".
+        version: Current version, in which files are written.
+        first_key: Name of the metadata entry that version 1, of msfp 0.2.0, had instead of `msfp`.
+            Its JSON is the facts of version 1.
+        migrations: Conversion of the header to the next version, for every version but the current.
+        tensor_migrations: Conversion of the tensors to the next version, for those versions after
+            which tensors were renamed.
     """
 
     name: str
@@ -77,21 +78,22 @@ def write(
     facts: dict[str, Any],
     fingerprint: dict[str, Any] | None = None,
 ) -> None:
-    """Write a file so that a process that is killed at any moment leaves the old one or the new.
+    """Write a file atomically: a killed process leaves either the old file or the new one.
 
     Args:
-        file: A .safetensors file, which may exist.
-        kind: What it is.
-        tensors: By name.
-        facts: Plain JSON types.
-        fingerprint: Likewise, where runs resume from the file.
+        file: A .safetensors file, existing or new.
+        kind: Kind of the file.
+        tensors: Tensors by name.
+        facts: All other contents, as plain JSON types.
+        fingerprint: Facts that must be equal for a run to resume from the file, as plain JSON
+            types. None if no run resumes from it.
 
     Raises:
         InputError: If the file cannot be written.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # Of one name, so that what a killed process leaves, safetensors' own files included, goes with
-    # the next one.
+    # The folder has the same name in each write. The next write therefore removes the leftovers of
+    # a killed process, including safetensors' temporary files.
     folder = file.with_name(f".{file.name}.partial")
     partial = folder / file.name
     try:
@@ -116,10 +118,10 @@ def metadata(kind: Kind, header: Header) -> dict[str, str]:
 
 
 def header_of(file: Path, kind: Kind) -> Header:
-    """Return what a file says of itself, in the terms of the version that is written now.
+    """Return the header of a file, converted to the current version.
 
     Raises:
-        InputError: If the file cannot be read, is of another kind or of a later version.
+        InputError: If the file cannot be read, or is of another kind or a later version.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -129,12 +131,12 @@ def header_of(file: Path, kind: Kind) -> Header:
 
 
 def read(file: Path, kind: Kind, device: str | torch.device = "cpu") -> tuple[Header, Named]:
-    """Return what a file says of itself, and its tensors by name.
+    """Return the header of a file and its tensors by name, converted to the current version.
 
     Args:
         file: A .safetensors file.
-        kind: What it must be.
-        device: Where to put the tensors.
+        kind: Required kind of the file.
+        device: Device of the tensors.
 
     Raises:
         InputError: As `header_of` does.
@@ -152,15 +154,15 @@ def read(file: Path, kind: Kind, device: str | torch.device = "cpu") -> tuple[He
 
 
 def header_in(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
-    """Return the version in the metadata of a safetensors file, and the migrated header.
+    """Return the version in a safetensors file's metadata, and the header in the current version.
 
     Args:
-        file: What to call the file.
-        told: Its metadata.
-        kind: What it must be.
+        file: Name of the file in error messages.
+        told: Metadata of the file.
+        kind: Required kind of the file.
 
     Raises:
-        InputError: If it is of another kind or a later version, or its metadata are damaged.
+        InputError: If the file is of another kind or a later version, or its metadata are damaged.
     """
     try:
         version, header = _told(file, told, kind)
@@ -173,7 +175,7 @@ def header_in(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Head
 
 
 def _told(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
-    """Return the version and the header that metadata tell."""
+    """Return the version and the header in a file's metadata, without migration."""
     if KEY in told:
         description = json.loads(told[KEY])
         if description["kind"] != kind.name:
@@ -181,7 +183,7 @@ def _told(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
         return description["version"], Header(description["fingerprint"], description["facts"])
     if kind.first_key is not None and kind.first_key in told:
         return 1, Header({}, json.loads(told[kind.first_key]))
-    raise InputError(f"{file} must be {kind.name}, and its metadata do not say so")
+    raise InputError(f"{file} must be {kind.name}, but its metadata have no such entry")
 
 
 def check_version(file: str, version: Any, kind: Kind) -> None:
@@ -194,17 +196,17 @@ def check_version(file: str, version: Any, kind: Kind) -> None:
 
 
 def migrated(header: Header, version: int, kind: Kind) -> Header:
-    """Return a header of some version in the terms of the one that is written now."""
+    """Return a header of some version converted to the current version."""
     for start in range(version, kind.version):
         header = kind.migrations[start](header)
     return header
 
 
 def check_fingerprint(file: Path, kind: Kind, fingerprint: dict[str, Any]) -> Header:
-    """Return the header of a file that a run resumes from.
+    """Return the header of a file; raise InputError unless a run can resume from the file.
 
     Raises:
-        InputError: If it is of another kind, or of a run with another fingerprint.
+        InputError: If the file is of another kind, or from a run with another fingerprint.
     """
     header = header_of(file, kind)
     unlike = difference(header.fingerprint, fingerprint)
@@ -214,7 +216,7 @@ def check_fingerprint(file: Path, kind: Kind, fingerprint: dict[str, Any]) -> He
 
 
 def part(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names begin with that of a part and a slash, without these.
+    """Return the tensors of a part, those named `part/...`, without this prefix.
 
     Example:
         >>> part("a", {"a/b": torch.zeros(1), "c/b": torch.ones(1)})

@@ -1,4 +1,4 @@
-"""Ratios of sums of squares."""
+"""Signal-to-noise ratios in decibels."""
 
 from __future__ import annotations
 

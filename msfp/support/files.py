@@ -1,4 +1,4 @@
-"""Writing folders and files of which others never see a part."""
+"""Writing folders and files atomically: no other process sees an unfinished one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from msfp.errors import InputError
 def check_output(path: Path) -> None:
     """Raise InputError unless a new folder or file can be made at a path.
 
-    It must be absent or an empty folder other than the working directory, and its nearest
-    existing parent a folder that can be written to.
+    The path must not exist, or be an empty folder other than the working directory. Its nearest
+    existing parent must be a folder that can be written to.
     """
     path = path.absolute()
     try:
         _check_new(path)
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example, the name is too long
         raise InputError(f"output {path} cannot be made: {error.strerror}") from error
 
 
@@ -38,7 +38,8 @@ def _check_new(path: Path) -> None:
     parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"output {path} cannot be made: {parent} is not a folder to write in")
-    # Permissions do not tell of all file systems, nor of names with what is put before and after.
+    # Permissions are not enough: a file system may still refuse, or the name may be too long with
+    # the prefix and suffix of the temporary folder.
     Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent)).rmdir()
 
 
@@ -46,8 +47,8 @@ def check_folder(argument: str, path: Path) -> None:
     """Raise InputError unless a folder that may exist can be written to, or made.
 
     Args:
-        argument: What to call the path.
-        path: Where the folder is or is to be.
+        argument: Name of the path in error messages.
+        path: The folder, existing or new.
     """
     path = path.absolute()
     try:
@@ -60,9 +61,10 @@ def check_folder(argument: str, path: Path) -> None:
 
 
 def usual_mode(folder: Path) -> int:
-    """Return the permissions that new files have, known by making one in a folder of one's own.
+    """Return the default permissions of new files, by creating a file in a writable folder.
 
-    Temporary folders, and files that safetensors writes, are closed to all but their owner.
+    Temporary folders and the files of safetensors have other permissions: only their owner can read
+    them.
     """
     probe = folder / ".permissions"
     probe.touch()
@@ -74,7 +76,7 @@ def usual_mode(folder: Path) -> int:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the given name once the block ends without an error."""
+    """Yield a temporary folder, and rename it to `folder` if the block ends without an error."""
     check_output(folder)
     parent = folder.absolute().parent
     try:
@@ -88,7 +90,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
-        partial.chmod(mode | (mode & 0o444) >> 2)  # who may read it may enter it
+        partial.chmod(mode | (mode & 0o444) >> 2)  # whoever may read the folder may also enter it
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,9 +100,9 @@ def check_new_file(argument: str, path: Path, suffix: str) -> None:
     """Raise InputError unless a new file with a suffix can be made in a folder that exists.
 
     Args:
-        argument: What to call the path.
-        path: Where the file is to be.
-        suffix: How its name must end, as ".png".
+        argument: Name of the path in error messages.
+        path: The new file.
+        suffix: Required suffix of its name, such as ".png".
     """
     path = path.absolute()
     if path.suffix != suffix or path.exists() or not os.access(path.parent, os.W_OK):
@@ -111,10 +113,10 @@ def check_new_file(argument: str, path: Path, suffix: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was moved into a folder last, where the system can."""
+    """Flush a folder's entries to disk, so that renames in it survive a crash, where possible."""
     try:
         opened = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(opened)
@@ -124,7 +126,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that takes the given name once the block ends."""
+    """Yield the path of a temporary file, renamed to `path` if the block ends without an error."""
     path = path.absolute()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         partial = Path(folder) / path.name

@@ -1,4 +1,4 @@
-"""What tells one run from another, so that none resumes from the state of another."""
+"""Fingerprints of runs, so that no run resumes from the state of a different one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 CHUNK = 1 << 24
-"""Numbers that are hashed at once."""
+"""The most numbers that are hashed at once."""
 MAX_ROUNDING = 0.02
-"""How far numbers of one run may be from each other, relative to them: bfloat16's rounding."""
+"""Largest relative difference of numbers of the same run, for bfloat16's rounding errors."""
 MOST_SHOWN = 8
-"""Numbers that a message shows of a list."""
+"""The longest list that an error message shows in full."""
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def difference(saved: dict[str, Any], run: dict[str, Any]) -> str | None:
-    """Return the first difference of two fingerprints in words, or None where they are alike.
+    """Return the first difference of two fingerprints in words, or None if they are the same.
 
     Example:
         >>> difference({"seed": 0, "steps": 4}, {"seed": 1, "steps": 4})
@@ -47,7 +47,7 @@ def difference(saved: dict[str, Any], run: dict[str, Any]) -> str | None:
         if same(saved.get(key), run.get(key)):
             continue
         if key not in saved:
-            return f"it does not say its {key}, which is {_shown(run[key])}"
+            return f"it has no {key}; this run has {_shown(run[key])}"
         if key not in run:
             return f"its {key} is {_shown(saved[key])}, which this run does not have"
         if _is_long(saved[key]) and _is_long(run[key]):
@@ -61,12 +61,12 @@ def _is_long(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a fact as a message shows it."""
+    """Return a fact as an error message shows it."""
     return f"a list of {len(value)}" if _is_long(value) else str(value)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two facts are equal; lists of numbers may differ by `MAX_ROUNDING`.
+    """Return whether two facts are equal; lists of floats may differ by `MAX_ROUNDING`.
 
     Example:
         >>> same([1.0, 2.0], [1.0, 2.001]), same([1.0, 2.0], [1.0, 2.1]), same(1, None)

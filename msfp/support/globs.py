@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 
 def matches(name: str, glob: str) -> bool:
-    """Return whether a glob matches a dotted name, or that of a module around it.
+    """Return whether a glob matches a dotted name, or the name of a module around it.
 
     Example:
         >>> matches("mid_block.attentions.0.to_q", "mid_block.*"), matches("conv_in", "mid_block")

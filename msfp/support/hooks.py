@@ -1,4 +1,4 @@
-"""Hooks of modules that are removed when a block ends, however it ends."""
+"""Hooks of modules that are removed when a block ends, with or without an error."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol
 
 
 class Handle(Protocol):
-    """What `torch.nn.Module.register_forward_hook` and its kin return."""
+    """The handle that `register_forward_hook` and similar methods of a module return."""
 
     def remove(self) -> None:
-        """Take the hook away."""
+        """Remove the hook."""
 
 
 @contextmanager
 def hooked(handles: Iterable[Handle]) -> Iterator[None]:
-    """Keep hooks inside the block, and remove them after it.
+    """Keep hooks registered inside the block, and remove them after it.
 
     Args:
-        handles: What registering the hooks returned. Where registering one of them fails, those
-            before it are removed.
+        handles: Handles that registering the hooks returned. If registering one hook fails, the
+            hooks before it are removed.
 
     Example:
         >>> from torch import nn, ones

@@ -1,4 +1,4 @@
-"""Folders of image files: read cleanly as tensors, and written as 8-bit PNG."""
+"""Folders of image files: read as tensors without aliasing, and written as 8-bit PNG."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ READ_AT_ONCE = 64
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder and of the folders in it, sorted by their paths.
+    """Return the image files of a folder and its subfolders, sorted by path.
 
     Raises:
-        InputError: If there is no such folder, or fewer than two images in it.
+        InputError: If the folder does not exist, or has fewer than two images.
     """
     if not folder.is_dir():
         raise InputError(f"images {folder} is not a folder")
@@ -38,7 +38,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def listed(folder: Path) -> str:
-    """Return how many images a folder holds, and digits that tell them by places and sizes."""
+    """Return the number of images in a folder, with a hash of their paths and sizes."""
     files = [
         (file.relative_to(folder).as_posix(), file.stat().st_size) for file in image_files(folder)
     ]
@@ -49,8 +49,8 @@ def listed(folder: Path) -> str:
 def read_image(file: Path, size: int, resize: Resize = "bicubic") -> torch.Tensor:
     """Return the central square of an image as RGB, shape (3, size, size), float32 in [0, 1].
 
-    Pillow resizes each channel in float32 with its antialiasing filter, and nothing is rounded to
-    8 bits on the way (Parmar, Zhang and Zhu, CVPR 2022). An image of that size is left as it is.
+    Pillow resizes each channel in float32 with its antialiasing filter, without rounding to 8 bits
+    (Parmar, Zhang and Zhu, CVPR 2022). A square of the right size is not resized.
 
     Raises:
         InputError: If the file cannot be read.
@@ -60,8 +60,8 @@ def read_image(file: Path, size: int, resize: Resize = "bicubic") -> torch.Tenso
             mode, image = opened.mode, opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"image {file} cannot be read: {error}") from error
-    if mode[0] in "IF":  # which Pillow clips at 255
-        raise InputError(f"image {file} must have 8 bits for each colour; Pillow says {mode}")
+    if mode[0] in "IF":  # Pillow would clip these modes at 255
+        raise InputError(f"image {file} must have 8 bits for each colour; its mode is {mode}")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32)
@@ -70,7 +70,7 @@ def read_image(file: Path, size: int, resize: Resize = "bicubic") -> torch.Tenso
 
 
 def _resized(channel: np.ndarray[Any, Any], size: int, resize: Resize) -> np.ndarray[Any, Any]:
-    """Return one channel resized in float32; overshoot is clipped as in a screen's range."""
+    """Return one channel resized in float32, with overshoot clipped to the range 0 to 255."""
     if channel.shape == (size, size):
         return channel
     kind = Image.Resampling[resize.upper()]
@@ -78,7 +78,7 @@ def _resized(channel: np.ndarray[Any, Any], size: int, resize: Resize) -> np.nda
 
 
 def read_batches(files: list[Path], size: int, resize: Resize) -> Iterator[torch.Tensor]:
-    """Yield images, shape (n, 3, size, size), in the order of their files; threads read them."""
+    """Yield batches of images, shape (n, 3, size, size), in file order, read by several threads."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), READ_AT_ONCE):
             some = files[start : start + READ_AT_ONCE]
@@ -86,7 +86,7 @@ def read_batches(files: list[Path], size: int, resize: Resize) -> Iterator[torch
 
 
 def eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [0, 1] rounded to what an 8-bit file holds.
+    """Return images in [0, 1] rounded to the values of an 8-bit file.
 
     Example:
         >>> (eight_bits(torch.tensor([0.0, 0.5, 1.0])) * 255).tolist()
@@ -96,14 +96,14 @@ def eight_bits(images: torch.Tensor) -> torch.Tensor:
 
 
 class PngFolder:
-    """A folder that images are written to one by one, and that an interrupted run goes on with.
+    """A folder to which images are written one by one, and from which a run can resume.
 
     Args:
-        folder: A new folder, or one of a run with the same settings.
-        settings: What the images depend on; kept beside the folder as a .json file.
+        folder: A new folder, or that of a run with the same settings.
+        settings: All settings that the images depend on; saved beside the folder as a .json file.
 
     Raises:
-        InputError: If the folder holds something else.
+        InputError: If the folder has other contents, or cannot be made.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -112,12 +112,10 @@ class PngFolder:
         if folder.exists() and (
             not folder.is_dir() or (not note.is_file() and any(folder.iterdir()))
         ):
-            raise InputError(f"images {folder} must be a new folder, or one to go on with")
+            raise InputError(f"images {folder} must be a new folder, or a folder to resume")
         text = json.dumps(settings, indent=1) + "\n"
         if note.exists() and note.read_text(encoding="utf-8") != text:
-            raise InputError(
-                f"images {folder} holds images of other settings, which {note.name} says"
-            )
+            raise InputError(f"images {folder} holds images of other settings; see {note.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(text, encoding="utf-8")
@@ -126,15 +124,15 @@ class PngFolder:
         self.folder = folder
 
     def file(self, number: int) -> Path:
-        """Return where an image is or will be."""
+        """Return the path of an image, written or not."""
         return self.folder / f"{number:06}.png"
 
     def has(self, numbers: range) -> bool:
-        """Return whether all of some images are there."""
+        """Return whether all images with these numbers are written."""
         return all(self.file(number).exists() for number in numbers)
 
     def write(self, images: torch.Tensor, first: int) -> None:
-        """Write images (n, 1 or 3, height, width) in [0, 1], numbered from `first` on."""
+        """Write images (n, 1 or 3, height, width) in [0, 1], numbered from `first`."""
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for number, image in enumerate(pixels, start=first):
             with atomic_file(self.file(number)) as partial:

@@ -1,4 +1,4 @@
-"""How far long work is: one protocol for all of it, and bars that follow it."""
+"""Progress of long work: one protocol for all functions, and progress bars."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far a stage of some work is."""
+    """A callback that receives the progress of each stage of some work."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> object:
-        """Take a stage's name, its units that are done, their total, and perhaps a note."""
+        """Receive a stage's name, its finished units, its total units, and optionally a note."""
 
 
 def no_progress(_stage: str, _done: int, _total: int, _note: str = "", /) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """Return a function of the units of a stage that were just done.
+    """Return a function to call with the number of units of a stage just finished.
 
     Example:
         >>> done = counted(print, "sampling", 64)
@@ -39,7 +39,7 @@ def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]
 
 
 def of_part(progress: Progress, part: str) -> Progress:
-    """Return what tells another of stages of a part, whose name it adds to theirs.
+    """Return a callback that adds the name of a part to each stage's name.
 
     Example:
         >>> of_part(print, "held out")("recording", 1, 4)
@@ -54,7 +54,7 @@ def of_part(progress: Progress, part: str) -> Progress:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Yield what draws a bar for each stage, with the time left, on stderr.
+    """Yield a callback that draws a bar for each stage on stderr, with the time left.
 
     Example:
         >>> with progress_bars() as progress:

@@ -1,4 +1,4 @@
-"""What a report was made with."""
+"""Software versions and machine, for reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msfp.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what was run, and on what kind of machine."""
+    """Return the versions of msfp, torch, diffusers and Python, and the machine type."""
     return {
         "msfp": __version__,
         "torch": torch.__version__,

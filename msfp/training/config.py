@@ -1,4 +1,4 @@
-"""How a quantized denoiser is fine-tuned, as frozen objects that JSON can hold."""
+"""The settings of fine-tuning, as frozen dataclasses that convert to JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from msfp.support.checks import (
 )
 
 Routing = Literal["learned", "segments"]
-"""Keys of `msfp.layers.lora.routers.ROUTERS`, those that are trained."""
+"""The keys of `msfp.layers.lora.routers.ROUTERS` that fine-tuning can use."""
 LoRAPosition = Literal["inside", "beside"]
 Precision = Literal["no", "fp16", "bf16"]
 MAX_HUB = 16
@@ -28,15 +28,17 @@ MAX_HUB = 16
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Initial rate of each group of parameters; all fall to zero linearly. 0 freezes a group.
+    """Initial learning rates of parameter groups; all fall to zero linearly. 0 freezes a group.
 
     Attributes:
-        adapters: LoRAs, in units of each layer's mean weight scale.
-        router: The learned router.
-        weight_scales: Scales of weights, each in units of its layer's own.
-        input_scales: Scales and zero points of inputs, likewise.
-        biases: Biases of all layers.
-        norms: Weights and biases of normalisations.
+        adapters: Learning rate of the LoRAs, in units of each layer's mean weight scale.
+        router: Learning rate of the learned router.
+        weight_scales: Learning rate of the scales of weights, in units of each layer's mean weight
+            scale.
+        input_scales: Learning rate of the scales and zero points of inputs, in units of each
+            layer's mean input scale.
+        biases: Learning rate of the biases of all layers.
+        norms: Learning rate of the weights and biases of normalisation layers.
 
     Raises:
         InputError: If a rate is not between 0 and 1.
@@ -55,7 +57,7 @@ class LearningRates:
 
 
 def _learning_rates(rates: Any) -> LearningRates:
-    """Return learning rates, from those or from a table of them."""
+    """Return learning rates, given as such or as a table."""
     if isinstance(rates, LearningRates):
         return rates
     if not isinstance(rates, Mapping):
@@ -66,40 +68,42 @@ def _learning_rates(rates: Any) -> LearningRates:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a quantized denoiser is brought back by training.
+    """How a quantized denoiser is fine-tuned.
 
     Attributes:
-        hub: LoRAs of each layer; 1 is a single LoRA without a router, 2 or 4 is the paper's
-            TALoRA.
+        hub: Number of LoRAs of each layer. 1 is a single LoRA without a router, 2 or 4 is the
+            paper's TALoRA.
         rank: Rank of each LoRA.
-        steps: Optimizer steps.
-        batch: Samples in a step, over all processes and accumulated parts.
-        rates: Learning rates by group.
-        dfa_power: Power of the denoising factor that the loss at a timestep is weighted by: 0 is
-            no weighting, 1 the paper's DFA, 2 exact for squared errors of the next sample.
-        seed: Seed of initialisation and batches.
-        routing: What chooses among the LoRAs of a hub: a "learned" router, or "segments" with
-            equally many of the sampler's steps.
-        lora_position: LoRAs "inside" the quantizer, Q(W + BA), or "beside" the quantized weight,
-            Q(W) x + B A x, as low-rank branches of the layer.
-        guidance_branches: Coefficients with which the sampler adds up the rows of the trajectories
-            that are guidance branches of one sample: (1 - g, g) for guidance of scale g with the
-            unconditional branch first. The loss is that of the sum, and a share of that of each.
-        guidance_rows: Samples of a call of the pipeline: as many rows of one guidance branch are
-            followed by those of the next.
-        accumulation: Parts that a process takes its batch in.
-        clip: Largest norm of the gradient, or None.
-        ema: Decay of the moving average of what is trained, which then is the result; 0 for none.
-        precision: Mixed precision of forwards: "no", "fp16" or "bf16".
-        checkpointing: Compute activations again in the backward pass, to save memory.
-        shard: Leave each of several processes its part of the full-precision weights; a layer's is
-            gathered while it computes.
-        cache_teacher: Train towards the recorded predictions; False computes those of the
-            full-precision denoiser again at each step.
-        evaluate_every: Steps after which the error on held-out trajectories is measured; the
-            parameters of the lowest are the result. 0 for never.
-        patience: Evaluations without a new lowest error after which training stops; 0 for never.
-        save_every: Steps after which the state is saved.
+        steps: Number of optimizer steps.
+        batch: Samples in an optimizer step, over all processes and accumulated parts.
+        rates: Learning rates of the parameter groups.
+        dfa_power: Power of the denoising factor in the loss weight of a timestep: 0 is no
+            weighting, 1 is the paper's DFA, 2 is exact for squared errors of the next sample.
+        seed: Seed of the initialisation and the batches.
+        routing: How one of a hub's LoRAs is chosen at a timestep: by a "learned" router, or by
+            "segments", which divide the sampler's steps into equal parts.
+        lora_position: Position of the LoRAs: "inside" the quantizer, Q(W + BA), or "beside" the
+            quantized weight, Q(W) x + B A x, as low-rank branches of the layer.
+        guidance_branches: Coefficients of the guidance branches in the guided prediction: (1 - g,
+            g) for guidance scale g with the unconditional branch first. The loss is that of the
+            guided prediction, plus a share of the loss of each guidance branch.
+        guidance_rows: Samples in a call of the pipeline. The trajectories hold this number of rows
+            of one guidance branch, then those of the next.
+        accumulation: Parts into which each process splits its batch (gradient accumulation).
+        clip: Largest norm of the gradient, or None for no clipping.
+        ema: Decay of the moving average of the trained parameters, which becomes the result. 0 for
+            no average.
+        precision: Mixed precision of forward passes: "no", "fp16" or "bf16".
+        checkpointing: Recompute activations in the backward pass, to save memory.
+        shard: Divide the full-precision weights among the processes. The weight of a layer is
+            gathered while the layer computes.
+        cache_teacher: Train towards the recorded predictions. False recomputes the predictions of
+            the full-precision denoiser at each step.
+        evaluate_every: Steps between measurements of the error on held-out trajectories. The
+            parameters with the lowest error are the result. 0 for no measurements.
+        patience: Number of evaluations without a new lowest error after which training stops. 0
+            never stops early.
+        save_every: Steps between saved states.
 
     Raises:
         InputError: If a value is out of range.
@@ -160,7 +164,7 @@ class FinetuneConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Raise InputError where one value does not allow another."""
+        """Raise InputError for values that do not fit together."""
         if not any(self.guidance_branches):
             raise InputError(
                 f"guidance_branches must be coefficients, not all 0, not {self.guidance_branches}"
@@ -174,7 +178,7 @@ class FinetuneConfig:
 
     @property
     def is_routed(self) -> bool:
-        """Whether a router that is trained chooses among several LoRAs."""
+        """Whether a learned router chooses among several LoRAs."""
         return self.hub > 1 and self.routing == "learned"
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,15 +192,15 @@ OPTIONS_OF_1 = {
     "branches": "guidance_branches",
     "branch_rows": "guidance_rows",
 }
-"""Names that options had in msfp 0.2.0, and what they are now."""
+"""Names of options in msfp 0.2.0, and their current names."""
 RETIRED_OF_1: dict[str, Any] = {"initial": "zero", "temperature": [1.0, 1.0], "student_every": 0}
-"""Options of msfp 0.2.0 that are gone, with the values that change nothing."""
+"""Options that only msfp 0.2.0 had, with the values that have no effect."""
 
 
 def options_of_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as msfp 0.2.0 wrote them by the names that they have now.
+    """Return options that msfp 0.2.0 wrote, under their current names.
 
-    Those that are gone are left out where they change nothing, and kept where they do.
+    Options that no longer exist are removed if their value has no effect, and kept otherwise.
 
     Example:
         >>> options_of_version_1({"place": "inside", "initial": "zero", "student_every": 40})

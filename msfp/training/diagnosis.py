@@ -1,4 +1,4 @@
-"""Finding where numbers stopped being finite."""
+"""Finding the first layer whose output is not finite."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from msfp.support.hooks import hooked
 
 
 def first_nonfinite(denoiser: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Return the first layer whose output has NaN or infinity in a forward, or None.
+    """Return the first layer whose output has NaN or infinity in a forward pass, or None.
 
     Args:
-        denoiser: Whose layers are watched: the trainable ones as wholes, and others without parts.
-        forward: Runs it.
+        denoiser: The denoiser. A trainable layer counts as one layer, without its parts. Other
+            modules count if they have no submodules.
+        forward: Runs a forward pass of the denoiser.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))

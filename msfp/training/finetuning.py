@@ -1,4 +1,4 @@
-"""Fine-tuning a quantized denoiser: what is checked before, and what is left after."""
+"""Fine-tuning a quantized denoiser: the checks before, and the packing after."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from msfp.training.teacher import Teacher
 from msfp.training.trainer import Trainer, TrainingInputs
 
 MAX_TEACHER_ERROR = 0.02
-"""How far predictions may be from those recorded, relative to them: the rounding of bfloat16."""
+"""Largest relative difference of predictions from recorded ones: the rounding of bfloat16."""
 CHECKED = 4
-"""Timesteps at which predictions of the full-precision denoiser are compared with those."""
+"""Number of timesteps at which full-precision predictions are compared with recorded ones."""
 
 
 def finetune(
@@ -51,23 +51,23 @@ def finetune(
     """Train a quantized denoiser towards recorded predictions and pack it, in place.
 
     Each step lowers `w(t) * ||prediction - quantized prediction||^2` over a batch of recorded
-    noisy samples, w the `timestep_weights` of the denoising factors; of guided samples, that of
-    the guided prediction and a share of that of each guidance branch. Trained are the LoRAs and
-    the router, and with small rates the scales and zero points (LSQ, Esser et al., ICLR 2020),
-    biases and norms.
+    noisy samples, where w are the `timestep_weights` of the denoising factors. For guided samples,
+    the loss is that of the guided prediction, plus a share of the loss of each guidance branch. The
+    LoRAs and the router are trained. The scales and zero points (LSQ, Esser et al., ICLR 2020),
+    biases and norms are trained with small learning rates.
 
     Args:
-        model: Quantized by `quantize` or unpacked by `unpack`: a pipeline or its denoiser.
+        model: A pipeline or its denoiser, quantized by `quantize` or unpacked by `unpack`.
         config: What is trained and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser.
-        factors: The sampler's `denoising_factors`; needed unless their power is 0.
+        factors: The sampler's `denoising_factors`; needed unless `dfa_power` is 0.
         held_out: Other trajectories of the same sampler, to measure the error on.
-        original: The full-precision denoiser, or a pipeline with it, where the trainable one does
-            not hold its weights any more. None where `quantize` made the trainable one.
+        original: The full-precision denoiser, or a pipeline with it. Needed if the trainable
+            denoiser no longer holds the full-precision weights. None after `quantize`.
         state: A safetensors file to save the state to from time to time.
         resume: Whether to resume from that file.
         tensorboard: A folder for the logs of TensorBoard.
-        progress: Told of each step.
+        progress: Called after each step.
 
     Returns:
         The losses and held-out errors.
@@ -75,8 +75,9 @@ def finetune(
     Raises:
         InputError: If the denoiser has no trainable quantized layer, something that the config
             needs is missing, nothing is to be trained, the trajectories or factors are of another
-            denoiser or sampler, the state cannot be written or is of another run; all before
-            anything is changed. Or if the loss or a held-out error is not finite.
+            denoiser or sampler, or the state cannot be written or is of another run. These errors
+            are raised before anything is changed. Also if the loss or a held-out error is not
+            finite.
     """
     denoiser = denoiser_of(model)
     config = FinetuneConfig() if config is None else config
@@ -106,7 +107,7 @@ def finetune(
         trajectories, objective, teacher, held_out, state,
         None if tensorboard is None else Path(tensorboard), fingerprint,
     )  # fmt: skip
-    # Made before the denoiser is changed, because it can refuse the precision or the logs.
+    # Created before the denoiser is changed, because it can refuse the precision or the logs.
     processes = accelerator(
         trajectories.samples.device, config.precision, inputs.tensorboard
     ).num_processes
@@ -126,7 +127,7 @@ def finetune(
 
 
 def _check_state(file: Path | None, *, resume: bool) -> None:
-    """Raise InputError unless the state can be written, and no other is lost by that."""
+    """Raise InputError unless the state can be written without overwriting another one."""
     if file is None:
         if resume:
             raise InputError("resume needs state, the file to resume from")
@@ -142,7 +143,7 @@ def _check_state(file: Path | None, *, resume: bool) -> None:
 
 
 def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch.Tensor) -> None:
-    """Raise InputError unless something is trained, and each LoRA of it at some timestep."""
+    """Raise InputError unless something is trained, and every LoRA is used at some timestep."""
     check_rates(denoiser, config)
     steps = len(timesteps.unique())
     if config.routing == "segments" and config.hub > steps:
@@ -153,9 +154,12 @@ def _check_choices(denoiser: nn.Module, config: FinetuneConfig, timesteps: torch
 
 
 def check_checkpointing(denoiser: nn.Module, config: FinetuneConfig) -> None:
-    """Raise InputError where activations are to be computed again and the denoiser cannot."""
+    """Raise InputError if the config asks for checkpointing but the denoiser has none."""
     if config.checkpointing and not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        raise InputError(f"checkpointing must be False: {type(denoiser).__name__} cannot")
+        raise InputError(
+            f"checkpointing must be False: {type(denoiser).__name__} does not support gradient "
+            "checkpointing"
+        )
 
 
 def _check_trajectories(
@@ -166,13 +170,13 @@ def _check_trajectories(
     *,
     exact: bool,
 ) -> None:
-    """Raise InputError unless trajectories are such as the full-precision denoiser makes.
+    """Raise InputError unless the full-precision denoiser recorded the trajectories.
 
     Args:
         teacher: The full-precision denoiser.
         objective: The loss.
-        trajectories: What is trained on.
-        held_out: What errors are measured on, or None.
+        trajectories: Trajectories to train on.
+        held_out: Trajectories to measure errors on, or None.
         exact: Whether the teacher predicts during training, and so must be exact.
     """
     exact = exact or teacher.is_whole
@@ -196,18 +200,21 @@ def _check_path(name: str, teacher: Teacher, path: Trajectories, *, exact: bool)
         with teacher.active() as denoiser:
             predicted = path.predict(denoiser, step, row)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{name} must be of a denoiser like this one: {error}") from error
+        raise InputError(
+            f"{name} must be recorded from a denoiser like this one: {error}"
+        ) from error
     if predicted.shape != wanted.shape:
         raise InputError(
-            f"{name} must be of a denoiser like this one: their predictions have the shape "
-            f"{tuple(wanted.shape[1:])}, its own {tuple(predicted.shape[1:])}"
+            f"{name} must be recorded from a denoiser like this one: the recorded predictions have "
+            f"shape {tuple(wanted.shape[1:])}, this denoiser's have shape "
+            f"{tuple(predicted.shape[1:])}"
         )
     if not path.predictions.isfinite().all():
         raise InputError(f"{name} must have finite predictions")
     off = _distance(predicted, wanted)
     most = MAX_TEACHER_ERROR
     if off > most and not exact:
-        # What refinement left of the weights is nearest to the original where all is quantized.
+        # Refined weights are nearest to the original when everything is quantized.
         off, most = _distance(path.predict(teacher.denoiser, step, row), wanted), 1.0
     if not off <= most:
         raise InputError(
@@ -217,6 +224,6 @@ def _check_path(name: str, teacher: Teacher, path: Trajectories, *, exact: bool)
 
 
 def _distance(predicted: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return how far predictions are from others, relative to those."""
+    """Return the norm of the difference of predictions, relative to that of the wanted ones."""
     norm = wanted.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
     return float((predicted.float() - wanted.float()).norm() / norm)

@@ -1,8 +1,8 @@
-"""The fingerprint of a run of training: what must be equal for it to resume, as JSON types.
+"""The fingerprint of a training run: values that must be equal for it to resume, as JSON types.
 
-What is read from files, such as weights and codes, has a digest. Trajectories are recorded again
-when a run resumes, perhaps by other kernels: of them some numbers are compared, which may differ by
-rounding.
+Contents of files, such as weights and codes, are compared by a digest. Trajectories are recorded
+again when a run resumes, perhaps by other kernels. Some of their numbers are compared, which may
+differ by rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msfp.support.fingerprints import digest
 from msfp.training.config import FinetuneConfig
 
 ROWS, VALUES = 512, 8
-"""The most rows of a path that are told apart, and numbers of each."""
+"""The most rows of trajectories that are compared, and numbers of each row."""
 
 
 def run_fingerprint(
@@ -29,17 +29,17 @@ def run_fingerprint(
     weights: torch.Tensor | None = None,
     held_out: Trajectories | None = None,
 ) -> dict[str, Any]:
-    """Return what must be equal for a run to resume, as JSON gives it back.
+    """Return the values that must be equal for a run to resume, as plain JSON types.
 
     Args:
-        denoiser: Quantized and trainable, before it has hubs.
-        path: What is trained on.
+        denoiser: A quantized and trainable denoiser, before it has hubs.
+        path: Trajectories to train on.
         config: What is trained and how.
         weights: The loss weight of each timestep.
-        held_out: What errors are measured on, or None.
+        held_out: Trajectories to measure errors on, or None.
     """
     options = config.to_dict()
-    del options["shard"]  # it has the same result
+    del options["shard"]  # does not change the result
     return {
         **{
             f"layer {name}": f"{layer.formats}, shape {tuple(layer.weight.shape)}"
@@ -57,9 +57,9 @@ def run_fingerprint(
 
 
 def _numbers(denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield by name what a denoiser computes with; weights of trainable layers are rounded.
+    """Yield the parameters of a denoiser by name; weights of trainable layers are rounded.
 
-    Behind a branch a weight depends on the order of sums, but not what it is rounded to.
+    With a low-rank branch, a weight depends on the order of sums. Its rounded value does not.
     """
     layers = trainable_layers(denoiser)
     for name, value in denoiser.named_parameters():

@@ -1,4 +1,4 @@
-"""Which rows of trajectories are guidance branches of one sample, and how they are added up."""
+"""The rows of trajectories that are guidance branches of one sample, and their coefficients."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def guidance_branches(
     Args:
         pipe: A pipeline that may use classifier-free guidance.
         sampler: How it is called.
-        rows: Rows of the trajectories that each call gave.
+        rows: Rows of the trajectories for each call.
 
     Returns:
-        The coefficients (1 - g, g), or (g, 1 - g), and the samples of a call where its rows are
-        twice its samples; else one branch.
+        The coefficients (1 - g, g) or (g, 1 - g), and the samples of a call, if a call has twice as
+        many rows as samples. Otherwise a single guidance branch.
     """
     if rows != 2 * sampler.batch:
         return (1.0,), 1

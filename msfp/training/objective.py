@@ -1,4 +1,4 @@
-"""The loss: squared errors of the prediction, weighted by what the sampler makes of them."""
+"""The loss: squared errors of the prediction, weighted by their effect in the sampler."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from msfp.pipelines.trajectories import Trajectories
 from msfp.schedulers.denoising_factors import Normalisation, timestep_weights
 
 OWN_ERRORS = 0.2
-"""Weight of the guidance branches' own squared errors, in units of what the sum makes of
-independent ones. Without them errors that cancel at one scale of guidance grow unseen, and no other
-scale can be sampled with."""
+"""Weight of the guidance branches' own squared errors in the loss.
+
+The unit is the squared error of the guided prediction for independent errors of the guidance
+branches. Without this term, errors that cancel at one guidance scale grow undetected, and sampling
+fails at any other scale.
+"""
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Gives the targets of sampler steps and rows."""
+"""Returns the targets of sampler steps and rows."""
 
 
 def loss_weights(
@@ -29,9 +32,9 @@ def loss_weights(
     """Return the loss weight of each of the trajectories' timesteps, shape (steps,).
 
     Args:
-        timesteps: What the denoiser was given; some pipelines divide the scheduler's by 1000.
+        timesteps: The denoiser's inputs; some pipelines divide the scheduler's timesteps by 1000.
         factors: The sampler's `denoising_factors`, needed unless the power is 0.
-        power: Of the factors in the weights.
+        power: Power of the factors in the weights.
         normalisation: As for `timestep_weights`.
 
     Raises:
@@ -56,7 +59,7 @@ def loss_weights(
 
 
 def _nearest(timestep: float, scale: float, factors: dict[float, float]) -> float | None:
-    """Return the key of the factors that a timestep is, up to a narrow dtype's rounding."""
+    """Return the key of the factors that equals a timestep, up to rounding, or None."""
     if scale == 1.0:
         return timestep if timestep in factors else None
     key = min(factors, key=lambda key: abs(key * scale - timestep), default=None)
@@ -69,9 +72,9 @@ class Objective:
     """The weighted squared errors of a denoiser's predictions.
 
     Args:
-        weights: Of each sampler step, shape (steps,).
-        branches: Coefficients of the rows that are guidance branches of one sample.
-        branch_rows: Rows of one guidance branch that are followed by those of the next.
+        weights: Weight of each sampler step, shape (steps,).
+        branches: Coefficients of the guidance branches of one sample, each of which is a row.
+        branch_rows: Number of rows of one guidance branch before those of the next.
     """
 
     def __init__(
@@ -81,17 +84,18 @@ class Objective:
         self.branch_rows = branch_rows
 
     def count(self, path: Trajectories) -> int:
-        """Return how many samples a path has, each with a row for each guidance branch."""
+        """Return the number of samples of a path; each has one row for each guidance branch."""
         rows, branches = path.samples.shape[1], len(self.branches)
         if branches > 1 and rows % (branches * self.branch_rows):
             raise InputError(
-                f"trajectories must have a multiple of {branches * self.branch_rows} rows, for "
-                f"{branches} guidance branches of {self.branch_rows}, not {rows}"
+                f"trajectories must have a multiple of {branches * self.branch_rows} rows "
+                f"(guidance_rows = {self.branch_rows} in each of {branches} guidance branches), "
+                f"not {rows}"
             )
         return rows // branches
 
     def rows(self, step: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the steps and rows of samples."""
+        """Return the steps and rows of samples, one for each guidance branch."""
         branches, block = len(self.branches), self.branch_rows
         if branches == 1:
             return step, sample
@@ -109,16 +113,16 @@ class Objective:
     ) -> torch.Tensor:
         """Return the weighted mean squared error of each sample, shape (samples,), float32.
 
-        What is predicted beside the noise, such as a variance, does not count.
-        Where samples have guidance branches of the coefficients c, it is that of their sum, plus
-        `OWN_ERRORS * sum(c**2)` times the mean of their own.
+        Other outputs of the denoiser, such as a variance, are ignored. For guidance branches with
+        coefficients c, the error is that of their weighted sum, plus `OWN_ERRORS * sum(c**2)` times
+        the mean error of the single branches.
         """
         rows = self.rows(step, sample)
         wanted = targets(*rows)
         off = path.of_sample(path.predict(denoiser, *rows) - wanted).float()
         off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
         branches = self.branches.to(off.device)[:, None]
-        # Not as a product of matrices, which autocast would take to a narrow dtype.
+        # Not a product of matrices, which autocast would compute in a narrow dtype.
         errors: torch.Tensor = (branches * off).sum(dim=1).square().mean(dim=1)
         if len(self.branches) > 1:
             own = off.square().mean(dim=(1, 2))
@@ -142,5 +146,5 @@ class Objective:
 
 
 def recorded(path: Trajectories) -> Predict:
-    """Return the targets that a path holds."""
+    """Return a function that gives the recorded predictions of a path as targets."""
     return lambda step, row: path.predictions[step, row]

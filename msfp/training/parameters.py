@@ -1,4 +1,4 @@
-"""What is trained: the LoRAs and their router, and the groups of parameters with their rates."""
+"""The trained parameters: LoRAs, their router, and parameter groups with learning rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msfp.layers.trainable import TrainableLayer, trainable_layers
 from msfp.training.config import FinetuneConfig, LearningRates
 
 MIN_SCALE = 0.1
-"""Learned scales stay above this part of the searched one, so that they stay positive."""
+"""Lower bound of learned scales, as a fraction of the searched ones; it keeps them positive."""
 
 
 @torch.no_grad()
@@ -27,12 +27,12 @@ def add_hubs(
     config: FinetuneConfig,
     timesteps: torch.Tensor,
 ) -> None:
-    """Give every trainable layer a hub of LoRAs, and the denoiser a router where there is a choice.
+    """Add a hub of LoRAs to every trainable layer, and a router if a hub has several LoRAs.
 
     Args:
         denoiser: Quantized and trainable; changed in place.
         config: Hub, rank, position, kind of routing and seed.
-        timesteps: What the sampler gives the denoiser.
+        timesteps: The timesteps that the denoiser receives from the sampler.
     """
     layers = trainable_layers(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
@@ -56,7 +56,7 @@ def _hub(layer: TrainableLayer, config: FinetuneConfig, generator: torch.Generat
 
 
 def quantizers(layer: TrainableLayer) -> list[Quantizer]:
-    """Return the quantizers that a layer has."""
+    """Return the quantizers of a layer."""
     both = (layer.input_quantizer, layer.weight_quantizer)
     return [quantizer for quantizer in both if quantizer is not None]
 
@@ -71,20 +71,20 @@ def trained_parameters(denoiser: nn.Module, rates: LearningRates) -> dict[str, f
 
 
 def check_rates(denoiser: nn.Module, config: FinetuneConfig) -> None:
-    """Raise InputError unless a config leaves something to be trained of a trainable denoiser.
+    """Raise InputError unless a config trains at least one parameter.
 
     Args:
-        denoiser: Quantized and trainable, before it has hubs.
-        config: With the rates.
+        denoiser: A quantized and trainable denoiser, before it has hubs.
+        config: The config with the rates.
     """
     rates = config.rates
     routed = rates.router > 0 and config.is_routed
     if not (rates.adapters > 0 or routed or trained_parameters(denoiser, rates)):
-        raise InputError(f"rates must leave something to be trained, not {rates}")
+        raise InputError(f"at least one rate must be above 0 for this model, not {rates}")
 
 
 def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, float]]:
-    """Yield names and rates, those of frozen groups as well."""
+    """Yield the names and rates of parameters, including frozen groups."""
     for name, layer in trainable_layers(denoiser).items():
         if layer.hub is not None:
             yield f"{name}.hub.down", rates.adapters
@@ -109,7 +109,7 @@ def _rates(denoiser: nn.Module, rates: LearningRates) -> Iterator[tuple[str, flo
 def optimizer_groups(
     parameters: dict[str, nn.Parameter], rates: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Return the parameters that share a rate together, as an optimizer wants them."""
+    """Return the parameters in groups of equal rates, in the form that an optimizer expects."""
     groups: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         groups[rates[name]].append(parameter)
@@ -117,7 +117,7 @@ def optimizer_groups(
 
 
 class ScaleFloors:
-    """Keeps learned scales above a part of what they are when this is made."""
+    """Keeps learned scales above a fraction of their values at initialisation."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         layers = trainable_layers(denoiser).values()

@@ -1,7 +1,7 @@
 """Training in one process or in several, on top of HF Accelerate.
 
-What is trained is small beside the denoiser, so its gradients are summed over the processes in one
-exchange at the end of a step, and the denoiser needs no wrapper.
+The trained parameters are small compared with the denoiser. Their gradients are therefore summed
+over the processes in one exchange at the end of a step, and the denoiser needs no wrapper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from msfp.training.config import Precision
 
 _MAKING = threading.Lock()
 WRAPPERS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Ways to run that put the denoiser into a module of their own."""
+"""Distributed types of Accelerate that wrap the denoiser in another module."""
 
 
 def accelerator(
@@ -35,8 +35,8 @@ def accelerator(
         tensorboard: A folder to log to, or None.
 
     Raises:
-        InputError: If the process has one of another precision or one that wraps the denoiser, the
-            device has no such precision, or tensorboard is not installed.
+        InputError: If the Accelerator of the process has another precision or wraps the denoiser,
+            the device does not support the precision, or tensorboard is not installed.
     """
     if precision == "fp16" and device.type == "cpu":
         raise InputError(
@@ -66,7 +66,7 @@ def accelerator(
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace gradients by their sum over the processes; those that are None become zeros."""
+    """Replace gradients by their sum over the processes; missing gradients become zeros."""
     parameters = list(parameters)
     for parameter in parameters:
         if parameter.grad is None:

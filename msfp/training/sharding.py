@@ -1,8 +1,8 @@
-"""Frozen weights shared out among processes, each of which holds a part and gathers the rest.
+"""Frozen weights divided among processes: each process holds a part and gathers the rest.
 
-What is trained stays whole everywhere: it is small. A weight is whole while its layer computes, and
-what autograd keeps of it until the backward pass, which with activations that are computed again
-is a block's at a time.
+Trained parameters are small and stay whole in every process. A weight is whole while its layer
+computes. Autograd keeps whole weights until the backward pass; with activation checkpointing, it
+keeps only those of one block at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msfp.layers.trainable import trainable_layers
 
 
 class Gathered(nn.Module):
-    """A parametrization that makes a weight of the parts that the processes hold.
+    """A parametrization that assembles a weight from the parts of all processes.
 
     Args:
         shape: Shape of the weight.
@@ -28,16 +28,16 @@ class Gathered(nn.Module):
         self.shape = shape
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
-        """Return the weight; every process has to ask for it."""
+        """Return the weight; all processes must call this together."""
         whole = part.new_empty(distributed.get_world_size() * len(part))
-        # torch 2.13 gave it another name.
+        # torch 2.13 renamed the function.
         renamed = hasattr(distributed, "all_gather_single")
         gather = getattr(distributed, "all_gather_single" if renamed else "all_gather_into_tensor")
         gather(whole, part)
         return whole[: self.shape.numel()].view(self.shape)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return this process's part of a weight, padded to the length of all others."""
+        """Return this process's part of a weight, padded to the same length in all processes."""
         size = -(-weight.numel() // distributed.get_world_size())
         part = weight.new_zeros(size)
         own = weight.flatten()[size * distributed.get_rank() :][:size]
@@ -46,19 +46,19 @@ class Gathered(nn.Module):
 
 
 def shard_weights(denoiser: nn.Module) -> dict[str, tuple[str, Gathered]]:
-    """Leave each process its part of the weight of every trainable layer.
+    """Divide the weight of every trainable layer among the processes, in place.
 
     Args:
         denoiser: Quantized and trainable; changed in place.
 
     Returns:
-        By the name of each weight, the name of its part and what divides it.
+        For the name of each weight, the name of its part and its parametrization.
     """
     shards, layers = {}, trainable_layers(denoiser)
     owners = Counter(id(layer.weight) for layer in layers.values())
     for name, layer in layers.items():
         if owners[id(layer.weight)] > 1:
-            continue  # one that layers share stays whole
+            continue  # a weight that layers share stays whole
         gathered = Gathered(layer.weight.shape)
         parametrize.register_parametrization(layer, "weight", gathered, unsafe=True)
         shards[f"{name}.weight"] = (f"{name}.parametrizations.weight.original", gathered)

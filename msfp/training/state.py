@@ -1,4 +1,4 @@
-"""All that a run of training needs to resume, in one safetensors file."""
+"""The state that a training run needs to resume, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msfp.training.config import options_of_version_1
 
 
 def _first_fingerprint(header: Header) -> Header:
-    """Return the header of a state of version 1, whose options had other names."""
+    """Convert the header of a version 1 state, whose options had other names."""
     told = run_as_fingerprint(header)
     return told._replace(fingerprint=options_of_version_1(told.fingerprint))
 
@@ -31,11 +31,11 @@ STATE = Kind(
 
 @dataclass
 class History:
-    """What was measured while training.
+    """The losses and held-out errors of a training run.
 
     Attributes:
         losses: The loss of each step.
-        errors: The error on held-out trajectories by the number of steps before it.
+        errors: The errors on held-out trajectories, by the number of steps taken before.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -43,27 +43,27 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """The number of steps with the lowest error, or None where none was measured."""
+        """The number of steps with the lowest error, or None if no error was measured."""
         return min(self.errors, key=lambda step: self.errors[step], default=None)
 
     def evaluations_since_best(self) -> int:
-        """Return how many errors were measured since the lowest."""
+        """Return the number of errors measured after the lowest one."""
         return sum(step > (self.best or 0) for step in self.errors)
 
 
 class TrainingState:
-    """The numbers that training changes.
+    """The state that training changes.
 
     Args:
-        parameters: What is trained, by name.
-        optimizer: That trains them.
-        generator: Source of batches.
-        fingerprint: What must be equal for a run to resume, as plain JSON types.
+        parameters: The trained parameters, by name.
+        optimizer: Their optimizer.
+        generator: Random generator of the batches.
+        fingerprint: The values that must be equal for a run to resume, as plain JSON types.
 
     Attributes:
-        history: What was measured so far.
-        average: Moving averages of the parameters, empty for none.
-        best: The parameters of the lowest held-out error, empty before there is one.
+        history: The losses and held-out errors so far.
+        average: Moving averages of the parameters; empty if there are none.
+        best: The parameters with the lowest held-out error; empty before the first evaluation.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TrainingState:
 
     @property
     def step(self) -> int:
-        """The number of steps that were taken."""
+        """The number of steps taken so far."""
         return len(self.history.losses)
 
     def current(self) -> Named:
@@ -91,12 +91,12 @@ class TrainingState:
 
     @torch.no_grad()
     def put(self, values: Named) -> None:
-        """Give the parameters values."""
+        """Set the parameters to given values."""
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
     def _parts(self) -> dict[str, Named]:
-        """Return all tensors by what they are."""
+        """Return all tensors of the state, grouped by kind."""
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.parameters.items()
@@ -111,11 +111,13 @@ class TrainingState:
         }
 
     def save(self, file: Path, **facts: Any) -> None:
-        """Write the state so that a process killed at any moment leaves the old file or the new.
+        """Write the state to a file atomically.
+
+        A process killed at any moment leaves the old file or the new one.
 
         Args:
             file: A safetensors file, which may exist.
-            **facts: More to write down, as plain JSON types.
+            **facts: Other facts to write, as plain JSON types.
         """
         tensors = {
             f"{part}/{name}": value
@@ -129,10 +131,10 @@ class TrainingState:
         write(file, STATE, tensors, history | facts, self.fingerprint)
 
     def load(self, file: Path) -> dict[str, Any]:
-        """Take the state from a file; return what was written down.
+        """Restore the state from a file, and return the facts in it.
 
         Raises:
-            InputError: If the file is not a state, or that of another run.
+            InputError: If the file is not a state, or is the state of another run.
         """
         _, facts = check_fingerprint(file, STATE, self.fingerprint)
         errors = {int(step): error for step, error in facts["errors"].items()}
@@ -155,12 +157,12 @@ class TrainingState:
 
 
 def _on(device: torch.device) -> Callable[[Named], Named]:
-    """Return what moves tensors to a device."""
+    """Return a function that moves tensors to a device."""
     return lambda named: {name: value.to(device) for name, value in named.items()}
 
 
 def _check_alike(file: Path, saved: Named, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise InputError unless a state is of the parameters that are trained."""
+    """Raise InputError unless a saved state has the trained parameters, with the same shapes."""
     for name in sorted(saved.keys() | parameters.keys()):
         one, other = (
             tuple(each[name].shape) if name in each else "absent" for each in (saved, parameters)

@@ -1,4 +1,4 @@
-"""The full-precision denoiser inside the trainable one: they share what is not trained."""
+"""The full-precision denoiser inside the trainable one: both share the untrained parameters."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from msfp.training.sharding import shard_weights
 
 
 class Teacher:
-    """Makes a trainable denoiser compute as its full-precision original did, for a while.
+    """Makes a trainable denoiser temporarily compute the same as its full-precision original.
 
-    Trainable layers hold the full-precision weight; only of what training changes is a copy kept.
+    Trainable layers hold the full-precision weights. Copies are kept only of parameters that
+    training changes.
 
     Args:
         denoiser: Quantized and trainable.
-        original: The full-precision denoiser, where the trainable one does not hold all its
-            parameters any more; None to take those that it has now.
+        original: The full-precision denoiser, if the trainable one no longer holds all its
+            parameters. None takes the current parameters of the trainable one.
 
     Raises:
-        InputError: If the original is of another architecture.
+        InputError: If the original has another architecture.
     """
 
     def __init__(self, denoiser: nn.Module, original: nn.Module | None = None) -> None:
@@ -41,12 +42,12 @@ class Teacher:
             if not torch.equal(value.to(parameters[name].device), parameters[name]):
                 self._kept[name] = value.detach().to(parameters[name].device)
         for name, value in parameters.items():
-            if name.rpartition(".")[2] == "branch_up":  # what the original's weights still hold
+            if name.rpartition(".")[2] == "branch_up":  # the original's weights still contain it
                 self._kept[name] = torch.zeros_like(value)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has the full-precision weights: refinement makes of them values of a grid."""
+        """Whether the full-precision weights are known: refinement replaces them by grid values."""
         return self._given or not any(
             torch.equal(layer.weight, layer.quantized_weight())
             for layer in trainable_layers(self.denoiser).values()
@@ -61,14 +62,14 @@ class Teacher:
                 self._kept[name] = parameters[name].detach().clone()
 
     def shard(self) -> None:
-        """Leave each process its part of the weights, those of the original that differ too."""
+        """Divide the weights among the processes, including kept weights of the original."""
         for name, (part, gathered) in shard_weights(self.denoiser).items():
             if name in self._kept:
                 self._kept[part] = gathered.right_inverse(self._kept.pop(name))
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """Yield the denoiser, in full precision inside the block."""
+        """Yield the denoiser, in full precision inside the `with` block."""
         parameters = dict(self.denoiser.named_parameters())
         trained = {name: parameters[name].data for name in self._kept}
         hooks = self.denoiser._forward_pre_hooks
@@ -90,7 +91,7 @@ class Teacher:
         *,
         quantizing: bool,
     ) -> None:
-        """Quantize or not, and put values in the place of parameters."""
+        """Turn quantization on or off, and set parameters to given values."""
         for module in self.denoiser.modules():
             if isinstance(module, TrainableLayer | AttentionProducts):
                 module.quantizing = quantizing
@@ -105,9 +106,11 @@ def check_same_parameters(
     kind = type(original).__name__
     for name, value in original.named_parameters():
         if name not in parameters:
-            raise InputError(f"original must be what was quantized: its {kind} alone has {name}")
+            raise InputError(
+                f"original must be the model that was quantized: only its {kind} has {name}"
+            )
         if parameters[name].shape != value.shape:
             raise InputError(
-                f"original must be what was quantized: {name} of its {kind} has the shape "
-                f"{tuple(value.shape)}, not {tuple(parameters[name].shape)}"
+                f"original must be the model that was quantized: {name} of its {kind} has the "
+                f"shape {tuple(value.shape)}, not {tuple(parameters[name].shape)}"
             )

@@ -1,4 +1,4 @@
-"""Whether a full-precision denoiser is the one that a packed one was made from, by its weights."""
+"""Checks, by its weights, that a full-precision denoiser is the original of a packed one."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from msfp.errors import InputError
 from msfp.layers.packed import ScaledLayer, packed_layers
 
 MAX_CAST = 0.02
-"""How far a weight that is not quantized may be, relative to it: what casts make of it is a tenth
-of that."""
+"""Largest relative error of a weight that is not quantized; casts cause a tenth of it."""
 MAX_LEAK = 0.012
-"""The part of a weight that may be left where its branch has taken everything: what casts leave is
-a fifth of that, noise of a tenth of the weights' standard deviation three times as much."""
+"""Largest fraction of a weight that may remain in the subspace of its low-rank branch.
+
+The branch has taken everything there. Casts leave a fifth of this limit. Noise of a tenth of the
+weights' standard deviation leaves three times the limit.
+"""
 SVD = 0.02
-"""How far from orthogonal the rows of a branch may be that is as the SVD gave it."""
+"""Largest deviation of a low-rank branch's rows from orthogonality, if they are still an SVD."""
 MAX_EXCESS = 0.15
-"""How much farther than the nearest values of its grid the packed weight may be from the teacher's
-in all layers. Refinement moves some layers far, but hardly those that read what is exact, and
-fine-tuning moved them by a twentieth; noise of half the weights' standard deviation makes a
-fifth."""
+"""Limit of a packed weight's excess distance from the teacher's, in the layer with the least.
+
+The excess is the distance beyond that of the nearest values of the grid. Refinement moves some
+layers far, but hardly moves layers with exact inputs. Fine-tuning moved these by a twentieth. Noise
+of half the weights' standard deviation causes a fifth.
+"""
 
 
 @torch.no_grad()
 def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
-    """Raise InputError where the weights of the full-precision original are others.
+    """Raise InputError unless a denoiser was made from the weights of the full-precision original.
 
-    Weights that are not quantized must be the same, and a branch that is an SVD must be that of
-    the teacher's weight. A packed weight may be far from what it was made of, where refinement
-    made up for errors of its input; but not all of them.
+    Weights that are not quantized must be equal. A low-rank branch that is an SVD must be that of
+    the teacher's weight. A packed weight may be far from the teacher's if refinement corrected
+    errors of its input. Not all packed weights may be far.
 
     Args:
         denoiser: Quantized and packed.
-        original: Of the same architecture.
+        original: The full-precision denoiser, of the same architecture.
     """
     layers = {n: e for n, e in packed_layers(denoiser).items() if isinstance(e, ScaledLayer)}
     own = dict(denoiser.named_parameters())
@@ -54,24 +58,26 @@ def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
 
 
 def _other(name: str, how: str) -> InputError:
-    return InputError(f"original must be what was quantized: its weights are others: {name} {how}")
+    return InputError(
+        f"original must be the model that was quantized, but its weights differ: {name} {how}"
+    )
 
 
 def _relative(off: torch.Tensor, value: torch.Tensor) -> float:
-    """Return the norm of a difference, relative to a tensor's; 0 where there is no difference."""
+    """Return the norm of a difference relative to that of a tensor; 0 for no difference."""
     norms = (torch.linalg.vector_norm(each, dtype=torch.float32) for each in (off, value))
     norm, whole = (float(each) for each in norms)
     return norm / max(whole, 1e-30)
 
 
 def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor) -> None:
-    """Raise InputError where a layer's branch is the SVD of another weight."""
+    """Raise InputError if a layer's low-rank branch is the SVD of another weight."""
     if layer.branch_down is None or layer.branch_up is None:
         return
     down, up = layer.branch_down.float(), layer.branch_up.float()
     products = down @ down.mT
     if _relative(products - products.diag().diag(), products) > SVD:
-        return  # fine-tuning has added to it
+        return  # fine-tuning has changed the branch
     matrix = value.to(down.device).float().flatten(1)
     left = torch.linalg.qr(up).Q.mT @ (matrix - up @ down)
     leak = _relative(left, matrix)
@@ -80,7 +86,7 @@ def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor) -> None:
 
 
 def _excess(layer: ScaledLayer, value: torch.Tensor) -> float:
-    """Return how much farther than the nearest values a packed weight is, relative to a weight."""
+    """Return the distance of a packed weight beyond that of the nearest values, as a fraction."""
     packed = layer.quantized_weight(dtype=torch.float32)
     weight = value.to(packed.device).float()
     rest = weight

@@ -26,16 +26,16 @@ from msfp.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a run of training reads.
+    """The inputs of a training run.
 
     Attributes:
         path: Trajectories of the full-precision denoiser.
         objective: The loss.
         teacher: The full-precision denoiser inside the trained one.
         held_out: Trajectories that are not trained on, or None.
-        state: Where the state is kept, or None.
+        state: The file of the state, or None.
         tensorboard: A folder for TensorBoard, or None.
-        fingerprint: What must be equal for a run to resume; needed where there is a state.
+        fingerprint: The values that must be equal for a run to resume; needed if there is a state.
     """
 
     path: Trajectories
@@ -52,7 +52,7 @@ class Trainer:
 
     Args:
         denoiser: Quantized, trainable, with hubs; changed in place.
-        inputs: What training reads.
+        inputs: The inputs of the run.
         config: How to train.
     """
 
@@ -83,10 +83,10 @@ class Trainer:
         self.saved: int | None = None
 
     def resume(self) -> None:
-        """Take up the saved state.
+        """Restore the saved state.
 
         Raises:
-            InputError: If there is none, or it is of another run.
+            InputError: If there is no state, or it is of another run.
         """
         file = self.inputs.state
         if file is None or not file.is_file():
@@ -100,10 +100,10 @@ class Trainer:
         """Train to the last step or until the held-out error stops falling.
 
         Args:
-            progress: Told of each step, with its loss and the last held-out error as a note.
+            progress: Called after each step, with its loss and the last held-out error as a note.
 
         Returns:
-            What was measured. The denoiser has the best parameters.
+            The losses and held-out errors. The denoiser then has the best parameters.
 
         Raises:
             InputError: If the loss or its gradient is not finite.
@@ -128,7 +128,7 @@ class Trainer:
         return history
 
     def _note(self, loss: float) -> str:
-        """Return what progress says beside the number of steps."""
+        """Return the note for progress: the loss and the last held-out error."""
         errors = (f", held-out error {error:.3g}" for error in self._last_error().values())
         return f"loss {loss:.3g}{''.join(errors)}"
 
@@ -157,7 +157,7 @@ class Trainer:
         step, sample = draw_batch(
             len(path.timesteps), count, self.config.batch, self.state.generator
         )
-        # Samples of one adapter then follow each other in most layers, which need no copy of them.
+        # Samples of one adapter are then contiguous in most layers, which need no copy of them.
         order = step.argsort(stable=True)
         batch = step[order], sample[order]
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -181,7 +181,7 @@ class Trainer:
         return loss
 
     def _targets(self) -> Predict:
-        """Return what a step trains towards."""
+        """Return the function that gives the targets of a step."""
         path = self.inputs.path
         if self.config.cache_teacher:
             return recorded(path)
@@ -198,7 +198,7 @@ class Trainer:
             average.lerp_(self.parameters[name].to(average.dtype), 1 - self.config.ema)
 
     def _evaluate(self) -> None:
-        """Measure the error on held-out trajectories when it is time to."""
+        """Measure the error on held-out trajectories if an evaluation is due."""
         held_out, step = self.inputs.held_out, self.state.step
         every = self.config.evaluate_every
         if held_out is None or not every or step in self.state.history.errors:
@@ -209,7 +209,7 @@ class Trainer:
         current = self.state.current()
         self.state.put(current)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        # Who gathers weights must not be alone: then each process measures all.
+        # Sharded weights need all processes at once: then each process measures all steps.
         times = processes if self.config.shard else 1
         steps = range(0 if times > 1 else process, len(held_out.timesteps), processes // times)
         with self.accelerator.autocast():
@@ -229,7 +229,7 @@ class Trainer:
             self.state.best = current
 
     def _save(self) -> None:
-        """Save the state, where there is a file to."""
+        """Save the state if there is a file for it."""
         if self.inputs.state is None or self.saved == self.state.step:
             return
         if self.accelerator.is_main_process:
@@ -242,7 +242,7 @@ class Trainer:
     def _check_finite(
         self, loss: float, path: Trajectories, batch: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        """Raise InputError unless the loss, and without a scaler its gradient, is finite."""
+        """Raise InputError unless the loss is finite, and without a scaler its gradient too."""
         nonfinite = [
             name
             for name, parameter in self.parameters.items()
@@ -261,9 +261,9 @@ class Trainer:
         """Raise InputError for a number that is not finite.
 
         Args:
-            what: Is not finite.
-            forward: Runs the denoiser as it was run for it.
-            otherwise: What is not finite where the outputs of all layers are.
+            what: The number that is not finite, in words.
+            forward: Repeats the forward pass that led to this number.
+            otherwise: What is not finite if the outputs of all layers are finite, in words.
         """
         with self.accelerator.autocast():
             layer = first_nonfinite(self.denoiser, forward)
@@ -281,7 +281,7 @@ def shares(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the parts of a batch that one process takes, one after the other.
 
-    Each has timesteps from all of the sampler's grid.
+    Each part has timesteps from the whole grid of the sampler.
 
     Example:
         >>> batch = torch.arange(8), torch.arange(8)

@@ -1,4 +1,4 @@
-"""The way back from packed layers to trainable ones, to fine-tune a checkpoint."""
+"""Converting packed layers back to trainable layers, to fine-tune a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from msfp.training.teacher_check import check_weights
 def unpack(
     model: DiffusionPipeline | nn.Module, *, original: DiffusionPipeline | nn.Module
 ) -> list[str]:
-    """Replace packed layers by trainable ones of the same outputs, in place.
+    """Replace packed layers by trainable ones with the same outputs, in place.
 
-    Formats and scales are those of the packed layers. A weight is the full-precision one where
-    that rounds to the packed value. Elsewhere it is the packed value: GPTQ rounds some weights
-    another way, and a correction changes some.
+    Formats and scales are those of the packed layers. A weight is the full-precision weight if that
+    rounds to the packed value. Otherwise it is the packed value: GPTQ rounds some weights
+    differently, and corrections change some.
 
     Args:
         model: A pipeline with a packed denoiser, as loaded from a checkpoint, or the denoiser.
-        original: The full-precision denoiser that it was made from, or a pipeline with that. Both
-            share the tensors that are equal from then on.
+        original: The full-precision denoiser that `model` was made from, or a pipeline with it.
+            Afterwards both share all tensors that are equal.
 
     Returns:
         The names of the layers.
 
     Raises:
         InputError: If the denoiser is not packed, has layers in block formats or was fine-tuned
-            with a hub, or the original is of another architecture or has other weights. Nothing is
+            with a hub, or the original has another architecture or other weights. Nothing is
             changed then.
 
     Example:
@@ -64,7 +64,7 @@ def unpack(
 
 
 def check_unpacking(denoiser: nn.Module, original: nn.Module) -> dict[str, ScaledLayer]:
-    """Return the layers that `unpack` would replace; raise InputError where it would."""
+    """Return the layers that `unpack` would replace; raise InputError if it would raise one."""
     refuse_block_layers(denoiser)
     packed = packed_layers(denoiser)
     layers = {name: layer for name, layer in packed.items() if isinstance(layer, ScaledLayer)}
@@ -81,16 +81,16 @@ def _check(name: str, layer: ScaledLayer, plain: nn.Module | None) -> None:
     """Raise InputError unless a packed layer can be made trainable."""
     if layer.choices > 1:
         raise InputError(
-            f"layer {name} has {layer.choices} weights or branches: a denoiser that was fine-tuned "
-            "with a hub cannot be fine-tuned again"
+            f"layer {name} has {layer.choices} weights or low-rank branches: a denoiser that was "
+            "fine-tuned with a hub cannot be fine-tuned again"
         )
     if plain is None or type(plain) not in KINDS or family_of(plain).packed is not type(layer):
-        raise InputError(f"original must be what was quantized: it has no such layer as {name}")
+        raise InputError(f"original must be the model that was quantized: it has no layer {name}")
     shape = tuple(plain.weight.shape)  # type: ignore[arg-type]
     if shape != tuple(layer.weight_shape):
         raise InputError(
-            f"original must be what was quantized: the weight of its {name} has the shape "
-            f"{shape}, not {tuple(layer.weight_shape)}"
+            f"original must be the model that was quantized: the weight of its {name} has the "
+            f"shape {shape}, not {tuple(layer.weight_shape)}"
         )
 
 
@@ -110,7 +110,7 @@ def _trainable(layer: ScaledLayer, plain: nn.Module) -> TrainableLayer:
 
 
 def _share(denoiser: nn.Module, original: nn.Module) -> None:
-    """Let two denoisers hold one tensor where they hold equal ones."""
+    """Let two denoisers share the tensors that are equal in both."""
     own = dict(denoiser.named_parameters())
     for name, parameter in original.named_parameters():
         if name in own and parameter.dtype == own[name].dtype and torch.equal(parameter, own[name]):

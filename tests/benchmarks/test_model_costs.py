@@ -14,6 +14,7 @@ import race as races
 import torch
 from diffusers import UNet2DModel
 from race import race
+from tiny import tiny_pipeline
 
 from msfp import QuantizationConfig, Sampler, calibrate, pack, quantize, reference_pipeline
 from msfp.support.malloc import keep_memory
@@ -23,10 +24,15 @@ CONFIG = QuantizationConfig(refine=None)
 
 
 @pytest.fixture(scope="module")
-def pipes():
-    """The reference pipeline, and its packed copies: with nothing beside the weights, and as is."""
+def pipes(request):
+    """A pipeline, and its packed copies: with nothing beside the weights, and as is.
+
+    It is the reference pipeline where times are printed.
+    """
     keep_memory()
-    pipes, calls = [reference_pipeline()], Sampler(2, 8).calls(8, seed=1)
+    enabled = request.config.getoption("benchmark_enable")
+    pipes = [reference_pipeline() if enabled else tiny_pipeline()]
+    calls = Sampler(2, 8).calls(8, seed=1)
     for config in (CONFIG, QuantizationConfig()):
         pipes.append(copy.deepcopy(pipes[0]))
         quantize(pipes[-1], config, calibration=calls)
@@ -36,7 +42,8 @@ def pipes():
 
 @pytest.mark.parametrize("batch", [64, 1])
 def test_emulated_forward_against_float32(benchmark, pipes, batch):
-    x = torch.randn(batch, 1, 16, 16)
+    size = pipes[0].unet.config.sample_size
+    x = torch.randn(batch, 1, size, size)
     names = ("float32", "W4A4", "W4A4 with branches")
     ways = {
         name: lambda unet=pipe.unet: unet(x, 500) for name, pipe in zip(names, pipes, strict=True)

@@ -7,6 +7,7 @@ import copy
 
 import torch
 from race import race
+from tiny import tiny_pipeline
 
 from msfp import (
     FinetuneConfig,
@@ -33,7 +34,8 @@ WAYS = {
 
 def test_steps_of_fine_tuning_against_a_plain_one(benchmark):
     steps = 10 if benchmark.enabled else 1
-    pipe, sampler = reference_pipeline(), Sampler(20 if benchmark.enabled else 2, BATCH)
+    pipe = reference_pipeline() if benchmark.enabled else tiny_pipeline()
+    sampler = Sampler(20 if benchmark.enabled else 2, BATCH)
     path = record_trajectories(pipe, calls=sampler.calls(BATCH, seed=0))
     quantized = copy.deepcopy(pipe)
     config = QuantizationConfig(refine=None)

@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -298,6 +299,15 @@ def pipeline(family, folder):
         ),
     }  # fmt: skip
     pipe = makers[family]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(folder, **arguments):
+    """Load a pipeline with nothing but diffusers; components that are None must be passed."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent, **arguments)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

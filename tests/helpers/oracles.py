@@ -95,6 +95,7 @@ def magnitudes(fmt):
     return [Fraction(exact.decode(code, fmt)) for code in range(fmt.max_code + 1)]
 
 
+@functools.cache
 def boundaries(fmt, dtype):
     """Give inputs around every value and midpoint of a format, and the codes that they take.
 
@@ -143,8 +144,12 @@ def signed_boundaries(fmt, dtype):
 
 def values_at(codes, fmt, dtype):
     """Give the values of codes by the definition, in a dtype that holds them."""
-    table = [float(exact.decode(code, fmt)) for code in range(fmt.code_count)]
-    return np.array(table, dtype=dtype)[codes]
+    return _all_values(fmt).astype(dtype)[codes]
+
+
+@functools.cache
+def _all_values(fmt):
+    return np.array([float(exact.decode(code, fmt)) for code in range(fmt.code_count)])
 
 
 def assert_same_bits(actual, expected):

@@ -1,9 +1,11 @@
-"""Processes that fine-tune, forked from one that has imported everything, which takes seconds."""
+"""New processes, forked from one that has imported everything, which takes seconds."""
 
+import importlib
 import multiprocessing
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,21 @@ from unittest.mock import patch
 from torch.multiprocessing import start_processes
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["run_training"])
+SERVER.set_forkserver_preload(["run_training", "elsewhere"])
 
 
 class Script:
-    """A process that runs `run_training.main` with arguments in an environment of its own."""
+    """A process that runs the `main` of a module with arguments in an environment of its own.
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
-        self.errors = folder.with_name(f"{folder.name}.errors")
-        words = [str(folder), *arguments]
-        self.process = SERVER.Process(target=_run, args=(words, environment, self.errors))
+    What it prints is in the file `printed`, beside the folder that it is named after.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str, module: str = "run_training", **environment: str
+    ) -> None:
+        self.printed = folder.with_name(f"{folder.name}.printed")
+        words = [str(folder), *arguments] if module == "run_training" else [*arguments]
+        self.process = SERVER.Process(target=_run, args=(module, words, environment, self.printed))
         with _server_settings():
             self.process.start()
 
@@ -34,7 +41,23 @@ class Script:
     def finish(self) -> None:
         """Wait until it has ended well."""
         self.process.join(timeout=300)
-        assert self.process.exitcode == 0, self.errors.read_text()
+        assert self.process.exitcode == 0, self.printed.read_text()
+
+
+def pair(folders: Sequence[Path], *arguments: str, module: str = "run_training") -> list[Script]:
+    """Run a module in two processes that train together, one for each folder, to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    scripts = [
+        Script(folder, *arguments, module=module, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, folder in enumerate(folders)
+    ]
+    for script in scripts:
+        script.finish()
+    return scripts
 
 
 def forked(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
@@ -53,11 +76,10 @@ def _server_settings() -> AbstractContextManager[Any]:
     return patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path)
 
 
-def _run(words: list[str], environment: dict[str, str], errors: Path) -> None:
-    import run_training
-
+def _run(module: str, words: list[str], environment: dict[str, str], printed: Path) -> None:
     os.environ.update(environment)
-    sys.argv = ["run_training", *words]
-    with errors.open("w") as stream:
+    sys.argv = [module, *words]
+    with printed.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    run_training.main()
+    sys.exit(importlib.import_module(module).main())

@@ -8,6 +8,7 @@ from msfp import (
     QuantizationConfig,
     Sampler,
     calibrate,
+    pack,
     quantize,
     record_trajectories,
     reference_pipeline,
@@ -53,6 +54,14 @@ def quantized(reference, calibration):
         return copy.deepcopy(made[repr(config)])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def packed(quantized):
+    """The packed copy of the reference, and its summaries; not to be changed."""
+    pipe, summaries = quantized()
+    pack(pipe)
+    return pipe, summaries
 
 
 @pytest.fixture

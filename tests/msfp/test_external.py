@@ -83,8 +83,9 @@ def test_a_setting_ends_in_a_table_of_distances_from_the_data_set(walked, capsys
     setting, folder = walked
     sampling, _ = calls(setting, folder)
     words = ("--statistics", folder / "statistics.safetensors", *sampling, *SAMPLING)
+    report = ("--report", folder / "table.html") if setting == "ddpm" else ()
     code = msfp("evaluate", folder / "tuned", "--original", folder / "plain", *words,
-                "--json", folder / "table.json", "--report", folder / "table.html")  # fmt: skip
+                "--json", folder / "table.json", *report)  # fmt: skip
     assert code == 0
     found = json.loads((folder / "table.json").read_text())
     assert found["features"] == "pixels"
@@ -102,9 +103,10 @@ def test_a_setting_ends_in_a_table_of_distances_from_the_data_set(walked, capsys
             for each in (f"{name}.safetensors", "statistics.safetensors")
         )
         assert found[name] == pytest.approx(frechet_distance(one, other), rel=1e-5)
-    page = (folder / "table.html").read_text()
-    assert "Frechet distance from the data set" in page
-    assert "5 images, from 9 of the data set" in page
+    if report:
+        page = (folder / "table.html").read_text()
+        assert "Frechet distance from the data set" in page
+        assert "5 images, from 9 of the data set" in page
     assert "More images than the 192 features" in capsys.readouterr().out
 
 
@@ -148,7 +150,8 @@ def test_an_interruption_says_where_the_images_are(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(PngFolder, "write", interrupted)
     words = ("--count", 4, "--batch", 2, "--steps", 1, "--images", tmp_path / "out")
     assert msfp("sample", "digits", *words) == 130
-    assert "out has what was done, and the same command resumes from it" in capsys.readouterr().err
+    message = "out holds the finished images; run the same command to resume"
+    assert message in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["000000.png", "000001.png"]
 
 
@@ -260,7 +263,7 @@ BAD = {
     "state": (
         lambda t, _: ["statistics", statistics(t / "r").parent, "--features", "pixels", "--size",
                       16, "--output", t / "x.safetensors", "--state", t / "x.safetensors"],
-        "state must be another file than output",
+        "state and output must be different files",
     ),
     "no images": (
         lambda t, _: ["statistics", t, "--features", "pixels", "--size", 16,

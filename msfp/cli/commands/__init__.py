@@ -1,4 +1,4 @@
 """The commands of `msfp`, one file each: `add` describes the arguments, `run` does the work.
 
-What a command needs is imported when it runs, so that help and mistyped arguments do not wait.
+A command imports its dependencies when it runs, so that help and usage errors appear at once.
 """

@@ -1,4 +1,4 @@
-"""`msfp demo`: quantize and recover the reference model by every method."""
+"""`msfp demo`: quantize the reference model by every method, and restore its image quality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_HERE = (
     "scheme", "include", "exclude", "first_layers", "last_layers", "granularity", "overrides",
     "refine", "attention_bits",
 )  # fmt: skip
-"""Fields of the config that the methods of the table set, or that need none for this model."""
+"""Config fields without an option: the methods set them, or this model does not need them."""
 
 
 def add(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""`msfp evaluate`: a packed checkpoint against the full-precision pipeline, at equal seeds."""
+"""`msfp evaluate`: compare a packed checkpoint with the full-precision pipeline, at equal seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from msfp.evaluation.dataset_statistics import DatasetStatistics
 
 FEATURES = {"digits": "digits", "digits-transformer": "digits", "photographs": "photographs"}
-"""The features that suit each model that ships."""
+"""The default features for each model that ships."""
 
 
 def add(commands: Any) -> None:
@@ -40,13 +40,13 @@ def add(commands: Any) -> None:
     )
     options.add_report(evaluate)
     options.add_state(evaluate)
-    # Other noise than that of calibration.
+    # The noise differs from that of calibration.
     options.add_sampling(evaluate, count=64, first_seed=1000)
     evaluate.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compare, print a table, and write what was wanted."""
+    """Compare, print a table, and write the requested files."""
     from msfp.errors import InputError
     from msfp.evaluation.comparison import compare
     from msfp.evaluation.dataset_statistics import DatasetStatistics
@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.state is not None:
         check_state(arguments.state, STATE)
     if arguments.count < 2:
-        raise InputError("count must be at least 2: a Frechet distance is one between sets")
+        raise InputError(
+            f"count must be at least 2, not {arguments.count}: a Frechet distance compares sets of "
+            "images"
+        )
     sampler = options.check_sampling(arguments)
     file = arguments.statistics
     statistics = None if file is None else DatasetStatistics.load(file)
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _default_features(original: str, statistics: DatasetStatistics | None) -> str:
-    """Return the features of the statistics, or else what suits the model."""
+    """Return the features of the statistics, else the default for the model."""
     return FEATURES.get(original, "pixels") if statistics is None else statistics.features
 
 

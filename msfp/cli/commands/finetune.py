@@ -1,4 +1,4 @@
-"""`msfp finetune`: bring a packed checkpoint back to its full-precision pipeline, by training."""
+"""`msfp finetune`: train a packed checkpoint towards its full-precision pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CALLED = (
     "count", "sampler_steps", "sampler_batch", "guidance_scale", "sampler", "seed", "dtype",
     "held_out", "compare",
 )  # fmt: skip
-"""Arguments, beside those of the config, that a run must be resumed with again."""
+"""Arguments, in addition to the config, that must be equal for a run to resume."""
 
 
 def add(commands: Any) -> None:
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     finetune.add_argument("--resume", action="store_true", help="resume a run that was interrupted")
     finetune.add_argument(
         "--compare", action="store_true",
-        help="train without each ingredient too, for the table of what it brought",
+        help="also train simpler configs, for an ablation table",
     )  # fmt: skip
     finetune.add_argument(
         "--data", type=Path, metavar="FOLDER",
@@ -99,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
             pipe, history, minutes = _trained(tuning, RESULT, config, record, progress, logs)
         finally:
             record.discard_if_empty()
-        _meet_processes(original, config, None)  # none may still read what is removed at the end
+        # Wait until no process reads the state, which is removed below.
+        _meet_processes(original, config, None)
         if not _main_process():
             return
         rows.append(tuning.measured(RESULT, pipe, minutes, history.best))
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _checked(arguments: argparse.Namespace) -> FinetuneConfig:
-    """Return the config, once all that can be known before anything is loaded has been checked."""
+    """Check all arguments that can be checked before anything is loaded; return the config."""
     from msfp.support.files import check_folder, check_output
     from msfp.support.image_files import image_files
 
@@ -127,13 +128,13 @@ def _checked(arguments: argparse.Namespace) -> FinetuneConfig:
 
 
 def _state_folder(arguments: argparse.Namespace) -> Path:
-    """Return where the state of training is kept, beside the output."""
+    """Return the folder of the training state, which is beside the output."""
     output: Path = arguments.output.absolute()
     folder = output.with_name(f"{output.name}.state")
-    arguments.state = folder  # which an interrupted command names
+    arguments.state = folder  # named in the message of an interruption
     if folder.exists() and not arguments.resume:
         raise InputError(
-            f"{folder} is of a run that was interrupted: give --resume, or delete the folder"
+            f"{folder} belongs to an interrupted run: give --resume, or delete the folder"
         )
     if arguments.resume and not folder.is_dir():
         raise InputError(f"there is nothing to resume: {folder} does not exist")
@@ -143,7 +144,7 @@ def _state_folder(arguments: argparse.Namespace) -> Path:
 def _record(
     arguments: argparse.Namespace, folder: Path, config: FinetuneConfig, sampler: Sampler
 ) -> FinetuningRecord:
-    """Return the record of the run, read where it is resumed."""
+    """Return the record of the run; if the run resumes, read the record from its folder."""
     from msfp.cli.finetuning_record import FinetuningRecord, option_settings
     from msfp.support.image_files import listed
 
@@ -161,7 +162,7 @@ def _record(
 
 
 def _digest(checkpoint: Path) -> str:
-    """Return a few digits that tell checkpoints apart; the config has checksums of all tensors."""
+    """Return a short hash of a checkpoint's config, which holds checksums of all tensors."""
     from msfp.checkpoint.io import CONFIG_FILE, quantized_component
 
     config = checkpoint / (quantized_component(checkpoint) or "") / CONFIG_FILE
@@ -169,7 +170,7 @@ def _digest(checkpoint: Path) -> str:
 
 
 def _place_process(arguments: argparse.Namespace) -> None:
-    """Give each process of `accelerate launch` a GPU of its own."""
+    """Give each process of `accelerate launch` its own GPU."""
     import torch
 
     if arguments.device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -184,7 +185,7 @@ def _main_process() -> bool:
 def _meet_processes(
     original: DiffusionPipeline, config: FinetuneConfig, tensorboard: Path | None
 ) -> None:
-    """Wait for all processes of `accelerate launch`; refuse what none of them can have."""
+    """Wait for all processes of `accelerate launch`; refuse options that they cannot use."""
     from msfp.pipelines.denoiser import denoiser_of
     from msfp.training.processes import accelerator
 
@@ -199,7 +200,7 @@ def _measured(
     record: FinetuningRecord,
     progress: Progress,
 ) -> Row:
-    """Train without some ingredients; keep what was measured."""
+    """Train with one config of the ablation; measure the result and record its row."""
     pipe, history, minutes = _trained(tuning, name, config, record, progress)
     row = tuning.measured(name, pipe, minutes, history.best)
     record.ended(row)
@@ -214,7 +215,7 @@ def _trained(
     progress: Progress,
     tensorboard: Path | None = None,
 ) -> tuple[DiffusionPipeline, History, float]:
-    """Train, resuming where the record is; return the minutes of all of it."""
+    """Train or resume; return the pipeline, the history and the minutes over all runs."""
     state = record.state(name)
     before, started = record.seconds.get(name, 0.0), time.monotonic()
 

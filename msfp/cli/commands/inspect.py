@@ -1,4 +1,4 @@
-"""`msfp inspect`: the table of a checkpoint's layers, read without its weights."""
+"""`msfp inspect`: print the table of a checkpoint's layers without reading its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from msfp.checkpoint.facts import LayerFacts, ProductFacts
 
 WIDEST = 10_000
-"""Columns of a terminal in which no table is broken."""
+"""Width of a terminal, in columns, that fits every table."""
 ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
 
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table; a line that is too long for the terminal is not broken."""
+    """Print a table; lines that are too long for the terminal are not wrapped."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -90,12 +90,12 @@ def _print(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def _json(facts: list[LayerFacts | ProductFacts]) -> str:
-    """Return all that is known, with every format that was tried."""
+    """Return all facts as JSON, with every format that was tried."""
     return json.dumps([each.to_dict() | _choices(each) for each in facts], indent=1) + "\n"
 
 
 def _choices(facts: LayerFacts | ProductFacts) -> dict[str, Any]:
-    """Return the formats that were tried for a layer, where that was saved."""
+    """Return the formats that were tried for a layer, if they were saved."""
     summary = getattr(facts, "summary", None)
     if summary is None:
         return {"weight_choices": {}, "input_choices": {}}
@@ -103,7 +103,7 @@ def _choices(facts: LayerFacts | ProductFacts) -> dict[str, Any]:
 
 
 def _csv(facts: list[LayerFacts | ProductFacts]) -> str:
-    """Return a line for each layer and operand below one of names; what is not known is empty."""
+    """Return CSV with a header and a line for each layer and operand; unknown values are empty."""
     text = io.StringIO()
     rows = [each.to_dict() for each in facts]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""`msfp quantize`: from a full-precision pipeline to a packed checkpoint, without training."""
+"""`msfp quantize`: quantize a full-precision pipeline to a packed checkpoint, without training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     quantize.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="a .safetensors file that keeps the calibration; one that is there is resumed from",
+        help="a .safetensors file for the calibration; if it exists, calibration resumes from it",
     )  # fmt: skip
     options.add_report(quantize)
     add_config(quantize, QuantizationConfig, "what is quantized, and how")
@@ -74,7 +74,7 @@ def _title(model: str, config: QuantizationConfig) -> str:
 
 
 def _check_calibration(file: Path | None) -> None:
-    """Check the file of a calibration, which may exist."""
+    """Check the calibration file, which may exist already."""
     from msfp.search.calibration import Calibration
     from msfp.support.files import check_new_file
 
@@ -87,7 +87,7 @@ def _check_calibration(file: Path | None) -> None:
 def _description(
     pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what the calls do; their number goes without saying."""
+    """Return the settings of the calls, except their number."""
     return {
         "labels" if arguments.labels else "prompts": list(sampler.conditions),
         "seed": arguments.seed,
@@ -105,9 +105,9 @@ def _quantized(
     arguments: argparse.Namespace,
     progress: Progress,
 ) -> tuple[list[LayerSummary], Calibration | None]:
-    """Calibrate and record by the same calls, search and refine.
+    """Quantize a pipeline in place: calibrate and record with the same calls, search and refine.
 
-    Weights that are not refined take nothing but a search.
+    Quantization of weights alone, without refinement, needs only the search.
     """
     from msfp.layers.selection import quantizable_layers, settings_by_layer
     from msfp.pipelines.denoiser import denoiser_of
@@ -131,7 +131,7 @@ def _quantized(
             file=arguments.calibration, progress=progress,
             description=_description(pipe, sampler, arguments),
         )  # fmt: skip
-    if recording is not None:  # a calibration that was read from its file has made no calls
+    if recording is not None:  # makes the calls if the calibration was read from its file
         trajectories = recording.trajectories(pipe, progress)
     layers = quantize(
         pipe, config, calibration=calibration, trajectories=trajectories, progress=progress

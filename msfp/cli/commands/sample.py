@@ -1,4 +1,4 @@
-"""`msfp sample`: images of a packed checkpoint, or of a full-precision pipeline."""
+"""`msfp sample`: sample images from a packed checkpoint or a full-precision pipeline."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _write_grid(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.N
 
 
 def _write_files(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace) -> None:
-    """Write a file for each image that is not there yet."""
+    """Write a file for each image that does not exist yet."""
     from dataclasses import asdict
 
     from msfp.support.image_files import PngFolder

@@ -1,4 +1,4 @@
-"""`msfp statistics`: what a Frechet distance has to know of a data set, from its images."""
+"""`msfp statistics`: compute the feature statistics of a data set for Frechet distances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     options.add_features(statistics, required=True)
     statistics.add_argument(
         "--size", type=options.whole(8, 4096), required=True, metavar="PIXELS",
-        help="height and width of the model's images, which the central squares are brought to",
+        help="height and width of the model's images, to which the central squares are resized",
     )  # fmt: skip
     statistics.add_argument(
         "--resize", choices=("bicubic", "lanczos"), default="bicubic",
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read every image, and write mean and covariance of their features."""
+    """Read every image, and write the mean and covariance of the features."""
     from msfp.errors import InputError
     from msfp.evaluation.dataset_statistics import STATE, dataset_statistics
     from msfp.evaluation.features import feature_network
@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.state is not None:
         check_state(arguments.state, STATE)
         if arguments.state.absolute() == arguments.output.absolute():
-            raise InputError(f"state must be another file than output, {arguments.output}")
+            raise InputError(
+                f"state and output must be different files, not both {arguments.output}"
+            )
     network = feature_network(arguments.features, device(arguments))
     with progress_bars() as progress:
         found = dataset_statistics(

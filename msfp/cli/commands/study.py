@@ -1,4 +1,4 @@
-"""`msfp study`: run quantization recipes on the reference models, again and again."""
+"""`msfp study`: run quantization recipes on the reference models, with several seeds."""
 
 from __future__ import annotations
 

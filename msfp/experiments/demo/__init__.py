@@ -1,1 +1,1 @@
-"""The whole path on the reference model: lose its pictures at 4 bits, and get them back."""
+"""The demo: quantize the reference model to 4 bits, and restore its image quality."""

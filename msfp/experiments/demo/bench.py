@@ -37,7 +37,7 @@ KEPT_IMAGES = 64
 
 
 class Bench:
-    """What every method is measured with, made once from the full-precision model."""
+    """The data that all methods share, computed once from the full-precision model."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Bench:
         return record_trajectories(self.pipe, calls=calls, progress=progress)
 
     def sample(self, name: str, pipe: DDIMPipeline) -> torch.Tensor:
-        """Return the images of a pipeline, from the same noise as every other's."""
+        """Return the images of a pipeline; the noise is the same for all pipelines."""
         progress = of_part(self.progress, name)
         return self.settings.sampler(pipe, self.settings.images, self.seed + 4, progress=progress)
 
@@ -81,7 +81,7 @@ class Bench:
         return pipe, layers, time.perf_counter() - started
 
     def finetune(self, pipe: DDIMPipeline, method: Method, seed: int) -> None:
-        """Fine-tune and pack a trainable pipeline as a method asks."""
+        """Fine-tune and pack a trainable pipeline in place, with the settings of a method."""
         config = FinetuneConfig(
             hub=method.hub,
             steps=self.settings.finetune,
@@ -99,7 +99,7 @@ class Bench:
     def measure(
         self, name: str, pipe: DDIMPipeline, layers: list[LayerSummary], seconds: float
     ) -> tuple[Row, torch.Tensor]:
-        """Return what can be measured of a pipeline by itself, and its images."""
+        """Return the measurements of a pipeline that need no other pipeline, and its images."""
         images = self.sample(name, pipe)
         errors = noise_errors(pipe, trajectories=self.held_out)
         row = Row(
@@ -124,9 +124,9 @@ def cores() -> int:
 
 @contextmanager
 def one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool with a worker for each core, torch using one thread in each worker.
+    """Yield a pool with a worker for each core; torch uses one thread in each worker.
 
-    Methods then run side by side, and their numbers do not depend on how many cores there are.
+    Methods then run in parallel, and their results do not depend on the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -146,12 +146,12 @@ def run(
 
     Args:
         config: Bit widths; its scheme is replaced by each method's.
-        settings: How much of everything to take.
+        settings: Numbers of images, trajectories and steps.
         seed: Seed of all randomness.
-        progress: Told of each stage, from several threads.
+        progress: Called with the progress of each stage, from several threads.
 
     Returns:
-        What was found.
+        The results.
     """
     stop = threading.Event()
 
@@ -185,7 +185,7 @@ def _run(bench: Bench, pool: ThreadPoolExecutor) -> Results:
         seconds += time.perf_counter() - started
         return pipe, *bench.measure(method.name, pipe, layers, seconds)
 
-    # The long ones first, so that the workers finish together.
+    # The slowest methods start first, so that all workers finish at about the same time.
     order = sorted(METHODS, key=lambda method: -method.hub)
     futures = {method: pool.submit(work, method) for method in order}
     done = [(bench.pipe, *full.result())] + [futures[method].result() for method in METHODS]
@@ -197,7 +197,7 @@ def _results(
     done: list[tuple[DDIMPipeline, Row, torch.Tensor]],
     layers: list[LayerSummary],
 ) -> Results:
-    """Put together what was measured, and compare each method's images with the first's."""
+    """Return all measurements; compare each method's images with those of full precision."""
     distance = FrechetDistance(digit_features, (digits()[0] + 1) / 2)
     reference = done[0][2]
     for index, (_, row, images) in enumerate(done):

@@ -25,7 +25,7 @@ HEADER = (
     "in seed\nnoise", "unsigned\nlayers", "size\nKB", "time\ncore s",
 )  # fmt: skip
 SHOWN = 12
-"""Images of each method in the side-by-side picture."""
+"""Number of images of each method in the side-by-side picture."""
 
 
 def title(results: Results) -> str:
@@ -51,7 +51,7 @@ def cells(row: Row, results: Results) -> tuple[str, ...]:
 
 
 def terminal_table(results: Results) -> Table:
-    """Return the table that ends a run."""
+    """Return the table that a run prints at its end."""
     table = Table(title=title(results), title_justify="left", box=SIMPLE_HEAD)
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
@@ -61,7 +61,7 @@ def terminal_table(results: Results) -> Table:
 
 
 def most_gained(facts: list[LayerFacts]) -> LayerFacts:
-    """Return the layer whose input gained most from an unsigned format."""
+    """Return the layer whose input gains most from an unsigned format."""
     return max(
         (each for each in facts if each.sign == "unsigned"),
         key=lambda each: each.cost_of_other_sign,

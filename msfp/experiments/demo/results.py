@@ -1,4 +1,4 @@
-"""What a demo compares and what it found: settings, methods, rows, and findings in words."""
+"""The settings, methods and results of a demo, with its findings in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msfp.support.versions import versions
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything a run takes.
+    """Numbers of images, trajectories and steps of a run.
 
     Attributes:
         images: Images sampled for each method.
@@ -39,7 +39,7 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """The key of the full-precision seed noise in the reference model's quality."""
+        """The key of these settings in the quality file of the reference model."""
         return f"{self.sampler.steps} steps, {self.images} images"
 
 
@@ -53,11 +53,11 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: a scheme and perhaps a fine-tuning.
+    """A row of the table: a scheme, with or without fine-tuning.
 
     Attributes:
-        name: What the row is called.
-        scheme: Which grids are searched.
+        name: Name of the row.
+        scheme: Scheme of the search.
         refined: Whether weights are corrected after the search, as msfp does by default.
         hub: LoRAs per layer, 0 for no fine-tuning.
         dfa_power: Power of the denoising factor in the loss.
@@ -87,13 +87,14 @@ FULL_PRECISION = "full precision"
 
 @dataclass
 class Row:
-    """What was measured of one method.
+    """The measurements of one method.
 
     Attributes:
-        method: Its name.
+        method: Name of the method.
         noise_error: Mean squared error of the noise prediction on held-out full-precision
             trajectories, mean over timesteps.
-        psnr: Paired PSNR in dB against the full-precision images from equal noise; None for them.
+        psnr: Paired PSNR in dB against full-precision images from equal noise; None for full
+            precision.
         frechet: Frechet distance from the real digits.
         unsigned_layers: Layers whose inputs are unsigned.
         bytes: Size of the denoiser's tensors.
@@ -113,21 +114,23 @@ class Row:
 
 @dataclass
 class Results:
-    """Everything a run found; `to_dict` is what the JSON file holds.
+    """The results of a run; `to_dict` returns the contents of the JSON file.
 
     Attributes:
         config: Bit widths of every method.
-        settings: How much of everything the run took.
-        seed: Its seed.
+        settings: Numbers of images, trajectories and steps of the run.
+        seed: Seed of the run.
         timesteps: The sampler's timesteps.
         rows: Full precision first, then the methods in order.
-        layers: What mixup-sign chose for each layer.
-        routing: The LoRA of each layer (rows) at each timestep of the last method.
-        seed_noise: Frechet distances of the full-precision model over seeds, at as many images.
-        spread: Relative standard deviation of the noise-prediction error over seeds of the single
-            LoRA at the default bit widths; None at others.
+        layers: Result of the mixup-sign search for each layer.
+        routing: The LoRA that the last method selects for each layer (rows) at each timestep
+            (columns).
+        seed_noise: Frechet distances of the full-precision model, one for each seed, at the same
+            number of images.
+        spread: Relative standard deviation, over seeds, of the noise-prediction error of the single
+            LoRA at the default bit widths; None at other bit widths.
         images: Some images of each method, from equal noise.
-        inputs: Calibration inputs of every layer.
+        inputs: Histograms of the calibration inputs, by layer.
         pipe: The last method's pipeline, packed.
     """
 
@@ -167,7 +170,7 @@ def tied(first: Row, second: Row, spread: float) -> bool:
 
 
 def findings(results: Results) -> list[str]:
-    """Return what the table shows, in sentences; ties are called ties."""
+    """Return the main results of the table as sentences; differences within seed noise are ties."""
     rows = {row.method: row for row in results.rows}
     limit = max(results.seed_noise)
     sentences = []

@@ -9,14 +9,14 @@ from torch import nn
 class ImageClassifier(nn.Module):
     """Three convolutions and two linear layers on small square images.
 
-    `features` gives the 64 penultimate activations that the Frechet distance is computed on, as
-    the Inception features are for natural images (Heusel et al., NeurIPS 2017). They are bounded,
-    so that no single odd image rules the distance.
+    `features` returns the 64 penultimate activations. The Frechet distance is computed on them, as
+    on Inception features for natural images (Heusel et al., NeurIPS 2017). They are bounded, so
+    that no single outlier image dominates the distance.
 
     Args:
         channels: Colour channels of an image.
         image_size: Height and width, a multiple of 4.
-        classes: Classes to tell apart.
+        classes: Number of classes.
     """
 
     num_features = 64

@@ -1,4 +1,4 @@
-"""Features of digits and of photographs, in which Frechet distances of the models are measured."""
+"""Features of digits and of photographs for the Frechet distances of the reference models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHOTOGRAPH_CLASSIFIER_FILE = FOLDER / "photograph-classifier.safetensors"
 
 @functools.cache
 def digit_classifier() -> ImageClassifier:
-    """Return the classifier in whose features Frechet distances of digits are measured."""
+    """Return the classifier of digits, whose features serve for Frechet distances of digits."""
     return _trained(ImageClassifier(channels=1, image_size=16, classes=10), CLASSIFIER_FILE)
 
 
@@ -36,11 +36,11 @@ def _trained(classifier: ImageClassifier, file: Path) -> ImageClassifier:
 def digit_features(images: torch.Tensor) -> torch.Tensor:
     """Return the classifier's features of images in [0, 1], shape (n, 64).
 
-    It takes grey images: those in colour are of the mean of their channels.
+    The classifier takes grey images; a colour image is replaced by the mean of its channels.
     """
     return digit_classifier().features(images.mean(dim=1, keepdim=True) * 2 - 1)
 
 
 def photograph_features(images: torch.Tensor) -> torch.Tensor:
-    """Return the classifier's features of colour images in [0, 1], likewise."""
+    """Return the classifier's features of colour images in [0, 1], shape (n, 64)."""
     return photograph_classifier().features(images * 2 - 1)

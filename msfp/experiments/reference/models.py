@@ -21,7 +21,7 @@ Data = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """One reference model: what it learns, from what, and for how long.
+    """One reference model before training: its data, its network and its training settings.
 
     Attributes:
         name: Folder of the trained pipeline.
@@ -31,8 +31,8 @@ class ReferenceModel:
         steps: Steps of AdamW.
         batch: Images in a step.
         learning_rate: Peak rate, after the warm-up.
-        held_out: Images whose loss is printed during training; None where it learns them all.
-        classes: Classes it is conditioned on; 0 for an unconditional model.
+        held_out: Images whose loss is printed during training; None if all images are trained on.
+        classes: Number of classes that it is conditioned on; 0 for an unconditional model.
         prediction: What it predicts, in diffusers' words: the noise, "epsilon", or the velocity,
             "v_prediction" (Salimans and Ho, 2022).
         autocast: Whether the forward pass of training runs in bfloat16.
@@ -98,7 +98,7 @@ def colour_unet() -> UNet2DModel:
 def digits_transformer() -> DiTTransformer2DModel:
     """Return a DiT of 1.6 million parameters: 8 blocks of width 96 on 2x2 patches.
 
-    Its label 10 stands for "no class", for classifier-free guidance.
+    The label 10 means "no class", for classifier-free guidance.
     """
     return DiTTransformer2DModel(
         sample_size=IMAGE_SIZE,
@@ -115,7 +115,8 @@ def digits_transformer() -> DiTTransformer2DModel:
 DIGITS = ReferenceModel(
     "digits-ddpm", digits, digits_unet, DDPMPipeline, 4000, 64, 1.5e-3, stored=torch.float32
 )
-# A noise prediction that misses the mean colour by 0.01 is off by 1.5 in the first x0 of DDIM.
+# It predicts velocities: an error of 0.01 in the mean colour of a predicted noise would become an
+# error of 1.5 in the first x0 of DDIM.
 COLOUR = ReferenceModel(
     "colour-ddpm",
     training_crops,

@@ -42,11 +42,11 @@ def photographs() -> dict[str, torch.Tensor]:
 
 @functools.cache
 def training_crops() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return crops of all but the right edge of every photograph, and the photographs' numbers.
+    """Return crops of every photograph without its right edge, and the photographs' numbers.
 
-    A crop is a square of 48 pixels up to the photograph's height, its side drawn from a log-uniform
-    distribution, mirrored half of the time, and reduced to 32x32 by an antialiasing bilinear
-    filter. The seed is fixed: these are the data, not a draw from them.
+    A crop is a square. Its side is drawn from a log-uniform distribution between 48 pixels and the
+    photograph's height. It is mirrored with probability 1/2. An antialiasing bilinear filter
+    reduces it to 32x32. The seed is fixed: every call returns the same crops.
 
     Returns:
         Images of shape (24000, 3, 32, 32), float32 in [-1, 1], and labels of shape (24000,), int64.
@@ -57,7 +57,7 @@ def training_crops() -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def held_out_crops() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return crops of the right 80 columns of every photograph, none of which is trained on.
+    """Return crops of the right 80 columns of every photograph, which training never uses.
 
     Returns:
         Images of shape (512, 3, 32, 32), float32 in [-1, 1], and labels of shape (512,), int64.
@@ -72,7 +72,7 @@ def held_out_crops() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _crops(images: list[torch.Tensor], count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `count` random crops, as many of each image as of any other."""
+    """Return `count` random crops, equally many of each image, and the images' numbers."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(images)
     return torch.stack([_crop(images[label], draw) for label in labels]), labels

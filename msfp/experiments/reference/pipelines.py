@@ -35,7 +35,7 @@ def reference_pipeline(name: ReferenceName | str = "digits", *, folder: Path | N
         name: "digits", a UNet of handwritten digits; "digits-transformer", a class-conditional
             transformer of them; or "photographs", a UNet of crops of photographs in colour that
             predicts velocities.
-        folder: Where another training of the same model is; None for the one that ships.
+        folder: Folder of another training of the same model; None for the one that ships.
 
     Raises:
         InputError: If there is no such model.
@@ -66,18 +66,19 @@ def reference_pipeline(name: ReferenceName | str = "digits", *, folder: Path | N
 
 
 def _network(kind: Any, folder: Path, part: str) -> Any:
-    """Return a denoiser in float32, ready to be sampled from."""
+    """Return a denoiser in float32 and evaluation mode."""
     return kind.from_pretrained(
         folder, subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False
     ).eval()
 
 
 def quality() -> dict[str, Any]:
-    """Return the digits model's own quality and the noise floors of comparisons on it.
+    """Return the quality of the digits model, and the noise floors of comparisons on it.
 
-    `python -m msfp.experiments.measure` writes it. `frechet_real_halves` and
-    `frechet_model` are Frechet distances over seeds, `finetune_noise_errors` are errors of the
-    demo's single LoRA over fine-tuning seeds; the last two for each of the demo's settings.
+    `python -m msfp.experiments.measure` writes the file. `frechet_real_halves` and `frechet_model`
+    hold Frechet distances, one for each seed. `finetune_noise_errors` holds errors of the demo's
+    single LoRA, one for each fine-tuning seed. `frechet_model` and `finetune_noise_errors` have an
+    entry for each of the demo's settings.
     """
     measured: dict[str, Any] = json.loads(QUALITY_FILE.read_text())
     return measured

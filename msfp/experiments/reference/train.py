@@ -18,7 +18,7 @@ from msfp.experiments.reference.models import DIGITS, REFERENCE_MODELS, Data
 from msfp.experiments.reference.training import seeded, train_denoiser
 
 CLASSIFIER_IMAGES = 4096
-"""At most so many images train a classifier of the features for Frechet distances."""
+"""Maximum number of images that a classifier for Frechet distances is trained on."""
 
 
 def train_classifier(data: Data, file: Path, seed: int = 0, epochs: int = 40) -> float:
@@ -43,7 +43,7 @@ def train_classifier(data: Data, file: Path, seed: int = 0, epochs: int = 40) ->
 
 
 def main() -> None:
-    """Train a model and the classifier of its data into a folder."""
+    """Train a model and the classifier of its data, and write both to a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(REFERENCE_MODELS))
     parser.add_argument("folder", type=Path, help="where the trained folder is written")

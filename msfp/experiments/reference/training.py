@@ -1,7 +1,7 @@
-"""Training a reference model, resumably.
+"""Training a reference model; a stopped run resumes.
 
-Every random number is drawn from a generator seeded by (seed, step), so a run that is stopped
-continues from its last saved state to the same weights.
+Every random number is drawn from a generator seeded by (seed, step). A stopped run therefore
+resumes from its last saved state and reaches the same weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def seeded(seed: int, step: int) -> torch.Generator:
 
 
 def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights by name into a model's parameters."""
+    """Copy weights by name into a model's parameters, in place."""
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
 
@@ -40,7 +40,7 @@ class TrainingState:
 
     def __init__(self, reference: ReferenceModel, path: Path, seed: int) -> None:
         torch.manual_seed(seed)
-        # Without dropout: the only randomness is that of the generators.
+        # Evaluation mode disables dropout, so that all randomness comes from the generators.
         self.model = reference.build().eval()
         self.reference, self.path, self.step = reference, path, 0
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -61,7 +61,7 @@ class TrainingState:
             }
 
     def save(self) -> None:
-        """Write everything needed to continue, atomically."""
+        """Write everything that a run needs to resume, atomically."""
         tensors = {"step": torch.tensor(self.step)}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
@@ -74,14 +74,14 @@ class TrainingState:
         partial.replace(self.path)
 
     def learning_rate(self) -> float:
-        """Return the linear warm-up and linear decay to a hundredth at the present step."""
+        """Return the rate of the current step: linear warm-up, then linear decay to a hundredth."""
         peak = self.reference.learning_rate
         if self.step < WARMUP:
             return peak * (self.step + 1) / WARMUP
         return peak * (1 - 0.99 * (self.step - WARMUP) / (self.reference.steps - WARMUP))
 
     def update(self, loss: torch.Tensor) -> None:
-        """Take one AdamW step on the loss and move the average."""
+        """Take one AdamW step on the loss, and update the moving average."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
@@ -103,7 +103,7 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Return DDPM's simple loss (Ho et al., 2020, eq. 14) on images at random timesteps.
 
-    A model that predicts velocities has their mean squared error.
+    For a model that predicts velocities, the loss is the mean squared error of the velocity.
     """
     noise = torch.randn(images.shape, generator=draw)
     timesteps = torch.randint(1000, (len(images),), generator=draw)
@@ -135,7 +135,7 @@ def training_steps(state: TrainingState, seed: int) -> Iterator[float]:
 
 @torch.no_grad()
 def held_out_loss(state: TrainingState) -> float:
-    """Return the loss of the averaged weights on the held-out images, always at the same noise."""
+    """Return the loss of the averaged weights on the held-out images, always with equal noise."""
     if state.reference.held_out is None:
         return float("nan")
     averaged = copy.deepcopy(state.model)

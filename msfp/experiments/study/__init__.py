@@ -1,1 +1,1 @@
-"""A study of quantization recipes on the reference models, which anyone can run again."""
+"""A reproducible study of quantization recipes on the reference models."""

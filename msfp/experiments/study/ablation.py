@@ -1,4 +1,4 @@
-"""The rows of the study: recipes, each an ablation of others, bit widths, and what runs on what."""
+"""The rows of the study: an ablation of recipes, bit widths, samplers and models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from msfp.config import QuantizationConfig, RefinementConfig
 from msfp.training.config import FinetuneConfig
 
 SEEDS = range(5)
-"""Replicates of rows that carry a claim: of calibration, trajectories, fine-tuning and noise."""
+"""Seeds of the replicates of a row: of its calibration, trajectories, fine-tuning and noise."""
 TRAININGS = range(3)
 """Independently trained full-precision models; 0 is the one that ships."""
 SETTING = ("W4A4", "ddim", 20)
 """Bits, sampler and steps at which all recipes are run."""
 REVISION = 1
-"""Raised when rows of equal settings are to give other numbers; records of others count no more."""
+"""Raised when the code gives other numbers for equal settings; older records are then ignored."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Recipe:
 
     Attributes:
         name: Short, without spaces.
-        label: What tables call it.
-        quantization: Fields of `QuantizationConfig` but for bits; None leaves full precision.
-        finetune: Fields of `FinetuneConfig` but for its seed; None for no fine-tuning.
-        against: The recipes that it is tested against; the first is what it adds something to.
-        retired: The last version that can run it; empty where this one can. It brought nothing,
-            as its records show.
+        label: Name in tables.
+        quantization: Fields of `QuantizationConfig` without bit widths; None for full precision.
+        finetune: Fields of `FinetuneConfig` without the seed; None for no fine-tuning.
+        against: The recipes that it is tested against. The first is the recipe that it extends.
+        retired: The last version that can run it, empty if this version can. The records of a
+            retired recipe show no improvement.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """The label, with the last version that can run the recipe where that is an earlier one."""
+        """The label; of a retired recipe, with the last version that can run it."""
         return f"{self.label} (until {self.retired})" if self.retired else self.label
 
 
@@ -53,7 +53,7 @@ FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
 TWO_HUBS = TUNED | {"hub": 2}
 FULL_PRECISION = "full-precision"
 DEFAULT = "samples-256"
-"""The recipe that `msfp quantize` follows unless told otherwise."""
+"""The recipe that `msfp quantize` uses by default."""
 
 
 def _refined(**options: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _retired(name: str, label: str, against: tuple[str, ...], *, tuned: bool = F
 
 
 def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
-    """Return a refinement of the rounding alone, but for what is named."""
+    """Return a refinement of the rounding alone, plus the given options."""
     alone = {"match_inputs": False, "correct_bias": "none"}
     return _refined(rounding=rounding, **(alone | options))
 
@@ -110,19 +110,19 @@ _ABLATION = (
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
     Recipe(
         "branch-4",
-        "split + branch of rank 4",
+        "split + low-rank branch of rank 4",
         _refined(split_inputs=True, branch_rank=4),
         against=("split",),
     ),
     Recipe(
         "branch-16",
-        "split + branch of rank 16",
+        "split + low-rank branch of rank 16",
         _refined(split_inputs=True, branch_rank=16),
         against=("branch-4", "mixup"),
     ),
     Recipe(
         DEFAULT,
-        "split + branch of rank 16, 256 samples",
+        "split + low-rank branch of rank 16, 256 samples",
         _refined(split_inputs=True, branch_rank=16, samples=None),
         against=("branch-16", "mixup", "nvfp4"),
     ),
@@ -189,28 +189,28 @@ _ABLATION = (
     ),
     Recipe(
         "branch-16-lora",
-        "split + branch of rank 16 + LoRA",
+        "split + low-rank branch of rank 16 + LoRA",
         _refined(split_inputs=True, branch_rank=16),
         TUNED,
         against=("branch-16", "lora"),
     ),
     Recipe(
         "branch-16-talora-2",
-        "split + branch of rank 16 + TALoRA, h = 2",
+        "split + low-rank branch of rank 16 + TALoRA, h = 2",
         _refined(split_inputs=True, branch_rank=16),
         TWO_HUBS,
         against=("branch-16-lora",),
     ),
     Recipe(
         "samples-256-lora",
-        "split + branch of rank 16, 256 samples + LoRA",
+        "split + low-rank branch of rank 16, 256 samples + LoRA",
         _refined(split_inputs=True, branch_rank=16, samples=None),
         TUNED,
         against=("samples-256", "branch-16-lora", "lora"),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _ABLATION}
-"""Every recipe by name, each after those that it builds on."""
+"""All recipes by name; each recipe follows those that it extends."""
 
 BITS: dict[str, dict[str, Any]] = {
     "W3A3": {"weight_bits": 3, "activation_bits": 3, "end_bits": 8},
@@ -222,19 +222,20 @@ BITS: dict[str, dict[str, Any]] = {
     "W4A8": {"weight_bits": 4, "activation_bits": 8, "end_bits": 8},
     "W6A6": {"weight_bits": 6, "activation_bits": 6, "end_bits": 8},
 }
-"""Bit widths by name; "all" has the first and the last layer at 4 bits too, "x8" their weights."""
+"""Bit widths by name. In "all", the first and the last layer have 4 bits too. In "x8", only their
+weights have 4 bits."""
 ENDS = {
     "digits-ddpm": ("conv_in", "conv_out"),
     "digits-dit": ("pos_embed.proj", "proj_out_2"),
     "colour-ddpm": ("conv_in", "conv_out"),
 }
-"""First and last layer of each model, whose inputs have 8 bits in "x8"."""
+"""First and last layer of each model. In "x8", their inputs have 8 bits."""
 
 FOLLOWED = (
     FULL_PRECISION, "signed", "mixup", "matched", "branch-16", "branch-16-lora",
     "samples-256", "samples-256-lora", "lora", "segments-2", "talora-2", "dfa-1",
 )  # fmt: skip
-"""Recipes that are followed to other bits, samplers and full-precision models."""
+"""Recipes that also run at other bit widths, samplers and full-precision models."""
 SAMPLERS = tuple((name, steps) for name in ("ddim", "plms", "dpm++") for steps in (10, 20, 50, 100))
 MODELS = ("digits-ddpm", "digits-dit", "colour-ddpm")
 
@@ -245,10 +246,10 @@ class Row:
 
     Attributes:
         model: Name of the reference model.
-        training: Which independently trained one.
+        training: Which independently trained model; one of `TRAININGS`.
         sampler: A name of `msfp.schedulers.samplers.SAMPLERS`.
         steps: Sampler steps.
-        seed: Seed of calibration, trajectories, fine-tuning and noise alike.
+        seed: Seed of calibration, trajectories, fine-tuning and noise.
         bits: A name of `BITS`.
         recipe: A name of `RECIPES`.
     """
@@ -288,14 +289,14 @@ class Row:
         """Return the config of the fine-tuning, None for none.
 
         Args:
-            **guidance: `guidance_branches` and `guidance_rows`, of a model that is guided.
+            **guidance: `guidance_branches` and `guidance_rows`, for a guided model.
         """
         options = RECIPES[self.recipe].finetune
         return None if options is None else FinetuneConfig(**options, **guidance, seed=self.seed)
 
 
 def all_rows() -> list[Row]:
-    """Return all rows that can be run, in an order that keeps those together which share much.
+    """Return all rows that can be run; rows that share data are next to each other.
 
     Example:
         >>> rows = all_rows()
@@ -320,7 +321,7 @@ def _rows(model: str) -> Iterator[Row]:
 
 
 def _possible(row: Row) -> bool:
-    """Return whether a row can be run and says something: full precision has no bits."""
+    """Return whether a row can be run and makes sense: full precision has no bit widths."""
     if RECIPES[row.recipe].retired:
         return False
     return row.recipe != FULL_PRECISION or row.bits == SETTING[0]

@@ -1,4 +1,4 @@
-"""Running rows of the study: what rows share, and the measurement of each."""
+"""Running rows of the study: the data that rows share, and the measurement of each row."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from msfp.search.observers import calibrate
 from msfp.training.finetuning import finetune
 
 FORWARDS = 5
-"""Forwards of which the median time is taken."""
+"""Number of forwards that are timed for the median."""
 
 
 class Bench:
-    """What rows of one model, sampler and seed share, made when first asked for.
+    """The data that rows of one model, sampler and seed share, computed at first use.
 
     Args:
-        row: One of them.
+        row: One of these rows.
         trained: Folder of independently trained models, or None.
     """
 
@@ -54,16 +54,16 @@ class Bench:
 
     @staticmethod
     def key(row: Row) -> tuple[Any, ...]:
-        """Return what rows of one bench have in common."""
+        """Return the fields that rows of one bench have in common."""
         return row.model, row.training, row.sampler, row.steps, row.seed
 
     def _noise(self, purpose: int) -> int:
-        """Return the seed of the noise of one purpose, no two the same over all seeds."""
+        """Return the noise seed for one purpose; it is unique over all purposes and seeds."""
         return 10 * self.seed + purpose
 
     @functools.cached_property
     def calibration(self) -> Calibration:
-        """What the layers of the full-precision model read."""
+        """The layer inputs of the full-precision model."""
         calls = self.sampler.calls(self.settings.calibration, self._noise(1))
         with _timed(self.seconds, "calibrate"):
             return calibrate(self.open(), calls=calls)
@@ -77,13 +77,13 @@ class Bench:
 
     @functools.cached_property
     def held_out(self) -> Trajectories:
-        """Trajectories to measure on."""
+        """Trajectories to measure errors on."""
         calls = self.sampler.calls(self.settings.held_out, self._noise(3))
         return record_trajectories(self.open(), calls=calls)
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
-        """The images of the full-precision model, from the noise that every row's start from."""
+        """The images of the full-precision model, from the same noise as those of every row."""
         return self.images(self.open())
 
     @functools.cached_property
@@ -92,11 +92,11 @@ class Bench:
         return FrechetDistance(self.model.features, self.images(self.open(), 5))
 
     def images(self, pipe: DiffusionPipeline, purpose: int = 4) -> torch.Tensor:
-        """Return the images of a pipeline, from the noise of those that are compared in pairs."""
+        """Return the images of a pipeline; the default noise is that of paired comparisons."""
         return self.sampler(pipe, self.settings.images, self._noise(purpose))
 
     def run(self, row: Row) -> tuple[Record, torch.Tensor]:
-        """Quantize, fine-tune and measure as a row says; return its record and its images."""
+        """Quantize, fine-tune and measure one row; return its record and its images."""
         pipe = self.open()
         seconds, peak = self._prepare(pipe, row)
         full = row.recipe == FULL_PRECISION
@@ -127,7 +127,7 @@ class Bench:
     ) -> tuple[dict[str, float], dict[str, int | None]]:
         """Quantize and fine-tune a pipeline in place; return CPU seconds and peak memory of each.
 
-        What rows of a bench share is made before the clock starts.
+        The data that rows share are computed before the clock starts.
         """
         seconds: dict[str, float] = {"quantize": 0.0, "finetune": 0.0}
         peak: dict[str, int | None] = {}
@@ -147,7 +147,7 @@ class Bench:
         return seconds, peak
 
     def _compared(self, pipe: DiffusionPipeline, images: torch.Tensor) -> dict[str, Any]:
-        """Return what is measured against full precision, at equal inputs and at equal noise."""
+        """Return the measurements against full precision, at equal inputs and at equal noise."""
         errors = noise_errors(pipe, trajectories=self.held_out)
         return {
             "noise_error": statistics.mean(errors),
@@ -181,7 +181,7 @@ def real_distance(model: str) -> FrechetDistance:
 def _timed(
     seconds: dict[str, float], stage: str, peak: dict[str, int | None] | None = None
 ) -> Iterator[None]:
-    """Note the CPU seconds of a stage, and the peak memory of the process where it is asked for."""
+    """Record the CPU seconds of a stage and, if `peak` is given, the peak memory of the process."""
     forget_peak()
     started = time.process_time()
     yield
@@ -191,7 +191,7 @@ def _timed(
 
 
 def _file_size(denoiser: Any) -> int:
-    """Return the bytes of a denoiser's folder as saved."""
+    """Return the size in bytes of the folder that a denoiser is saved to."""
     with tempfile.TemporaryDirectory() as folder:
         denoiser.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).iterdir())

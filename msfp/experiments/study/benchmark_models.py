@@ -1,4 +1,4 @@
-"""The benchmark models: how each reference model is sampled, and what is measured of it."""
+"""The benchmark models: how each reference model is sampled and measured."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ REAL_CROPS = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything a row takes.
+    """Numbers of images and trajectories of a row.
 
     Attributes:
-        images: Images sampled to be compared.
+        images: Images sampled for comparison.
         calibration: Images sampled to collect layer inputs.
         trajectories: Recorded trajectories to train on.
         held_out: Recorded trajectories to measure the noise-prediction error on.
@@ -51,14 +51,14 @@ class BenchmarkModel:
     """A reference model in the study.
 
     Attributes:
-        label: What the tables call it.
-        name: Of the reference model.
-        real: Returns the real images in [0, 1] that Frechet distances are from.
-        features: In which they are measured.
-        settings: How much of everything its rows take.
-        conditions: Class labels in turn, where it takes them.
-        guidance_scale: Of classifier-free guidance, likewise; the branch with the class comes
-            first.
+        label: Name in tables.
+        name: Name of the reference model.
+        real: Returns the real images, in [0, 1], that Frechet distances are measured from.
+        features: Features of the Frechet distances.
+        settings: Numbers of images and trajectories of its rows.
+        conditions: Class labels, used in turn; empty for an unconditional model.
+        guidance_scale: Scale of classifier-free guidance, or None. The guidance branch with the
+            class comes first.
     """
 
     label: str
@@ -74,11 +74,11 @@ class BenchmarkModel:
         return reference_pipeline(self.name, folder=folder)
 
     def sampler(self, steps: int) -> Sampler:
-        """Return the call of the pipeline with a number of steps."""
+        """Return the sampler of the model with the given number of steps."""
         return Sampler(steps, self.settings.batch, self.conditions, self.guidance_scale)
 
     def finetune(self, row: Row) -> FinetuneConfig | None:
-        """Return the config of a row's fine-tuning, with the branches of its guidance."""
+        """Return the config of a row's fine-tuning, with the guidance branches of the model."""
         if self.guidance_scale is None:
             return row.finetune()
         branches = (self.guidance_scale, 1 - self.guidance_scale)
@@ -125,12 +125,13 @@ def model_folder(model: str, training: int, trained: Path | None) -> Path:
     """Return the folder of a full-precision model.
 
     Args:
-        model: Its name.
-        training: Which independently trained one; 0 ships with the package.
-        trained: Holds the others, each in `TRAINING/MODEL` as the training script writes it.
+        model: Name of the model.
+        training: Which independently trained model; 0 ships with the package.
+        trained: Folder of the other models, each in `TRAINING/MODEL` as the training script writes
+            it; or None.
 
     Raises:
-        InputError: If it is not there.
+        InputError: If the model is missing.
     """
     folder = _folder(model, training, trained)
     if training and trained is None:
@@ -159,7 +160,7 @@ def _folder(model: str, training: int, trained: Path | None) -> Path:
 def full_precision(
     model: str, training: int, trained: Path | None, sampler: str
 ) -> DiffusionPipeline:
-    """Return a full-precision pipeline with a sampler of a name."""
+    """Return a full-precision pipeline with the named sampler."""
     pipe = BENCHMARK_MODELS[model].load(model_folder(model, training, trained))
     use_sampler(pipe, sampler)
     return pipe

@@ -12,11 +12,11 @@ from msfp.experiments.study.store import Record
 
 ERROR = "noise_error"
 SCALE = 1000
-"""Noise errors are shown in thousandths."""
+"""Noise errors are shown times 1000."""
 
 
 class Group:
-    """Records of one model that the same table is about, by recipe."""
+    """Records of one model for one table, by recipe."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.by_recipe: dict[str, dict[int, Record]] = defaultdict(dict)
@@ -24,11 +24,11 @@ class Group:
             self.by_recipe[record["row"]["recipe"]][record["row"]["seed"]] = record
 
     def recipes(self) -> list[str]:
-        """Return the recipes that there are records of, in the order of `RECIPES`."""
+        """Return the recipes that have records, in the order of `RECIPES`."""
         return [name for name in RECIPES if name in self.by_recipe]
 
     def quantized(self) -> list[str]:
-        """Return all of them but full precision."""
+        """Return the recipes that have records, without full precision."""
         return [name for name in self.recipes() if name != FULL_PRECISION]
 
     def first(self, recipe: str) -> Record:
@@ -36,7 +36,7 @@ class Group:
         return min(self.by_recipe[recipe].items())[1]
 
     def values(self, recipe: str, measure: str) -> dict[int, float]:
-        """Return a measure by seed, where it was measured."""
+        """Return a measure by seed, for the seeds with a value."""
         if recipe not in self.by_recipe:
             return {}
         found = {
@@ -48,16 +48,16 @@ class Group:
         return {seed: scale * value for seed, value in found.items()}
 
     def mean(self, recipe: str, measure: str) -> Mean | None:
-        """Return the mean of a measure, of errors the geometric one; None without any."""
+        """Return the mean of a measure, for errors the geometric mean; None without values."""
         values = list(self.values(recipe, measure).values())
         if not values:
             return None
         return geometric_mean(values) if measure == ERROR else mean(values)
 
     def timed(self, recipe: str) -> list[Record]:
-        """Return the records whose times tell, all of them if none do.
+        """Return the records whose times are comparable, or all records if none are.
 
-        Those of earlier code, which do not name it, took longer.
+        Records without a hash of the code are of earlier code, which was slower.
         """
         records = list(self.by_recipe[recipe].values())
         return [each for each in records if "code" in each["versions"]] or records
@@ -69,14 +69,15 @@ class Group:
         return sum(known) / len(known) if known else None
 
     def smallest(self, recipe: str, measure: Callable[[Record], float | None]) -> float | None:
-        """Return the smallest of what the records have of a measure, None where none has it."""
+        """Return the smallest value of a measure in the records, None if no record has it."""
         found = [measure(record) for record in self.by_recipe[recipe].values()]
         return min((each for each in found if each), default=None)
 
     def against(self, recipe: str) -> list[str]:
-        """Return the recipes that one is tested against.
+        """Return the recipes that a recipe is tested against.
 
-        Of those that it builds on, that is the nearest which was run.
+        If the recipe that it extends has no records, the recipe that this one extends takes its
+        place, and so on.
         """
         found, *others = RECIPES[recipe].against or ("",)
         while found and found not in self.by_recipe:
@@ -84,7 +85,7 @@ class Group:
         return [each for each in dict.fromkeys((found, *others)) if each in self.by_recipe]
 
     def pairs(self, first: str, second: str, measure: str) -> list[tuple[float, float]]:
-        """Return a measure of two recipes at equal seeds; errors as logarithms."""
+        """Return pairs of a measure of two recipes at equal seeds; errors as logarithms."""
         one, other = self.values(first, measure), self.values(second, measure)
         both = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
         if measure != ERROR:
@@ -98,17 +99,19 @@ class Group:
 
 
 Comparison = tuple[str, str, str, str]
-"""A recipe, what it is tested against, the setting, and the measure."""
+"""A recipe, the recipe that it is tested against, the setting, and the measure."""
 
 
 def comparisons(
     groups: Mapping[str, Group], measures: Sequence[str]
 ) -> dict[Comparison, Difference]:
-    """Compare every recipe with those that it is tested against, seeds in pairs, as one family.
+    """Compare every recipe with those that it is tested against, in pairs of equal seeds.
+
+    All comparisons together are one family of tests.
 
     Args:
-        groups: By their settings.
-        measures: What is compared.
+        groups: Groups by setting.
+        measures: Measures to compare.
     """
     return compare(
         {

@@ -1,4 +1,4 @@
-"""What ran a row: versions, code, processor, and the memory that it took."""
+"""The environment of a row: versions, code, processor, and peak memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STATUS, CLEAR, PROCESSORS = (
     Path("/proc/self/clear_refs"),
     Path("/proc/cpuinfo"),
 )
-"""Where Linux tells of a process's peak memory, forgets it, and names the processor."""
+"""Linux files that give a process's peak memory, reset it, and name the processor."""
 
 
 def machine() -> dict[str, str]:
-    """Return versions, and what ran them."""
+    """Return the versions, the machine, the code and the date."""
     return versions() | {
         "threads": str(torch.get_num_threads()),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -38,14 +38,14 @@ def machine() -> dict[str, str]:
 
 @functools.cache
 def processor() -> str:
-    """Return what the processor calls itself."""
+    """Return the name of the processor."""
     named = re.search(r"model name\s*: (.*)", _text(PROCESSORS))
     return named[1] if named else platform.processor() or platform.machine()
 
 
 @functools.cache
 def code() -> str:
-    """Return a short hash of all Python files of both packages, which tells versions apart."""
+    """Return a short hash of all Python files of both packages, which identifies their version."""
     digest = hashlib.sha256()
     for folder in (*map(Path, fpformats.__path__), Path(__file__).parents[2]):
         for file in sorted(folder.rglob("*.py")):
@@ -54,13 +54,13 @@ def code() -> str:
 
 
 def forget_peak() -> None:
-    """Let the peak of this process's memory begin anew, where the system can."""
+    """Reset the peak memory of this process, if the system supports it."""
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """Return the peak of this process's memory since it was forgotten, None where unknown.
+    """Return the peak memory of this process in bytes since the last reset, None if unknown.
 
     Example:
         >>> forget_peak()

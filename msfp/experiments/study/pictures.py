@@ -1,4 +1,4 @@
-"""Plots of a study, one for each question."""
+"""The plots of a study."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from msfp.experiments.study.statistics import Mean
 from msfp.reports.figures import GREY, INK, STYLE, UNSIGNED, axes_of, colours, figure, name_row
 
 MANY = 6
-"""Settings of which the names do not fit side by side."""
+"""Number of settings above which their names do not fit side by side."""
 NARROW = 6
-"""Ratio of the ends of a logarithmic axis below which it has more marks."""
+"""Ratio of the ends of a logarithmic axis below which it has more ticks."""
 
 
 Points = Sequence[tuple[str, Mean, Sequence[float]]]
-"""Recipes: their labels, means and replicates."""
+"""Label, mean and replicates of each recipe."""
 
 
 def recipe_points(parts: Mapping[str, Points], heading: str) -> Figure:
     """Draw the mean of each recipe with its interval, and every replicate, on log axes.
 
     Args:
-        parts: Recipes by what they have in common; each part has an axis of its own.
-        heading: What is drawn.
+        parts: Recipes by the title of their part; each part has its own axis.
+        heading: Label of the horizontal axis.
     """
     sizes = [len(rows) + 1 for rows in parts.values()]
     picture = figure(7.6, 0.22 * sum(sizes) + 0.5 * len(parts) + 0.3)
@@ -51,7 +51,7 @@ def recipe_points(parts: Mapping[str, Points], heading: str) -> Figure:
 
 
 def _log_axis(axes: Axes) -> None:
-    """Make an axis logarithmic, with the marks that its points need."""
+    """Make the horizontal axis logarithmic, with ticks that suit its range."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     fine = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
@@ -63,7 +63,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _interval(mean: Mean) -> list[list[float]]:
-    """Return how far an interval reaches below and above the mean, as matplotlib takes it."""
+    """Return the margins of an interval below and above the mean, as matplotlib expects them."""
     return [[0.0 if np.isnan(each) else each] for each in mean.margins]
 
 
@@ -82,14 +82,14 @@ def lines(
         series: Means by recipe and setting.
         shades: Colours by recipe.
         names: The settings from left to right.
-        heading: What the height is.
-        xlabel: What the settings are.
-        joined: Whether to join by a line those settings that differ after the last "-" alone, such
-            as a sampler's steps.
+        heading: Label of the vertical axis.
+        xlabel: Label of the horizontal axis.
+        joined: Whether to join by a line the settings whose names differ only after the last "-",
+            such as a sampler's steps.
     """
     picture = figure(7.2, 3.8)
     axes = axes_of(picture)
-    # The means rule the height: an interval of two or three seeds may be as wide as it likes.
+    # The means set the height, because an interval of two or three seeds can be very wide.
     heights = [mean.value for means in series.values() for mean in means.values()]
     margin = 0.3 * (max(heights) - min(heights)) + 0.5
     bottom, top = min(heights) - margin, max(heights) + margin
@@ -100,7 +100,7 @@ def lines(
         places = {name: i + 0.08 * (index - len(series) / 2) for i, name in enumerate(names)}
         for name, mean in means.items():
             axes.errorbar(places[name], mean.value, _interval(mean), capsize=3, color=colour)
-            if mean.high > top:  # an arrow where an interval goes on outside
+            if mean.high > top:  # an arrow if an interval extends beyond the axes
                 axes.plot(places[name], top, "^", markersize=6, color=colour, clip_on=False)
             if mean.low < bottom:
                 axes.plot(places[name], bottom, "v", markersize=6, color=colour, clip_on=False)
@@ -122,14 +122,14 @@ def lines(
 
 @dataclass(frozen=True)
 class Timed:
-    """What a recipe gives, and how long it takes.
+    """The quality of a recipe, and the time that it takes.
 
     Attributes:
-        name: What is written beside it, if anything.
-        side: Where: "above", "below", "left" or "right".
-        kind: What it does; one colour for each.
+        name: Text beside its point; may be empty.
+        side: Side of the text: "above", "below", "left" or "right".
+        kind: Kind of the recipe; each kind has its own colour.
         seconds: CPU seconds to quantize and fine-tune.
-        mean: What it gives.
+        mean: Mean of the quality.
     """
 
     name: str
@@ -144,7 +144,7 @@ def against_time(points: Sequence[Timed], heading: str) -> Figure:
 
     Args:
         points: The recipes.
-        heading: What the height is.
+        heading: Label of the vertical axis.
     """
     picture = figure(8.2, 4.4)
     axes = axes_of(picture)
@@ -167,7 +167,7 @@ def against_time(points: Sequence[Timed], heading: str) -> Figure:
 
 
 def _name_point(axes: Axes, point: Timed) -> None:
-    """Write the name of a point beside it, or beyond an end of its interval."""
+    """Write the name of a point beside the point, or beyond an end of its interval."""
     x, mean = point.seconds, point.mean
     at, shift, ha, va = {
         "above": ((x, np.fmax(mean.high, mean.value)), (0, 3), "center", "bottom"),
@@ -181,7 +181,7 @@ def _name_point(axes: Axes, point: Timed) -> None:
 
 
 def strips(rows: Sequence[tuple[str, Path]]) -> Figure:
-    """Draw one labelled strip of images for each recipe; columns start from equal noise."""
+    """Draw one labelled strip of images for each recipe; images of a column share their noise."""
     images = [mpl.image.imread(file) for _, file in rows]
     height, width = images[0].shape[:2]
     picture = figure(2.6 + 6.6, (6.6 * height / width + 0.06) * len(rows) + 0.1)

@@ -1,4 +1,4 @@
-"""The page of a study: tables and plots of its records, and nothing that they do not hold."""
+"""The page of a study: tables and plots, computed from its records alone."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ READING = """## How to read the tables
 **INT** are integers with a scale for each channel of the weights and one for the inputs, **MX** and
 **NVFP4** blocks with a scale each, **signed** and **mixup-sign** floating point whose format is
 searched layer by layer. What GPTQ, matching, splitting and branches are is on the page "Beyond the
-paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". What is
-refined before fine-tuning, or in its place, is so on 64 samples where nothing else is said.
+paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". Refinement
+uses 64 samples unless the name of the recipe says how many.
 
 One seed stands for one whole run: its own calibration, trajectories, fine-tuning and noise. Tables
 give means over seeds with 95% confidence intervals by Student's t; of errors geometric means, and
@@ -59,7 +59,7 @@ number of tests in the table (Benjamini and Hochberg, 1995).
 
 - **bold**: p is below 0.05.
 - **tie**: it is not, and the interval is within 5% of the error, or 1 dB.
-- **open**: neither; so many seeds do not tell.
+- **inconclusive**: neither; more seeds are needed to tell.
 
 What is measured:
 
@@ -73,11 +73,11 @@ What is measured:
   real images (the 1797 digits, 4096 crops of photographs) it also falls below that of full
   precision, wherever an error undoes what guidance or the sampler did; the distance from samples of
   the full-precision model cannot be fooled so. Both are to be compared with full precision's own.
-- **search, tuning**: CPU seconds of one thread to quantize and to fine-tune. **peak**: the most
-  memory that the process had meanwhile, with all that it held before, in that seed for which it is
-  least. **forward**: CPU time of one
-  forward of the denoiser on the held-out rows. Products of 4-bit numbers are emulated in float32;
-  the row of full precision is the real forward, and no CPU has kernels for 4-bit ones to time.
+- **search, tuning**: CPU seconds of one thread to quantize and to fine-tune. **peak**: the peak
+  memory of the process, including what it held before; the lowest value over seeds. **forward**:
+  CPU time of one forward of the denoiser on the held-out rows. Products of 4-bit numbers are
+  emulated in float32; the row of full precision is the real forward, and no CPU has kernels for
+  4-bit ones to time.
 """
 SHADES = {
     "int-mse": GREY,
@@ -89,16 +89,16 @@ SHADES = {
     "talora-2": DISTINCT[1],
     f"{DEFAULT}-lora": INK,
 }
-"""Recipes that plots follow, and whose images are shown, each with its colour in all plots."""
+"""Recipes in image strips and in plots over settings and timesteps, with their colours."""
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
 like all others, in `x8` their weights have 4 and their inputs 8.
 """
 SETTING_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
-"""What the setting of all recipes is called among others; its tests have a table of their own."""
+"""Names of the setting that all recipes are run at; the tests at it have their own table."""
 UNTOLD = ("code", "date")
-"""What differs from record to record of one machine."""
+"""Keys whose values differ between records of one machine."""
 SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
-"""Recipes that the page begins with."""
+"""Recipes of the table at the beginning of the page."""
 NAMED = {
     "int-mse": ("INT, clip", "below"),
     "nvfp4": ("NVFP4", "above"),
@@ -106,15 +106,15 @@ NAMED = {
     "gptq": ("GPTQ", "left"),
     "lora": ("LoRA", "below"),
     "long-lora": ("LoRA, 640 steps", "below"),
-    "branch-4": ("branch of rank 4", "left"),
+    "branch-4": ("low-rank branch of rank 4", "left"),
     DEFAULT: ("default", "above"),
     f"{DEFAULT}-lora": ("default + LoRA", "above"),
 }
-"""What the plot over time calls some recipes, and on which side of their points."""
+"""Labels of some recipes in the plot over time, and the side of the point for each label."""
 
 
 class Page:
-    """The page as it grows: Markdown, and plots in a folder beside it."""
+    """A page in Markdown, with its plots in a folder beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.parts = folder, [INTRODUCTION]
@@ -125,7 +125,7 @@ class Page:
         self.parts.append(text)
 
     def add_plot(self, name: str, picture: Figure, caption: str) -> None:
-        """Write a plot and show it."""
+        """Write a plot to a file, and add it to the page."""
         (self.folder / "plots" / f"{name}.png").write_bytes(png(picture))
         self.parts.append(f"![{caption}](plots/{name}.png)\n\n{caption}\n")
 
@@ -157,7 +157,7 @@ def _at_setting(records: Sequence[Record]) -> Group:
 
 
 def _summary(of_models: Mapping[str, Sequence[Record]]) -> str:
-    """Return the table that the page begins with: paired PSNR of some recipes, models across."""
+    """Return the first table of the page: paired PSNR of some recipes, a column for each model."""
     groups = {BENCHMARK_MODELS[model].label: _at_setting(own) for model, own in of_models.items()}
     rows = [
         [RECIPES[recipe].label] + [cell(each.mean(recipe, "psnr"), 1) for each in groups.values()]
@@ -166,8 +166,8 @@ def _summary(of_models: Mapping[str, Sequence[Record]]) -> str:
     ]
     bits, sampler, steps = SETTING
     return (
-        f"Paired PSNR in dB at {bits}, {sampler}, {steps} steps. What `msfp quantize` does unless "
-        f"told otherwise is {RECIPES[DEFAULT].label}.\n\n"
+        f"Paired PSNR in dB at {bits}, {sampler}, {steps} steps. The default of `msfp quantize` is "
+        f"{RECIPES[DEFAULT].label}.\n\n"
     ) + markdown_table(("recipe", *groups), rows)
 
 
@@ -215,7 +215,7 @@ def _setting(record: Record) -> tuple[str, str, int]:
 
 
 def _provenance(records: Sequence[Record]) -> str:
-    """Return how much was taken of everything, and what ran it."""
+    """Return a sentence on the settings of the rows, and on the versions and machine."""
     kinds = dict.fromkeys(
         ", ".join(
             f"{key} {value}" for key, value in record["versions"].items() if key not in UNTOLD
@@ -274,7 +274,7 @@ def _add_plots(page: Page, model: str, group: Group) -> None:
 
 
 def _timed(group: Group) -> list[Timed]:
-    """Return what each recipe gives, and how long it takes."""
+    """Return the quality and the time of each recipe."""
     found = []
     for recipe in group.quantized():
         psnr = group.mean(recipe, "psnr")
@@ -285,12 +285,12 @@ def _timed(group: Group) -> list[Timed]:
 
 
 def _plotted(recipe: str) -> str:
-    """Return what plots call a recipe."""
+    """Return the name of a recipe in plots."""
     return RECIPES[recipe].title + (" (default)" if recipe == DEFAULT else "")
 
 
 def _kind(recipe: str) -> str:
-    """Return what a recipe does."""
+    """Return the kind of a recipe: which stages follow the search."""
     quantization, finetune = RECIPES[recipe].quantization or {}, RECIPES[recipe].finetune
     refined = quantization.get("refine") is not None
     if finetune is not None:
@@ -301,7 +301,7 @@ def _kind(recipe: str) -> str:
 def _add_settings(
     page: Page, model: str, heading: str, axis: str, groups: Mapping[str, Group]
 ) -> None:
-    """Add the tables and the plot of recipes over settings, where there are several."""
+    """Add the tables and the plot of recipes over settings, if there are several settings."""
     present = {name: group for name, group in groups.items() if group.quantized()}
     if len(present) < 2:
         return

@@ -1,4 +1,4 @@
-"""Running the rows that a study still lacks, one after another."""
+"""Running the missing rows of a study, one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msfp.support.progress import Progress, counted, no_progress
 from msfp.training.config import FinetuneConfig
 
 SHOWN = 12
-"""Images of a row that are kept, where its seed is 0."""
+"""Number of images that are kept of a row with seed 0."""
 
 
 def chosen_rows(globs: Sequence[str]) -> list[Row]:
@@ -41,13 +41,13 @@ def chosen_rows(globs: Sequence[str]) -> list[Row]:
 
 
 def missing_rows(rows: Sequence[Row], store: Store) -> list[Row]:
-    """Return the rows that have no record, or one of other settings."""
+    """Return the rows that have no record, or only a record of other settings."""
     records = store.records()
     return [row for row in rows if not _is_of(records.get(row.name), row)]
 
 
 def valid_records(store: Store) -> list[Record]:
-    """Return the records that say what their rows would find now, and those of retired recipes."""
+    """Return the records that are valid for their present rows, and those of retired recipes."""
     rows = {row.name: row for row in all_rows()}
     records = store.records().items()
     return [
@@ -64,7 +64,7 @@ def _is_retired(record: Record) -> bool:
 
 
 def _is_of(record: Record | None, row: Row) -> bool:
-    """Return whether a record says what a row would find now."""
+    """Return whether a record has the revision and settings that a row has now."""
     if record is None or record.get("revision", 1) != REVISION:
         return False
     model = BENCHMARK_MODELS[row.model]
@@ -75,7 +75,7 @@ def _is_of(record: Record | None, row: Row) -> bool:
         "finetune": None if tuning is None else tuning.to_dict(),
     }
     found = dict(record)
-    if found["finetune"] is not None:  # fields that came later have their defaults
+    if found["finetune"] is not None:  # fields that are newer than the record have their defaults
         found["finetune"] = _plain(FinetuneConfig().to_dict()) | found["finetune"]
     return all(found[key] == _plain(value) for key, value in wanted.items())
 
@@ -96,13 +96,13 @@ def run_rows(
     """Run rows and append their records, each as soon as it is measured.
 
     Args:
-        rows: In the order of `all_rows`.
-        folder: Where the records and pictures are.
+        rows: Rows to run, in the order of `all_rows`.
+        folder: Folder of the records and pictures.
         trained: Folder of independently trained models, or None.
-        progress: Told of each row.
+        progress: Called after each row.
 
     Raises:
-        InputError: If a full-precision model is missing; no row is run then.
+        InputError: If a full-precision model is missing; in that case no row is run.
     """
     for model, training in dict.fromkeys((row.model, row.training) for row in rows):
         model_folder(model, training, trained)

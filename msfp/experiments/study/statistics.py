@@ -1,4 +1,4 @@
-"""Means with confidence intervals, and paired tests that may say "tie"."""
+"""Means with confidence intervals, and paired tests with "tie" as a possible verdict."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 MIN_PAIRS = 3
-"""Fewer pairs are not tested."""
+"""The smallest number of pairs that is tested."""
 Key = TypeVar("Key", bound=Hashable)
-Verdict = Literal["different", "tie", "open", "identical", "few"]
+Verdict = Literal["different", "tie", "inconclusive", "identical", "few"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Mean:
     count: int
 
     def text(self, digits: int) -> str:
-        """Return it with its margin, or with its interval where that is not symmetric.
+        """Return the mean with its margin, or with its interval if that is not symmetric.
 
         Example:
             >>> mean([1.0, 2.0, 3.0]).text(1)
@@ -73,7 +73,7 @@ def geometric_mean(values: Sequence[float]) -> Mean:
 
 
 def _margin(values: Sequence[float]) -> float:
-    """Return half of the width of the interval of the mean of at least two values."""
+    """Return half the width of the confidence interval of the mean of at least two values."""
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -83,11 +83,12 @@ class Difference:
     """A paired comparison of one measure.
 
     Attributes:
-        change: Mean of the differences, second less first.
-        low: Lower end of its confidence interval, of this comparison by itself; NaN for one pair.
+        change: Mean of the differences, second minus first.
+        low: Lower end of its confidence interval, not adjusted for other comparisons; NaN for one
+            pair.
         high: Upper end.
-        p: Of Student's paired t-test, adjusted for the others of its family; None where there are
-            too few pairs.
+        p: The p-value of Student's paired t-test, adjusted for the other tests of its family; None
+            for too few pairs.
         count: Pairs.
     """
 
@@ -111,13 +112,13 @@ class Difference:
         return self.low > margin or self.high < -margin
 
     def verdict(self, margin: float) -> Verdict:
-        """Return what the seeds say.
+        """Return the verdict of the test.
 
-        A tie is where the whole interval is within a margin that nobody minds; where it is not,
-        and the test does not tell the two apart either, the question is open.
+        A difference that is not significant is a "tie" if the whole interval is within the margin.
+        Otherwise it is "inconclusive".
 
         Args:
-            margin: The largest change that nobody minds.
+            margin: The largest negligible change.
         """
         if self.p is None:
             return "few"
@@ -125,17 +126,18 @@ class Difference:
             return "identical"
         if self.p < 1 - CONFIDENCE:
             return "different"
-        return "tie" if self.is_within(margin) else "open"
+        return "tie" if self.is_within(margin) else "inconclusive"
 
 
 def compare(pairs: Mapping[Key, Sequence[tuple[float, float]]]) -> dict[Key, Difference]:
-    """Test every family member's pairs of (first, second) values for a difference.
+    """Test the pairs of (first, second) values of each comparison in a family for a difference.
 
-    p-values are adjusted for the number of comparisons (Benjamini and Hochberg, 1995): of those
-    called different, 5% may be expected to be none. Pairs that are all equal count for none.
+    p-values are adjusted for the number of comparisons (Benjamini and Hochberg, 1995): 5% of the
+    differences that are found may be expected to be false. A comparison whose pairs are all equal
+    does not count.
 
     Args:
-        pairs: By comparison, the values of equal seeds; comparisons without any are left out.
+        pairs: The values of equal seeds, by comparison; comparisons without pairs are left out.
 
     Example:
         >>> found = compare({"b": [(1.0, 2.0), (2.0, 3.1), (3.0, 3.9)], "c": [(1.0, 1.1)]})
@@ -156,7 +158,7 @@ def _difference(pairs: Sequence[tuple[float, float]]) -> Difference:
     change = mean(changes)
     if len(pairs) < MIN_PAIRS:
         return Difference(change.value, change.low, change.high, None, len(pairs))
-    if math.isclose(min(changes), max(changes)):  # the test divides by how far they differ
+    if math.isclose(min(changes), max(changes)):  # the test would divide by 0
         p = float(change.value == 0)
         return Difference(change.value, change.value, change.value, p, len(pairs))
     p = float(stats.ttest_1samp(changes, 0.0).pvalue)

@@ -1,4 +1,4 @@
-"""Results of the study as JSON lines, one row each, which survive a run that is killed."""
+"""Results of the study as JSON lines, one for each row; they survive a killed run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from msfp.checkpoint.migrations import request_of_version_1
 from msfp.training.config import options_of_version_1
 
 VERSION = 2
-"""Of the records that are written; those of version 1, of msfp 0.2.0, do not name theirs."""
+"""Version of the records that are written. Records of version 1, of msfp 0.2.0, have no version."""
 Record = dict[str, Any]
-"""What is known of a row: `version`, `name`, `row`, how it was run and what was measured."""
+"""The record of a row: `version`, `name`, `row`, how it was run and its measurements."""
 
 
 class Store:
     """The records of a folder's `results.jsonl`.
 
-    A line that was cut short by a kill is passed over. Of several lines of one name the last
-    counts. Several processes may add to one file: each record is written at once, at its end.
+    An incomplete line of a killed run is ignored. Of several lines with one name, the last counts.
+    Several processes may append to one file: each record is a single write at the end of the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Store:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+", buffering=0) as stream:
-            if stream.tell():  # a line that was cut short does not take this one with it
+            if stream.tell():  # an incomplete last line must not spoil this one
                 stream.seek(-1, os.SEEK_END)
                 line = line if stream.read(1) == b"\n" else b"\n" + line
             stream.write(line)
@@ -45,7 +45,7 @@ class Store:
 
 
 def _parsed(line: str) -> Record | None:
-    """Return the record of a line, None where it was cut short."""
+    """Return the record of a line, None if the line is incomplete."""
     try:
         record: Record = json.loads(line)
     except json.JSONDecodeError:
@@ -54,7 +54,7 @@ def _parsed(line: str) -> Record | None:
 
 
 def _of_version_1(record: Record) -> Record:
-    """Return a record of version 1 with the names that its settings have now."""
+    """Return a record of version 1 with the present names of its settings."""
     request, options = record["quantization"], record["finetune"]
     return record | {
         "version": VERSION,

@@ -13,16 +13,16 @@ from msfp.experiments.study.statistics import MIN_PAIRS, Difference, Mean
 from msfp.experiments.study.store import Record
 
 MARGINS = {ERROR: math.log(1.05), "psnr": 1.0}
-"""Changes that nobody minds: 5% of the error, 1 dB."""
+"""The largest negligible changes: 5% of the error, 1 dB."""
 DISTANCES = {
     "frechet": "real images",
     "frechet_sampled": "images of the full-precision model from other noise",
 }
-"""Frechet distances by measure, and what they are from."""
+"""The images that each Frechet distance is measured from, by measure."""
 
 
 def label(recipe: str) -> str:
-    """Return what tables call a recipe."""
+    """Return the name of a recipe in tables."""
     title = RECIPES[recipe].title
     return f"**{title}** (default)" if recipe == DEFAULT else title
 
@@ -33,7 +33,7 @@ def cell(value: Mean | None, digits: int) -> str:
 
 
 def verdict(difference: Difference | None, measure: str) -> str:
-    """Return what a test found as a cell of a table.
+    """Return the result of a test as a cell of a table.
 
     Example:
         >>> verdict(Difference(-0.2, -0.3, -0.1, 0.001, 5), "noise_error")
@@ -55,10 +55,10 @@ def verdict(difference: Difference | None, measure: str) -> str:
     if kind == "tie":
         return f"tie: {change} {interval}"
     p = difference.p or 0.0
-    digits = 3 if f"{p:.1g}" == "0.05" else 1  # on which side of the threshold it is must show
+    digits = 3 if f"{p:.1g}" == "0.05" else 1  # shows the side of the threshold
     note = "p < 0.001" if p < 0.001 else f"p = {p:.{digits}g}"
-    if kind == "open":
-        return f"open: {change} {interval}, {note}"
+    if kind == "inconclusive":
+        return f"inconclusive: {change} {interval}, {note}"
     return f"**{change}** {interval}, {note}"
 
 
@@ -73,13 +73,13 @@ def _unit(measure: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, its first column text and the others numbers."""
+    """Return a table in Markdown; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def quality_table(group: Group) -> str:
-    """Return the table of what all recipes give at one setting."""
+    """Return the table of the quality of all recipes at one setting."""
     rows = [
         [
             label(recipe),
@@ -95,7 +95,7 @@ def quality_table(group: Group) -> str:
 
 
 def distance_table(group: Group) -> str:
-    """Return the table of Frechet distances, and of what they change beside full precision."""
+    """Return the table of Frechet distances, and of their change from full precision."""
     measures = [each for each in DISTANCES if group.mean(FULL_PRECISION, each) is not None]
     changes = {measure: group.beside_full_precision(measure) for measure in measures}
     rows = []
@@ -119,7 +119,7 @@ def _change(difference: Difference | None) -> str:
 
 
 def _distance_note(group: Group, measure: str, changes: Mapping[str, Difference]) -> str:
-    """Return which recipes change a distance by less than another seed of the noise does."""
+    """Return a note on recipes that change a distance by less than another noise seed does."""
     full = list(group.values(FULL_PRECISION, measure).values())
     if len(full) < MIN_PAIRS:
         return ""
@@ -131,12 +131,12 @@ def _distance_note(group: Group, measure: str, changes: Mapping[str, Difference]
         f"\nFrom {DISTANCES[measure]}: over {len(full)} seeds the distance of full precision has a "
         f"standard deviation of {spread:.2f}. The whole interval of the change is smaller, in "
         f"either direction, for: {'; '.join(inside) or 'none'}. It is larger for: "
-        f"{'; '.join(outside) or 'none'}. Of the others so many seeds do not tell.\n"
+        f"{'; '.join(outside) or 'none'}. For the others, this number of seeds is inconclusive.\n"
     )
 
 
 def comparison_table(group: Group) -> str:
-    """Return the table of what each recipe changes against those that it is tested against."""
+    """Return the table of tests of each recipe against others: changes of error and PSNR."""
     found = comparisons({"": group}, (ERROR, "psnr"))
     pairs = dict.fromkeys((recipe, against) for recipe, against, _, _ in found)
     rows = []
@@ -149,7 +149,7 @@ def comparison_table(group: Group) -> str:
 
 
 def cost_table(group: Group) -> str:
-    """Return the table of what each recipe takes."""
+    """Return the table of the costs of each recipe: size, time and memory."""
     rows, earlier = [], False
     for recipe in group.recipes():
         mark = " *" if any(map(_is_uncompiled, group.timed(recipe))) else ""
@@ -169,14 +169,14 @@ def cost_table(group: Group) -> str:
     header = (
         "recipe", "tensors, KB", "files, KB", "search, s", "tuning, s", "peak, MB", "forward, ms",
     )  # fmt: skip
-    note = "\n\\* timed when gradients were not compiled yet, which take less.\n" if earlier else ""
-    return markdown_table(header, rows) + note + _shared_note(group)
+    note = "\n\\* timed before gradients were compiled; compiled gradients take less time.\n"
+    return markdown_table(header, rows) + (note if earlier else "") + _shared_note(group)
 
 
 def _is_uncompiled(record: Record) -> bool:
-    """Tell whether a record is of training before gradients were compiled."""
+    """Return whether a record is of training by earlier code, without compiled gradients."""
     tuning = record.get("finetune")
-    return tuning is not None and "shard" not in tuning  # a setting that came with them
+    return tuning is not None and "shard" not in tuning  # a setting that was added with them
 
 
 def _file(record: Record) -> float | None:
@@ -184,13 +184,16 @@ def _file(record: Record) -> float | None:
 
 
 def _peak(record: Record) -> float | None:
-    """Return the most memory of all stages."""
+    """Return the largest peak memory of all stages, None if unknown."""
     return max((each for each in record.get("peak_bytes", {}).values() if each), default=None)
 
 
 def _shared_note(group: Group) -> str:
-    """Return what rows of a seed share, and how long it took."""
-    stages = {"calibrate": "calibration", "record": "recording the trajectories to train on"}
+    """Return a note on the stages that rows of a seed share, and on their time."""
+    stages = {
+        "calibrate": "calibration (all quantized rows)",
+        "record": "recording the trajectories to train on (all refined or fine-tuned rows)",
+    }
     times: dict[str, float] = {}
     for stage, name in stages.items():
         found = [group.seconds(recipe, stage) for recipe in group.quantized()]
@@ -199,17 +202,14 @@ def _shared_note(group: Group) -> str:
     if not times:
         return ""
     told = " and ".join(f"{seconds:.0f} s for {name}" for name, seconds in times.items())
-    return (
-        f"\nBefore that come {told}, which the rows of a seed share: the first for all that are "
-        "quantized, the second for all that are refined or fine-tuned.\n"
-    )
+    return f"\nShared by the rows of a seed and not included above: {told}.\n"
 
 
 def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> str:
-    """Return a table of one measure: settings across, and down the recipes of several of them."""
+    """Return a table of one measure: a column for each setting, rows of recipes at several."""
     counts = Counter(recipe for group in groups.values() for recipe in group.quantized())
     several = {recipe for recipe in RECIPES if counts[recipe] > 1}
-    if measure in DISTANCES:  # which says nothing without that of full precision
+    if measure in DISTANCES:  # needs that of full precision for reference
         several |= {FULL_PRECISION}
     recipes = [recipe for recipe in RECIPES if recipe in several]
     rows = [
@@ -220,7 +220,7 @@ def settings_table(groups: Mapping[str, Group], measure: str, digits: int) -> st
 
 
 def settings_tests(groups: Mapping[str, Group]) -> str:
-    """Return a table of what recipes change against others: settings across, one family."""
+    """Return a table of tests of recipes against others, one family; a column for each setting."""
     found = comparisons(groups, tuple(MARGINS))
     told = {key: each for key, each in found.items() if each.p is not None}
     rows = [

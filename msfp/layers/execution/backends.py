@@ -1,4 +1,4 @@
-"""The back ends there are, and which of them computes a product."""
+"""The list of back ends, and the choice of one for a product."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from msfp.layers.execution.float_path import FloatPath
 from msfp.layers.execution.protocol import Backend, Product
 
 BACKENDS: list[Backend] = [FloatPath()]
-"""The back ends, the fastest first; the last one takes everything."""
+"""The back ends, fastest first. The last one supports all layers and inputs."""
 
 
 def product(layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
-    """Return the product of a quantized layer by the first back end that takes it.
+    """Return the output of a quantized layer, computed by the first back end that supports it.
 
     Args:
         layer: A quantized layer, trainable or packed.
-        x: Its input, not rounded yet.
-        adapter: Of the hub, 0 where there is one.
+        x: The input before rounding.
+        adapter: Number of the adapter in the hub, 0 if there is only one.
     """
     for backend in BACKENDS[:-1]:
         if backend.takes(layer, x):

@@ -1,4 +1,4 @@
-"""Products in floating point, on dequantized operands: they run everywhere, and define the bits."""
+"""Floating-point products of dequantized operands: the portable, bit-exact reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FloatPath:
     name = "float"
 
     def takes(self, layer: Product, x: torch.Tensor) -> bool:
-        """Return True: it takes all layers."""
+        """Return True, because it supports all layers and inputs."""
         del layer, x
         return True
 

@@ -1,4 +1,4 @@
-"""What an execution back end is, and what it may know of a layer."""
+"""Protocols of an execution back end, and of the layers that it computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Product(Protocol):
-    """A quantized layer as back ends see it: rounded operands, and the plain operation on them."""
+    """A quantized layer, as back ends use it: rounded operands and the plain operation."""
 
     bias: torch.Tensor | None
 
@@ -25,22 +25,22 @@ class Product(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute a product; all give the same bits.
+    """One way to compute a product; all back ends return the same bits.
 
     Attributes:
-        name: What `msfp inspect` calls it.
+        name: Name of the back end in the output of `msfp inspect`.
     """
 
     name: str
 
     def takes(self, layer: Product, x: torch.Tensor) -> bool:
-        """Return whether it computes the product of a layer and such an input."""
+        """Return whether the back end supports a layer with this input."""
 
     def product(self, layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
-        """Return the layer's output, bias included, without what stands beside the weight.
+        """Return the layer's output with the bias, but without low-rank branches.
 
         Args:
-            layer: That it takes.
-            x: The input, not rounded yet.
-            adapter: Of the hub, 0 where there is one.
+            layer: A layer that the back end supports.
+            x: The input before rounding.
+            adapter: Number of the adapter in the hub, 0 if there is only one.
         """

@@ -1,4 +1,4 @@
-"""The nearest matrix of a low rank."""
+"""Low-rank approximation of a matrix."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors of the nearest matrix of a rank: the truncated SVD (Eckart, Young, 1936).
 
-    It is found from the eigenvectors of the smaller of the two Gram matrices, in float64: of a wide
-    layer's weight that takes a small part of the time of all singular values.
+    They are computed from the eigenvectors of the smaller of the two Gram matrices, in float64. For
+    the weight of a wide layer, this is much faster than a full SVD.
 
     Args:
         matrix: Shape (rows, columns), finite.
-        rank: At most this; less where the matrix is smaller.
+        rank: Rank of the approximation, reduced if the matrix is smaller.
 
     Returns:
-        `down` of shape (rank, columns) and `up` of shape (rows, rank), of the matrix's dtype, with
-        the roots of the singular values in either.
+        `down` of shape (rank, columns) and `up` of shape (rows, rank), in the matrix's dtype. Each
+        has the square roots of the singular values as a factor.
 
     Example:
         >>> matrix = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))

@@ -1,8 +1,8 @@
-"""Routers: what chooses, for each layer, one adapter of its hub at a timestep.
+"""Routers, which choose one adapter of each layer's hub at a timestep.
 
-A router is shared by all layers. It is learned, or fixed by segments of time. It reads the timestep
-and nothing else, so that its choices can be looked up. Another router is a class here and an entry
-of `ROUTERS`.
+All layers share a router. It is learned, or fixed by time segments. Its only input is the timestep,
+so its choices can be stored in a table. To add a router, add a class here and an entry to
+`ROUTERS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAINING_TIMESTEPS = 1000
 
 
 class _HardChoice(torch.autograd.Function):
-    """One-hot of the largest probability, with the gradient handed to the probabilities."""
+    """One-hot of the largest probability; the gradient is passed on to the probabilities."""
 
     @staticmethod
     def forward(_ctx: Any, probabilities: torch.Tensor) -> torch.Tensor:
@@ -39,12 +39,12 @@ _hard_choice: Callable[[torch.Tensor], torch.Tensor] = _HardChoice.apply
 
 
 class Router(Float32Module, ABC):
-    """Chooses, for each layer, one adapter of its hub at a timestep.
+    """Chooses one adapter of each layer's hub at a timestep.
 
     Attributes:
-        kind: What checkpoints call it, its key in `ROUTERS`.
-        layers: Quantized layers in the denoiser.
-        adapters: LoRAs in each hub.
+        kind: Key of the class in `ROUTERS`, which checkpoints store.
+        layers: Number of quantized layers in the denoiser.
+        adapters: Number of LoRAs in each hub.
     """
 
     kind: ClassVar[str]
@@ -61,18 +61,18 @@ class Router(Float32Module, ABC):
         """Return a router to be trained.
 
         Args:
-            layers: Quantized layers in the denoiser.
-            adapters: LoRAs in each hub.
-            timesteps: What the sampler gives the denoiser, on the CPU.
-            generator: Source of initial weights.
+            layers: Number of quantized layers in the denoiser.
+            adapters: Number of LoRAs in each hub.
+            timesteps: Timesteps of the sampler, on the CPU.
+            generator: Source of the initial weights.
         """
 
     @classmethod
     def placeholder(cls, layers: int, adapters: int, denoiser: nn.Module) -> Self:
-        """Return a router to be filled with the tensors of a checkpoint of a plain denoiser.
+        """Return an empty router for a plain denoiser, to be filled from a checkpoint.
 
         Raises:
-            InputError: If the denoiser lacks what the router reads.
+            InputError: If the denoiser lacks the input of the router.
         """
         del denoiser
         return cls(layers, adapters)
@@ -85,15 +85,15 @@ class Router(Float32Module, ABC):
 class LearnedRouter(Router):
     """A router that is trained with the LoRAs.
 
-    An embedding of the timestep, then a two-layer perceptron to one logit for each layer and
-    adapter; the choice is hard forward and straight-through backward (section 4.2 of the paper).
+    A two-layer perceptron maps an embedding of the timestep to one logit for each layer and
+    adapter. The choice is hard forward and straight-through backward (section 4.2 of the paper).
 
     Args:
-        layers: Quantized layers in the denoiser.
-        adapters: LoRAs in each hub.
-        generator: Source of the initial weights, or None for torch's global one.
-        time_scale: What timesteps are multiplied by, to reach from 0 to about 1000.
-        width: Features of the embedding.
+        layers: Number of quantized layers in the denoiser.
+        adapters: Number of LoRAs in each hub.
+        generator: Source of the initial weights, or None for torch's global generator.
+        time_scale: Factor that scales timesteps to the range from 0 to about 1000.
+        width: Number of features of the embedding.
     """
 
     kind = "learned"
@@ -123,7 +123,7 @@ class LearnedRouter(Router):
         cls, layers: int, adapters: int, timesteps: torch.Tensor, generator: torch.Generator
     ) -> Self:
         """Return a router with random weights."""
-        # Flow models are given times from 0 to 1.
+        # The timesteps of flow models are from 0 to 1.
         scale = float(TRAINING_TIMESTEPS) if timesteps.max() <= 1 else 1.0
         return cls(layers, adapters, generator, scale)
 
@@ -136,21 +136,21 @@ class LearnedRouter(Router):
         return _hard_choice(logits.softmax(dim=-1))
 
     def embedding(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the perceptron reads at timesteps, shape (n, width)."""
+        """Return the input of the perceptron at timesteps, shape (n, width)."""
         embedding: torch.Tensor = get_timestep_embedding(timesteps, EMBEDDING_WIDTH)
         return embedding
 
 
 class EmbeddingRouter(LearnedRouter):
-    """A router that reads the denoiser's own embedding of the timestep.
+    """A router whose input is the denoiser's embedding of the timestep.
 
-    Checkpoints of msfp 0.2.0 may have one. It was no better than `LearnedRouter`, and new ones are
-    not made.
+    Checkpoints of msfp 0.2.0 may have this router. It was no better than `LearnedRouter`, so it is
+    only loaded and no longer trained.
 
     Args:
-        layers: Quantized layers in the denoiser.
-        adapters: LoRAs in each hub.
-        conditioning: The denoiser's embedding.
+        layers: Number of quantized layers in the denoiser.
+        adapters: Number of LoRAs in each hub.
+        conditioning: The denoiser's embedding of the timestep.
     """
 
     kind = "denoiser"
@@ -161,22 +161,22 @@ class EmbeddingRouter(LearnedRouter):
 
     @classmethod
     def placeholder(cls, layers: int, adapters: int, denoiser: nn.Module) -> Self:
-        """Return a router with an embedding like that of a denoiser."""
+        """Return an empty router with a copy of the denoiser's embedding."""
         return cls(layers, adapters, time_conditioning(denoiser))
 
     def embedding(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the perceptron reads at timesteps, shape (n, width)."""
+        """Return the input of the perceptron at timesteps, shape (n, width)."""
         embedding: torch.Tensor = self.conditioning(timesteps)
         return embedding
 
 
 class SegmentRouter(Router):
-    """A fixed allocation: all layers take the adapter of the segment of time of a timestep.
+    """A fixed router: all layers use the adapter of the time segment that has the timestep.
 
     Args:
-        layers: Quantized layers in the denoiser.
-        adapters: LoRAs in each hub.
-        boundaries: The timesteps where a new segment begins, ascending, shape (adapters - 1,).
+        layers: Number of quantized layers in the denoiser.
+        adapters: Number of LoRAs in each hub.
+        boundaries: First timestep of each segment but the first, ascending, shape (adapters - 1,).
 
     Example:
         >>> router = SegmentRouter(1, 2, torch.tensor([500.0]))
@@ -196,7 +196,7 @@ class SegmentRouter(Router):
     def new(
         cls, layers: int, adapters: int, timesteps: torch.Tensor, generator: torch.Generator
     ) -> Self:
-        """Return the router whose segments have equally many of a sampler's timesteps."""
+        """Return a router whose segments have equal numbers of the sampler's timesteps."""
         del generator
         ordered = timesteps.unique().sort().values.float()
         starts = [len(ordered) * adapter // adapters for adapter in range(1, adapters)]
@@ -215,5 +215,5 @@ ROUTERS: dict[str, type[Router]] = {
     "segments": SegmentRouter,
     "denoiser": EmbeddingRouter,
 }
-"""By the name that checkpoints have for them; `msfp.training.config.Routing` names those that are
+"""Routers by their names in checkpoints; `msfp.training.config.Routing` has those that can be
 trained."""

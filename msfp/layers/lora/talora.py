@@ -1,7 +1,7 @@
-"""Timestep-aware LoRA: a hub of low-rank adapters for each layer, of which a router chooses.
+"""Timestep-aware LoRA: a hub of low-rank adapters for each layer, and a router that chooses one.
 
-Its choices for the current forward stand in a `Routing` that every layer reads, so that nothing
-depends on how often or in what order the denoiser is called.
+A `Routing` holds the router's choices for the current forward, and every layer reads them from it.
+The choices therefore do not depend on the number or order of the denoiser's calls.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from msfp.layers.lora.routers import Router
 from msfp.pipelines.denoiser import denoiser_of, timestep_of
 
 TURNS = 4
-"""Steps in which each layer gives a learned router its gradient once."""
+"""Number of training steps in which each layer gives a learned router a gradient once."""
 KNOWN_TIMESTEPS = 4096
-"""How many timesteps a table of choices holds before it is begun anew."""
+"""Largest number of timesteps in a table of choices; a full table is cleared."""
 
 
 class LoRAHub(nn.Module):
     """Low-rank corrections of one weight matrix, in units of its mean quantization step.
 
-    The correction of adapter k is `step * up[k] @ down[k]`; `up` starts at zero. Measuring it in
-    steps lets one learning rate serve all layers.
+    The correction of adapter k is `step * up[k] @ down[k]`; `up` starts at zero. The unit lets all
+    layers use the same learning rate.
 
     Args:
-        out_features: Rows of the matrix.
-        in_features: Columns; for a convolution input channels times kernel size.
-        adapters: LoRAs in the hub.
-        rank: Rank of each.
+        out_features: Number of rows of the matrix.
+        in_features: Number of columns. For a convolution, input channels times kernel size.
+        adapters: Number of LoRAs in the hub.
+        rank: Rank of each LoRA.
         step: The mean weight scale.
         generator: Source of the initial `down`.
-        beside: Whether the correction is a branch beside the quantized weight, `Q(W) x + B A x`
-            with x before it is rounded, and not inside the quantizer, `Q(W + B A) x`.
+        beside: Whether the correction is a low-rank branch beside the quantized weight,
+            `Q(W) x + B A x` with x before rounding. If False, the correction is inside the
+            quantizer, `Q(W + B A) x`.
 
     Example:
         >>> hub = LoRAHub(4, 8, 2, 3, torch.tensor(0.1), torch.Generator().manual_seed(0))
@@ -79,16 +80,17 @@ class LoRAHub(nn.Module):
 
 
 class Routing:
-    """The router's choices for the forward that is running.
+    """The router's choices for the current forward.
 
     Attributes:
-        choices: One-hot, shape (n, layers, adapters), n the batch size or 1 where all samples are
-            at one timestep.
-        winners: The adapter chosen, shape (n, layers), on the CPU.
-        table: Winners by timestep, read and filled where no gradient is wanted.
-        source: The router that the table is of, and the state that it was in.
-        turn: Which layers give the router a gradient: one in `TURNS`, from this one on, or all
-            where it is None. The gradient of a choice costs as much as its LoRAs do.
+        choices: One-hot choices, shape (n, layers, adapters). n is the batch size, or 1 if all
+            samples have the same timestep.
+        winners: Number of the chosen adapter, shape (n, layers), on the CPU.
+        table: Winners by timestep, used if no gradient is needed.
+        source: The router that filled the table, and its state at that time.
+        turn: Number of the training step. It selects every `TURNS`-th layer to give the router a
+            gradient, because the gradient of a choice costs as much as its LoRAs. None selects all
+            layers.
     """
 
     choices: torch.Tensor
@@ -101,13 +103,13 @@ class Routing:
         self.clear()
 
     def update(self, router: Router, timesteps: torch.Tensor) -> None:
-        """Route a batch whose timesteps are given, shape (1,) or (batch,).
+        """Route a batch by its timesteps, shape (1,) or (batch,).
 
-        Without gradients, a router that is not being trained is asked once for each timestep that
-        whole batches are at.
+        If no gradient is needed, the router is not trained and the whole batch has one timestep,
+        the router is queried once for each timestep.
         """
         trained = any(parameter.requires_grad for parameter in router.parameters())
-        if trained:  # an optimizer may leave no trace of its changes
+        if trained:  # an optimizer may change parameters without a trace
             self.table = {}
         if len(set(timesteps.tolist())) == 1:
             timesteps = timesteps[:1]
@@ -119,11 +121,11 @@ class Routing:
 
     @torch.no_grad()
     def winners_at(self, router: Router, timestep: torch.Tensor) -> torch.Tensor:
-        """Return the adapters chosen at a timestep of shape (1,), from the table once it has them.
+        """Return the adapters chosen at a timestep of shape (1,), from the table if it has them.
 
-        One that was replaced, or given other numbers, is asked again.
+        The table is cleared if the router was replaced, or its parameters or buffers changed.
         """
-        # The dtype counts, because the router scales the timestep in it.
+        # The state includes the dtype, because the router scales the timestep in this dtype.
         state = (timestep.dtype, *map(_state, (*router.parameters(), *router.buffers())))
         if self.source is None or self.source[0] is not router or self.source[1] != state:
             self.table, self.source = {}, (router, state)
@@ -135,16 +137,16 @@ class Routing:
         return self.table[time]
 
     def clear(self) -> None:
-        """Forget the last forward and the table."""
+        """Delete the choices of the last forward, and the table."""
         self.choices = torch.empty(0)
         self.winners = torch.empty(0, dtype=torch.int64)
         self.table, self.source = {}, None
         self.turn = None
 
     def gradient_scale(self, index: int) -> int:
-        """Return what the gradient of a layer's choice is multiplied by, 0 if it is not its turn.
+        """Return the factor of the gradient of a layer's choice, 0 if it is not the layer's turn.
 
-        Over all turns the mean is 1.
+        The mean over all turns is 1.
         """
         if self.turn is None:
             return 1
@@ -152,7 +154,7 @@ class Routing:
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return what is another once a tensor was changed in place or holds other memory."""
+    """Return a value that differs after a tensor was changed in place or got other memory."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
@@ -168,7 +170,7 @@ class RouterHook:
 
 
 def attach_router(denoiser: nn.Module, router: Router) -> Routing:
-    """Make the router part of the denoiser, run at the start of each of its forwards."""
+    """Add a router to a denoiser, in place, to run at the start of each forward."""
     routing = Routing()
     denoiser.add_module("router", router)
     denoiser.register_forward_pre_hook(RouterHook(routing), with_kwargs=True)
@@ -176,19 +178,19 @@ def attach_router(denoiser: nn.Module, router: Router) -> Routing:
 
 
 def router_of(denoiser: nn.Module) -> Router:
-    """Return the router of a denoiser that has one."""
+    """Return the router of a denoiser, which must have one."""
     router: Router = denoiser.get_submodule("router")  # type: ignore[assignment]
     return router
 
 
 def routing_of(denoiser: nn.Module) -> Routing | None:
-    """Return the routing of a denoiser, or None where there is no router."""
+    """Return the routing of a denoiser, or None if it has no router."""
     hooks = denoiser._forward_pre_hooks.values()
     return next((hook.routing for hook in hooks if isinstance(hook, RouterHook)), None)
 
 
 def remove_router(denoiser: nn.Module) -> None:
-    """Take the router of a denoiser away; its layers must have been told that there is none."""
+    """Remove the router of a denoiser, in place; its layers must not have a routing any more."""
     hooks = denoiser._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, RouterHook)]:
         del hooks[key]
@@ -200,17 +202,17 @@ def remove_router(denoiser: nn.Module) -> None:
 def precompute_routing(
     model: DiffusionPipeline | nn.Module, *, timesteps: Sequence[float] | torch.Tensor
 ) -> None:
-    """Query the router once for each timestep of a sampler, so that sampling need not.
+    """Query the router once for each timestep of a sampler, before sampling.
 
-    Sampling does so by itself when it comes to a timestep for the first time; this does it before.
-    Outputs are the same bits.
+    Otherwise sampling queries the router at the first visit of each timestep. Outputs are the same
+    bits either way.
 
     Args:
-        model: A pipeline or its denoiser; without a router there is nothing to precompute.
-        timesteps: What the denoiser will be given, such as `scheduler.timesteps`.
+        model: A pipeline or its denoiser. Without a router, this does nothing.
+        timesteps: Timesteps that the denoiser will receive, such as `scheduler.timesteps`.
 
     Raises:
-        InputError: If it is a pipeline without a denoiser.
+        InputError: If the model is a pipeline without a denoiser.
     """
     denoiser = denoiser_of(model)
     routing = routing_of(denoiser)

@@ -1,4 +1,4 @@
-"""A denoiser's own embedding of the timestep, for routers of earlier versions that read it."""
+"""A denoiser's embedding of the timestep, the input of routers of earlier versions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ PROJECTIONS = (Timesteps, GaussianFourierProjection)
 
 
 class TimeConditioning(nn.Module):
-    """A denoiser's embedding of the timestep alone: its sinusoid and the perceptron after it.
+    """A denoiser's embedding of the timestep, without other conditions: sinusoid and perceptron.
 
     Args:
-        projection: From timesteps of shape (n,) to (n, frequencies).
-        embedding: From those to (n, width).
+        projection: Maps timesteps of shape (n,) to sinusoids of shape (n, frequencies).
+        embedding: Maps sinusoids to embeddings of shape (n, width).
 
     Attributes:
-        width: Features of the embedding.
+        width: Number of features of the embedding.
     """
 
     def __init__(self, projection: nn.Module, embedding: TimestepEmbedding) -> None:
         super().__init__()
         self.projection, self.embedding = projection, embedding
-        embedding.cond_proj = None  # of a condition, which is not the timestep
+        embedding.cond_proj = None  # it projects a condition other than the timestep
         self.width: int = embedding.linear_2.out_features
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return embeddings of mean 0 and variance 1, shape (n, width), of timesteps (n,)."""
+        """Return embeddings of timesteps (n,) with mean 0 and variance 1, shape (n, width)."""
         embedding = self.embedding(self.projection(timesteps.float()))
         return nn.functional.layer_norm(embedding, (self.width,))
 
@@ -39,10 +39,10 @@ class TimeConditioning(nn.Module):
 def time_conditioning(denoiser: nn.Module) -> TimeConditioning:
     """Return a frozen float32 copy of a full-precision denoiser's embedding of the timestep.
 
-    Of several, such as one for the text alone, it is the one that is least deep in the denoiser.
+    If there are several embeddings, such as one for the text only, this is the least deeply nested.
 
     Raises:
-        InputError: If it has none.
+        InputError: If the denoiser has no embedding of the timestep.
 
     Example:
         >>> from diffusers import UNet2DModel

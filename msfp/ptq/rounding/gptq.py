@@ -1,10 +1,12 @@
-"""Rounding a matrix so that its output is kept, not its weights: GPTQ on a floating-point grid.
+"""GPTQ on a floating-point grid: rounding that preserves a matrix's output, not its weights.
 
-Columns are rounded one after the other, and each takes up what the errors of those before it have
-done to the output (Frantar et al., ICLR 2023). With H = E[x x^T] the error of a row is `e H e^T`.
-Written `H = R D R^T`, R unit upper triangular, it is the sum over columns of `D_j (e R)_j ** 2`,
-and the j-th term is least if the weight rounded is `w_j + sum_{k<j} e_k R_kj`. So one Cholesky
-factor is all that is needed, and no inverse (Chee et al., NeurIPS 2023, theorem 6).
+Columns are rounded one after the other. Each column compensates the output errors of the columns
+before it (Frantar et al., ICLR 2023).
+
+With H = E[x x^T] the error of a row is `e H e^T`. Let `H = R D R^T`, with R unit upper triangular.
+The error is then the sum over columns of `D_j (e R)_j ** 2`. Its j-th term is least if the value
+that is rounded is `w_j + sum_{k<j} e_k R_kj`. This needs one Cholesky factor and no inverse (Chee
+et al., NeurIPS 2023, theorem 6).
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ import torch
 from fpformats import FloatFormat, quantize_scaled
 
 BLOCK = 64
-"""Columns between two updates of the rest by a matrix product."""
+"""Columns in a block; a matrix product applies the errors of all earlier blocks to a block."""
 
 
 def damped(second: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return second moments with part of their mean diagonal added to the diagonal.
+    """Return second moments with a fraction of their mean diagonal added to the diagonal.
 
     Args:
         second: Shape (groups, columns, columns).
-        damping: The part; where the mean is 0, the diagonal becomes 1.
+        damping: The fraction. If the mean is 0, the diagonal becomes 1.
     """
     diagonal = second.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
@@ -49,7 +51,7 @@ def upper_factor(second: torch.Tensor) -> torch.Tensor:
 
 
 def output_error(error: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the mean square of the output that an error of the matrix makes, for each row.
+    """Return the mean squared output error that an error of the matrix causes, for each row.
 
     Args:
         error: Shape (groups, rows, columns).
@@ -62,7 +64,7 @@ def output_error(error: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class _Columns:
-    """A matrix that is rounded column by column, stored with columns as rows to be contiguous."""
+    """A matrix that is rounded column by column, stored transposed to make columns contiguous."""
 
     def __init__(self, matrix: torch.Tensor, fmt: FloatFormat, scale: torch.Tensor) -> None:
         self.format = fmt
@@ -78,7 +80,7 @@ class _Columns:
         self.error[:, column] = self.wanted[:, column] - value
 
     def feed_forward(self, factor: torch.Tensor) -> None:
-        """Round each column to make up for those before it."""
+        """Round each column so that it compensates the errors of those before it."""
         size = factor.shape[-1]
         for start in range(0, size, BLOCK):
             stop = min(start + BLOCK, size)
@@ -99,16 +101,16 @@ def gptq(
     *,
     upper: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Round a matrix to the values of a format times a scale with little error of its output.
+    """Round a matrix to the values of a format times a scale, with a small error of its output.
 
     Args:
         matrix: The wanted weights, shape (groups, rows, columns).
-        second: Second moments of the columns it multiplies (of their dequantized values, so that
-            a zero point is in them), positive definite (see `damped`), shape (groups, columns,
-            columns).
+        second: Second moments of the columns that it multiplies, shape (groups, columns, columns).
+            They are of dequantized values, which include the zero point, and positive definite
+            (see `damped`).
         fmt: Any format.
-        scale: One for each weight; any shape that broadcasts to the matrix's.
-        upper: The moments' `upper_factor`, where it is known already.
+        scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
+        upper: The `upper_factor` of the moments, if it is known already.
 
     Returns:
         The rounded matrix, shape and dtype of `matrix`.
@@ -117,7 +119,8 @@ def gptq(
         torch.linalg.LinAlgError: If the moments are not positive definite.
 
     Example:
-        Where both columns read the same, the second weight makes up for the error of the first:
+        If both columns multiply the same input, the second weight compensates the error of the
+        first:
 
         >>> from fpformats import E2M1
         >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), damped(torch.ones(1, 2, 2), 0.001)

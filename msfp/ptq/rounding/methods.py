@@ -1,6 +1,6 @@
-"""The ways to round a matrix of weights to its grid, by the names that configs have for them.
+"""The methods to round a matrix of weights to its grid, by their names in configs.
 
-Another way is one more entry of `ROUNDINGS`, whose key `msfp.config.Rounding` names.
+To add a method, add an entry to `ROUNDINGS` and its key to `msfp.config.Rounding`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msfp.ptq.rounding.gptq import gptq
 
 
 class RoundMatrix(Protocol):
-    """A way to round."""
+    """A rounding method."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class RoundMatrix(Protocol):
             second: Damped second moments of the columns that it multiplies, shape (groups,
                 columns, columns).
             fmt: Any format.
-            scale: One for each weight; any shape that broadcasts to the matrix's.
+            scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
             upper: The `upper_factor` of the moments.
         """
 
@@ -46,11 +46,11 @@ def nearest(
     *,
     upper: torch.Tensor,
 ) -> torch.Tensor:
-    """Round each weight to the value nearest to it, whatever it multiplies."""
+    """Round each weight to the nearest value, without using the moments."""
     del second, upper
     rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
     return rounded
 
 
 ROUNDINGS: dict[Rounding, RoundMatrix] = {"gptq": gptq, "nearest": nearest}
-"""By name."""
+"""All rounding methods, by name."""

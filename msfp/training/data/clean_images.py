@@ -1,4 +1,4 @@
-"""Image files as a denoiser knows them: pixels from -1 to 1, or an autoencoder's latents."""
+"""Image files in the form of a denoiser's samples: pixels from -1 to 1, or latents."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from msfp.support.progress import Progress, counted, no_progress
 
 AUTOENCODERS = ("vae", "vqvae")
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Of red, green and blue (ITU-R BT.601, as in Pillow)."""
+"""Weights of red, green and blue (ITU-R BT.601, as in Pillow)."""
 
 
 def chosen_files(folder: Path, count: int, conditions: int = 0) -> list[Path]:
-    """Return image files of a folder, and of the folders in it, to be trained on.
+    """Return image files of a folder and its subfolders, to train on.
 
     Args:
-        folder: With image files.
-        count: How many to take at most.
-        conditions: How many prompts or labels the files take in turn, by their paths. Each file
-            has the same one when all begin again. Where there are none, the files are spread over
-            all, which may be sorted by what they show.
+        folder: A folder with image files.
+        count: Largest number of files to return.
+        conditions: Number of prompts or labels. The files take them in turn, in the order of their
+            paths. The number of files is a multiple of it if possible, so that a file gets the same
+            condition again when the files repeat. If it is 0, the files are spread evenly over the
+            folder, which may be sorted by content.
 
     Raises:
-        InputError: If there are no such files, or fewer than conditions.
+        InputError: If there are no image files, or fewer files than conditions.
 
     Example:
         >>> import tempfile
@@ -59,18 +60,20 @@ def chosen_files(folder: Path, count: int, conditions: int = 0) -> list[Path]:
 def clean_images(
     pipe: DiffusionPipeline, files: list[Path], progress: Progress = no_progress
 ) -> torch.Tensor:
-    """Read images as the denoiser of a pipeline is to predict them.
+    """Read images in the form of the samples that a pipeline's denoiser predicts.
 
     Args:
-        pipe: Its denoiser says how large images are, its autoencoder, if it has one, encodes them.
-        files: Of images, which are cut to the central square and resized as by `read_image`.
-        progress: Told of each image.
+        pipe: The pipeline. Its denoiser determines the size of the images. Its autoencoder, if it
+            has one, encodes them.
+        files: Image files. Images are cropped to the central square and resized, as by
+            `read_image`.
+        progress: Called after each image.
 
     Returns:
         Pixels in [-1, 1] or latents, float32, shape (files, channels, height, width).
 
     Raises:
-        InputError: If a file cannot be read, or the pipeline does not say what its denoiser reads.
+        InputError: If a file cannot be read, or the form of the denoiser's samples is unknown.
     """
     encoder = _autoencoder(pipe)
     size = _size(pipe, encoder)
@@ -85,9 +88,9 @@ def clean_images(
 
 
 def _autoencoder(pipe: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
-    """Return what encodes the images of a pipeline, in float32; None if its denoiser reads pixels.
+    """Return the autoencoder of a pipeline in float32, or None if its denoiser reads pixels.
 
-    Narrower types may overflow in it.
+    Narrower dtypes may overflow in the autoencoder.
     """
     parts = (getattr(pipe, name, None) for name in AUTOENCODERS)
     encoder = next((part for part in parts if isinstance(part, nn.Module)), None)
@@ -118,7 +121,7 @@ def _size(pipe: DiffusionPipeline, encoder: Any) -> int:
 
 
 def _coloured(image: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return an image (1, 3, ...) with as many colours as are read: three, or its luminance."""
+    """Return an RGB image (1, 3, ...), or its luminance if the denoiser reads one channel."""
     if channels != 1:
         return image
     weights = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
@@ -126,7 +129,7 @@ def _coloured(image: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _latents(encoder: Any, image: torch.Tensor) -> torch.Tensor:
-    """Return what an autoencoder makes of an image, as its pipelines give it to denoisers."""
+    """Return the latents of an image, scaled as in the autoencoder's pipelines."""
     encoded = encoder.encode(image.to(encoder.device))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     latents = latents.cpu()
@@ -139,6 +142,6 @@ def _latents(encoder: Any, image: torch.Tensor) -> torch.Tensor:
 
 
 def _by_channel(encoder: Any, name: str, latents: torch.Tensor) -> torch.Tensor | None:
-    """Return a number for each channel of latents from a config, or None where it has none."""
+    """Return the numbers of the channels of latents from a config, or None if it has none."""
     numbers = getattr(encoder.config, name, None)
     return None if numbers is None else torch.tensor(numbers, dtype=latents.dtype).view(1, -1, 1, 1)

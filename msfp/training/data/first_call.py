@@ -1,4 +1,4 @@
-"""What a pipeline has set up when it calls its denoiser for the first time."""
+"""The state of a pipeline when it calls its denoiser for the first time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from msfp.support.hooks import hooked
 
 
 class FirstCall(NamedTuple):
-    """What is known before the denoiser has computed anything.
+    """The state of a pipeline before the first forward pass of its denoiser.
 
     Attributes:
-        scheduler: A copy, with the grid that the pipeline set and no step taken.
-        rows: Samples that the denoiser is given at once.
+        scheduler: A copy of the scheduler, with the pipeline's timesteps, before the first step.
+        rows: Number of samples in the input of the denoiser.
     """
 
     scheduler: SchedulerMixin
@@ -28,18 +28,18 @@ class FirstCall(NamedTuple):
 
 
 class _CalledError(Exception):
-    """Ends a call of a pipeline where the denoiser would begin."""
+    """Stops a call of a pipeline before the first forward pass of its denoiser."""
 
 
 def first_call(pipe: DiffusionPipeline, call: PipelineCall) -> FirstCall:
-    """Make a call of a pipeline up to the first forward of its denoiser, which is not run.
+    """Run a call of a pipeline until its denoiser would run for the first time.
 
-    Pipelines give their schedulers timesteps, sigmas and shifts of their own, which
-    `set_timesteps` with a number of steps does not know.
+    Pipelines pass their own timesteps, sigmas and shifts to their schedulers. `set_timesteps` with
+    only a number of steps does not reproduce them.
 
     Args:
-        pipe: The pipeline; left as any call leaves it.
-        call: Such as `Sampler.calls` returns.
+        pipe: The pipeline. Its state changes as in any call.
+        call: A call, for example one that `Sampler.calls` returns.
 
     Example:
         >>> from msfp import Sampler, reference_pipeline

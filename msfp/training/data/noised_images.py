@@ -1,4 +1,4 @@
-"""Trajectories from data: noised images in the place of the samples of a sampler's path."""
+"""Trajectories from data: noised images replace the samples of a sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, no_progress
 
 OFF_GRID = 4e-3
-"""How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16."""
+"""Largest relative difference of a timestep from the scheduler's: the rounding of bfloat16."""
 
 
 def data_trajectories(
@@ -33,30 +33,30 @@ def data_trajectories(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Trajectories:
-    """Make calls of a pipeline with noised images in the place of its own samples; record them.
+    """Record calls of a pipeline with noised images instead of its own samples.
 
-    Timesteps, prompts, labels and guidance are those of the calls. What the denoiser reads at each
-    step are images to which the pipeline's scheduler added the noise of that step, and what it
-    predicts from them is recorded as by `record_trajectories`.
+    Timesteps, prompts, labels and guidance are those of the calls. At each step, the input of the
+    denoiser is replaced by images with the noise of that step, which the pipeline's scheduler adds.
+    The predictions are recorded as by `record_trajectories`.
 
     Args:
         model: A full-precision pipeline; its scheduler adds the noise.
-        calls: As for `record_trajectories`. Image i of theirs has the place of `images[i]`; after
-            the last one the first is next, with other noise.
-        images: Clean images, or latents, as the denoiser is to predict them: of the shape that it
-            reads, (count, channels, height, width) for most, and in the range that it was trained
-            on, which is -1 to 1 for pixels.
-        seed: Of the noise. That of a place depends on nothing else.
+        calls: As for `record_trajectories`. `images[i]` replaces image i of the calls. After the
+            last image the first follows, with other noise.
+        images: Clean images or latents, in the form that the denoiser predicts. They have the
+            shape of its input, mostly (count, channels, height, width), and the range of its
+            training data, which is -1 to 1 for pixels.
+        seed: Seed of the noise. The noise of an image depends only on the seed and its index.
         progress: As for `record_trajectories`.
 
     Returns:
-        The path, to train on or to hold out. With guidance, the branches of an image have equal
-        noise, as in a sampler.
+        The trajectories, to train on or to hold out. With guidance, the guidance branches of an
+        image have equal noise, as in a sampler.
 
     Raises:
         InputError: If the pipeline has no denoiser or its scheduler cannot add noise, the images
-            are not finite or of another shape than what the denoiser reads, a call gives it
-            timesteps that are not the scheduler's, or as `record_trajectories`.
+            are not finite or do not have the shape of the denoiser's input, a call uses timesteps
+            that are not the scheduler's, or as `record_trajectories` does.
 
     Example:
         >>> from msfp import Sampler, reference_pipeline
@@ -76,12 +76,12 @@ def data_trajectories(
 def noised(
     scheduler: SchedulerMixin, images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Return what a denoiser reads of noised images at a timestep.
+    """Return noised images in the form of a denoiser's input at a timestep.
 
     Args:
-        scheduler: Its timesteps are set; it is not changed.
+        scheduler: A scheduler with timesteps; it is not changed.
         images: Clean images.
-        noise: Of their shape.
+        noise: Noise with the shape of the images.
         timestep: One of the scheduler's, shape ().
 
     Example:
@@ -93,7 +93,7 @@ def noised(
         tensor([[3., 3.]])
     """
     own = copy.copy(scheduler)
-    for name in ("_step_index", "_begin_index"):  # where a sampler is would go before the timestep
+    for name in ("_step_index", "_begin_index"):  # the scheduler prefers these to the timestep
         if hasattr(own, name):
             setattr(own, name, None)
     times = timestep.reshape(1)
@@ -108,12 +108,12 @@ def noised(
 
 
 class _Noising:
-    """Forward pre-hook of a pipeline's denoiser that gives it noised images.
+    """Forward pre-hook of a pipeline's denoiser that replaces its samples by noised images.
 
     Args:
         pipe: The pipeline.
         images: Clean images.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     def __init__(self, pipe: DiffusionPipeline, images: torch.Tensor, seed: int) -> None:
@@ -122,14 +122,14 @@ class _Noising:
         self._forget()
 
     def _forget(self) -> None:
-        """Begin a new call, with the images that follow those of the last one."""
+        """Begin a new call, with the images after those of the last call."""
         self.start += self.count
         self.count, self.copies, self.scale = 0, 1, 1.0
         self.draws: list[torch.Generator] = []
         self.noise: dict[float, torch.Tensor] = {}
 
     def during(self, call: PipelineCall) -> PipelineCall:
-        """Return a call that takes the next images."""
+        """Return a call that uses the next images."""
 
         def make(pipe: DiffusionPipeline | nn.Module) -> None:
             self._forget()
@@ -138,7 +138,7 @@ class _Noising:
         return make
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the arguments of a forward with noised images in the place of its samples."""
+        """Return the arguments of a forward pass, with noised images in place of its samples."""
         bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
         name = next(iter(bound.arguments))
         sample = bound.arguments[name]
@@ -156,13 +156,13 @@ class _Noising:
         return bound.args, bound.kwargs
 
     def _begin(self, sample: torch.Tensor, time: float) -> None:
-        """See from the first forward of a call how it gives samples and timesteps."""
+        """Detect the form of samples and timesteps from the first forward pass of a call."""
         shape, wanted = tuple(self.images.shape[1:]), tuple(sample.shape[1:])
         if shape != wanted:
             raise InputError(f"images must have the shape {wanted} each, not {shape}")
         self.copies = _copies(sample)
         self.count = len(sample) // self.copies
-        # Flow models are given times from 0 to 1.
+        # Flow models receive times from 0 to 1.
         of_one = time <= 1 < self.pipe.scheduler.timesteps.max().item()
         self.scale = float(TRAINING_TIMESTEPS) if of_one else 1.0
         self.draws = [
@@ -171,14 +171,14 @@ class _Noising:
         ]
 
     def _on_grid(self, time: float) -> torch.Tensor:
-        """Return the scheduler's timestep that a denoiser was given."""
+        """Return the scheduler's timestep for a time that the denoiser received."""
         timesteps = self.pipe.scheduler.timesteps
         distances = (timesteps.double() - self.scale * time).abs()
         nearest = distances.argmin()
         if distances[nearest] > OFF_GRID * timesteps[nearest].abs():
             raise InputError(
                 f"calls must take the denoiser along the timesteps of the pipeline's scheduler, "
-                f"and {time} is none of them"
+                f"but {time} is not one of them"
             )
         found: torch.Tensor = timesteps[nearest]
         return found
@@ -193,7 +193,7 @@ class _Noising:
 
 
 def _copies(sample: torch.Tensor) -> int:
-    """Return how often the rows of a sample are repeated, as for the branches of guidance."""
+    """Return how often the rows of a sample are repeated, as for guidance branches."""
     for copies in range(len(sample), 1, -1):
         if len(sample) % copies == 0:
             first = sample[: len(sample) // copies]

@@ -1,18 +1,25 @@
 import copy
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import families
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel
-from families import ENDS, FAMILIES, call, cast, images, make, pipeline, quantized
+from diffusers import PipelineQuantizationConfig, UNet2DConditionModel
+from elsewhere import use_pipelines
+from families import (
+    ENDS,
+    FAMILIES,
+    call,
+    cast,
+    images,
+    load_pipeline,
+    make,
+    pipeline,
+    quantized,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import forked
 from torch import nn
 
 from fpformats import parse
@@ -32,34 +39,11 @@ from msfp.pipelines.denoiser import denoiser_name, denoiser_of
 
 SPLIT = {"unet", "conditional_unet", "xl_unet"}
 """Families with layers that read a concatenation as it is, and find a signed format for it."""
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-LOAD_ALL = """
-import os, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-import msfp
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-from families import FAMILIES, call, images
-from test_diffusers_quantizer import DTYPES, load_pipeline, denoiser_of
-
-torch.set_num_threads(int(sys.argv[3]))
-outputs = {}
-for family in FAMILIES:
-    for name, dtype in DTYPES.items():
-        pipe = load_pipeline(Path(sys.argv[2]) / family, torch_dtype=dtype)
-        outputs[f"{family} {name} images"] = images(pipe).contiguous()
-        outputs[f"{family} {name} prediction"] = call(denoiser_of(pipe)).contiguous()
-save_file(outputs, Path(sys.argv[2]) / "outputs.safetensors")
-"""
-
-
-def load_pipeline(folder, **arguments):
-    """Load a pipeline with nothing but diffusers; components that are None must be passed."""
-    index = json.loads((folder / "model_index.json").read_text())
-    absent = {name: None for name, value in index.items() if value == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(folder, **absent, **arguments)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.float16, id="float16", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +59,13 @@ def pipelines(tmp_path_factory):
     return folder, pipes
 
 
-@pytest.fixture(scope="module")
-def outputs_elsewhere(pipelines):
-    """What a new process makes of the saved pipelines."""
+@pytest.fixture(scope="module", params=DTYPES)
+def outputs_elsewhere(request, pipelines):
+    """A dtype, and what a new process makes of the saved pipelines in it."""
     folder, _ = pipelines
-    places = (__file__, families.__file__)
-    folders = os.pathsep.join(str(Path(place).parent) for place in places)
-    arguments = [folders, str(folder), str(torch.get_num_threads())]
-    subprocess.run([sys.executable, "-c", LOAD_ALL, *arguments], check=True)  # noqa: S603
-    return load_file(folder / "outputs.safetensors")
+    output = folder / f"{request.param}.safetensors"
+    forked(use_pipelines, (folder, request.param, torch.get_num_threads(), output), processes=1)
+    return request.param, load_file(output)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +79,18 @@ def unet(untouched):
     return copy.deepcopy(untouched)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_process_gives_the_same_bits(pipelines, outputs_elsewhere, family, dtype):
+def test_a_new_process_gives_the_same_bits(pipelines, outputs_elsewhere, family):
+    dtype, outputs = outputs_elsewhere
     pipe = copy.deepcopy(pipelines[1][family])
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
-            cast(component, DTYPES[dtype])
+            cast(component, dtype)
     prediction = call(denoiser_of(pipe))
-    assert prediction.dtype == DTYPES[dtype]
+    assert prediction.dtype == dtype
     assert prediction.isfinite().all()
-    assert torch.equal(prediction, outputs_elsewhere[f"{family} {dtype} prediction"])
-    assert torch.equal(images(pipe), outputs_elsewhere[f"{family} {dtype} images"])
+    assert torch.equal(prediction, outputs[f"{family} prediction"])
+    assert torch.equal(images(pipe), outputs[f"{family} images"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -400,7 +382,7 @@ def test_include_and_exclude_choose_layers_and_unknown_names_are_refused(tmp_pat
     for argument in ("include", "exclude"):
         with pytest.raises(InputError, match=f"{argument} has 'no_such', which matches no layer"):
             load(tmp_path, quantization_config=MSFPConfig(**{argument: ["no_such"]}))
-    with pytest.raises(InputError, match="no layer that include and exclude leave"):
+    with pytest.raises(InputError, match="include and exclude leave no layer of"):
         load(tmp_path, quantization_config=MSFPConfig(exclude=["*"]))
 
 

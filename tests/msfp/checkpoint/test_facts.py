@@ -20,14 +20,11 @@ from msfp.search.summary import LayerSummary
 
 
 @pytest.fixture(scope="module")
-def saved(reference, calibration, tmp_path_factory):
+def saved(packed, tmp_path_factory):
     """A packed pipeline, its summaries, and the folder that it was saved to."""
-    pipe = copy.deepcopy(reference)
-    summaries = msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
-    msfp.pack(pipe.unet)
     folder = tmp_path_factory.mktemp("saved") / "pipe"
-    msfp.save(pipe, folder)
-    return pipe, summaries, folder
+    msfp.save(packed[0], folder)
+    return *packed, folder
 
 
 def test_a_folder_a_pipeline_and_a_loaded_one_say_the_same(saved):

@@ -1,13 +1,12 @@
-import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from elsewhere import sample
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import forked
 from tiny import tiny_pipeline, tiny_quantized
 from torch import nn
 
@@ -27,13 +26,6 @@ from msfp.layers.attention import OPERANDS
 from msfp.layers.lora.routers import Router
 from msfp.layers.packed import packed_layers
 
-SAMPLE = """
-import sys, torch, msfp
-torch.set_num_threads({threads})
-images = msfp.Sampler(steps=4, batch=8)(msfp.load(sys.argv[1]), 8, 3)
-torch.save(images, sys.argv[2])
-"""
-
 
 @pytest.fixture
 def routed(quantized, trajectories):
@@ -43,27 +35,18 @@ def routed(quantized, trajectories):
     return pipe
 
 
-@pytest.fixture(scope="module")
-def packed_pipe(reference, calibration):
-    pipe = copy.deepcopy(reference)
-    quantize(pipe, QuantizationConfig(), calibration=calibration)
-    pack(pipe.unet)
-    return pipe
-
-
 @pytest.fixture
-def saved(packed_pipe, tmp_path):
-    save(packed_pipe, tmp_path / "model")
+def saved(packed, tmp_path):
+    save(packed[0], tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_new_process_samples_bit_equal(routed, sampler, tmp_path):
     expected = sampler(routed, 8, 3)
     save(routed, tmp_path / "model")
-    code = SAMPLE.format(threads=torch.get_num_threads())
-    command = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "images.pt")]
-    subprocess.run(command, check=True)  # noqa: S603
-    assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
+    output = tmp_path / "images.safetensors"
+    forked(sample, (tmp_path / "model", torch.get_num_threads(), output), processes=1)
+    assert torch.equal(load_file(output)["images"], expected)
 
 
 def test_the_file_holds_the_bits_of_the_weights_and_little_else(saved):
@@ -172,10 +155,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_the_folder_of_a_network_by_itself_says_how_it_is_read(saved, network, tmp_path):
-    with pytest.raises(InputError, match=r"by itself: read it with UNet2DModel\.from_pretrained"):
+    message = r"a denoiser without a pipeline: read it with UNet2DModel\.from_pretrained"
+    with pytest.raises(InputError, match=message):
         load(saved / "unet")
     save(network, tmp_path / "network")
-    with pytest.raises(InputError, match="by itself: into must be one of its architecture"):
+    with pytest.raises(InputError, match="without a pipeline: into must be a network of the same"):
         load(tmp_path / "network")
     with pytest.raises(InputError, match="into is quantized already"):
         load(tmp_path / "network", into=network)
@@ -277,7 +261,7 @@ DAMAGE = {
     "truncated": (truncate, r"diffusion_pytorch_model\.safetensors"),
     "flipped byte": (flip_a_byte, "checksum"),
     "tampered": (tamper_with_json, "checksum"),
-    "no metadata": (without_metadata, "must be a quantized denoiser, and its metadata do not say"),
+    "no metadata": (without_metadata, "must be a quantized denoiser, but its metadata have no"),
     "kind": (tell(kind="a calibration"), "must be a quantized denoiser, not a calibration"),
     "file version": (tell(version=99), "a quantized denoiser of version 99; this msfp reads"),
     "no checksum": (tell(facts={}), "checksum"),
@@ -316,7 +300,7 @@ DAMAGE = {
     "no branch": (formats_of("conv_in", branch_rank=1), r"missing: \['conv_in\.branch_down"),
     "no attention": (
         damage_json(lambda d: d.update(products={"conv_in": dict.fromkeys(OPERANDS, "E2M1")})),
-        "UNet2DModel has no attention module 'conv_in'",
+        "an attention module 'conv_in', but UNet2DModel has none",
     ),
     "format key": (formats_of("conv_in", more=1), "layer 'conv_in'.*must have the keys"),
     "layer": (damage_json(lambda d: d["layers"].pop("conv_in")), r"missing: \['conv_in\.weight"),
@@ -331,7 +315,7 @@ DAMAGE = {
         damage_tensors(lambda t: t.pop(f"{UNSIGNED}.input_zero_point")),
         "missing.*zero_point",
     ),
-    "extra": (replace_tensor("extra", torch.ones(1)), r"left over: \['extra'\]"),
+    "extra": (replace_tensor("extra", torch.ones(1)), r"unexpected tensors: \['extra'\]"),
     "short": (
         damage_tensors(lambda t: t.update({"conv_in.codes": t["conv_in.codes"][:-1].clone()})),
         r"conv_in\.codes expected shape",

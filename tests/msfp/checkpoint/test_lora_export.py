@@ -196,7 +196,7 @@ def test_a_hub_of_branches_travels_with_the_pipeline(with_branches, tmp_path):
     assert {layer.adapters for layer in packed_layers(loaded.unet).values()} == {1}
     assert len(router_of(loaded.unet)(torch.arange(1000)).argmax(-1).unique()) == 2
     assert torch.equal(call(loaded), call(with_branches))
-    with pytest.raises(InputError, match="has 2 weights or branches"):
+    with pytest.raises(InputError, match="has 2 weights or low-rank branches"):
         unpack(loaded, original=with_branches)
 
 

@@ -1,14 +1,16 @@
 """`quant_method: "msfp"` is known to diffusers, whichever of the two is imported first."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.quantizers import auto
 from safetensors.torch import load_file
-from tiny import tiny_pipeline, tiny_quantized
+from tiny import SAMPLER, tiny_pipeline, tiny_quantized
 
 import msfp
 from msfp.checkpoint.diffusers_config import MSFPConfig
@@ -87,6 +89,48 @@ def test_a_new_process_loads_and_quantizes_through_diffusers(expected, order):
         assert torch.equal(found.pop("pipeline"), outputs["narrow"])
     assert found.keys() == outputs.keys()
     assert all(torch.equal(found[name], output) for name, output in outputs.items())
+
+
+def callbacks(action):
+    """Names of callbacks in the order in which they are called first while an action runs."""
+    found = {}
+
+    def note(frame, event, _argument):
+        owner, _, name = frame.f_code.co_qualname.rpartition(".")
+        if event == "call" and owner in ("MSFPConfig", "MSFPQuantizer") and name in DOCUMENTED:
+            found[name] = None
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return list(found)
+
+
+def documented():
+    """Callbacks that the page names, in its order."""
+    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text()
+    _, _, section = page.partition("## One `pipe` through `save` and `load`")
+    names = [name.rpartition(".")[2] for name in re.findall("`(.*?)`", section.split("\n## ")[0])]
+    return [name for name in names if name in vars(MSFPConfig) | vars(MSFPQuantizer)]
+
+
+DOCUMENTED = documented()
+
+
+def test_diffusers_calls_back_in_the_order_of_the_documentation(tmp_path):
+    full = tiny_pipeline()
+    routed = tiny_quantized(full)
+    paths = msfp.record_trajectories(full, calls=SAMPLER.calls(4, seed=0))
+    config = msfp.FinetuneConfig(hub=2, rank=2, steps=1, batch=4)
+    msfp.finetune(routed, config, trajectories=paths)
+    saving = callbacks(lambda: routed.save_pretrained(tmp_path))
+    loading = callbacks(lambda: type(full).from_pretrained(tmp_path))
+    loading.remove("to_dict")  # the config is described to the server of a download
+    assert saving + loading == DOCUMENTED
+    assert saving == ["to_dict", "get_state_dict_and_metadata"]
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_a_calibration_is_read_and_no_call_of_it_is_made_again(tmp_path):
 
 def test_a_calibration_of_other_calls_is_not_resumed(tmp_path):
     file = copied(CALIBRATION.name, tmp_path)
-    with pytest.raises(InputError, match="by different calls: seed 4 and 3"):
+    with pytest.raises(InputError, match="of different calls: seed 4 and 3"):
         msfp.calibrate(denoiser(), calls=call, file=file, description={"seed": 4})
 
 

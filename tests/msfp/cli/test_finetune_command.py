@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from refusals import assert_refused
+from scripts import pair
 from tiny import tiny_pipeline
 
 from msfp import load
@@ -146,7 +147,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_codes(
     options = ["--hub", "2", "--dfa-power", "1", "--save-every", "1"]
     stopped_at(2)
     assert finetuned(folders, output, *options) == 130
-    assert f"{state} is there, whole" in capsys.readouterr().err
+    assert f"{state} is saved" in capsys.readouterr().err
     (fingerprint, facts), images = read(state / FILE, KIND)
     assert facts["seconds"]["fine-tuned"] > 0
     facts["seconds"]["fine-tuned"] += 600
@@ -257,7 +258,9 @@ def test_training_that_brings_nothing_is_reported_as_that(folders, tmp_path, cap
     groups = ("adapters", "weight-scales", "input-scales")
     rates = [word for group in groups for word in (f"--rates-{group}", "1")]
     assert finetuned(folders, tmp_path / "tuned", *rates) == 0
-    note = "'fine-tuned' is what its training began with: no later held-out error was lower."
+    note = (
+        "'fine-tuned': training did not lower the held-out error, so the initial weights are kept."
+    )
     assert note in capsys.readouterr().out
     assert html.escape(note) in (tmp_path / "tuned" / "report.html").read_text()
     found = numbers(tmp_path / "tuned")
@@ -309,14 +312,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_recorded(
 
     pipe = tiny_pipeline()
     DDIMPipeline(pipe.unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
-    refused("sampler of the original must be that of", original=tmp_path / "other")
+    settings = "the same sampler settings, not clip_sample=True and clip_sample=False"
+    refused(settings, original=tmp_path / "other")
     refused("nothing to resume", "--resume")
     refused("prompts and labels must not be given", "--labels", "1")
     refused("fine-tuned with a hub cannot be", checkpoint=whole)
     refused("rate of norms must be between 0 and 1, not 2.0", "--rates-norms", "2")
     groups = ("adapters", "weight-scales", "input-scales", "biases", "norms")
     frozen = [word for group in groups for word in (f"--rates-{group}", "0")]
-    refused("something to be trained", *frozen)
+    refused("at least one rate must be above 0", *frozen)
     refused("absent is not a folder", "--data", tmp_path / "absent")
     (tmp_path / "file").write_text("")
     refused("must be a folder to write in: Not a directory", "--tensorboard", tmp_path / "file")
@@ -384,6 +388,20 @@ def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
     assert kept == {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
 
 
+def test_two_processes_write_what_one_does(folders, alone, tmp_path):
+    logs = [tmp_path / f"rank {rank}" for rank in range(2)]
+    command = words(folders, tmp_path / "shared")
+    first, second = pair(logs, *command, module="msfp.cli.main")
+    printed = [each.printed.read_text() for each in (first, second)]
+    assert ["Fine-tuned: " in text for text in printed] == [True, False]
+    # Gradients are added up in another order.
+    losses = numbers(tmp_path / "shared")["losses"]
+    assert losses == pytest.approx(numbers(alone)["losses"], rel=1e-3)
+    files = {each.printed.name for each in (first, second)}
+    assert {path.name for path in tmp_path.iterdir()} == {"shared"} | files
+
+
+@pytest.mark.slow
 def test_processes_of_accelerate_write_what_one_does(folders, alone, tmp_path):
     # With --cpu it launches one process; these are told by the environment that they have no GPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]

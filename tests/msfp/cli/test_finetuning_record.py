@@ -82,7 +82,7 @@ def test_nothing_kept_is_nothing_to_resume(tmp_path):
         ({"--steps": 80}, "of another run: its --steps is 160, not 80"),
         ({"--labels": (2, 1)}, r"of another run: its --labels is \[1, 2\], not \[2, 1\]"),
         ({"--clip": 1.0}, "of another run: its --clip is None, not 1.0"),
-        ({"--hub": 2}, "of another run: it does not say its --hub, which is 2"),
+        ({"--hub": 2}, "of another run: it has no --hub; this run has 2"),
     ],
 )
 def test_the_record_of_another_run_is_refused_by_what_differs(record, change, message):
@@ -96,7 +96,7 @@ def test_a_record_that_is_damaged_or_something_else_is_refused(record):
     with pytest.raises(InputError, match=r"run\.safetensors cannot be read as a record of"):
         resumed(record)
     save_file({"images": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="must be a record of fine-tuning, and its metadata"):
+    with pytest.raises(InputError, match="must be a record of fine-tuning, but its metadata"):
         resumed(record)
 
 
@@ -205,9 +205,7 @@ def test_a_run_of_0_2_0_that_is_interrupted_again_is_resumed_from_the_new_record
 def test_a_run_of_0_2_0_is_not_resumed_with_other_settings(old, more, message, capsys):
     before = sorted(old.rglob("*"))
     assert resume(old, *more) == 2
-    assert f"run.json is a record of fine-tuning of another run: {message}" in (
-        capsys.readouterr().err
-    )
+    assert f"run.json belongs to another run: {message}" in capsys.readouterr().err
     assert sorted(old.rglob("*")) == before
 
 

@@ -86,8 +86,8 @@ ALL = dict.fromkeys((field.name for field in dataclasses.fields(msfp.LearningRat
     ("config", "message"),
     [
         ({"dfa_power": 1.0}, r"dfa_power must be 0, not 1\.0: .*Squaring does not at timestep"),
-        ({"rates": ALL, "hub": 2}, "something to be trained"),
-        ({"rates": ALL | {"router": 0.1}}, "something to be trained"),
+        ({"rates": ALL, "hub": 2}, "at least one rate must be above 0"),
+        ({"rates": ALL | {"router": 0.1}}, "at least one rate must be above 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_recorded(config, message):
@@ -100,7 +100,7 @@ def test_a_denoiser_that_cannot_save_memory_is_refused_before_anything_is_record
 ):
     pipe = pipeline("unet", tmp_path)
     monkeypatch.setattr(type(pipe.unet), "_supports_gradient_checkpointing", False)
-    with pytest.raises(InputError, match="checkpointing must be False: UNet2DModel cannot"):
+    with pytest.raises(InputError, match="checkpointing must be False: UNet2DModel does not"):
         run_of(pipe, Sampler(2, 2), FinetuneConfig(checkpointing=True), no_stage)
 
 

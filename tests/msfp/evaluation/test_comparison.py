@@ -19,11 +19,8 @@ COUNT, SEED = 8, 3
 
 
 @pytest.fixture(scope="module")
-def packed(reference, calibration):
-    pipe = copy.deepcopy(reference)
-    msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
-    msfp.pack(pipe.unet)
-    return pipe
+def packed(packed):
+    return packed[0]
 
 
 @pytest.fixture(scope="module")

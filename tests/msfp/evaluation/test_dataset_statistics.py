@@ -131,7 +131,7 @@ def test_another_network_of_the_same_name_is_refused(tmp_path):
 def test_files_of_something_else_are_refused(tmp_path):
     (tmp_path / "text").write_text("none")
     save_file({"mean": torch.zeros(1)}, tmp_path / "other.safetensors")
-    unreadable, other = "cannot be read as statistics of a", "must be statistics of a data set, and"
+    unreadable, other = "cannot be read as statistics of a", "must be statistics of a data set, but"
     for name, message in (
         ("text", unreadable), ("other.safetensors", other), ("absent", unreadable)
     ):  # fmt: skip

@@ -61,7 +61,7 @@ def test_equal_statistics_are_at_no_distance_even_where_singular():
 
 
 def test_what_has_no_distance_is_refused():
-    with pytest.raises(InputError, match="equally many features, not 12 and 3"):
+    with pytest.raises(InputError, match="the same number of features, not 12 and 3"):
         frechet_distance(statistics(drawn(9, 12, 0)), statistics(drawn(9, 3, 0)))
     with pytest.raises(InputError, match="at least 2 for a covariance, not 1"):
         statistics(drawn(1, 3, 0))

@@ -1,19 +1,16 @@
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import families
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from elsewhere import use_unets
 from families import call, cast, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scripts import forked
 from torch import nn
 
 from fpformats import quantize_blocks
@@ -40,6 +37,9 @@ from msfp.layers.selection import quantizable_layers
 from msfp.reports.layer_table import cells
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+LOADED_DTYPES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "torch.float32")) for name in DTYPES
+]
 CONFIGS = {
     "mx": QuantizationConfig(scheme="mx"),
     "mx6": QuantizationConfig(scheme="mx", weight_bits=6, activation_bits=None),
@@ -49,23 +49,6 @@ CONFIGS = {
     ),
 }
 """What unets are quantized to; the last has layers with scales for channels, too."""
-LOAD_ALL = """
-import os, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-import msfp
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-from families import call
-from test_block import CONFIGS, DTYPES, UNet2DModel
-
-torch.set_num_threads(int(sys.argv[3]))
-outputs = {}
-for config in CONFIGS:
-    for name, dtype in DTYPES.items():
-        unet = UNet2DModel.from_pretrained(Path(sys.argv[2]) / config, torch_dtype=dtype)
-        outputs[f"{config} {name}"] = call(unet).contiguous()
-save_file(outputs, Path(sys.argv[2]) / "outputs.safetensors")
-"""
 TENSORS = "diffusion_pytorch_model.safetensors"
 
 
@@ -88,24 +71,23 @@ def folder(unets, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def outputs_elsewhere(folder):
-    """What a new process makes of the saved unets."""
-    places = (__file__, families.__file__)
-    folders = os.pathsep.join(str(Path(place).parent) for place in places)
-    arguments = [folders, str(folder), str(torch.get_num_threads())]
-    subprocess.run([sys.executable, "-c", LOAD_ALL, *arguments], check=True)  # noqa: S603
-    return load_file(folder / "outputs.safetensors")
+@pytest.fixture(scope="module", params=LOADED_DTYPES)
+def outputs_elsewhere(request, folder):
+    """The name of a dtype, and what a new process makes of the saved unets in it."""
+    output = folder / f"{request.param}.safetensors"
+    words = (folder, [*CONFIGS], DTYPES[request.param], torch.get_num_threads(), output)
+    forked(use_unets, words, processes=1)
+    return request.param, load_file(output)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_new_process_gives_the_same_bits(unets, outputs_elsewhere, config, dtype):
+def test_a_new_process_gives_the_same_bits(unets, outputs_elsewhere, config):
+    dtype, outputs = outputs_elsewhere
     unet = cast(copy.deepcopy(unets[config]), DTYPES[dtype])
     assert block_layers(unet)
     prediction = call(unet)
     assert prediction.dtype == DTYPES[dtype]
-    assert torch.equal(prediction, outputs_elsewhere[f"{config} {dtype}"])
+    assert torch.equal(prediction, outputs[config])
 
 
 @settings(max_examples=60, deadline=None)
@@ -266,11 +248,11 @@ DAMAGE = {
     "short codes": (tensor("codes", lambda t: t[:-1].clone()), r"codes expected shape"),
     "scales": (tensor("weight_scale", lambda t: t[:, :0].clone()), "weight_scale expected shape"),
     "wide scales": (tensor("weight_scale", lambda t: t.int()), "must be torch.uint8"),
-    "nan": (tensor("weight_scale", lambda t: t.fill_(0x7F)), "codes of finite numbers from 0 on"),
-    "negative": (tensor("weight_scale", lambda t: t | 0x80), "codes of finite numbers from 0 on"),
+    "nan": (tensor("weight_scale", lambda t: t.fill_(0x7F)), "codes of finite, non-negative"),
+    "negative": (tensor("weight_scale", lambda t: t | 0x80), "codes of finite, non-negative"),
     "no scale": (lambda _, tensors: tensors.pop(f"{INNER}.tensor_scale"), "missing"),
     "zero": (tensor("tensor_scale", torch.zeros_like), "must be positive and finite"),
-    "left over": (of_layer(weight_format="MXFP8_E4M3"), "left over|expected shape"),
+    "left over": (of_layer(weight_format="MXFP8_E4M3"), "unexpected tensors|expected shape"),
 }
 
 

@@ -57,5 +57,5 @@ def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no saved calls"):
         load_calls(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "00000.safetensors")
-    with pytest.raises(InputError, match=r"00000\.safetensors must be a saved call, and its"):
+    with pytest.raises(InputError, match=r"00000\.safetensors must be a saved call, but its"):
         load_calls(tmp_path)[0](Recorder())

@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_pipeline
 from torch import nn
 
 from fpformats import quantize_blocks
@@ -46,6 +47,9 @@ GUIDED = dict.fromkeys(("unet", "conditional_unet", "xl_unet", "pixart", "sd3"),
 The unconditional pipeline makes two images, and that of classes, too; that of Flux has no branches.
 """
 
+NAMED = {name: {"SiLU"} if "unet" in name else {"SiLU", "GELU"} for name in families.FAMILIES}
+"""Activations that are named before asymmetric inputs of each family."""
+
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp_path):
@@ -59,6 +63,14 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
     )
     with hooked([handle]):
         summaries = quantize(pipe, QuantizationConfig(), calibration=families.images)
+    reasons = {summary.reason for summary in summaries if summary.asymmetric}
+    assert reasons <= {"data", "SiLU", "GELU"}
+    assert NAMED[family] <= reasons
+    for summary in summaries:
+        assert summary.asymmetric == (summary.reason is not None)
+        # GEGLU multiplies after its GELU, and attention after its softmax.
+        if summary.name.endswith(("net.2", "to_out.0")) and family == "conditional_unet":
+            assert summary.activation is None
     # Two steps to calibrate and record, all that was recorded to look for concatenations, and twice
     # to refine by.
     rows = GUIDED.get(family, 1)
@@ -74,27 +86,6 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
         **{denoiser_name(pipe): type(denoiser).from_pretrained(tmp_path / "denoiser")}
     )
     assert torch.equal(families.images(pipe), after)
-
-
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("conditional_unet", {"SiLU"}),
-        ("pixart", {"SiLU", "GELU"}),
-        ("sd3", {"SiLU", "GELU"}),
-        ("flux", {"SiLU", "GELU"}),
-    ],
-)
-def test_the_report_names_the_activation_before_asymmetric_inputs(family, names, tmp_path):
-    pipe = families.pipeline(family, tmp_path / "text")
-    summaries = quantize(pipe, QuantizationConfig(refine=None), calibration=families.images)
-    reasons = {summary.reason for summary in summaries if summary.asymmetric}
-    assert names <= reasons <= names | {"data"}
-    assert all(summary.reason is None for summary in summaries if not summary.asymmetric)
-    for summary in summaries:
-        # GEGLU multiplies after its GELU, and attention after its softmax.
-        if summary.name.endswith(("net.2", "to_out.0")) and family == "conditional_unet":
-            assert summary.activation is None
 
 
 def test_prompts_are_encoded_and_sampled_with_both_branches_of_guidance(tmp_path):
@@ -139,7 +130,8 @@ def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_flo
     config, expected
 ):
     denoiser, plain = families.make("unet"), families.make("unet")
-    quantize(denoiser, QuantizationConfig(**config), calibration=families.call)
+    some = QuantizationConfig(**config, include=["mid_block"], first_layers=[], last_layers=[])
+    quantize(denoiser, some, calibration=families.call)
     assert refinement_of(denoiser) == expected
     changed = [
         name
@@ -150,7 +142,7 @@ def test_weights_are_refined_by_default_where_calls_are_given_to_a_scheme_of_flo
     assert bool(changed) == (expected is not None)
 
 
-def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
+def test_calls_are_made_once_to_calibrate_and_to_refine_by():
     calls, made = Sampler(2, 4).calls(8, seed=3), []
 
     def counted(call):
@@ -160,7 +152,7 @@ def test_calls_are_made_once_to_calibrate_and_to_refine_by(reference):
         include=["mid_block", "up_blocks.0"], end_bits=4, attention_bits=5,
         refine=RefinementConfig(samples=8),
     )  # fmt: skip
-    once, twice = (copy.deepcopy(reference) for _ in range(2))
+    once, twice = tiny_pipeline(), tiny_pipeline()
     found = quantize(once, config, calibration=[counted(call) for call in calls])
     assert made == calls
     seen, paths = calibrate(twice, calls=calls), record_trajectories(twice, calls=calls)
@@ -184,10 +176,11 @@ def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
         quantize(plain, config, calibration=families.call)
     assert not quantized_layers(plain)
     rounded, refined, at_once = (copy.deepcopy(plain) for _ in range(3))
-    quantize(rounded, QuantizationConfig(), calibration=calibration)
+    config = QuantizationConfig(include=["mid_block"], end_bits=4)
+    quantize(rounded, config, calibration=calibration)
     assert refinement_of(rounded) is None
-    quantize(refined, QuantizationConfig(), calibration=calibration, trajectories=paths)
-    quantize(at_once, QuantizationConfig(), calibration=families.call)
+    quantize(refined, config, calibration=calibration, trajectories=paths)
+    quantize(at_once, config, calibration=families.call)
     assert torch.equal(families.call(refined), families.call(at_once))
     assert not torch.equal(families.call(refined), families.call(rounded))
 
@@ -391,16 +384,14 @@ def test_block_formats_take_no_calibration_and_no_second_quantization():
         quantize(network, config)
 
 
-def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(reference, tmp_path):
+def test_a_pipeline_is_quantized_from_a_state_file_without_being_called(tmp_path):
     file = tmp_path / "state.safetensors"
     calls = Sampler(2, 2).calls(4, seed=0)
-    first = copy.deepcopy(reference)
+    first = tiny_pipeline()
     done = quantize(
         first, QuantizationConfig(), calibration=calibrate(first, calls=calls, file=file)
     )
-    again = quantize(
-        copy.deepcopy(reference), QuantizationConfig(), calibration=Calibration.load(file)
-    )
+    again = quantize(tiny_pipeline(), QuantizationConfig(), calibration=Calibration.load(file))
     assert again == done
 
 
@@ -436,8 +427,8 @@ def test_arguments_of_another_type_are_refused_by_name(config, arguments, messag
         quantize(families.make("unet"), config, **arguments)
 
 
-def test_a_pipeline_stands_for_its_denoiser_everywhere(reference):
-    pipe, tuned = copy.deepcopy(reference), copy.deepcopy(reference)
+def test_a_pipeline_stands_for_its_denoiser_everywhere():
+    reference, pipe, tuned = tiny_pipeline(), tiny_pipeline(), tiny_pipeline()
     calls = Sampler(2, 2).calls(4, seed=0)
     trajectories = record_trajectories(reference, calls=calls)
     calibration = calibrate(pipe, calls=calls)

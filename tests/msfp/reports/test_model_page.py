@@ -1,10 +1,7 @@
-import copy
 import re
 
 import pytest
 
-import msfp
-from msfp import QuantizationConfig
 from msfp.checkpoint.facts import inspect_layers
 from msfp.evaluation.comparison import compare
 from msfp.evaluation.features import pixels
@@ -13,13 +10,10 @@ from msfp.reports.model_page import ModelReport, findings, input_distribution
 
 
 @pytest.fixture(scope="module")
-def pair(reference, calibration):
+def pair(reference, packed):
     """A packed pipeline and the weights of the full-precision one."""
-    pipe = copy.deepcopy(reference)
-    msfp.quantize(pipe, QuantizationConfig(), calibration=calibration)
-    msfp.pack(pipe.unet)
     layers = quantizable_layers(reference.unet)
-    return pipe, {name: layer.weight.detach() for name, layer in layers.items()}
+    return packed[0], {name: layer.weight.detach() for name, layer in layers.items()}
 
 
 def test_the_page_carries_all_that_it_shows(pair, reference, sampler):

@@ -71,8 +71,8 @@ def test_a_scheduler_that_has_sampled_is_refused_until_its_grid_is_set_again():
         (DDIMScheduler(clip_sample=False), 2.5, "steps must be a whole number from 1 on, not 2.5"),
         (DDIMScheduler(clip_sample=False), "5", "steps must be a whole number from 1 on, not '5'"),
         (DDIMScheduler(clip_sample=False), True, "steps must be a whole number"),
-        (DDIMScheduler(clip_sample=False), 1001, "not 1001"),
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, "mu.*leave steps out"),
+        (DDIMScheduler(clip_sample=False), 1001, "steps=1001"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, "mu.*omit steps"),
     ],
 )
 def test_steps_that_the_scheduler_does_not_take_are_refused(scheduler, steps, message):

@@ -51,7 +51,7 @@ def test_pipelines_still_see_what_a_step_takes(reference):
 
 
 def test_a_sampler_that_cannot_follow_the_schedule_is_refused(tmp_path, reference):
-    with pytest.raises(InputError, match="cannot take the place of FlowMatchEuler"):
+    with pytest.raises(InputError, match="cannot replace FlowMatchEuler"):
         use_sampler(pipeline("flux", tmp_path), "ddim")
     with pytest.raises(InputError, match="sampler must be one of ddim, ddpm, plms, dpm"):
         use_sampler(reference, "euler")

@@ -73,10 +73,10 @@ def test_an_interrupt_leaves_a_call_in_every_layer_or_in_none(monkeypatch):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (part(1, names=("a", "b", "c")), "different denoisers: one alone has a layer 'c'"),
-        (part(1, total=4), "by different calls: 3 and 4 of them"),
+        (part(1, names=("a", "b", "c")), "different denoisers: only one of them has layer 'c'"),
+        (part(1, total=4), "of different calls: 3 and 4 calls"),
         (part(1, weights={900: 1}), "weigh timesteps differently"),
-        (part(1, description={"seed": 4}), "by different calls: seed none and 4"),
+        (part(1, description={"seed": 4}), "of different calls: seed none and 4"),
     ],
 )
 def test_calibrations_that_do_not_belong_together_are_refused(other, message):
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_told_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match=unread):
         Calibration.load(file)
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match=f"must be {KIND.name}, and its metadata do not say so"):
+    with pytest.raises(InputError, match=f"must be {KIND.name}, but its metadata have no such"):
         Calibration.load(file)
     with pytest.raises(InputError, match="cannot be written"):
         part(0).save(tmp_path / "absent" / "state.safetensors")

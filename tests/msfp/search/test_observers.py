@@ -153,9 +153,9 @@ def test_weights_fit_the_timesteps_of_a_sampler(reference):
 
 
 def test_a_timestep_without_a_factor_is_refused():
-    with pytest.raises(InputError, match=r"none for timestep 500; .* has 900, 100"):
+    with pytest.raises(InputError, match=r"no entry for timestep 500; .* has 900, 100"):
         calibrate(Denoiser(), calls=call(0), factors={900: 1.0, 100: 2.0})
-    with pytest.raises(InputError, match="samples are all at one timestep"):
+    with pytest.raises(InputError, match="all samples of a forward pass to have the same"):
         calibrate(Denoiser(), calls=call(0, torch.tensor([1, 2])), factors={1: 1.0, 2: 1.0})
     with pytest.raises(InputError, match="factors must be finite"):
         calibrate(Denoiser(), calls=call(0), factors={500: 0.0})
@@ -188,7 +188,7 @@ def test_an_interrupted_calibration_resumes_where_it_was(tmp_path):
 def test_no_calibration_resumes_from_the_state_of_another(tmp_path):
     file = tmp_path / "state.safetensors"
     calibrate(Denoiser(), calls=[call(0), call(1)], file=file)
-    with pytest.raises(InputError, match=r"state of another calibration: .* 1 and 2 of them"):
+    with pytest.raises(InputError, match=r"state of another calibration: .* 1 and 2 calls"):
         calibrate(Denoiser(), calls=[call(0)], file=file)
     with pytest.raises(InputError, match=r"state of another calibration: .* different denoisers"):
         calibrate(nn.Sequential(nn.Linear(2, 2)), calls=[call(0), call(1)], file=file)

@@ -54,5 +54,5 @@ def test_formats_like_one_are_all_that_were_chosen_from(formats, signed):
 
 @pytest.mark.parametrize("name", BLOCK_SCHEMES)
 def test_a_scheme_of_blocks_is_not_taken_for_one_with_scales(name):
-    with pytest.raises(ValueError, match=f"scheme '{name}' is one of blocks"):
+    with pytest.raises(ValueError, match=f"scheme '{name}' is a block scheme"):
         scaled_scheme(name)

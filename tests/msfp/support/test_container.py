@@ -151,8 +151,8 @@ def test_a_file_of_another_kind_is_refused(file, tmp_path):
     (tmp_path / "text.safetensors").write_text("none")
     for name, message in {
         "s": f"must be {KIND.name}, not a state of another",
-        "plain": f"must be {KIND.name}, and its metadata do not say so",
-        "old": f"must be {KIND.name}, and its metadata do not say so",
+        "plain": f"must be {KIND.name}, but its metadata have no such entry",
+        "old": f"must be {KIND.name}, but its metadata have no such entry",
         "text": f"cannot be read as {KIND.name}",
         "none": f"cannot be read as {KIND.name}",
     }.items():
@@ -188,7 +188,7 @@ def test_damage_that_a_migration_comes_upon_is_refused(file):
 
 REFUSED = {
     "differs": ({"seed": 1}, {"seed": 2}, "its seed is 1, not 2"),
-    "older": ({}, {"seed": 2}, "it does not say its seed, which is 2"),
+    "older": ({}, {"seed": 2}, "it has no seed; this run has 2"),
     "newer": ({"hub": 2}, {}, "its hub is 2, which this run does not have"),
     "long": ({"path": [1.0] * 9}, {"path": [2.0] * 9}, "its path differ"),
 }

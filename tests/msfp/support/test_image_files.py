@@ -97,14 +97,14 @@ def test_a_folder_of_png_files_resumes_with_its_own_settings_alone(tmp_path):
     again = PngFolder(tmp_path / "out", {"seed": 1})
     assert again.has(range(2))
     assert not again.has(range(3))
-    with pytest.raises(InputError, match=r"images of other settings, which out\.json says"):
+    with pytest.raises(InputError, match=r"images of other settings; see out\.json"):
         PngFolder(tmp_path / "out", {"seed": 2})
     saved(tmp_path / "mine" / "a.png", noise(4, 4, 3))
-    with pytest.raises(InputError, match="must be a new folder, or one to go on with"):
+    with pytest.raises(InputError, match="must be a new folder, or a folder to resume"):
         PngFolder(tmp_path / "mine", {})
 
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match="must have 8 bits for each colour; Pillow says I;16"):
+    with pytest.raises(InputError, match="must have 8 bits for each colour; its mode is I;16"):
         read_image(tmp_path / "deep.png", 8)

@@ -1,11 +1,10 @@
 import signal
-import socket
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import Script
+from scripts import Script, pair
 
 
 def same_files(one, other):
@@ -29,26 +28,16 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert same_files(*(tmp_path / each / "final.safetensors" for each in ("whole", "killed")))
 
 
-def pair(tmp_path, name, *arguments):
-    """Two processes that train together, and their folders."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+def two(tmp_path, name, *arguments):
+    """The folders of two processes that trained together."""
     folders = [tmp_path / f"{name}{rank}" for rank in range(2)]
-    processes = [
-        Script(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank, folder in enumerate(folders)
-    ]
-    for process in processes:
-        process.finish()
+    pair(folders, *arguments)
     return folders
 
 
 @pytest.mark.parametrize("position", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
 def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, position):
-    folders = pair(tmp_path, "two", "--plain", f"--{position}")
+    folders = two(tmp_path, "two", "--plain", f"--{position}")
     Script(tmp_path / "one", "--plain", f"--{position}").finish()
     alone = load_file(tmp_path / "one" / "trained.safetensors")
     first, second = (load_file(folder / "trained.safetensors") for folder in folders)
@@ -63,7 +52,7 @@ def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(
     """To the last bit, with half of the frozen weights each."""
     given = ("--teacher", f"--{position}")
     whole, parts = (
-        pair(tmp_path, name, *given, *more) for name, more in (("w", ()), ("p", ("--shard",)))
+        two(tmp_path, name, *given, *more) for name, more in (("w", ()), ("p", ("--shard",)))
     )
     facts = [load_file(folder / "facts.safetensors") for folder in (*whole, *parts)]
     assert facts[2]["held"].unique().numel() == 1
@@ -75,9 +64,9 @@ def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(
 
 @pytest.mark.slow
 def test_processes_that_share_out_the_weights_resume_from_one_state(tmp_path):
-    whole = pair(tmp_path, "whole", "--teacher", "--shard")
-    pair(tmp_path, "stopped", "--teacher", "--shard", "--keep", "--stop")
-    resumed = pair(tmp_path, "resumed", "--teacher", "--shard", "--keep", "--resume")
+    whole = two(tmp_path, "whole", "--teacher", "--shard")
+    two(tmp_path, "stopped", "--teacher", "--shard", "--keep", "--stop")
+    resumed = two(tmp_path, "resumed", "--teacher", "--shard", "--keep", "--resume")
     assert not (tmp_path / "stopped0" / "final.safetensors").exists()
     for one, other in zip(whole, resumed, strict=True):
         assert same_files(one / "final.safetensors", other / "final.safetensors")

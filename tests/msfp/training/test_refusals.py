@@ -40,23 +40,24 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(full, student, p
     other = record_trajectories(full, calls=replace(SAMPLER, steps=2).calls(4, seed=0))
     refused(student, path, "held_out must have been recorded with", evaluated, held_out=other)
     double = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
-    refused(student, path, "held_out must be of a denoiser like this", evaluated, held_out=double)
+    refused(student, path, "held_out must be recorded from a", evaluated, held_out=double)
     nan = replace(path, predictions=path.predictions.clone())
     nan.predictions[1, 2] = torch.nan
     refused(student, nan, "trajectories must have finite predictions")
     frozen = dict.fromkeys(("adapters", "weight_scales", "input_scales", "biases", "norms"), 0)
     nothing = FinetuneConfig(**SHORT, rates=frozen)  # but a router that a hub of 1 does not have
-    refused(student, path, "rates must leave something to be trained", nothing)
+    refused(student, path, "at least one rate must be above 0", nothing)
     segments = FinetuneConfig(**SHORT, hub=5, routing="segments")
     refused(student, path, "hub must be at most 4 where routing is by segments", segments)
     refused(student, path, "precision must be 'no'", FinetuneConfig(**SHORT, precision="fp16"))
     network = torch.nn.Sequential(student.unet.mid_block.resnets[0].conv1)
-    with pytest.raises(InputError, match="checkpointing must be False: Sequential cannot"):
+    with pytest.raises(InputError, match="checkpointing must be False: Sequential does not"):
         finetune(network, FinetuneConfig(**SHORT, checkpointing=True), trajectories=path)
     wide = replace(path, samples=path.samples.repeat(1, 1, 2, 1, 1))
-    refused(student, wide, "must be of a denoiser like this one")
+    refused(student, wide, "must be recorded from a denoiser like this one")
     small = replace(path, predictions=path.predictions[..., :4])
-    refused(student, small, r"their predictions have the shape \(1, 8, 4\), its own \(1, 8, 8\)")
+    shapes = r"have shape \(1, 8, 4\), this denoiser's have shape \(1, 8, 8\)"
+    refused(student, small, shapes)
     nowhere = tmp_path / "absent" / "state.safetensors"
     refused(student, path, "absent is not a folder to write in", state=nowhere)
     refused(student, path, "there is no state to resume from", state=tmp_path / "s", resume=True)
@@ -139,7 +140,7 @@ def test_a_state_that_does_not_say_its_trajectories_is_refused(student, path, tm
         description = json.loads(opened.metadata()[KEY])
     del description["fingerprint"]["trajectories"]
     save_file(load_file(file), file, metadata={KEY: json.dumps(description)})
-    message = "it does not say its trajectories, which is a list of 64$"
+    message = "it has no trajectories; this run has a list of 64$"
     refused(student, path, message, config, state=file, resume=True)
 
 

@@ -64,5 +64,5 @@ def test_a_teacher_of_another_architecture_is_refused_by_the_parameter_that_diff
         Teacher(student.unet, wider)
     more = copy.deepcopy(full.unet)
     more.extra = torch.nn.Linear(1, 1)
-    with pytest.raises(InputError, match=r"^original .* its UNet2DModel alone has extra\.weight"):
+    with pytest.raises(InputError, match=r"^original .* only its UNet2DModel has extra\.weight"):
         Teacher(student.unet, more)

@@ -71,7 +71,7 @@ def test_the_true_original_is_taken_and_a_noisy_one_is_not(bits, refine, full, s
     msfp.quantize(pipe, config, calibration=sampler.calls(8, seed=1))
     pack(pipe.unet)
     taken_in_every_dtype(pipe.unet, full.unet)
-    with pytest.raises(InputError, match="its weights are others: "):
+    with pytest.raises(InputError, match="its weights differ: "):
         check_weights(pipe.unet, noisy(full.unet, 0.5))
 
 
@@ -85,7 +85,7 @@ def test_a_model_of_another_seed_is_refused():
     student = packed(network())
     torch.manual_seed(1)
     other = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3))
-    refused(student, other, r"its weights are others: [02]\.weight is 1\d\d % off")
+    refused(student, other, r"its weights differ: [02]\.weight is 1\d\d % off")
 
 
 def test_branches_tell_little_noise_and_the_layer_that_differs():
@@ -151,5 +151,6 @@ def test_the_command_refuses_another_original_before_anything_is_recorded(
     words = ["finetune", tmp_path / "q", "--original", tmp_path / "changed", "--output"]
     assert main([*map(str, words), str(tmp_path / "tuned")]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"original must be what was quantized: its weights are others: \S+ is", error)
+    wanted = r"original must be the model that was quantized, but its weights differ: \S+ is"
+    assert re.search(wanted, error)
     assert not list(tmp_path.glob("tuned*"))

@@ -185,7 +185,8 @@ def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
     own = (1 + second**2) / 2
     torch.testing.assert_close(errors, torch.full((4,), of_the_sum + OWN_ERRORS * 5 * own))
     assert objective.count(path) == 4
-    with pytest.raises(InputError, match="multiple of 3 rows, for 3 guidance branches of 1, not 8"):
+    message = r"multiple of 3 rows \(guidance_rows = 1 in each of 3 guidance branches\), not 8"
+    with pytest.raises(InputError, match=message):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
     calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), branch_rows=2)
     _, rows = calls_of_two.rows(step, torch.arange(4))

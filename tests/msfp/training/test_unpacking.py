@@ -103,7 +103,7 @@ def test_what_cannot_be_unpacked_is_refused_and_left_as_it_was():
     other[4] = nn.Linear(36, 8)
     with pytest.raises(InputError, match=r"of its 4 has the shape \(8, 36\), not \(16, 36\)"):
         unpack(student, original=other)
-    with pytest.raises(InputError, match="it has no such layer as 4"):
+    with pytest.raises(InputError, match="it has no layer 4"):
         unpack(student, original=full[:4])
     student[2].adapters = 2
     with pytest.raises(InputError, match="layer 2 has 2 weights"):

@@ -166,5 +166,5 @@ def test_what_has_no_scheduler_and_calls_off_its_grid_are_refused(reference, ima
         ):
             data_trajectories(pipe, calls=CALLS, images=images)
     reference.scheduler.set_timesteps(3)
-    with pytest.raises(InputError, match="500 is none of them"):
+    with pytest.raises(InputError, match="500 is not one of them"):
         data_trajectories(reference, calls=lambda pipe: pipe.unet(images, 500), images=images)
