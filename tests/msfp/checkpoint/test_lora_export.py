@@ -40,11 +40,12 @@ def call(pipe):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A function of a fine-tuning's options that gives a packed conditional pipeline."""
+    quantized = pipeline("conditional_unet", tmp_path_factory.mktemp("vocabulary"))
+    path = record_trajectories(quantized, calls=call)
+    quantize(quantized, QuantizationConfig(refine=None), calibration=call)
 
     def make(**options):
-        pipe = pipeline("conditional_unet", tmp_path_factory.mktemp("vocabulary"))
-        path = record_trajectories(pipe, calls=call)
-        quantize(pipe, QuantizationConfig(refine=None), calibration=call)
+        pipe = copy.deepcopy(quantized)
         config = FinetuneConfig(**SHORT, guidance_branches=(-6.5, 7.5), **options)
         finetune(pipe, config, trajectories=path)
         return pipe
