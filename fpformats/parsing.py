@@ -64,7 +64,7 @@ _NAME = re.compile(
     r"(?P<unsigned>U)?(?P<missing>NS|NZ)?(?P<suffix>FNUZ|FN|F|IEEE|EXT)?"
 )
 _P3109 = re.compile(rf"BINARY(?P<k>{_NUMBER})P(?P<p>{_NUMBER})(?P<sign>[SU])(?P<domain>[EF])")
-_WITH_WIDTH = re.compile(rf"FP(?P<bits>{_NUMBER})_(?P<name>E.*)")
+_WITH_WIDTH = re.compile(rf"FP(?P<bits>{_NUMBER})_?(?P<name>E.*)")
 
 _ALIASES = {
     "E8M0": "E8M0UNZFN",
@@ -77,6 +77,8 @@ _ALIASES = {
     "TF32": "E8M10IEEE",
     "FP4": "E2M1",
     "HALF": "FP16",
+    "SINGLE": "FP32",
+    "DOUBLE": "FP64",
 }
 _AMBIGUOUS = {"FP6": "E2M3 or E3M2", "FP8": "E4M3 or E5M2", "INT4": "E0M3", "INT8": "E0M7"}
 """Names with several meanings and names of integers, with the formats that may be meant."""
@@ -99,6 +101,7 @@ _DTYPES = {
 }
 _PACKED = {"float4_e2m1fn_x2": "E2M1"}
 """Dtypes with two codes in each element. They name a format but are not its dtype."""
+_LOWER_CASE = {name.lower(): meaning for name, meaning in (_DTYPES | _PACKED).items()}
 
 
 def parse(name: Any) -> FloatFormat:
@@ -121,11 +124,14 @@ def parse(name: Any) -> FloatFormat:
         (True, True)
     """
     text = name if isinstance(name, str) else _dtype_name(name)
-    plain = text.removeprefix("torch.").removeprefix("ml_dtypes.")
-    fmt = _named(_DTYPES.get(plain) or _PACKED.get(plain) or text.upper())
+    plain = text.removeprefix("torch.").removeprefix("ml_dtypes.").removeprefix("numpy.")
+    dtype = _LOWER_CASE.get(plain.lower())
+    fmt = _named(dtype or text.upper())
     if fmt is None:
         meant = _AMBIGUOUS.get(text.upper())
         advice = f"write {meant}" if meant else f"the grammar is {GRAMMAR}, as in E2M1U"
+        if text.upper().startswith(("MX", "NV")):
+            advice = "block formats, such as MXFP4, are taken by fpformats.quantize_blocks"
         raise ValueError(f"{name!r} is not a format name; {advice}")
     return fmt
 

@@ -117,7 +117,7 @@ def make_policy(rounding: str, saturation: str, random: Any, random_bits: int) -
     _check_member("rounding", rounding, Rounding)
     _check_member("saturation", saturation, Saturation)
     if policy.is_stochastic and random is None:
-        raise ValueError(f"random is None; {rounding} needs a seed or an array of random words")
+        raise ValueError(f"random is None; {rounding} needs a seed, a generator or random words")
     if not policy.is_stochastic and random is not None:
         raise ValueError(f"random must be None: {rounding} uses no random words")
     if type(random_bits) is not int or not 1 <= random_bits <= MAX_RANDOM_BITS:

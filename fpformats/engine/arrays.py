@@ -90,15 +90,22 @@ def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
     """
     if isinstance(x, float):
         return FLOAT_DTYPES["float64"]
-    if isinstance(x, list | tuple | int):
-        write = "float({0})" if isinstance(x, int) else "numpy.array({0}) or torch.tensor({0})"
-        raise TypeError(f"{argument} is of type {type(x).__name__}; write {write.format(argument)}")
+    if isinstance(x, int):
+        raise TypeError(f"{argument} is of type {type(x).__name__}; write float({argument})")
+    refuse_list(x, argument)
     if not (is_tensor(x) or isinstance(x, np.ndarray | np.generic)):
         raise TypeError(
             f"{argument} is a {type(x).__name__}; it must be a NumPy array, a torch tensor or a "
             "float"
         )
     return float_dtype_named(x.dtype, argument)
+
+
+def refuse_list(x: Any, argument: str) -> None:
+    """Raise TypeError, with what to write, if an argument is a list or tuple."""
+    if isinstance(x, list | tuple):
+        kind, write = type(x).__name__, f"numpy.array({argument}) or torch.tensor({argument})"
+        raise TypeError(f"{argument} is of type {kind}; write {write}")
 
 
 def float_dtype_named(dtype: Any, argument: str = "dtype") -> FloatDtype:
@@ -113,7 +120,9 @@ def float_dtype_named(dtype: Any, argument: str = "dtype") -> FloatDtype:
         return known
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
     if name not in FLOAT_DTYPES:
-        raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(FLOAT_DTYPES)}")
+        convert = name.startswith(("int", "uint", "bool")) and argument != "dtype"
+        write = f"; write {argument}.astype('float32') or {argument}.float()" if convert else ""
+        raise TypeError(f"{argument} has dtype {name}; allowed: {', '.join(FLOAT_DTYPES)}{write}")
     if not is_compiling():
         _known_dtypes[dtype] = FLOAT_DTYPES[name]
     return FLOAT_DTYPES[name]
@@ -309,8 +318,8 @@ def check_words(random: Any, bits: int, x: Any) -> None:
     is_array = is_tensor(random) or isinstance(random, np.ndarray | np.generic)
     if not is_array or is_tensor(random) != is_tensor(x):
         raise TypeError(
-            f"random is a {type(random).__name__}; it must be a seed or, as x is a "
-            f"{type(x).__name__}, an array of the same library"
+            f"random is a {type(random).__name__}; it must be a seed, a generator of NumPy or "
+            f"torch, or an array of the library of x, which is a {type(x).__name__}"
         )
     if tuple(random.shape) != tuple(getattr(x, "shape", ())):
         shape = tuple(getattr(x, "shape", ()))
@@ -370,6 +379,7 @@ def quiet() -> contextlib.AbstractContextManager[object]:
 
 
 def _check_integers(codes: Any, bits: int, argument: str, limits: str) -> None:
+    refuse_list(codes, argument)
     name = str(getattr(codes, "dtype", type(codes).__name__)).removeprefix("torch.")
     if not name.startswith(("int", "uint")):
         raise TypeError(f"{argument} are of type {name}; they must be integers")

@@ -33,6 +33,7 @@ from fpformats.engine.arrays import (
     needs_gradient,
     padded,
     quiet,
+    refuse_list,
     result_dtype,
     take_blocks,
     widened,
@@ -431,6 +432,7 @@ def _check_scales(blocks: Blocks, fmt: BlockFormat, shape: tuple[int, ...], axis
 
 
 def _checked_axis(x: Any, shape: tuple[int, ...], axis: int) -> int:
+    refuse_list(x, "x")
     if not (is_tensor(x) or isinstance(x, np.ndarray)):
         raise TypeError(f"x is a {type(x).__name__}; it must be a NumPy array or a torch tensor")
     if type(axis) is not int or not -len(shape) <= axis < len(shape):

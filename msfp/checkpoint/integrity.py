@@ -15,12 +15,12 @@ from fpformats import decode
 from msfp.checkpoint.migrations import config_of_version_1
 from msfp.errors import InputError
 from msfp.layers.formats import BlockFormats, LayerFormats
-from msfp.support.container import Header, Kind, header_in, metadata
+from msfp.support.container import FileKind, Header, header_in, metadata
 
 CHECKSUM = "checksum"
 FIRST_VERSION, FIRST_CHECKSUM = "msfp_format_version", "msfp_checksum"
 """Metadata entries of files of version 1."""
-KIND = Kind("a quantized denoiser", migrations={1: config_of_version_1})
+KIND = FileKind("a quantized denoiser", migrations={1: config_of_version_1})
 """The kind of the safetensors files; the facts of `config.json` have the same versions."""
 BRANCH = (".branch_down", ".branch_up")
 """Ends of the names of a low-rank branch's factors."""

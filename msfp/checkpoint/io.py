@@ -28,6 +28,7 @@ from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.class_conditional import pipeline_class
 from msfp.pipelines.denoiser import COMPONENTS, denoiser_of
 from msfp.schedulers.samplers import restore_sampler
+from msfp.support.checks import check_path, check_type
 from msfp.support.files import atomic_folder
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -55,7 +56,7 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
     if trainable_layers(denoiser):
         name = next(iter(trainable_layers(denoiser)))
         raise InputError(f"layer {name} is trainable: call msfp.pack before it is saved")
-    with atomic_folder(Path(folder)) as partial:
+    with atomic_folder(check_path("folder", folder)) as partial:
         if isinstance(model, DiffusionPipeline | ModelMixin):
             model.save_pretrained(partial)
         else:
@@ -87,7 +88,9 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> Any:
             corrupt, if it holds a network without a pipeline and `into` is not given, or if `into`
             is quantized already.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
+    if into is not None:
+        check_type("into", into, nn.Module)
     if not folder.is_dir():
         raise InputError(f"checkpoint {folder} cannot be loaded: it is not a folder")
     try:

@@ -26,7 +26,7 @@ from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import remove_router
 from msfp.layers.packed import PackedLayer, packed_layers
 from msfp.pipelines.denoiser import denoiser_name, denoiser_of
-from msfp.support.checks import check_type
+from msfp.support.checks import check_path, check_type
 from msfp.support.files import atomic_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -50,7 +50,7 @@ def export_adapters(model: DiffusionPipeline, folder: str | Path) -> list[Path]:
     adapters = max((layer.choices for layer in packed_layers(denoiser).values()), default=1)
     if adapters < 2:
         raise InputError("model must have been fine-tuned with a hub of several LoRAs, and packed")
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     names = [f"adapter-{adapter}" for adapter in range(adapters)]
     with atomic_folder(folder) as partial:
         for adapter, name in enumerate(names):
@@ -86,7 +86,7 @@ def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
             layer.formats = replace(layer.formats, branch_rank=0)
             layer.branch_down = layer.branch_up = None
     attach_again(bare)
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     with atomic_folder(folder) as partial:
         with _in_place_of(model, bare):
             save(model, partial)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from msfp.errors import InputError
 from msfp.reports.finetuning_page import Row
-from msfp.support.container import Kind, check_fingerprint, read, write
+from msfp.support.container import FileKind, check_fingerprint, read, write
 from msfp.support.fingerprints import difference
 from msfp.training.config import FinetuneConfig, options_of_version_1
 
 FILE = "run.safetensors"
-KIND = Kind("a record of fine-tuning", migrations={1: lambda header: header})
+KIND = FileKind("a record of fine-tuning", migrations={1: lambda header: header})
 FIRST_FILE = "run.json"
 """The file that version 1, of msfp 0.2.0, wrote instead of `FILE`."""
 

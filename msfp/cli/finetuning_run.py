@@ -91,7 +91,7 @@ class FinetuningRun:
             check_checkpointing(denoiser_of(quantized), config)
             _check_rates(config)
             _check_power(power, unknown)
-        self.branches, self.branch_rows = guidance_branches(original, sampler, self.rows_at_once)
+        self.guidance = guidance_branches(original, sampler, self.rows_at_once)
         self.path = self._path() if data is None else self._path_of(data)
         self.factors, unknown = _recorded_factors(scheduler, factors, self.path.timesteps, unknown)
         _check_power(power, unknown)
@@ -167,12 +167,13 @@ class FinetuningRun:
         original = denoiser_of(self.original)
         unpack(pipe, original=original)
         started = time.monotonic()
+        branches, rows = self.guidance
         device = next(original.parameters()).device
         if config.shard:  # make room on the device for the parts of the sharded weights
             original.to("cpu")
         history = finetune(
             pipe,
-            replace(config, guidance_branches=self.branches, guidance_rows=self.branch_rows),
+            replace(config, guidance_branches=branches, guidance_rows=rows),
             trajectories=self.path,
             factors=self.factors,
             held_out=self.held_out,

@@ -28,7 +28,7 @@ from msfp.pipelines.sampler import Sampler
 from msfp.pipelines.trajectories import Trajectories
 from msfp.search.observers import calibrate
 from msfp.support.autosave import Autosave
-from msfp.support.checks import check_type
+from msfp.support.checks import MAX_SEED, check_callable, check_path, check_type, check_whole
 from msfp.support.decibels import sqnr
 from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, counted, no_progress
@@ -153,10 +153,15 @@ def compare(
     """
     for name, pipe in (("model", model), ("original", original)):
         check_type(name, pipe, DiffusionPipeline)
+    check_type("sampler", sampler, Sampler)
+    check_whole("count", count, 2)
+    check_whole("seed", seed, 0, MAX_SEED - 2)
+    if not isinstance(features, str):
+        check_callable("features", features)
+    if statistics is not None:
+        check_type("statistics", statistics, DatasetStatistics)
     check_pair(denoiser_of(original), denoiser_of(model))
     sampler.arguments(original)
-    if count < 2:
-        raise InputError(f"count must be at least 2, not {count}")
     network = feature_network(features) if isinstance(features, str) else features
     name = features if isinstance(features, str) else getattr(features, "__name__", "")
     label: str = features_name or name
@@ -167,7 +172,7 @@ def compare(
     file = None
     if state is not None:
         fingerprint = comparison_fingerprint(calls, sampler, count, statistics)
-        file = Autosave(Path(state), STATE, fingerprint)
+        file = Autosave(check_path("state", state), STATE, fingerprint)
         file.restore(metrics)
     done = counted(progress, "images of both, and of another seed", count)
     done(metrics.count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,7 +12,8 @@ from msfp.errors import InputError
 from msfp.evaluation.features import Features, checked_features
 from msfp.evaluation.frechet import FeatureMoments, FeatureStatistics
 from msfp.support.autosave import Autosave, run_as_fingerprint
-from msfp.support.container import Header, Kind, read, write
+from msfp.support.checks import check_callable, check_choice, check_path, check_whole
+from msfp.support.container import FileKind, Header, read, write
 from msfp.support.image_files import Resize, image_files, listed, read_batches
 from msfp.support.progress import Progress, counted, no_progress
 from msfp.version import __version__
@@ -23,10 +24,10 @@ def _without_version(header: Header) -> Header:
     return Header({}, {key: value for key, value in header.facts.items() if key != "version"})
 
 
-KIND = Kind(
+KIND = FileKind(
     "statistics of a data set", first_key="msfp_statistics", migrations={1: _without_version}
 )
-STATE = Kind(
+STATE = FileKind(
     "a state of msfp statistics",
     first_key="a state of msfp statistics",
     migrations={1: run_as_fingerprint},
@@ -141,13 +142,16 @@ def dataset_statistics(
             not accept the images, or the state is of other images, of another network or size, or
             cannot be written.
     """
-    folder = Path(folder)
+    check_callable("network", network)
+    check_whole("size", size, 1)
+    check_choice("resize", resize, get_args(Resize))
+    folder = check_path("folder", folder)
     files = image_files(folder)
     probe = checked_features(network, probe_images(size)).float().contiguous()
     moments, saved = FeatureMoments(), None
     if state is not None:
         run = {"size": size, "resize": resize, "values of features": probe.flatten().tolist()}
-        saved = Autosave(Path(state), STATE, run | {"images": listed(folder)})
+        saved = Autosave(check_path("state", state), STATE, run | {"images": listed(folder)})
         saved.restore(moments)
     done = counted(progress, "images", len(files))
     done(moments.count)

@@ -16,7 +16,7 @@ from msfp.layers.base import quantized_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.sampler import Sampler
 from msfp.support.autosave import run_as_fingerprint
-from msfp.support.container import Header, Kind, Named
+from msfp.support.container import FileKind, Header, Named
 from msfp.support.fingerprints import digest
 
 
@@ -40,7 +40,7 @@ def _first_tensors(tensors: Named) -> Named:
     return renamed
 
 
-STATE = Kind(
+STATE = FileKind(
     "a state of msfp evaluate",
     first_key="a state of msfp evaluate",
     migrations={1: _first_fingerprint},

@@ -6,9 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories
+from msfp.support.checks import check_type, check_whole
 
 
 @torch.no_grad()
@@ -26,11 +26,12 @@ def noise_errors(
         batch: Largest number of rows in one forward pass. It changes the errors only by rounding.
 
     Raises:
-        InputError: If `batch` is less than 1, or the pipeline has no denoiser.
+        InputError: If `batch` is less than 1, an argument has the wrong type, or the pipeline has
+            no denoiser.
     """
     denoiser = denoiser_of(model)
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, not {batch}")
+    check_type("trajectories", trajectories, Trajectories)
+    check_whole("batch", batch, 1)
     rows = torch.arange(trajectories.samples.shape[1])
 
     def error(step: int, some: torch.Tensor) -> float:

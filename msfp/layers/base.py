@@ -12,7 +12,7 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.layers.execution.backends import product
 from msfp.layers.formats import BlockFormats, LayerFormats
-from msfp.layers.kinds import KINDS, Kind, groups_of, kernel_shape, plain_class
+from msfp.layers.kinds import KINDS, LayerKind, groups_of, kernel_shape, plain_class
 from msfp.layers.lora.talora import Routing
 
 
@@ -32,7 +32,7 @@ class QuantizedLayer(nn.Module, ABC):
         index: The layer's number in the routing.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[LayerKind]
     formats: LayerFormats | BlockFormats | None
     bias: Any  # a tensor or None; the nn classes do not agree on its annotation
     branch_down: torch.Tensor | None

@@ -19,7 +19,7 @@ PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d
 """The plain layers of all kinds."""
 
 
-class Kind(ABC):
+class LayerKind(ABC):
     """The computation of the layers of one class."""
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Kind(ABC):
         """Return an output in the shape of matrix times columns, (groups, rows, positions)."""
 
 
-class LinearKind(Kind):
+class LinearKind(LayerKind):
     """Linear layers, with features on the last axis."""
 
     def compute(
@@ -74,7 +74,7 @@ class LinearKind(Kind):
         return y.reshape(1, -1, y.shape[-1]).mT
 
 
-class ConvKind(Kind):
+class ConvKind(LayerKind):
     """Convolutions over one or two dimensions, with any stride, dilation, groups and padding.
 
     Args:
@@ -121,7 +121,7 @@ def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
     return split.permute(1, 2, 0, 3).flatten(2)
 
 
-KINDS: dict[type[nn.Module], Kind] = {
+KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LinearKind(),
     nn.Conv1d: ConvKind(1),
     nn.Conv2d: ConvKind(2),
@@ -147,7 +147,7 @@ def plain_class(layer: type[nn.Module]) -> type[nn.Module]:
     return found
 
 
-def kind_of(layer: nn.Module) -> Kind:
+def kind_of(layer: nn.Module) -> LayerKind:
     """Return the kind of a layer, plain or quantized.
 
     Raises:

@@ -29,6 +29,7 @@ from msfp.layers.kinds import groups_of, plain_class
 from msfp.layers.lora.routers import Router
 from msfp.layers.lora.talora import attach_router
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.support.checks import check_truth
 
 Layer = TypeVar("Layer", bound=nn.Module)
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -323,6 +324,7 @@ def cache_weights(model: DiffusionPipeline | nn.Module, *, enabled: bool = True)
         >>> _ = msfp.pack(network)
         >>> cache_weights(network)
     """
+    check_truth("enabled", enabled)
     for layer in packed_layers(denoiser_of(model)).values():
         layer.cache_weight(enabled)
 

@@ -18,7 +18,8 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.sampler import PipelineCall, check_calls
-from msfp.support.container import Header, Kind, read, write
+from msfp.support.checks import check_path
+from msfp.support.container import FileKind, Header, read, write
 from msfp.support.hooks import hooked
 
 
@@ -27,7 +28,7 @@ def _named_arguments(header: Header) -> Header:
     return Header({}, {"arguments": header.facts})
 
 
-KIND = Kind("a saved call", first_key="msfp_call", migrations={1: _named_arguments})
+KIND = FileKind("a saved call", first_key="msfp_call", migrations={1: _named_arguments})
 
 
 def save_calls(
@@ -56,7 +57,7 @@ def save_calls(
         >>> [file.name for file in files]
         ['00000.safetensors']
     """
-    folder, given = Path(folder), check_calls("calls", calls)
+    folder, given = check_path("folder", folder), check_calls("calls", calls)
     folder.mkdir(parents=True, exist_ok=True)
     first = len(call_files(folder))
     files: list[Path] = []

@@ -30,8 +30,12 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     )
 
 
-def denoiser_of(model: DiffusionPipeline | nn.Module) -> nn.Module:
+def denoiser_of(model: DiffusionPipeline | nn.Module, argument: str = "model") -> nn.Module:
     """Return the noise-predicting network of a pipeline, or the model itself if it is a network.
+
+    Args:
+        model: A pipeline or a network.
+        argument: Name of the argument in error messages.
 
     Raises:
         InputError: If the model is a pipeline without a denoiser, or neither a pipeline nor a
@@ -41,7 +45,7 @@ def denoiser_of(model: DiffusionPipeline | nn.Module) -> nn.Module:
         return model
     if not hasattr(model, "components"):
         kind = type(model).__name__
-        raise InputError(f"model must be a pipeline of diffusers or its denoiser, not {kind}")
+        raise InputError(f"{argument} must be a pipeline of diffusers or its denoiser, not {kind}")
     network: nn.Module = getattr(model, denoiser_name(model))
     return network
 

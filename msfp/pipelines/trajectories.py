@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
+
+from msfp.pipelines.denoiser import denoiser_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Trajectories:
     predictions: torch.Tensor
     conditions: dict[str, Any] = field(default_factory=dict)
 
-    def predict(self, denoiser: nn.Module, step: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, model: DiffusionPipeline | nn.Module, step: torch.Tensor, row: torch.Tensor
+    ) -> torch.Tensor:
         """Return the prediction of a denoiser for the recorded inputs.
 
         Args:
-            denoiser: A denoiser of the recorded architecture, in any precision.
+            model: A denoiser of the recorded architecture in any precision, or its pipeline.
             step: Step number of each sample, shape (batch,).
             row: Row number of each sample, shape (batch,). A pair of step and row may occur more
                 than once.
@@ -56,7 +61,8 @@ class Trajectories:
             The prediction, with the shape of `predictions[step, row]`.
         """
         conditions = {name: _at(value, step, row) for name, value in self.conditions.items()}
-        output = denoiser(self.samples[step, row], timestep=self.timesteps[step], **conditions)
+        denoiser, timesteps = denoiser_of(model), self.timesteps[step]
+        output = denoiser(self.samples[step, row], timestep=timesteps, **conditions)
         return prediction_of(output)
 
     def of_sample(self, predictions: torch.Tensor) -> torch.Tensor:

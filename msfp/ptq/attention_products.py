@@ -24,7 +24,7 @@ from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.search.layer_search import search_input
 from msfp.search.schemes import float_formats
-from msfp.support.checks import check_type, check_whole
+from msfp.support.checks import check_seed, check_type, check_whole
 from msfp.support.hooks import hooked
 
 
@@ -84,6 +84,7 @@ def quantize_attention(
     denoiser = denoiser_of(model)
     check_whole("bits", bits, MIN_BITS, MAX_BITS)
     check_whole("samples", samples, 1, 10**6)
+    check_seed(seed)
     check_type("trajectories", trajectories, Trajectories)
     untrained_layers(denoiser)
     if attention_products(denoiser):

@@ -24,7 +24,7 @@ from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.search.schemes import formats_like
-from msfp.support.checks import check_type, check_whole
+from msfp.support.checks import check_seed, check_type, check_whole
 from msfp.support.hooks import hooked
 
 CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
@@ -144,6 +144,7 @@ def split_inputs(
     denoiser = denoiser_of(model)
     check_type("trajectories", trajectories, Trajectories)
     check_whole("samples", samples, 1, 10**6)
+    check_seed(seed)
     steps, rows = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     step, row = spread_batch(steps, rows, samples, generator)

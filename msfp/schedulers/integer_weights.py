@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from msfp.errors import InputError
+from msfp.support.checks import check_factors
 
 WEIGHT_STEPS = 1024
 """The largest weight."""
@@ -20,6 +21,7 @@ def integer_weights(factors: dict[float, float]) -> dict[float, int]:
         >>> integer_weights({750: -4.0, 500: 2.0, 250: -0.01})
         {750: 1024, 500: 256, 250: 1}
     """
+    check_factors(factors)
     squares = {timestep: factor**2 for timestep, factor in factors.items()}
     largest = max(squares.values(), default=0.0)
     if not (largest > 0 and math.isfinite(sum(squares.values()))):

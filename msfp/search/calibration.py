@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fpformats import Histogram
 from msfp.errors import InputError
-from msfp.support.container import Header, Kind, read, write
+from msfp.support.container import FileKind, Header, read, write
 
 
 def _without_version(header: Header) -> Header:
@@ -21,7 +21,7 @@ def _without_version(header: Header) -> Header:
     return Header({}, {"description": {}} | facts)
 
 
-KIND = Kind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
+KIND = FileKind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
 SHORT = 60
 """Length of the longest value that an error message shows in full, in characters."""
 

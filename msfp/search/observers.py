@@ -24,6 +24,7 @@ from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.schedulers.integer_weights import integer_weights, weight_at
 from msfp.search.activation_trace import ActivationTrace
 from msfp.search.calibration import Calibration
+from msfp.support.checks import check_path
 from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, counted, no_progress
 
@@ -184,7 +185,7 @@ def calibrate(
     shared = dist.is_available() and dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     if file is not None:
-        file = Path(file)
+        file = check_path("file", file)
         file = file.with_stem(f"{file.stem}-{rank}-of-{processes}") if shared else file
         calibration = _resumed(calibration, file)
     saved = time.monotonic()

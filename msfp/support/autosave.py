@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from msfp.support.container import Header, Kind, check_fingerprint, header_of, read, write
+from msfp.support.container import FileKind, Header, check_fingerprint, header_of, read, write
 from msfp.support.files import check_folder, check_new_file
 
 SAVE_SECONDS, SAVE_SHARE = 60, 0.05
@@ -26,7 +26,7 @@ class Measures(Protocol):
         """Replace the measurements by those that `tensors` returned."""
 
 
-def check_state(path: Path, kind: Kind) -> None:
+def check_state(path: Path, kind: FileKind) -> None:
     """Raise InputError unless a path is a saved state, or a new file can be written there.
 
     Args:
@@ -53,7 +53,7 @@ class Autosave:
         InputError: If the file is of another kind, or cannot be written.
     """
 
-    def __init__(self, path: Path, kind: Kind, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, path: Path, kind: FileKind, fingerprint: dict[str, Any]) -> None:
         check_state(path, kind)
         self._path, self._kind, self._fingerprint = path, kind, fingerprint
         self._next = time.monotonic() + SAVE_SECONDS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from msfp.errors import InputError
@@ -18,10 +20,14 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     _check_between(name, value, low, high)
 
 
-def check_whole(name: str, value: Any, low: int, high: int) -> None:
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise InputError unless a value is an int, as in JSON, in a range; bools are not ints."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{name} must be a whole number, not {value!r}")
+    if high is None:
+        if value < low:
+            raise InputError(f"{name} must be at least {low}, not {value}")
+        return
     _check_between(name, value, low, high)
 
 
@@ -47,6 +53,32 @@ def check_type(name: str, value: object, allowed: type) -> None:
     if not isinstance(value, allowed):
         given = type(value).__name__
         raise InputError(f"{name} must be of the type {allowed.__name__}, not {given}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise InputError unless a value is a function."""
+    if not callable(value):
+        raise InputError(f"{name} must be a function, not {value!r}")
+
+
+def check_path(name: str, value: object) -> Path:
+    """Return a path; raise InputError unless a value is one, or a string."""
+    if not isinstance(value, str | Path):
+        raise InputError(f"{name} must be a path, not {value!r}")
+    return Path(value)
+
+
+def check_seed(value: object) -> None:
+    """Raise InputError unless a value is a seed that torch's generators accept."""
+    check_whole("seed", value, MIN_SEED, MAX_SEED)
+
+
+def check_factors(factors: object) -> None:
+    """Raise InputError unless a value is a table of numbers by timestep."""
+    if not isinstance(factors, Mapping):
+        raise InputError(f"factors must be numbers by timestep, not {factors!r}")
+    for value in [*factors, *factors.values()]:
+        check_number("factors", value, -math.inf, math.inf)
 
 
 def check_names(name: str, value: Any) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ TensorMigration = Callable[[Named], Named]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """A kind of file.
 
     Attributes:
@@ -73,7 +73,7 @@ class Kind:
 
 def write(
     file: Path,
-    kind: Kind,
+    kind: FileKind,
     tensors: Mapping[str, torch.Tensor],
     facts: dict[str, Any],
     fingerprint: dict[str, Any] | None = None,
@@ -82,7 +82,7 @@ def write(
 
     Args:
         file: A .safetensors file, existing or new.
-        kind: Kind of the file.
+        kind: FileKind of the file.
         tensors: Tensors by name.
         facts: All other contents, as plain JSON types.
         fingerprint: Facts that must be equal for a run to resume from the file, as plain JSON
@@ -111,13 +111,13 @@ def write(
     sync_folder(file.parent)
 
 
-def metadata(kind: Kind, header: Header) -> dict[str, str]:
+def metadata(kind: FileKind, header: Header) -> dict[str, str]:
     """Return the metadata of a safetensors file of a kind."""
     description = {"kind": kind.name, "version": kind.version, **header._asdict()}
     return {KEY: json.dumps(description)}
 
 
-def header_of(file: Path, kind: Kind) -> Header:
+def header_of(file: Path, kind: FileKind) -> Header:
     """Return the header of a file, converted to the current version.
 
     Raises:
@@ -130,7 +130,7 @@ def header_of(file: Path, kind: Kind) -> Header:
         raise InputError(f"{file} cannot be read as {kind.name}: {error}") from error
 
 
-def read(file: Path, kind: Kind, device: str | torch.device = "cpu") -> tuple[Header, Named]:
+def read(file: Path, kind: FileKind, device: str | torch.device = "cpu") -> tuple[Header, Named]:
     """Return the header of a file and its tensors by name, converted to the current version.
 
     Args:
@@ -153,7 +153,7 @@ def read(file: Path, kind: Kind, device: str | torch.device = "cpu") -> tuple[He
     return header, tensors
 
 
-def header_in(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
+def header_in(file: str, told: Mapping[str, str], kind: FileKind) -> tuple[int, Header]:
     """Return the version in a safetensors file's metadata, and the header in the current version.
 
     Args:
@@ -174,7 +174,7 @@ def header_in(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Head
         raise InputError(f"{file} cannot be read as {kind.name}: {error}") from error
 
 
-def _told(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
+def _told(file: str, told: Mapping[str, str], kind: FileKind) -> tuple[int, Header]:
     """Return the version and the header in a file's metadata, without migration."""
     if KEY in told:
         description = json.loads(told[KEY])
@@ -186,7 +186,7 @@ def _told(file: str, told: Mapping[str, str], kind: Kind) -> tuple[int, Header]:
     raise InputError(f"{file} must be {kind.name}, but its metadata have no such entry")
 
 
-def check_version(file: str, version: Any, kind: Kind) -> None:
+def check_version(file: str, version: Any, kind: FileKind) -> None:
     """Raise InputError unless files of a version can be read."""
     if version not in range(1, kind.version + 1):
         raise InputError(
@@ -195,14 +195,14 @@ def check_version(file: str, version: Any, kind: Kind) -> None:
         )
 
 
-def migrated(header: Header, version: int, kind: Kind) -> Header:
+def migrated(header: Header, version: int, kind: FileKind) -> Header:
     """Return a header of some version converted to the current version."""
     for start in range(version, kind.version):
         header = kind.migrations[start](header)
     return header
 
 
-def check_fingerprint(file: Path, kind: Kind, fingerprint: dict[str, Any]) -> Header:
+def check_fingerprint(file: Path, kind: FileKind, fingerprint: dict[str, Any]) -> Header:
     """Return the header of a file; raise InputError unless a run can resume from the file.
 
     Raises:

@@ -16,7 +16,7 @@ from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.quantization import pack
-from msfp.support.checks import check_type
+from msfp.support.checks import check_factors, check_path, check_type
 from msfp.support.container import check_fingerprint
 from msfp.support.files import check_folder
 from msfp.support.progress import Progress, no_progress
@@ -83,14 +83,19 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     check_type("config", config, FinetuneConfig)
     check_type("trajectories", trajectories, Trajectories)
+    if held_out is not None:
+        check_type("held_out", held_out, Trajectories)
+    if factors is not None:
+        check_factors(factors)
     refuse_block_layers(denoiser)
     untrained_layers(denoiser)
     weights = loss_weights(trajectories.timesteps, factors, config.dfa_power)
     objective = Objective(weights, config.guidance_branches, config.guidance_rows)
-    state = None if state is None else Path(state)
+    state = None if state is None else check_path("state", state)
+    tensorboard = None if tensorboard is None else check_path("tensorboard", tensorboard)
     _check_state(state, resume=resume)
     if tensorboard is not None:
-        check_folder("tensorboard", Path(tensorboard))
+        check_folder("tensorboard", tensorboard)
     check_checkpointing(denoiser, config)
     if config.evaluate_every and held_out is None:
         raise InputError("held_out must be given where evaluate_every is above 0")
@@ -100,12 +105,11 @@ def finetune(
         fingerprint = run_fingerprint(denoiser, trajectories, config, weights, held_out)
         if resume:
             check_fingerprint(state, STATE, fingerprint)
-    teacher = Teacher(denoiser, None if original is None else denoiser_of(original))
+    teacher = Teacher(denoiser, None if original is None else denoiser_of(original, "original"))
     exact = not config.cache_teacher
     _check_trajectories(teacher, objective, trajectories, held_out, exact=exact)
     inputs = TrainingInputs(
-        trajectories, objective, teacher, held_out, state,
-        None if tensorboard is None else Path(tensorboard), fingerprint,
+        trajectories, objective, teacher, held_out, state, tensorboard, fingerprint,
     )  # fmt: skip
     # Created before the denoiser is changed, because it can refuse the precision or the logs.
     processes = accelerator(

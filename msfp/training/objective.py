@@ -73,30 +73,33 @@ class Objective:
 
     Args:
         weights: Weight of each sampler step, shape (steps,).
-        branches: Coefficients of the guidance branches of one sample, each of which is a row.
-        branch_rows: Number of rows of one guidance branch before those of the next.
+        guidance_branches: Coefficients of the guidance branches of one sample, a row for each.
+        guidance_rows: Number of rows of one guidance branch before those of the next.
     """
 
     def __init__(
-        self, weights: torch.Tensor, branches: tuple[float, ...] = (1.0,), branch_rows: int = 1
+        self,
+        weights: torch.Tensor,
+        guidance_branches: tuple[float, ...] = (1.0,),
+        guidance_rows: int = 1,
     ) -> None:
-        self.weights, self.branches = weights, torch.tensor(branches)
-        self.branch_rows = branch_rows
+        self.weights, self.guidance_branches = weights, torch.tensor(guidance_branches)
+        self.guidance_rows = guidance_rows
 
     def count(self, path: Trajectories) -> int:
         """Return the number of samples of a path; each has one row for each guidance branch."""
-        rows, branches = path.samples.shape[1], len(self.branches)
-        if branches > 1 and rows % (branches * self.branch_rows):
+        rows, branches = path.samples.shape[1], len(self.guidance_branches)
+        if branches > 1 and rows % (branches * self.guidance_rows):
             raise InputError(
-                f"trajectories must have a multiple of {branches * self.branch_rows} rows "
-                f"(guidance_rows = {self.branch_rows} in each of {branches} guidance branches), "
+                f"trajectories must have a multiple of {branches * self.guidance_rows} rows "
+                f"(guidance_rows = {self.guidance_rows} in each of {branches} guidance branches), "
                 f"not {rows}"
             )
         return rows // branches
 
     def rows(self, step: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the steps and rows of samples, one for each guidance branch."""
-        branches, block = len(self.branches), self.branch_rows
+        branches, block = len(self.guidance_branches), self.guidance_rows
         if branches == 1:
             return step, sample
         first = sample // block * block * branches + sample % block
@@ -115,16 +118,16 @@ class Objective:
 
         Other outputs of the denoiser, such as a variance, are ignored. For guidance branches with
         coefficients c, the error is that of their weighted sum, plus `OWN_ERRORS * sum(c**2)` times
-        the mean error of the single branches.
+        the mean error of the single guidance branches.
         """
         rows = self.rows(step, sample)
         wanted = targets(*rows)
         off = path.of_sample(path.predict(denoiser, *rows) - wanted).float()
-        off = off.unflatten(0, (-1, len(self.branches))).flatten(2)
-        branches = self.branches.to(off.device)[:, None]
+        off = off.unflatten(0, (-1, len(self.guidance_branches))).flatten(2)
+        branches = self.guidance_branches.to(off.device)[:, None]
         # Not a product of matrices, which autocast would compute in a narrow dtype.
         errors: torch.Tensor = (branches * off).sum(dim=1).square().mean(dim=1)
-        if len(self.branches) > 1:
+        if len(self.guidance_branches) > 1:
             own = off.square().mean(dim=(1, 2))
             errors = errors + OWN_ERRORS * branches.square().sum() * own
         return errors * self.weights[step].to(off.device)

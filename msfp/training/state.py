@@ -12,7 +12,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.support.autosave import run_as_fingerprint
-from msfp.support.container import Header, Kind, Named, check_fingerprint, read, write
+from msfp.support.container import FileKind, Header, Named, check_fingerprint, read, write
 from msfp.training.config import options_of_version_1
 
 
@@ -22,7 +22,7 @@ def _first_fingerprint(header: Header) -> Header:
     return told._replace(fingerprint=options_of_version_1(told.fingerprint))
 
 
-STATE = Kind(
+STATE = FileKind(
     "a state of fine-tuning",
     first_key="a state of fine-tuning",
     migrations={1: _first_fingerprint},

@@ -52,7 +52,7 @@ def unpack(
         >>> type(packed[0]).__name__
         'TrainableLinear'
     """
-    denoiser, full = denoiser_of(model), denoiser_of(original)
+    denoiser, full = denoiser_of(model), denoiser_of(original, "original")
     layers = check_unpacking(denoiser, full)
     plain = dict(full.named_modules())
     trainable: dict[nn.Module, nn.Module] = {

@@ -192,6 +192,23 @@ def test_a_model_that_is_none_is_refused_in_a_sentence(name, states, tmp_path):
         getattr(msfp, name)(42, **arguments_of(name, states, tmp_path / "new"))
 
 
+FREE = {"progress", "description", "features_name"}
+"""Arguments that are called or kept, and not looked at."""
+WRONG = [
+    (name, each.name)
+    for name in OF_MODELS
+    for each in parameters(name)[1:]
+    if each.name not in FREE
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), WRONG)
+def test_an_argument_of_another_type_is_refused_by_its_name(name, argument, states, tmp_path):
+    arguments = arguments_of(name, states, tmp_path / "new") | {argument: object()}
+    with pytest.raises(msfp.InputError, match=argument):
+        getattr(msfp, name)(copy.deepcopy(states[CASES[name][0]]), **arguments)
+
+
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "rich", "matplotlib", "fpformats")
 
 

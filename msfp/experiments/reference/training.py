@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from msfp.experiments.reference.models import ReferenceModel, noise_schedule
+from msfp.support.files import atomic_file
 
 WARMUP = 200
 EMA_DECAY = 0.999
@@ -69,9 +70,8 @@ class TrainingState:
             tensors[f"average.{name}"] = self.average[name]
             tensors[f"first.{name}"] = moments["exp_avg"]
             tensors[f"second.{name}"] = moments["exp_avg_sq"]
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(self.path)
+        with atomic_file(self.path) as partial:
+            save_file(tensors, partial)
 
     def learning_rate(self) -> float:
         """Return the rate of the current step: linear warm-up, then linear decay to a hundredth."""

@@ -47,9 +47,11 @@ READING = """## How to read the tables
 
 **INT** are integers with a scale for each channel of the weights and one for the inputs, **MX** and
 **NVFP4** blocks with a scale each, **signed** and **mixup-sign** floating point whose format is
-searched layer by layer. What GPTQ, matching, splitting and branches are is on the page "Beyond the
-paper" of the documentation, what LoRAs, TALoRA, segments and DFA are on "Fine-tuning". Refinement
-uses 64 samples unless the name of the recipe says how many.
+searched layer by layer. The page "Beyond the paper" of the documentation explains GPTQ, matching,
+splitting and low-rank branches, and "Fine-tuning" explains LoRAs, TALoRA, segments and DFA.
+Refinement uses 64 samples unless the name of the recipe says how many. Recipes "(until 0.2.0)"
+gained nothing, and their code is gone. So is that of two ideas without rows here: scales searched
+by the error of the output, and exact calibration of the time layers ("Beyond the paper").
 
 One seed stands for one whole run: its own calibration, trajectories, fine-tuning and noise. Tables
 give means over seeds with 95% confidence intervals by Student's t; of errors geometric means, and
@@ -66,7 +68,7 @@ What is measured:
 - **noise error**: mean squared error of the denoiser's prediction on held-out full-precision
   trajectories, times 1000, mean over timesteps. The colour model predicts velocities (Salimans and
   Ho, 2022), the others the noise, which has variance 1. For the DiT it is the mean over both
-  branches of its guidance.
+  guidance branches.
 - **PSNR, SSIM, SQNR**: of final images against those of the full-precision model from equal noise;
   PSNR and SSIM by torchmetrics. The squared error of PSNR is averaged over all images.
 - **Frechet distance**: in the 64 features of a small classifier of the same kind of images. From

@@ -1,1 +1,1 @@
-"""What computes the product of a packed layer."""
+"""What computes the product of a quantized layer."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from msfp.layers.execution.float_path import FloatPath
-from msfp.layers.execution.protocol import Backend, Product
+from msfp.layers.execution.protocol import Backend, ProductLayer
 
 BACKENDS: list[Backend] = [FloatPath()]
 """The back ends, fastest first. The last one supports all layers and inputs."""
 
 
-def product(layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
+def product(layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor:
     """Return the output of a quantized layer, computed by the first back end that supports it.
 
     Args:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from msfp.layers.execution.protocol import Product
+from msfp.layers.execution.protocol import ProductLayer
 
 
 class FloatPath:
     """Rounds the input, dequantizes the weight, and applies the plain layer."""
 
-    name = "float"
-
-    def takes(self, layer: Product, x: torch.Tensor) -> bool:
+    def takes(self, layer: ProductLayer, x: torch.Tensor) -> bool:
         """Return True, because it supports all layers and inputs."""
         del layer, x
         return True
 
-    def product(self, layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
+    def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor:
         """Return the layer's output, in the dtype of the input."""
         rounded = layer.quantize_input(x)
         return layer.compute(rounded, layer.quantized_weight(adapter, x.dtype), layer.bias)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 
-class Product(Protocol):
+class ProductLayer(Protocol):
     """A quantized layer, as back ends use it: rounded operands and the plain operation."""
 
     bias: torch.Tensor | None
@@ -25,18 +25,12 @@ class Product(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute a product; all back ends return the same bits.
+    """One way to compute a product; all back ends return the same bits."""
 
-    Attributes:
-        name: Name of the back end in the output of `msfp inspect`.
-    """
-
-    name: str
-
-    def takes(self, layer: Product, x: torch.Tensor) -> bool:
+    def takes(self, layer: ProductLayer, x: torch.Tensor) -> bool:
         """Return whether the back end supports a layer with this input."""
 
-    def product(self, layer: Product, x: torch.Tensor, adapter: int) -> torch.Tensor:
+    def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor:
         """Return the layer's output with the bias, but without low-rank branches.
 
         Args:

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layers.lora.routers import Router
 from msfp.pipelines.denoiser import denoiser_of, timestep_of
 
@@ -212,12 +213,16 @@ def precompute_routing(
         timesteps: Timesteps that the denoiser will receive, such as `scheduler.timesteps`.
 
     Raises:
-        InputError: If the model is a pipeline without a denoiser.
+        InputError: If the model is a pipeline without a denoiser, or timesteps are not numbers.
     """
     denoiser = denoiser_of(model)
+    try:
+        given = torch.as_tensor(timesteps).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"timesteps must be numbers, not {timesteps!r}") from error
     routing = routing_of(denoiser)
     if routing is None:
         return
     router = router_of(denoiser)
-    for timestep in torch.as_tensor(timesteps):
+    for timestep in given:
         routing.winners_at(router, timestep[None])

@@ -17,7 +17,7 @@ from msfp.pipelines.denoiser import denoiser_of, timestep_of
 from msfp.pipelines.recording import record_trajectories
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
-from msfp.support.checks import check_type
+from msfp.support.checks import check_seed, check_type
 from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, no_progress
 
@@ -66,6 +66,7 @@ def data_trajectories(
         ([999, 499], (2, 8, 1, 16, 16))
     """
     _check(model, images)
+    check_seed(seed)
     given = check_calls("calls", calls)
     noising = _Noising(model, images, seed)
     with hooked([denoiser_of(model).register_forward_pre_hook(noising, with_kwargs=True)]):

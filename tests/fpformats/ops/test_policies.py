@@ -332,7 +332,7 @@ def test_bad_policies_are_refused(options, error, message):
         (2**64, ValueError, "random is the seed"),
         (True, TypeError, "random is a bool"),
         (0.5, TypeError, "random is a float"),
-        (torch.zeros(2, dtype=torch.int64), TypeError, "random is a Tensor; .* same library"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, "random is a Tensor; .* library of x"),
         (np.zeros(3, np.int64), ValueError, r"random has shape \(3,\); x has shape \(2,\)"),
         (np.zeros(2), TypeError, "random are of type float64; they must be integers"),
         (np.array([0, 16]), ValueError, "random are 0 to 16; words of 4 bits are 0 to 15"),

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from msfp import InputError
 from msfp.evaluation.frechet import FeatureMoments
 from msfp.support.autosave import SAVE_SECONDS, Autosave, check_state, run_as_fingerprint
-from msfp.support.container import Kind, write
+from msfp.support.container import FileKind, write
 
-KIND = Kind("a state of a test")
+KIND = FileKind("a state of a test")
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 
 def test_only_a_state_of_this_kind_or_a_new_file_is_taken(tmp_path):
-    other = Kind("something else")
+    other = FileKind("something else")
     write(tmp_path / "other.safetensors", other, {"a": torch.zeros(1)}, {})
     (tmp_path / "text.safetensors").write_text("none")
     for name, message in {
@@ -46,7 +46,7 @@ def test_only_a_state_of_this_kind_or_a_new_file_is_taken(tmp_path):
 
 
 def test_a_run_resumes_from_a_state_of_version_1_that_is_its_own(tmp_path):
-    kind = Kind("a state", first_key="a state", migrations={1: run_as_fingerprint})
+    kind = FileKind("a state", first_key="a state", migrations={1: run_as_fingerprint})
     file, moments, again = tmp_path / "old.safetensors", FeatureMoments(), FeatureMoments()
     moments.update(torch.randn(8, 3))
     facts = json.dumps({"run": {"seed": 1}})

@@ -11,8 +11,8 @@ from msfp import InputError
 from msfp.support.autosave import run_as_fingerprint
 from msfp.support.container import (
     KEY,
+    FileKind,
     Header,
-    Kind,
     check_fingerprint,
     header_of,
     metadata,
@@ -22,7 +22,7 @@ from msfp.support.container import (
 )
 from msfp.support.fingerprints import digest
 
-KIND = Kind("a state of something", migrations={1: lambda header: header})
+KIND = FileKind("a state of something", migrations={1: lambda header: header})
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_file_without_a_fingerprint_has_an_empty_one(file):
 
 
 def test_metadata_are_one_entry_of_json():
-    told = metadata(Kind("a thing", version=7), Header({"seed": 1}, {"losses": []}))
+    told = metadata(FileKind("a thing", version=7), Header({"seed": 1}, {"losses": []}))
     assert list(told) == [KEY] == ["msfp"]
     assert json.loads(told[KEY]) == {
         "kind": "a thing",
@@ -83,10 +83,10 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(failing, file,
 def test_what_a_killed_process_leaves_goes_with_the_next_save(file):
     code = (
         "import sys, torch; from pathlib import Path\n"
-        "from msfp.support.container import Kind, write\n"
+        "from msfp.support.container import FileKind, write\n"
         "tensors = {'x': torch.zeros(1 << 25)}\n"
         "print('ready', flush=True)\n"
-        "while True: write(Path(sys.argv[1]), Kind('a kind'), tensors, {})"
+        "while True: write(Path(sys.argv[1]), FileKind('a kind'), tensors, {})"
     )
     command = [sys.executable, "-c", code, str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:  # noqa: S603
@@ -111,7 +111,9 @@ def test_a_header_of_version_1_is_migrated_from_one_version_to_the_next(file):
         1: lambda header: Header({"seed": header.facts["seed"]}, header.facts | {"is": 2}),
         2: lambda header: Header(header.fingerprint, header.facts | {"was": header.facts["is"]}),
     }
-    kind = Kind("a thing", 3, "msfp_thing", migrations, {2: lambda named: {"new": named["old"]}})
+    kind = FileKind(
+        "a thing", 3, "msfp_thing", migrations, {2: lambda named: {"new": named["old"]}}
+    )
     facts = json.dumps({"seed": 5})
     save_file({"old": torch.ones(2)}, file, metadata={"msfp_thing": facts})
     migrated = Header({"seed": 5}, {"seed": 5, "is": 2, "was": 2})
@@ -126,7 +128,7 @@ def test_nothing_is_migrated_in_a_file_of_the_version_that_is_written(file):
     def never(_):
         raise AssertionError("migrated")
 
-    kind = Kind("a thing", 2, "msfp_thing", {1: never}, {1: never})
+    kind = FileKind("a thing", 2, "msfp_thing", {1: never}, {1: never})
     write(file, kind, {"x": torch.ones(2)}, {"seed": 5})
     header, tensors = read(file, kind)
     assert header == Header({}, {"seed": 5})
@@ -143,7 +145,7 @@ def test_a_file_of_a_version_that_is_not_known_is_refused(version, file):
 
 
 def test_a_file_of_another_kind_is_refused(file, tmp_path):
-    write(file, Kind("a state of another"), {"x": torch.zeros(1)}, {})
+    write(file, FileKind("a state of another"), {"x": torch.zeros(1)}, {})
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
     # Only kinds that version 1 had read what it wrote.
     old = {"metadata": {"msfp_thing": "{}"}}
@@ -179,7 +181,7 @@ def test_a_fingerprint_or_facts_that_are_no_table_are_refused(damaged, version, 
 
 
 def test_damage_that_a_migration_comes_upon_is_refused(file):
-    kind = Kind("a state", first_key="a state", migrations={1: run_as_fingerprint})
+    kind = FileKind("a state", first_key="a state", migrations={1: run_as_fingerprint})
     for facts in ("{}", "[]"):
         save_file({"x": torch.zeros(1)}, file, metadata={"a state": facts})
         with pytest.raises(InputError, match="cannot be read as a state"):

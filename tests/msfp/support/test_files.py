@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from msfp import Calibration, InputError
-from msfp.support.container import Kind, write
+from msfp.support.container import FileKind, write
 from msfp.support.files import (
     atomic_file,
     atomic_folder,
@@ -87,7 +87,7 @@ def test_who_may_read_new_files_may_read_what_is_written(tmp_path, mask):
         save_file(tensors, folder / "unet" / "weights.safetensors")
     with atomic_file(tmp_path / "b.safetensors") as partial:
         save_file(tensors, partial)
-    write(tmp_path / "c.safetensors", Kind("a test"), tensors, {})
+    write(tmp_path / "c.safetensors", FileKind("a test"), tensors, {})
     Calibration({}).save(tmp_path / "d.safetensors")
     for path in tmp_path.rglob("*"):
         usual = 0o777 if path.is_dir() else 0o666

@@ -188,7 +188,7 @@ def test_branches_of_guidance_are_trained_by_their_sum_and_their_own_errors(
     message = r"multiple of 3 rows \(guidance_rows = 1 in each of 3 guidance branches\), not 8"
     with pytest.raises(InputError, match=message):
         Objective(torch.ones(4), (1.0, 1.0, 1.0)).count(path)
-    calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), branch_rows=2)
+    calls_of_two = Objective(torch.ones(4), (-1.0, 2.0), guidance_rows=2)
     _, rows = calls_of_two.rows(step, torch.arange(4))
     assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
