@@ -58,7 +58,7 @@ class PackedLayer(QuantizedLayer):
         weight_shape: Shape of an adapter's weight.
         codes: The packed codes, uint8, one-dimensional. Each adapter begins with a new byte.
         dtype: Dtype of `weight`, which casts of the module change.
-        cache: Dequantized weights of all adapters, shape (adapters, *weight_shape), or None.
+        cache: Dequantized weights of all adapters, of shape `weight_shape` each, or None.
     """
 
     formats: LayerFormats | BlockFormats | None = None

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -139,6 +140,12 @@ FAMILIES = {
     "sd3": sd3,
     "flux": flux,
 }
+SOME = [
+    name if name in ("unet", "conditional_unet", "dit", "flux")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in FAMILIES
+]  # fmt: skip
+"""Parameters of tests that others repeat for every family."""
 ENDS = {
     "unet": {"conv_in", "conv_out"},
     "conditional_unet": {"conv_in", "conv_out"},

@@ -326,7 +326,7 @@ def test_a_page_leaves_out_what_rows_would_not_find_now(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("sampler", ["plms", "dpm++"])
+@pytest.mark.parametrize("sampler", ["plms", pytest.param("dpm++", marks=pytest.mark.slow)])
 def test_every_sampler_is_followed(sampler):
     wanted = dataclasses.replace(row("int-minmax", steps=4), sampler=sampler)
     bench = Bench(wanted, None)
