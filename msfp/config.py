@@ -144,10 +144,11 @@ class QuantizationConfig:
             bits, and 8 bits as MXFP8.
         include: Layers to quantize: globs of the dotted names of layers or of modules around them.
         exclude: Layers to leave in full precision: globs as in `include`.
-        first_layers: The layer that reads the noisy sample: globs of whole names. Every layer that
-            matches counts. If none matches, it is the first layer that runs during calibration.
-        last_layers: The layer that writes the prediction: globs of whole names. Every layer that
-            matches counts. If none matches, it is the last layer that runs during calibration.
+        first_layers: The layer that reads the noisy sample: globs of whole names. By default,
+            calibration finds it: the first layer whose input changes with the sample. Without
+            calls it is a layer with one of these names. Every layer that matches counts.
+        last_layers: The layer that writes the prediction: globs of whole names, as in
+            `first_layers`. By default it is the last layer whose input changes with the sample.
         granularity: Which weights share a scale: those of each output "channel", or those of the
             whole "tensor". Block formats have one scale for each block.
         overrides: Other values of `weight_bits`, `activation_bits`, `scheme` or `granularity` for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 REFERENCES = get_args(ReferenceName)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""Names of models on the hub: owner/name."""
 NAMED = f"{', '.join(REFERENCES[:-1])} or {REFERENCES[-1]}"
 """The models that ship, as the help text lists them."""
 
@@ -37,29 +40,46 @@ def device(arguments: argparse.Namespace) -> str:
 def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipeline:
     """Return the full-precision pipeline in a folder, or a model that ships."""
     import torch
+    from diffusers import DiffusionPipeline
 
     from msfp.checkpoint.io import quantized_component
     from msfp.experiments.reference.pipelines import reference_pipeline
     from msfp.pipelines.class_conditional import pipeline_class
+    from msfp.pipelines.packages import check_packages
 
     if model in REFERENCES:
         return prepared(reference_pipeline(model), arguments)
-    folder = Path(model)
-    if not (folder / "model_index.json").is_file():
-        raise InputError(
-            f"{model} is not a pipeline folder: it has no model_index.json; models that ship are "
-            f"{NAMED}"
-        )
-    if quantized_component(folder) is not None:
-        raise InputError(f"{model} is quantized already: name a full-precision pipeline")
+    folder, kind = Path(model), DiffusionPipeline
+    check_model(model)
+    if folder.is_dir():
+        if quantized_component(folder) is not None:
+            raise InputError(f"{model} is quantized already: name a full-precision pipeline")
+        check_packages(folder)
+        kind = pipeline_class(folder)
     dtype = getattr(torch, arguments.dtype)
     try:
-        pipe = pipeline_class(folder).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True
+        pipe = kind.from_pretrained(
+            model, torch_dtype=dtype, local_files_only=folder.is_dir() or arguments.local_files_only
         )
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepared(pipe, arguments)
+
+
+def check_model(model: str) -> None:
+    """Raise InputError unless a model is a pipeline folder, or may be a name on the hub."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise InputError(
+                f"{model} is not a pipeline folder: it has no model_index.json; models that ship "
+                f"are {NAMED}"
+            )
+    elif folder.exists() or HUB_NAME.fullmatch(model) is None:
+        raise InputError(
+            f"{model} is no folder: it must be a pipeline folder, a name on the hub such as "
+            f"owner/name, or a model that ships, {NAMED}"
+        )
 
 
 def load_checkpoint(folder: Path, arguments: argparse.Namespace) -> DiffusionPipeline:
@@ -74,7 +94,7 @@ def load_any(model: Path, arguments: argparse.Namespace) -> DiffusionPipeline:
     from msfp.checkpoint.io import quantized_component
 
     plain = (model / "model_index.json").is_file() and quantized_component(model) is None
-    if plain or str(model) in REFERENCES:
+    if plain or not model.exists() or str(model) in REFERENCES:
         return load_pipeline(str(model), arguments)
     return load_checkpoint(model, arguments)
 

@@ -93,6 +93,10 @@ def add_sampling(
         help=f"seed of the noise (default: {first_seed})",
     )  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    group.add_argument(
+        "--local-files-only", action="store_true",
+        help="take a model that is named on the hub from its cache, without a download",
+    )  # fmt: skip
     add_device(group)
 
 

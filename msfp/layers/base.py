@@ -66,9 +66,9 @@ class QuantizedLayer(nn.Module, ABC):
     def quantized_weight(self, adapter: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the dequantized weight for an adapter of the hub."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
         """Quantize the input and apply the layer, each sample with the weight of its adapter."""
-        return self.add_branch(x, self.product(x))
+        return self.add_branch(input, self.product(input))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of the quantized weight and the quantized input, plus the bias."""

@@ -54,6 +54,20 @@ class BlockConv2d(BlockLayer, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d with weight and input in blocks."""
 
 
+class QuantConv3d(ScaledLayer, nn.Conv3d):  # type: ignore[override]
+    """nn.Conv3d with packed weight and quantized input."""
+
+
+class TrainableConv3d(TrainableLayer, nn.Conv3d):
+    """nn.Conv3d with quantized weight and input, to be trained."""
+
+    packed_class = QuantConv3d
+
+
+class BlockConv3d(BlockLayer, nn.Conv3d):  # type: ignore[override]
+    """nn.Conv3d with weight and input in blocks."""
+
+
 class Family(NamedTuple):
     """The quantized classes of a plain layer.
 
@@ -72,6 +86,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     nn.Linear: Family(QuantLinear, TrainableLinear, BlockLinear),
     nn.Conv1d: Family(QuantConv1d, TrainableConv1d, BlockConv1d),
     nn.Conv2d: Family(QuantConv2d, TrainableConv2d, BlockConv2d),
+    nn.Conv3d: Family(QuantConv3d, TrainableConv3d, BlockConv3d),
 }
 """The quantized classes of each plain class in `kinds.KINDS`."""
 

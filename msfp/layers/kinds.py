@@ -15,7 +15,7 @@ from torch import nn
 
 from msfp.errors import InputError
 
-PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """The plain layers of all kinds."""
 
 
@@ -75,7 +75,7 @@ class LinearKind(LayerKind):
 
 
 class ConvKind(LayerKind):
-    """Convolutions over one or two dimensions, with any stride, dilation, groups and padding.
+    """Convolutions over one to three dimensions, with any stride, dilation, groups and padding.
 
     Args:
         places: Number of dimensions that the kernel moves along.
@@ -93,7 +93,7 @@ class ConvKind(LayerKind):
 
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix to the channels at each position, as a convolution with kernel size 1."""
-        mix = {1: F.conv1d, 2: F.conv2d}[self.places]
+        mix = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.places]
         return mix(x, matrix.view(*matrix.shape, *(1,) * self.places))
 
     def channel_axis(self, x: torch.Tensor) -> int:
@@ -105,6 +105,8 @@ class ConvKind(LayerKind):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded: torch.Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+        if self.places == 3:
+            return _by_group(_unfolded(padded, kernel, dilation, stride), layer.groups)
         if self.places == 1:  # unfold supports only images, so the height becomes 1
             padded = padded.unsqueeze(2)
             kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
@@ -113,6 +115,18 @@ class ConvKind(LayerKind):
     def rows(self, layer: Any, y: torch.Tensor) -> torch.Tensor:
         """Return the channels at each position, by group."""
         return _by_group(y.flatten(2), layer.groups)
+
+
+def _unfolded(
+    x: torch.Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    """Return patches (batch, channels * kernel, positions), as F.unfold, of any dimensions."""
+    places = len(kernel)
+    for place in range(places):
+        x = x.unfold(2 + place, dilation[place] * (kernel[place] - 1) + 1, stride[place])
+        x = x[..., :: dilation[place]]
+    order = (0, 1, *range(2 + places, 2 + 2 * places), *range(2, 2 + places))
+    return x.permute(order).flatten(1, 1 + places).flatten(2)
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -125,6 +139,7 @@ KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LinearKind(),
     nn.Conv1d: ConvKind(1),
     nn.Conv2d: ConvKind(2),
+    nn.Conv3d: ConvKind(3),
 }
 """The kind of each plain class."""
 
@@ -133,12 +148,13 @@ def plain_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return the plain class that a class of layers is or derives from.
 
     Raises:
-        InputError: If there is no such class, as for a convolution over three dimensions.
+        InputError: If there is no such class, as for a transposed convolution.
 
     Example:
-        >>> plain_class(nn.Conv3d)
+        >>> plain_class(nn.ConvTranspose1d)
         Traceback (most recent call last):
-        msfp.errors.InputError: Conv3d cannot be quantized: it is none of Linear, Conv1d, Conv2d
+        msfp.errors.InputError: ConvTranspose1d cannot be quantized: it is none of Linear, Conv1d,
+        Conv2d, Conv3d
     """
     found = next((plain for plain in KINDS if issubclass(layer, plain)), None)
     if found is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from msfp.config import LayerSettings, QuantizationConfig
+from msfp.config import FIRST_LAYERS, LAST_LAYERS, LayerSettings, QuantizationConfig
 from msfp.errors import InputError
 from msfp.layers.kinds import KINDS, PlainLayer
 from msfp.support.globs import matches
@@ -22,7 +22,10 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
 
 
 def settings_by_layer(
-    denoiser: nn.Module, config: QuantizationConfig, executed: Iterable[str] | None = None
+    denoiser: nn.Module,
+    config: QuantizationConfig,
+    executed: Iterable[str] | None = None,
+    sample_path: Sequence[str] = (),
 ) -> dict[str, LayerSettings]:
     """Return the search settings of each layer that a config selects.
 
@@ -30,6 +33,7 @@ def settings_by_layer(
         denoiser: The full-precision network.
         config: Search settings and the selection of layers.
         executed: Names of layers in the order in which they run, or None if unknown.
+        sample_path: Those whose input depends on the noisy sample, or none if unknown.
 
     Returns:
         Settings by layer name, in definition order.
@@ -49,7 +53,8 @@ def settings_by_layer(
     chosen -= _matching(layers, "exclude", config.exclude, kind)
     if not chosen:
         raise InputError(f"include and exclude leave no layer of {kind} to quantize")
-    ends = _ends(layers, config, None if executed is None else list(executed), kind)
+    path = [name for name in sample_path if name in layers]
+    ends = _ends(layers, config, None if executed is None else list(executed), path, kind)
     settings = {name: config.settings("first" if name in ends else "inner") for name in layers}
     for glob, changes in config.overrides.items():
         for name in _matching(layers, "overrides", (glob,), kind):
@@ -70,16 +75,27 @@ def _matching(layers: list[str], argument: str, globs: tuple[str, ...], kind: st
 
 
 def _ends(
-    layers: list[str], config: QuantizationConfig, executed: list[str] | None, kind: str
+    layers: list[str],
+    config: QuantizationConfig,
+    executed: list[str] | None,
+    path: list[str],
+    kind: str,
 ) -> set[str]:
-    """Return the first and last layers if their bits differ from the others, or else no layer."""
+    """Return the first and last layers if their bits differ from the others, or else no layer.
+
+    The layers that read the sample and write the prediction are the first and the last on the path
+    of the sample. Without a path, and where the config names others than by default, it is by name.
+    """
     if config.bits("first") == config.bits("inner"):
         return set()
     ends: set[str] = set()
-    for end, globs, index in (
-        ("first_layers", config.first_layers, 0),
-        ("last_layers", config.last_layers, -1),
+    for end, globs, usual, index in (
+        ("first_layers", config.first_layers, FIRST_LAYERS, 0),
+        ("last_layers", config.last_layers, LAST_LAYERS, -1),
     ):
+        if path and globs == usual:
+            ends.add(path[index])
+            continue
         named = {name for name in layers if any(fnmatchcase(name, glob) for glob in globs)}
         if not named and not executed:
             raise InputError(

@@ -75,11 +75,11 @@ class TrainableLayer(QuantizedLayer):
         rounded: torch.Tensor = self.input_quantizer(x)
         return rounded
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
         """Apply the quantized layer, or the plain layer if `quantizing` is False."""
         # All processes must compute a parametrized weight equally often, so it is computed once.
         with parametrize.cached() if parametrize.is_parametrized(self) else nullcontext():
-            return self._forward(x)
+            return self._forward(input)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.quantizing:

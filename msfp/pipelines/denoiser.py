@@ -12,6 +12,8 @@ from torch import nn
 from msfp.errors import InputError
 
 COMPONENTS = ("unet", "transformer")
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "sigma", "decoder_noise_time")
+"""Names of the timestep in the forward of denoisers, the first ones first."""
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -50,6 +52,22 @@ def denoiser_of(model: DiffusionPipeline | nn.Module, argument: str = "model") -
     return network
 
 
+def timestep_name(denoiser: nn.Module) -> str | None:
+    """Return the name of the argument of a denoiser's forward that is its timestep, or None.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> timestep_name(UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",),
+        ...     up_block_types=("UpBlock2D",)))
+        'timestep'
+    """
+    names = list(inspect.signature(denoiser.forward).parameters)
+    for known in TIMESTEPS:
+        if known in names:
+            return known
+    return next((name for name in names if "timestep" in name), None)
+
+
 def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the timestep argument of one forward call as a tensor of shape (1,) or (batch,).
 
@@ -65,12 +83,14 @@ def timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def timestep_or_none(
     denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor | None:
-    """Return the timestep as `timestep_of` does, or None for a call without a timestep."""
+    """Return the timestep as `timestep_of` does, or None for a call without a timestep.
+
+    The timesteps of frames or tokens are in one row, too.
+    """
+    name = timestep_name(denoiser)
     bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
-    timestep = bound.arguments.get("timestep")
-    return None if timestep is None else torch.as_tensor(timestep).reshape(-1)
-
-
-def has_timestep(denoiser: nn.Module) -> bool:
-    """Return whether the forward of a network takes a timestep, as denoisers do."""
-    return "timestep" in inspect.signature(denoiser.forward).parameters
+    timestep = bound.arguments.get(name) if name is not None else None
+    if not isinstance(timestep, torch.Tensor | int | float):
+        return None
+    timesteps = torch.as_tensor(timestep).reshape(-1)
+    return timesteps if timesteps.numel() else None

@@ -15,51 +15,93 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of, timestep_or_none
 from msfp.pipelines.sampler import PipelineCall, check_calls
-from msfp.pipelines.trajectories import RowCondition, Trajectories, prediction_of
+from msfp.pipelines.trajectories import (
+    Arguments,
+    RowCondition,
+    Trajectories,
+    WholeForwards,
+    as_vector,
+)
 from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.trees import Copies, mapped, tensors_in
+
+FEW_ROWS = 3
+"""Rows of a forward from which on only a single row is tried, and not one more, too."""
+JOINED_ERRORS = {True: 1e-3, False: 0.05}
+"""Largest relative error of joined rows against the recorded ones, in wide dtypes and in others."""
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """One recorded forward call; `timesteps` has one value for each sample, or one for all."""
+    """One recorded forward call.
 
+    Attributes:
+        arguments: Its positional and keyword arguments.
+        bound: The same arguments by the names of the forward's parameters.
+        timesteps: One value for each sample, or one for all; None if the call had no timestep.
+        output: What it returned.
+    """
+
+    arguments: Arguments
+    bound: dict[str, Any]
     timesteps: torch.Tensor | None
-    sample: torch.Tensor
-    prediction: torch.Tensor
-    conditions: dict[str, Any]
+    output: Any
 
     @property
-    def timestep(self) -> torch.Tensor:
-        """The timestep of the call; raises InputError if there is none, or more than one."""
-        if self.timesteps is None:
-            raise InputError("a recorded forward must be given a timestep")
-        if (self.timesteps != self.timesteps[0]).any():
-            raise InputError("all samples of a recorded forward must be at one timestep")
-        return self.timesteps[0]
+    def time(self) -> float | None:
+        """The timestep of the call, of the first sample if there are several."""
+        return None if self.timesteps is None else self.timesteps[0].item()
+
+    @property
+    def timed(self) -> bool:
+        """Whether the argument `timestep` is one number for all samples."""
+        given = self.bound.get("timestep")
+        if self.timesteps is None or not isinstance(given, torch.Tensor | int | float):
+            return False
+        few = not isinstance(given, torch.Tensor) or given.dim() < 2
+        return few and not bool((self.timesteps != self.timesteps[0]).any())
+
+    @property
+    def first(self) -> str:
+        """The name of the first argument."""
+        return next(iter(self.bound))
+
+
+class _Recorder:
+    """Hooks of a denoiser that record its forward calls."""
+
+    def __init__(self) -> None:
+        self.forwards: list[_Forward] = []
+        self._copies = Copies()
+        self._given: list[Arguments] = []
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy the arguments, before the forward can change them."""
+        self._given.append((mapped(args, self._copies.of), mapped(kwargs, self._copies.of)))
+
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Copy the output."""
+        del args, kwargs
+        args, kwargs = self._given.pop()
+        bound = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        timesteps = timestep_or_none(module, args, kwargs)
+        output = mapped(output, lambda x: x.detach().clone())
+        self.forwards.append(_Forward((args, kwargs), bound, timesteps, output))
 
 
 @contextmanager
 def recorded(denoiser: nn.Module) -> Iterator[list[_Forward]]:
     """Record every forward call of a denoiser inside the block."""
-    forwards: list[_Forward] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        timesteps = timestep_or_none(module, args, kwargs)
-        given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-        sample = given.pop(next(iter(given)))
-        conditions = {k: v for k, v in given.items() if k not in ("timestep", "return_dict")}
-        forwards.append(
-            _Forward(
-                None if timesteps is None else timesteps.detach().clone(),
-                sample.detach().clone(),
-                prediction_of(output).detach().clone(),
-                conditions,
-            )
-        )
-
-    with hooked([denoiser.register_forward_hook(hook, with_kwargs=True)]):
-        yield forwards
+    recorder = _Recorder()
+    hooks = [
+        denoiser.register_forward_pre_hook(recorder.before, with_kwargs=True),
+        denoiser.register_forward_hook(recorder.after, with_kwargs=True),
+    ]
+    with hooked(hooks):
+        yield recorder.forwards
 
 
 class Recording:
@@ -104,7 +146,8 @@ class Recording:
         for call in missing:
             call(model)
             done(1)
-        return _trajectories([self._forwards.pop(index) for index in range(len(self.calls))])
+        batches = [self._forwards.pop(index) for index in range(len(self.calls))]
+        return _trajectories(denoiser_of(model), batches)
 
 
 def record_trajectories(
@@ -118,16 +161,16 @@ def record_trajectories(
     Args:
         model: A pipeline, or the denoiser itself.
         calls: One or more functions that run the model, as for `calibrate`. `Sampler.calls` and
-            `prompt_calls` return such functions. All must take the same steps, with samples and
-            conditions of the same size.
+            `prompt_calls` return such functions. All must take the same steps.
         progress: Called after each call.
 
     Returns:
-        The path. The rows of later calls follow those of earlier calls.
+        The path. The rows of later calls follow those of earlier calls. If samples of a call cannot
+        be taken apart and put together with those of others, which is tried with two rows, each
+        forward is one row: `WholeForwards`, which predict slower, one by one.
 
     Raises:
-        InputError: If the calls differ in their steps, sizes or other conditions, or a forward call
-            has no timestep or more than one.
+        InputError: If the calls differ in their steps, or do not run the denoiser.
 
     Example:
         >>> from msfp import Sampler, reference_pipeline
@@ -139,19 +182,92 @@ def record_trajectories(
     return Recording(calls).trajectories(model, progress)
 
 
-def _trajectories(batches: list[list[_Forward]]) -> Trajectories:
+def _trajectories(denoiser: nn.Module, batches: list[list[_Forward]]) -> Trajectories:
     """Return the path of the recorded forwards of all calls."""
     if not batches or not batches[0]:
         raise InputError("calls must run the denoiser at least once")
-    steps = [[forward.timestep.item() for forward in forwards] for forwards in batches]
+    steps = [[forward.time for forward in forwards] for forwards in batches]
     if any(each != steps[0] for each in steps):
         raise InputError("all calls must take the sampler through the same timesteps")
+    first = batches[0]
+    times = [-float(i) if forward.time is None else forward.time for i, forward in enumerate(first)]
+    known = [forward.timesteps[0] for forward in first if forward.timesteps is not None]
+    timesteps = torch.stack(known) if len(known) == len(first) else torch.tensor(times)
+    try:
+        joined = _joined(timesteps, batches)
+        _check_joined(denoiser, joined, len(first[0].bound[first[0].first]))
+    except (InputError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return _whole(timesteps, batches)
+    return joined
+
+
+def _joined(timesteps: torch.Tensor, batches: list[list[_Forward]]) -> Trajectories:
+    """Return a path with a row for each sample; raise InputError if there is none."""
+    forwards = [forward for steps in batches for forward in steps]
+    timed = all(forward.timed for forward in forwards)
+    samples, predictions = [], []
+    for steps in batches:
+        samples.append([forward.bound[forward.first] for forward in steps])
+        predictions.append([_one_tensor(forward.output) for forward in steps])
+    if not all(isinstance(each, torch.Tensor) for steps in samples for each in steps):
+        raise InputError("the first argument must be a tensor")
+    rows = [len(steps[0]) for steps in samples]
+    if any(len(y) != n for steps, n in zip(predictions, rows, strict=True) for y in steps):
+        raise InputError("the output must have a row for each sample")
+    left_out = {forwards[0].first, "return_dict", *(["timestep"] if timed else [])}
+    trees = [
+        [{k: v for k, v in forward.bound.items() if k not in left_out} for forward in steps]
+        for steps in batches
+    ]
+    conditions: dict[str, Any] = _merge(trees, rows, "conditions")
     return Trajectories(
-        torch.stack([forward.timestep for forward in batches[0]]),
-        _table([[forward.sample for forward in forwards] for forwards in batches], "sample"),
-        _table([[forward.prediction for forward in forwards] for forwards in batches], "output"),
-        _merged(batches),
+        timesteps, _table(samples, "sample"), _table(predictions, "output"), conditions, timed
     )
+
+
+def _one_tensor(output: Any) -> torch.Tensor:
+    """Return the only tensor of an output, or its sample."""
+    found = list(tensors_in(output))
+    if len(found) != 1:
+        raise InputError(f"the output has {len(found)} tensors")
+    return found[0]
+
+
+@torch.no_grad()
+def _check_joined(denoiser: nn.Module, path: Trajectories, rows: int) -> None:
+    """Raise InputError unless rows of several steps, joined, give the recorded predictions.
+
+    They are more or fewer than those of a recorded forward. This finds tensors whose first
+    dimension has the length of the rows by chance.
+    """
+    wide = path.predictions.dtype in (torch.float32, torch.float64)
+    for count in (1, rows + 1) if rows < FEW_ROWS else (1,):
+        index = torch.arange(count)
+        step = (len(path.timesteps) - 1 - index) % len(path.timesteps)
+        row = (path.samples.shape[1] - 1 - index) % path.samples.shape[1]
+        recorded = path.predictions[step, row].double()
+        error = (path.predict(denoiser, step, row).double() - recorded).square().sum()
+        if not error <= JOINED_ERRORS[wide] ** 2 * recorded.square().sum():
+            raise InputError("joined rows have other predictions than the recorded ones")
+
+
+def _whole(timesteps: torch.Tensor, batches: list[list[_Forward]]) -> WholeForwards:
+    """Return the path whose rows are whole forwards."""
+    steps = list(zip(*batches, strict=True))
+    inputs = [[as_vector(each.bound[each.first]) for each in forwards] for forwards in steps]
+    outputs = [[as_vector(each.output) for each in forwards] for forwards in steps]
+    return WholeForwards(
+        timesteps,
+        _padded(inputs),
+        _padded(outputs),
+        arguments=tuple(tuple(each.arguments for each in forwards) for forwards in steps),
+    )
+
+
+def _padded(vectors: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Return vectors of any lengths as one tensor, with zeros at the ends."""
+    longest = max(len(each) for row in vectors for each in row)
+    return torch.stack([torch.stack([as_vector(each, longest) for each in row]) for row in vectors])
 
 
 def _table(batches: Sequence[Sequence[torch.Tensor]], name: str) -> torch.Tensor:
@@ -160,14 +276,6 @@ def _table(batches: Sequence[Sequence[torch.Tensor]], name: str) -> torch.Tensor
     if len(shapes) > 1:
         raise InputError(f"all calls must have {name} of one size, not {sorted(shapes)}")
     return torch.cat([torch.stack(list(steps)) for steps in batches], dim=1)
-
-
-def _merged(batches: list[list[_Forward]]) -> dict[str, Any]:
-    """Return the conditions of all forwards as one tree."""
-    trees = [[forward.conditions for forward in forwards] for forwards in batches]
-    rows = [len(forwards[0].sample) for forwards in batches]
-    merged: dict[str, Any] = _merge(trees, rows, "conditions")
-    return merged
 
 
 def _merge(values: list[list[Any]], rows: list[int], name: str) -> Any:

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.support.trees import mapped, tensors_in
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a forward."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,15 @@ class Trajectories:
         predictions: Outputs of the denoiser for these inputs, shape (steps, rows, ...).
         conditions: All other arguments, by name. Tensors with one row for each sample are
             `RowCondition`, also inside dictionaries and lists. All other values are unchanged.
+        timed: Whether the denoiser is given `timesteps` as its argument `timestep`. Otherwise its
+            timestep, if it has one, is among the conditions.
     """
 
     timesteps: torch.Tensor
     samples: torch.Tensor
     predictions: torch.Tensor
     conditions: dict[str, Any] = field(default_factory=dict)
+    timed: bool = True
 
     def predict(
         self, model: DiffusionPipeline | nn.Module, step: torch.Tensor, row: torch.Tensor
@@ -61,8 +70,9 @@ class Trajectories:
             The prediction, with the shape of `predictions[step, row]`.
         """
         conditions = {name: _at(value, step, row) for name, value in self.conditions.items()}
-        denoiser, timesteps = denoiser_of(model), self.timesteps[step]
-        output = denoiser(self.samples[step, row], timestep=timesteps, **conditions)
+        if self.timed:
+            conditions["timestep"] = self.timesteps[step]
+        output = denoiser_of(model)(self.samples[step, row], **conditions)
         return prediction_of(output)
 
     def of_sample(self, predictions: torch.Tensor) -> torch.Tensor:
@@ -81,12 +91,60 @@ class Trajectories:
         return predictions[:, :channels] if twice else predictions
 
 
+@dataclass(frozen=True)
+class WholeForwards(Trajectories):
+    """Trajectories of forwards whose samples cannot be taken apart, or put together otherwise.
+
+    Each recorded forward is one row here, with all samples that it had. Its numbers are one vector,
+    with zeros at the end where other forwards have more. `predict` runs the forwards one by one.
+
+    Attributes:
+        samples: Numbers of the first argument, shape (steps, forwards, numbers).
+        predictions: Numbers of all outputs, shape (steps, forwards, numbers).
+        arguments: Positional and keyword arguments of each forward, by step and row.
+    """
+
+    arguments: tuple[tuple[Arguments, ...], ...] = ()
+
+    def predict(
+        self, model: DiffusionPipeline | nn.Module, step: torch.Tensor, row: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the outputs of a denoiser for the recorded arguments, one vector for each row."""
+        denoiser, numbers = denoiser_of(model), self.predictions.shape[-1]
+        outputs = []
+        for which, forward in zip(step.tolist(), row.tolist(), strict=True):
+            args, kwargs = mapped(self.arguments[which][forward], lambda x: x)
+            outputs.append(as_vector(denoiser(*args, **kwargs), numbers))
+        return torch.stack(outputs)
+
+
+def as_vector(tree: Any, numbers: int | None = None) -> torch.Tensor:
+    """Return the floating-point numbers of a tree in one vector, padded with zeros to a length.
+
+    Example:
+        >>> as_vector([torch.ones(1), {"a": torch.ones(1, 1)}], 3)
+        tensor([1., 1., 0.])
+    """
+    parts = [x.reshape(-1) for x in tensors_in(tree) if x.is_floating_point()]
+    vector = torch.cat(parts) if parts else torch.zeros(0)
+    return vector if numbers is None else F.pad(vector, (0, numbers - len(vector)))
+
+
 def prediction_of(output: Any) -> torch.Tensor:
-    """Return the prediction from a denoiser's result: a tensor, a tuple or an output object."""
+    """Return the prediction from a denoiser's result: its one tensor, or the first of a tuple.
+
+    Raises:
+        InputError: If there is none.
+    """
     if isinstance(output, torch.Tensor):
         return output
-    prediction: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return prediction
+    if not isinstance(output, tuple) and isinstance(getattr(output, "sample", None), torch.Tensor):
+        sample: torch.Tensor = output.sample
+        return sample
+    found = next(iter(tensors_in(output)), None)
+    if found is None:
+        raise InputError(f"the denoiser must return tensors, not {type(output).__name__}")
+    return found
 
 
 def _at(value: Any, step: torch.Tensor, row: torch.Tensor) -> Any:

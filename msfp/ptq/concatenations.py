@@ -23,6 +23,7 @@ from msfp.layers.kinds import kind_of
 from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.search.activation_trace import has_memory
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_seed, check_type, check_whole
 from msfp.support.hooks import hooked
@@ -50,7 +51,7 @@ class _Concatenations(TorchFunctionMode):
     ) -> Any:
         """Call a torch function, and record its result if it is a concatenation."""
         result = func(*args, **(kwargs or {}))
-        if func in CONCATENATE:
+        if func in CONCATENATE and has_memory(result):
             self._note(result, *args, **(kwargs or {}))
         return result
 
@@ -78,15 +79,18 @@ def concatenated_inputs(
     concatenations = _Concatenations()
 
     def hook(name: str) -> Callable[..., None]:
-        def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            sizes = concatenations.parts(args[0], kind_of(layer).channel_axis(args[0]))
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            sizes = concatenations.parts(x, kind_of(layer).channel_axis(x))
             if sizes is not None:
-                found[name] = args[0].detach(), sizes
+                found[name] = x.detach(), sizes
 
         return look
 
     layers = untrained_layers(denoiser)
-    hooks = (layers[name].register_forward_pre_hook(hook(name)) for name in layers)
+    hooks = (
+        layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in layers
+    )
     with hooked(hooks), concatenations:
         trajectories.predict(denoiser, step, row)
     return found

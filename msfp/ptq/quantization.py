@@ -16,7 +16,7 @@ from msfp.layers.attention import attention_modules
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers, replace_layers, settings_by_layer
 from msfp.layers.trainable import trainable_layers
-from msfp.pipelines.denoiser import denoiser_of, has_timestep
+from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
@@ -154,7 +154,7 @@ def refinement_of(
         )
     if config.refine != "auto":
         return config.refine
-    suited = SCHEMES[config.scheme].refined and not in_blocks and has_timestep(denoiser)
+    suited = SCHEMES[config.scheme].refined and not in_blocks
     return RefinementConfig() if suited and recordable else None
 
 
@@ -183,7 +183,7 @@ def _settings(
                 "msfp.calibrate returned, or activation_bits be None"
             )
         return settings
-    settings = settings_by_layer(denoiser, config, calibration.ran)
+    settings = settings_by_layer(denoiser, config, calibration.ran, calibration.sample_path)
     for name, each in settings.items():
         if each.needs_calibration:
             _check_input(name, calibration)

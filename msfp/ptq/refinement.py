@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -23,6 +25,8 @@ from msfp.support.progress import Progress, counted, no_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
 """Bounds of the default number of samples in one forward pass, and the most numbers in all."""
+MOST_DAMPING = 1e6
+"""Damping with which second moments are a multiple of the unit matrix, up to rounding."""
 
 
 class _Refiner:
@@ -36,6 +40,7 @@ class _Refiner:
 
     Attributes:
         refined: Names of the layers refined so far.
+        damped: Damping of the layers that needed more than the config's.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class _Refiner:
     ) -> None:
         self.config, self.biased = config, biased
         self.refined: set[str] = set()
+        self.damped: dict[str, float] = {}
         self.done = counted(progress, "refining", layers)
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -61,8 +67,9 @@ class _Refiner:
         )
         matrix = as_matrix(layer, layer.weight.float())
         centred = visit.name in self.biased and layer.bias is not None
-        second = damped(moments.second(centred=centred), config.damping)
-        upper = _upper_factor(second, visit.name, config.damping)
+        second, upper, damping = _damped_factor(moments.second(centred=centred), config.damping)
+        if damping > config.damping:
+            self.damped[visit.name] = damping
         if config.match_inputs:
             matrix = matched_matrix(matrix, moments, upper, centred=centred)
         matrix = self._rounded(matrix, second, upper, layer)
@@ -85,15 +92,21 @@ def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(values.reshape(like.shape).to(like.dtype), requires_grad=False)
 
 
-def _upper_factor(second: torch.Tensor, name: str, damping: float) -> torch.Tensor:
-    """Return the upper factor of a layer's damped second moments."""
-    try:
-        return upper_factor(second)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise InputError(
-            f"damping must be larger than {damping}: the features that layer {name!r} reads "
-            "depend on each other"
-        ) from error
+def _damped_factor(
+    second: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return damped second moments, their upper factor, and the damping.
+
+    Where features depend on each other, rounding errors need a larger damping than the given one.
+    """
+    while True:
+        moments = damped(second, damping)
+        try:
+            return moments, upper_factor(moments), damping
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if damping > MOST_DAMPING:
+                raise
+            damping *= 10
 
 
 def _check_finite(visit: Visit) -> None:
@@ -133,6 +146,9 @@ def refine(
     Raises:
         InputError: If the denoiser has no quantized layer, has one that is packed or has LoRAs, or
             has low-rank branches already although the config adds some, or numbers are not finite.
+
+    Warns:
+        UserWarning: If the damping of a layer was raised.
     """
     denoiser = denoiser_of(model)
     config = RefinementConfig() if config is None else config
@@ -152,13 +168,25 @@ def refine(
     visit_layers(denoiser, trajectories, step, row, refiner)
     if idle := len(layers) - len(refiner.refined):  # layers whose input is not of the samples
         refiner.done(idle)
+    _note_damping(refiner.damped, config.damping)
     attach_again(denoiser, refine=config)
     return [name for name in layers if name in refiner.refined]
 
 
+def _note_damping(raised: dict[str, float], damping: float) -> None:
+    """Warn of layers whose damping was raised."""
+    if raised:
+        name, most = max(raised.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"{len(raised)} layers read features that depend on each other: their damping was "
+            f"raised from {damping} to at most {most:g} ({name})",
+            stacklevel=3,
+        )
+
+
 def _samples(trajectories: Trajectories) -> int:
     """Return the default number of samples, which is smaller for large samples."""
-    numbers = trajectories.samples[0, 0].numel()
+    numbers = max(1, trajectories.samples[0, 0].numel())
     return max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_NUMBERS // numbers))
 
 

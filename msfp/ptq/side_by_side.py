@@ -10,6 +10,7 @@ the halves do not mix.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 
 from msfp.layers.trainable import TrainableLayer, untrained_layers
-from msfp.pipelines.trajectories import Trajectories
+from msfp.pipelines.trajectories import Trajectories, WholeForwards
+from msfp.ptq.lockstep import one_batch, run_in_lockstep
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class _Halves:
         self.weight, self.bias = layer.weight, layer.bias
         self.visited = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
         """Compute both halves; this replaces the forward method of the layer."""
-        layer = self.layer
+        layer, x = self.layer, input
         if len(x) % (2 * self.batch):  # not of the samples: learned queries, or one row for all
             return type(layer).forward(layer, x)
         full, quantized = x.chunk(2)
@@ -90,6 +92,8 @@ def visit_layers(
         InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
+    if isinstance(trajectories, WholeForwards):
+        return _visit_whole(denoiser, layers, trajectories, step, row, visitor)
     for name, layer in layers.items():
         # Set on the instance, where nn.Module looks first. The class keeps its own method.
         layer.forward = _Halves(name, layer, visitor, len(step)).forward  # type: ignore[method-assign]
@@ -98,3 +102,28 @@ def visit_layers(
     finally:
         for layer in layers.values():
             del layer.forward
+
+
+def _visit_whole(
+    denoiser: nn.Module,
+    layers: dict[str, TrainableLayer],
+    trajectories: WholeForwards,
+    step: torch.Tensor,
+    row: torch.Tensor,
+    visitor: Visitor,
+) -> torch.Tensor:
+    """Visit the layers with forwards that run one by one, as `visit_layers` does with one batch."""
+
+    def forward(index: int) -> torch.Tensor:
+        return trajectories.predict(denoiser, step[index, None], row[index, None])
+
+    def visit(
+        name: str, layer: TrainableLayer, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> None:
+        batch = one_batch(layer, inputs, outputs)
+        if batch is not None:
+            visitor(Visit(name, layer, *batch))
+
+    forwards = [functools.partial(forward, index) for index in range(len(step))]
+    full, quantized = run_in_lockstep(layers, forwards, visit)
+    return torch.cat(full + quantized)

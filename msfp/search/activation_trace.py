@@ -59,7 +59,7 @@ class ActivationTrace(TorchFunctionMode):
     ) -> Any:
         """Call a torch function and update the record of its output."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.layout is torch.strided:
+        if isinstance(result, torch.Tensor) and has_memory(result):
             place = _place(result)
             name = ACTIVATIONS.get(getattr(func, "__name__", "").rstrip("_"))
             if name is not None:
@@ -69,10 +69,18 @@ class ActivationTrace(TorchFunctionMode):
         return result
 
 
+def has_memory(x: torch.Tensor) -> bool:
+    """Return whether a tensor has an address: a dense tensor that torch.vmap does not wrap."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.layout is torch.strided and not wrapped
+
+
 def _place(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
 def _reads(args: tuple[Any, ...], place: int) -> bool:
     """Return whether one of the arguments has its memory at a given address."""
-    return any(isinstance(arg, torch.Tensor) and _place(arg) == place for arg in args)
+    return any(
+        isinstance(arg, torch.Tensor) and has_memory(arg) and _place(arg) == place for arg in args
+    )

@@ -45,6 +45,8 @@ class Calibration:
         total: Number of calls of the complete calibration.
         description: What the calls do, such as their prompts and seed, as plain JSON types by
             name. Empty if unknown.
+        sample_path: The layers whose input depends on the denoiser's noisy sample, in the order in
+            which they ran. Empty if unknown.
     """
 
     inputs: dict[str, Histogram]
@@ -54,6 +56,7 @@ class Calibration:
     calls: list[int] = field(default_factory=list)
     total: int = 0
     description: dict[str, Any] = field(default_factory=dict)
+    sample_path: list[str] = field(default_factory=list)
 
     @property
     def ran(self) -> list[str]:
@@ -108,17 +111,20 @@ class Calibration:
             activations=second.activations | first.activations,
             timesteps=timesteps,
             calls=sorted(self.calls + other.calls),
+            sample_path=first.sample_path or second.sample_path,
         )
 
     def all_reduce(self) -> None:
         """Merge the calibrations of all torch.distributed processes, in every process."""
         facts: list[Any] = [None] * dist.get_world_size()
         names = list(self.inputs)
-        dist.all_gather_object(facts, (names, self.activations, self.timesteps, self.calls))
+        own = (names, self.activations, self.timesteps, self.calls, self.sample_path)
+        dist.all_gather_object(facts, own)
         merged = self._empty(names)
-        for order, activations, timesteps, calls in facts:
+        for order, activations, timesteps, calls, path in facts:
             part = self._empty(order)
             part.activations, part.timesteps, part.calls = activations, timesteps, calls
+            part.sample_path = path
             merged.merge(part)
         for name in sorted(names):
             self.inputs[name].all_reduce()
@@ -151,6 +157,7 @@ class Calibration:
             "calls": self.calls,
             "total": self.total,
             "description": self.description,
+            "sample_path": self.sample_path,
         }
         write(Path(file), KIND, tensors, facts)
 
@@ -179,6 +186,7 @@ class Calibration:
             calls=facts["calls"],
             total=facts["total"],
             description=facts["description"],
+            sample_path=facts.get("sample_path", []),
         )
 
 

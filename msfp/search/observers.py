@@ -24,6 +24,7 @@ from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.schedulers.integer_weights import integer_weights, weight_at
 from msfp.search.activation_trace import ActivationTrace
 from msfp.search.calibration import Calibration
+from msfp.search.sample_probe import SampleProbe
 from msfp.support.checks import check_path
 from msfp.support.hooks import hooked
 from msfp.support.progress import Progress, counted, no_progress
@@ -57,12 +58,17 @@ def draw(x: torch.Tensor, key: str) -> torch.Tensor:
 class _Observer:
     """Hooks that add the layers' inputs to histograms during one call of the pipeline.
 
+    Args:
+        weights: Weights of the timesteps, or None.
+        probe: Finds the layers on the path of the sample in the first forward; None if known.
+
     Attributes:
         seen: The calibration of this call; layers that did not run are absent.
     """
 
-    def __init__(self, weights: dict[float, int] | None) -> None:
+    def __init__(self, weights: dict[float, int] | None, probe: SampleProbe | None = None) -> None:
         self.seen = Calibration({}, weights=weights)
+        self._probe = probe
         self._trace = ActivationTrace()
         self._tracing = ExitStack()
         self._timestep: float | None = None
@@ -74,7 +80,7 @@ class _Observer:
         """Install hooks on a denoiser and its layers inside the `with` block."""
         hooks = [
             denoiser.register_forward_pre_hook(self._enter, with_kwargs=True),
-            denoiser.register_forward_hook(lambda *_: self._tracing.close()),
+            denoiser.register_forward_hook(self._leave, with_kwargs=True),
         ]
         for name, layer in quantizable_layers(denoiser).items():
             hooks.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
@@ -82,6 +88,12 @@ class _Observer:
             yield
         for name in self._pending:
             self._flush(name)
+
+    def _leave(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Stop tracing, and run the first forward again with another sample."""
+        self._tracing.close()
+        if self._probe is not None and not self._probe.done:
+            self.seen.sample_path = self._probe.found(denoiser, args, kwargs, output)
 
     def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the timestep of a forward pass; trace activation functions in the first one."""
@@ -104,6 +116,8 @@ class _Observer:
 
         def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: torch.Tensor = args[0] if args else kwargs["input"]
+            if self._probe is not None and self._probe.note(name, x):
+                return
             if name not in self._pending:
                 self._pending[name] = []
                 self.seen.inputs[name] = Histogram()
@@ -193,7 +207,8 @@ def calibrate(
     try:
         for index in range(rank, len(calls), processes):
             if index not in calibration.calls:
-                calibration.merge(_seen(model, denoiser, calls[index], index, calibration))
+                probe = None if calibration.sample_path else SampleProbe()
+                calibration.merge(_seen(model, denoiser, calls[index], index, calibration, probe))
             done(1)
             if file is not None and time.monotonic() > saved + SAVE_INTERVAL:
                 calibration.save(file)
@@ -225,9 +240,10 @@ def _seen(
     call: PipelineCall,
     index: int,
     calibration: Calibration,
+    probe: SampleProbe | None,
 ) -> Calibration:
     """Run one call and return its calibration, with all layers of the whole calibration."""
-    observer = _Observer(calibration.weights)
+    observer = _Observer(calibration.weights, probe)
     with observer.watching(denoiser):
         call(model)
     seen = observer.seen

@@ -14,12 +14,12 @@ from torch import nn
 from msfp.errors import InputError
 from msfp.layers.lora.routers import TRAINING_TIMESTEPS
 from msfp.pipelines.denoiser import denoiser_of, timestep_of
-from msfp.pipelines.recording import record_trajectories
+from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
 from msfp.support.checks import check_seed, check_type
 from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, no_progress
+from msfp.support.progress import Progress, counted, no_progress
 
 OFF_GRID = 4e-3
 """Largest relative difference of a timestep from the scheduler's: the rounding of bfloat16."""
@@ -69,9 +69,13 @@ def data_trajectories(
     check_seed(seed)
     given = check_calls("calls", calls)
     noising = _Noising(model, images, seed)
+    recording = Recording([noising.during(call) for call in given])
+    done = counted(progress, "recording", len(given))
     with hooked([denoiser_of(model).register_forward_pre_hook(noising, with_kwargs=True)]):
-        calls = [noising.during(call) for call in given]
-        return record_trajectories(model, calls=calls, progress=progress)
+        for call in recording.calls:
+            call(model)
+            done(1)
+    return recording.trajectories(model)
 
 
 def noised(

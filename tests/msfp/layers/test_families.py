@@ -41,43 +41,43 @@ def test_the_family_of_a_layer_is_that_of_its_plain_class(plain):
         assert family_of(each) is FAMILIES[plain]
 
 
-VOLUME = nn.Conv3d(2, 3, 1)
+TRANSPOSED = nn.ConvTranspose2d(2, 3, 1)
 SETTINGS = QuantizationConfig(activation_bits=None).settings("inner")
 IN_BLOCKS = QuantizationConfig(scheme="mx", activation_bits=None).settings("inner")
 LOOK_UPS = {
-    "plain_class": lambda: plain_class(type(VOLUME)),
-    "kind_of": lambda: kind_of(VOLUME),
-    "family_of": lambda: family_of(VOLUME),
-    "quantize_layer": lambda: quantize_layer("a", VOLUME, SETTINGS, None),
-    "quantize_layer in blocks": lambda: quantize_layer("a", VOLUME, IN_BLOCKS, None),
-    "pack_layer": lambda: pack_layer("a", VOLUME, VOLUME.weight, SETTINGS),
-    "split_quantizer": lambda: split_quantizer(VOLUME, torch.ones(1, 2, 1, 1, 1), [1, 1], [E2M1]),
+    "plain_class": lambda: plain_class(type(TRANSPOSED)),
+    "kind_of": lambda: kind_of(TRANSPOSED),
+    "family_of": lambda: family_of(TRANSPOSED),
+    "quantize_layer": lambda: quantize_layer("a", TRANSPOSED, SETTINGS, None),
+    "quantize_layer in blocks": lambda: quantize_layer("a", TRANSPOSED, IN_BLOCKS, None),
+    "pack_layer": lambda: pack_layer("a", TRANSPOSED, TRANSPOSED.weight, SETTINGS),
+    "split_quantizer": lambda: split_quantizer(TRANSPOSED, torch.ones(1, 2, 1, 1), [1, 1], [E2M1]),
     "layer_moments": lambda: layer_moments(
-        VOLUME, torch.ones(1, 2, 1, 1, 1), torch.ones(1, 3, 1, 1, 1)
+        TRANSPOSED, torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1)
     ),
 }
 
 
 @pytest.mark.parametrize("look_up", LOOK_UPS)
-def test_a_convolution_over_three_dimensions_is_taken_for_no_other_layer(look_up):
-    with pytest.raises(InputError, match="Conv3d cannot be quantized: it is none of Linear, Conv1"):
+def test_a_transposed_convolution_is_taken_for_no_other_layer(look_up):
+    with pytest.raises(InputError, match="ConvTranspose2d cannot be quantized: it is none"):
         LOOK_UPS[look_up]()
 
 
 def test_a_class_that_is_mixed_with_a_layer_of_no_kind_has_none():
-    class QuantConv3d(ScaledLayer, nn.Conv3d):
+    class QuantTransposed(ScaledLayer, nn.ConvTranspose2d):
         """What nobody has made."""
 
-    assert not hasattr(QuantConv3d, "kind")
-    with pytest.raises(InputError, match="QuantConv3d cannot be quantized"):
-        kind_of(QuantConv3d.empty_like(VOLUME, LayerFormats(parse("E2M1"))))
+    assert not hasattr(QuantTransposed, "kind")
+    with pytest.raises(InputError, match="QuantTransposed cannot be quantized"):
+        kind_of(QuantTransposed.empty_like(TRANSPOSED, LayerFormats(parse("E2M1"))))
 
 
-def test_a_convolution_over_three_dimensions_stays_as_it_is():
-    network = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Flatten(1), nn.Linear(3, 3))
+def test_a_transposed_convolution_stays_as_it_is():
+    network = nn.Sequential(nn.ConvTranspose2d(2, 3, 1), nn.Flatten(1), nn.Linear(3, 3))
     assert list(quantizable_layers(network)) == ["2"]
     quantize(network, QuantizationConfig(activation_bits=None, end_bits=4))
-    assert type(network[0]) is nn.Conv3d
+    assert type(network[0]) is nn.ConvTranspose2d
     with pytest.raises(InputError, match="include has '0', which matches no layer"):
-        quantize(nn.Sequential(nn.Conv3d(2, 3, 1), nn.Linear(3, 3)),
+        quantize(nn.Sequential(nn.ConvTranspose2d(2, 3, 1), nn.Linear(3, 3)),
                  QuantizationConfig(include=["0"], activation_bits=None, end_bits=4))  # fmt: skip

@@ -11,6 +11,7 @@ LAYERS = {
     "circular": (nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (5, 4, 9)),
     "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(0, 1)), (5, 4, 9, 8)),
     "same": (nn.Conv2d(4, 6, 3, padding="same", groups=2), (5, 4, 9, 8)),
+    "conv3d": (nn.Conv3d(4, 6, (2, 3, 1), stride=(1, 2, 1), padding=1), (5, 4, 3, 6, 4)),
 }
 
 
@@ -67,7 +68,8 @@ def test_a_subclass_is_of_the_kind_of_its_plain_class():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Bilinear(1, 1, 1), nn.SiLU()]
+    "layer",
+    [nn.ConvTranspose3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Bilinear(1, 1, 1), nn.SiLU()],
 )
 def test_what_is_of_no_kind_is_refused(layer):
     name = type(layer).__name__

@@ -9,7 +9,7 @@ from msfp import InputError
 from msfp.pipelines.denoiser import (
     denoiser_name,
     denoiser_of,
-    has_timestep,
+    timestep_name,
     timestep_of,
 )
 
@@ -36,7 +36,7 @@ def test_what_has_no_denoiser_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_denoiser_of_any_family_takes_a_timestep(family):
-    assert has_timestep(make(family))
+    assert timestep_name(make(family)) == "timestep"
 
 
 def test_a_timestep_is_found_by_place_or_by_name_and_its_absence_is_refused():
@@ -47,6 +47,6 @@ def test_a_timestep_is_found_by_place_or_by_name_and_its_absence_is_refused():
     denoiser, x = Denoiser(), torch.ones(2, 1)
     assert timestep_of(denoiser, (x, 5), {}).tolist() == [5]
     assert timestep_of(denoiser, (x,), {"timestep": torch.tensor([5, 3])}).tolist() == [5, 3]
-    assert not has_timestep(nn.Linear(1, 1))
+    assert timestep_name(nn.Linear(1, 1)) is None
     with pytest.raises(InputError, match="the forward of Denoiser must be given a timestep"):
         timestep_of(denoiser, (x,), {})

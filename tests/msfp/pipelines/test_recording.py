@@ -8,6 +8,7 @@ from torch import nn
 
 from msfp import InputError, Sampler, calibrate, record_trajectories
 from msfp.pipelines.recording import Recording, recorded
+from msfp.pipelines.trajectories import WholeForwards
 
 
 def test_a_recording_holds_the_inputs_and_outputs_of_the_denoiser(reference, trajectories):
@@ -112,27 +113,70 @@ def test_conditions_may_differ_by_row_and_by_step():
         ([], "calls must be one or more functions of the pipeline"),
         ([lambda _: None], "calls must run the denoiser at least once"),
         ([(2, 1), (2, 2)], "all calls must take the sampler through the same timesteps"),
-        ([(2, 1), (3, 1, 2.0)], "conditions.factor must be the same in all calls"),
-        ([(2, [1, 2])], "all samples of a recorded forward must be at one timestep"),
     ],
 )
 def test_calls_that_do_not_go_together_are_refused(calls, message):
     def call(each):
         if callable(each):
             return each
-        rows, timestep, *factor = each
-        timestep = torch.as_tensor(timestep)
-        return lambda network: network(
-            torch.ones(rows, 3), timestep, torch.ones(rows), None, *(factor or [1.0])
-        )
+        rows, timestep = each
+        return lambda network: network(torch.ones(rows, 3), timestep, torch.ones(rows))
 
     with pytest.raises(InputError, match=message):
         record_trajectories(Conditioned(), calls=[call(each) for each in calls])
 
 
-def test_samples_of_two_sizes_are_refused():
-    def sample(size):
-        return lambda network: network(torch.ones(2, size), 1, torch.ones(2))
+def test_timesteps_may_differ_by_row():
+    network, x = Conditioned(), torch.ones(2, 3)
+    paths = record_trajectories(
+        network, calls=lambda network: network(x, torch.tensor([1, 2]), torch.tensor([0.0, 4.0]))
+    )
+    assert paths.timesteps.tolist() == [1]
+    assert paths.predict(network, torch.tensor([0]), torch.tensor([1])).tolist() == [[5.0] * 3]
 
-    with pytest.raises(InputError, match=r"sample of one size, not \[\(3,\), \(4,\)\]"):
-        record_trajectories(Conditioned(), calls=[sample(3), sample(4)])
+
+class Mean(nn.Module):
+    """A network whose rows depend on each other."""
+
+    def forward(self, x):
+        return x - x.mean(dim=0)
+
+
+class Lists(nn.Module):
+    """A network that takes and returns a tensor for each row, of any size, and another output."""
+
+    def forward(self, x, t):
+        return [each * t for each in x], {"sum": sum(each.sum() for each in x)}
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize(
+    ("network", "calls"),
+    [
+        (Conditioned(), [lambda n, k=k: n(noise(2, k), 1, noise(2)) for k in (3, 4)]),
+        (Conditioned(), [lambda n, f=f: n(noise(2, 3), 1, noise(2), factor=f) for f in (1.0, 2.0)]),
+        (Mean(), [lambda n: n(noise(5, 3)), lambda n: n(2 * noise(5, 3))]),
+        (Lists(), [lambda n: n([noise(3), noise(2, 2)], t=2), lambda n: n([noise(1)], t=2)]),
+    ],
+    ids=["two sizes", "other conditions", "rows that mix", "lists"],
+)  # fmt: skip
+def test_forwards_whose_rows_cannot_be_joined_are_recorded_whole(network, calls):
+    paths = record_trajectories(network, calls=calls)
+    assert isinstance(paths, WholeForwards)
+    assert paths.samples.shape[:2] == paths.predictions.shape[:2] == (1, 2)
+    row = torch.tensor([1, 0, 1])
+    step = torch.zeros_like(row)
+    assert torch.equal(paths.predict(network, step, row), paths.predictions[step, row])
+    assert paths.predictions.square().sum() > 0
+
+
+def test_rows_of_a_network_without_a_timestep_are_joined():
+    network = nn.Linear(3, 3)
+    paths = record_trajectories(
+        network, calls=[lambda n: n(noise(2, 3)), lambda n: n(-noise(2, 3))]
+    )
+    assert paths.samples.shape == (1, 4, 3)
+    assert not paths.timed

@@ -20,6 +20,8 @@ LAYERS = {
     "circular": nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"),
     "one dimension": nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2),
     "one dimension, circular": nn.Conv1d(4, 6, 4, padding=3, padding_mode="circular"),
+    "three dimensions": nn.Conv3d(4, 6, (2, 3, 1), stride=(1, 2, 1), padding=1, dilation=(2, 1, 1)),
+    "three dimensions, grouped": nn.Conv3d(4, 6, 2, padding="same", groups=2),
     "linear": nn.Linear(4, 6),
     "tokens": nn.Linear(4, 6),
 }
@@ -30,6 +32,8 @@ def inputs_of(name):
     shape = {"linear": (5, 4), "tokens": (5, 7, 4)}.get(name, (5, 4, 9, 8))
     if name.startswith("one dimension"):
         shape = (5, 4, 9)
+    if name.startswith("three dimensions"):
+        shape = (5, 4, 5, 6, 3)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

@@ -256,12 +256,14 @@ def test_numbers_that_are_not_finite_are_refused_by_the_name_of_the_layer(tiny, 
         refine(tiny(), RefinementConfig(), trajectories=replace(paths, samples=samples))
 
 
-def test_features_that_depend_on_each_other_are_named_where_damping_is_too_small(tiny, paths):
+def test_damping_is_raised_for_features_that_depend_on_each_other_with_a_warning(tiny, paths):
     samples = 1000 * torch.ones_like(paths.samples)
     few = RefinementConfig(damping=1e-6, samples=1)
-    message = r"damping must be larger than 1e-06: the features that layer 'conv_in' reads"
-    with pytest.raises(InputError, match=message):
-        refine(tiny(), few, trajectories=replace(paths, samples=samples))
+    denoiser = tiny()
+    with pytest.warns(UserWarning, match=r"35 layers .* damping was raised from 1e-06 to"):
+        names = refine(denoiser, few, trajectories=replace(paths, samples=samples))
+    assert names == list(trainable_layers(denoiser))
+    assert all(layer.weight.isfinite().all() for layer in trainable_layers(denoiser).values())
 
 
 def formats_of(denoiser):

@@ -67,10 +67,12 @@ def test_all_numbers_of_small_inputs_are_seen_and_no_others():
 
 def test_the_extremes_of_every_call_are_kept(reference):
     seen = []
+    calibration = calibrate(reference, calls=Sampler(3, 4).calls(8, seed=0))
     handle = reference.unet.conv_out.register_forward_pre_hook(
         lambda _layer, args: seen.append(torch.stack(args[0].aminmax()))
     )
-    calibration = calibrate(reference, calls=Sampler(3, 4).calls(8, seed=0))
+    for call in Sampler(3, 4).calls(8, seed=0):
+        call(reference)
     handle.remove()
     extremes = torch.stack(seen)
     assert len(seen) == 6

@@ -1,0 +1,100 @@
+import copy
+import statistics
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from msfp import QuantizationConfig, quantize, record_trajectories
+from msfp.config import RefinementConfig
+from msfp.evaluation.prediction_errors import noise_errors
+from msfp.layers.trainable import trainable_layers
+from msfp.pipelines.trajectories import WholeForwards, as_vector
+from msfp.ptq.refinement import refine
+from msfp.ptq.side_by_side import visit_layers
+
+
+def whole(paths, denoiser):
+    """The same recorded rows as whole forwards of one row each."""
+    steps, rows = paths.samples.shape[:2]
+    arguments = tuple(
+        tuple(((paths.samples[step, row, None], paths.timesteps[step]), {}) for row in range(rows))
+        for step in range(steps)
+    )
+    outputs = [[as_vector(denoiser(*args)) for args, _ in each] for each in arguments]
+    return WholeForwards(
+        paths.timesteps,
+        paths.samples.flatten(2),
+        torch.stack([torch.stack(each) for each in outputs]),
+        arguments=arguments,
+    )
+
+
+@torch.no_grad()
+def test_layers_are_visited_with_the_same_numbers_as_in_one_batch():
+    denoiser = families.make("unet")
+    paths = record_trajectories(families.pipeline("unet", None), calls=families.images)
+    alone = whole(paths, denoiser)
+    quantize(denoiser, QuantizationConfig(refine=None), calibration=families.call)
+    step, row = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
+    visits, results = [], []
+    for path in (paths, alone):
+        visits.append([])
+        found = visit_layers(denoiser, path, step, row, visits[-1].append)
+        results.append(found.flatten(1))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    assert [visit.name for visit in visits[0]] == [visit.name for visit in visits[1]]
+    for one, other in zip(*visits, strict=True):
+        torch.testing.assert_close(
+            one.outputs.flatten(), other.outputs.flatten(), rtol=1e-3, atol=1e-3
+        )
+    assert not any("forward" in vars(layer) for layer in trainable_layers(denoiser).values())
+
+
+class Lists(nn.Module):
+    """A network of tokens, of another number in each row, with an expert that gets some of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.expert, self.out = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 6)
+
+    def forward(self, x):
+        hidden = [self.inner(each).relu() for each in x]
+        for each in hidden:
+            chosen = each[:, 0] > each[:, 1]
+            each[chosen] = self.expert(each[chosen])
+        return [self.out(each) for each in hidden]
+
+
+def call(network):
+    draw = torch.Generator().manual_seed(0)
+    return network([torch.randn(rows, 6, generator=draw) for rows in (40, 30, 50)])
+
+
+def test_lists_of_tokens_and_experts_are_refined():
+    errors, paths = [], record_trajectories(Lists(), calls=[call, call])
+    assert isinstance(paths, WholeForwards)
+    for refinement in (None, RefinementConfig(branch_rank=2)):
+        network = Lists()
+        quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+        if refinement is not None:
+            assert refine(network, refinement, trajectories=paths) == ["inner", "expert", "out"]
+        errors.append(statistics.mean(noise_errors(network, trajectories=paths)))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_error_in_a_visit_ends_all_forwards():
+    network, paths = Lists(), record_trajectories(Lists(), calls=[call, call])
+    quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+    before = copy.deepcopy(network.state_dict())
+
+    def fail(visit):
+        raise KeyboardInterrupt(visit.name)
+
+    row = torch.tensor([0, 1])
+    with pytest.raises(KeyboardInterrupt, match="inner"):
+        visit_layers(network, paths, torch.zeros_like(row), row, fail)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    call(network)

@@ -1,0 +1,67 @@
+"""A small denoiser of every class that diffusers exports is taken all the way."""
+
+import copy
+
+import pytest
+import torch
+from denoisers import CASES, exported
+
+from msfp import (
+    FinetuneConfig,
+    finetune,
+    pack,
+    quantize,
+    record_trajectories,
+)
+from msfp.layers.base import quantized_layers
+from msfp.layers.selection import quantizable_layers
+from msfp.pipelines.trajectories import as_vector
+
+RUN = sorted(name for name, case in CASES.items() if not case.reason)
+LONG = {
+    "HunyuanVideo15Transformer3DModel", "I2VGenXLUNet", "Kandinsky3UNet", "UNet1DModel",
+    "UNet3DConditionModel", "UNetControlNetXSModel", "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+}  # fmt: skip
+"""Classes that take the longest; always slow."""
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (number % 3 > 0 or name in LONG))
+    for number, name in enumerate(RUN)
+]
+HELD_BY_OTHERS = {
+    "FluxMultiControlNetModel", "MultiAdapter", "MultiControlNetModel", "MultiControlNetUnionModel",
+    "SD3MultiControlNetModel",
+}  # fmt: skip
+"""Lists of models of other classes in the sweep."""
+
+
+def test_every_class_of_diffusers_has_an_entry():
+    assert set(exported()) - HELD_BY_OTHERS <= set(CASES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_denoiser_is_taken_all_the_way(name, tmp_path):
+    case = CASES[name]
+    full = case.make(name)
+    before = as_vector(case.call(full))
+    paths = record_trajectories(full, calls=case.call)
+    denoiser = copy.deepcopy(full)
+    quantize(denoiser, calibration=case.call)
+    assert denoiser.hf_quantizer.quantization_config.request.refine is not None
+    assert set(quantized_layers(denoiser)) <= set(quantizable_layers(full))
+    trained = copy.deepcopy(denoiser)
+    pack(denoiser)
+    after = as_vector(case.call(denoiser))
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+    if case.saved:
+        denoiser.save_pretrained(tmp_path)
+        loaded = type(denoiser).from_pretrained(tmp_path)
+        assert torch.equal(as_vector(case.call(loaded)), after)
+    assert torch.equal(as_vector(case.call(copy.deepcopy(denoiser))), after)
+    assert as_vector(case.call(copy.deepcopy(denoiser).dequantize())).isfinite().all()
+    if case.trained:
+        config = FinetuneConfig(rank=2, steps=2, batch=2)
+        history = finetune(trained, config, trajectories=paths, original=full)
+        assert len(history.losses) == 2
