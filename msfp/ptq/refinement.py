@@ -13,13 +13,13 @@ from msfp.config import RefinementConfig
 from msfp.errors import InputError
 from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.pipelines.trajectories import Trajectories, WholeForwards, as_whole, spread_batch
 from msfp.ptq.concatenations import split_inputs
 from msfp.ptq.low_rank_branches import add_branches
 from msfp.ptq.moments import as_matrix, layer_moments, matched_bias, matched_matrix
 from msfp.ptq.rounding.gptq import damped, upper_factor
 from msfp.ptq.rounding.methods import ROUNDINGS
-from msfp.ptq.side_by_side import Visit, visit_layers
+from msfp.ptq.side_by_side import Visit, halves_are_mixed, visit_layers
 from msfp.support.checks import check_type
 from msfp.support.progress import Progress, counted, no_progress
 
@@ -156,6 +156,8 @@ def refine(
     check_type("trajectories", trajectories, Trajectories)
     layers = untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
+    if not isinstance(trajectories, WholeForwards) and halves_are_mixed(denoiser, trajectories):
+        trajectories = as_whole(trajectories)
     if config.branch_rank:
         add_branches(denoiser, config.branch_rank)
     if config.split_inputs:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch import nn
 from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.trajectories import Trajectories, WholeForwards
 from msfp.ptq.lockstep import one_batch, run_in_lockstep
+from msfp.support.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,51 @@ def visit_layers(
     finally:
         for layer in layers.values():
             del layer.forward
+
+
+MIXED = 0.05
+"""Relative error of full-precision predictions from which on the halves must have been mixed."""
+
+
+@torch.no_grad()
+def halves_are_mixed(denoiser: nn.Module, trajectories: Trajectories) -> bool:
+    """Return whether layers of a denoiser cannot be visited with both halves in one batch.
+
+    A network may have its samples on another axis inside than on the first one. The halves are then
+    mixed, which changes the full-precision predictions, or layers that depend on the sample are not
+    visited. Two forwards of one sample each are tried.
+    """
+    layers, visited = untrained_layers(denoiser), set()
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    last = torch.tensor([n - 1 for n in trajectories.samples.shape[:2]])
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[name].append((args[0] if args else kwargs["input"]).detach())
+
+        return hook
+
+    for step, row in (torch.zeros(2, dtype=torch.int64)[:, None], last[:, None]):
+        hooks = [
+            layer.register_forward_pre_hook(note(name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+        with hooked(hooks):
+            found = visit_layers(
+                denoiser, trajectories, step, row, lambda visit: visited.add(visit.name)
+            )
+        wanted = trajectories.predictions[step, row].float()
+        error = (found[:1].float() - wanted).square().sum()
+        if not error <= MIXED**2 * wanted.square().sum():
+            return True
+    return any(_differ(inputs[name]) for name in layers if name not in visited)
+
+
+def _differ(inputs: list[torch.Tensor]) -> bool:
+    """Return whether the inputs of a layer in the second half of its runs are others."""
+    half = len(inputs) // 2
+    pairs = zip(inputs[:half], inputs[half:], strict=False)
+    return any(one.shape != other.shape or not torch.equal(one, other) for one, other in pairs)
 
 
 def _visit_whole(

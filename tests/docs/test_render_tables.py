@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+from denoisers import CASES
 from pages import DOCS, script
 
 from msfp.experiments.study import render as rendering
@@ -19,3 +20,9 @@ def test_the_page_of_results_is_that_of_the_records(tmp_path, monkeypatch):
     shutil.copy(DOCS / "results" / "results.jsonl", tmp_path)
     shutil.copytree(DOCS / "results" / "images", tmp_path / "images")
     assert rendering.render(tmp_path).read_text() == (DOCS / "results" / "results.md").read_text()
+
+
+def test_the_page_of_denoisers_has_every_class_of_the_sweep():
+    lines = (DOCS / "denoisers.md").read_text().splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert names[1:] == sorted(CASES)

@@ -10,9 +10,10 @@ from msfp import QuantizationConfig, quantize, record_trajectories
 from msfp.config import RefinementConfig
 from msfp.evaluation.prediction_errors import noise_errors
 from msfp.layers.trainable import trainable_layers
+from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import WholeForwards, as_vector
 from msfp.ptq.refinement import refine
-from msfp.ptq.side_by_side import visit_layers
+from msfp.ptq.side_by_side import halves_are_mixed, visit_layers
 
 
 def whole(paths, denoiser):
@@ -98,3 +99,41 @@ def test_an_error_in_a_visit_ends_all_forwards():
         visit_layers(network, paths, torch.zeros_like(row), row, fail)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     call(network)
+
+
+class SequenceFirst(nn.Module):
+    """A network that has its samples on the second axis inside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out = nn.Linear(6, 32), nn.Linear(32, 6)
+
+    def forward(self, x):
+        hidden = self.inner(x.transpose(0, 1)).relu()
+        return self.out(hidden - hidden.mean(dim=0)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_layers_with_samples_on_another_axis_are_refined_all_the_same(tokens):
+    def call(network):
+        return network(torch.randn(8, tokens, 6, generator=torch.Generator().manual_seed(1)))
+
+    paths, errors = record_trajectories(SequenceFirst(), calls=[call, call]), []
+    assert not isinstance(paths, WholeForwards)
+    for refinement in (None, RefinementConfig(branch_rank=2)):
+        network = SequenceFirst()
+        quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+        assert halves_are_mixed(network, paths)
+        if refinement is not None:
+            assert refine(network, refinement, trajectories=paths) == ["inner", "out"]
+        errors.append(statistics.mean(noise_errors(network, trajectories=paths)))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("family", families.SOME)
+def test_the_halves_of_usual_denoisers_are_not_mixed(family, tmp_path):
+    pipe = families.pipeline(family, tmp_path)
+    paths = record_trajectories(pipe, calls=families.images)
+    quantize(pipe, QuantizationConfig(refine=None), calibration=families.images)
+    assert not halves_are_mixed(denoiser_of(pipe), paths)
