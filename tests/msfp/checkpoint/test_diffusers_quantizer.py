@@ -9,6 +9,7 @@ from elsewhere import use_pipelines
 from families import (
     ENDS,
     FAMILIES,
+    SOME,
     call,
     cast,
     images,
@@ -154,7 +155,7 @@ def test_branches_split_inputs_and_attention_products_are_among_what_is_saved(pi
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_weights_are_quantized_as_they_are_loaded(tmp_path, family):
     plain = make(family)
     plain.save_pretrained(tmp_path / "plain")
@@ -214,7 +215,7 @@ def test_an_autoencoder_can_be_packed_as_well(tmp_path):
     assert len(packed_layers(pipe.vae)) > 10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_dequantize_leaves_a_plain_denoiser_with_the_quantized_weights(tmp_path, family):
     denoiser = quantized(make(family), activation_bits=None)
     before = call(denoiser)

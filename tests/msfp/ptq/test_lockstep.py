@@ -131,7 +131,7 @@ def test_layers_with_samples_on_another_axis_are_refined_all_the_same(tokens):
     assert errors[1] < 0.8 * errors[0]
 
 
-@pytest.mark.parametrize("family", families.SOME)
+@pytest.mark.parametrize("family", ["unet", "dit"])
 def test_the_halves_of_usual_denoisers_are_not_mixed(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
     paths = record_trajectories(pipe, calls=families.images)
