@@ -226,7 +226,7 @@ def _joined(timesteps: torch.Tensor, batches: list[list[_Forward]]) -> Trajector
 
 
 def _one_tensor(output: Any) -> torch.Tensor:
-    """Return the only tensor of an output, or its sample."""
+    """Return the only tensor of an output; raise InputError if there are more, or none."""
     found = list(tensors_in(output))
     if len(found) != 1:
         raise InputError(f"the output has {len(found)} tensors")

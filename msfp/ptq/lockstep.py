@@ -2,7 +2,7 @@
 
 Where samples cannot be put into one batch, each recorded forward runs twice in a thread of its own:
 in full precision, and quantized. All stop at the first run of a layer. The layer is then visited
-with the inputs and outputs of all of them, and they go on to the next one. One thread runs at a
+with the inputs and outputs of all of them, and the forwards continue to the next one. One thread runs at a
 time, so that results do not depend on their order.
 """
 
@@ -80,13 +80,10 @@ class _Runner:
 
     def cancel(self) -> None:
         """End the thread, wherever it waits."""
-        if self._thread.is_alive() and self.layer is not None:
+        if self._thread.is_alive():
             self._cancelled = True
             self._go.release()
             self._thread.join()
-        elif self._thread.is_alive():
-            self._cancelled = True
-            self._go.release()
 
 
 _current = threading.local()

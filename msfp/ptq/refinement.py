@@ -148,7 +148,7 @@ def refine(
             has low-rank branches already although the config adds some, or numbers are not finite.
 
     Warns:
-        UserWarning: If the damping of a layer was raised.
+        UserWarning: If the damping of a layer was raised, or layers were not refined.
     """
     denoiser = denoiser_of(model)
     config = RefinementConfig() if config is None else config
@@ -168,8 +168,14 @@ def refine(
     biased = _biased(denoiser, trajectories, config)
     refiner = _Refiner(config, biased, len(layers), progress)
     visit_layers(denoiser, trajectories, step, row, refiner)
-    if idle := len(layers) - len(refiner.refined):  # layers whose input is not of the samples
-        refiner.done(idle)
+    idle = [name for name in layers if name not in refiner.refined]
+    if idle:
+        refiner.done(len(idle))
+        warnings.warn(
+            f"{len(idle)} layers are rounded to nearest and not refined, because they do not run "
+            f"or their input does not depend on the samples: {', '.join(idle[:5])}",
+            stacklevel=2,
+        )
     _note_damping(refiner.damped, config.damping)
     attach_again(denoiser, refine=config)
     return [name for name in layers if name in refiner.refined]

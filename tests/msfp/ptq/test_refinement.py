@@ -159,7 +159,8 @@ def test_convolutions_along_one_dimension_are_refined_and_layers_that_run_twice_
     assert told == [CALIBRATING, *searching, CALIBRATING, *searching, *refining]
     again = Network()
     quantize(again, replace(config, refine=None), calibration=call)
-    assert refine(again, config.refine, trajectories=paths) == changed
+    with pytest.warns(UserWarning, match="not refined.*: queries"):
+        assert refine(again, config.refine, trajectories=paths) == changed
 
 
 def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, trajectories):
