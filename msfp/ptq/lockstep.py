@@ -2,8 +2,8 @@
 
 Where samples cannot be put into one batch, each recorded forward runs twice in a thread of its own:
 in full precision, and quantized. All stop at the first run of a layer. The layer is then visited
-with the inputs and outputs of all of them, and the forwards continue to the next one. One thread runs at a
-time, so that results do not depend on their order.
+with the inputs and outputs of all of them, and the forwards continue to the next layer. One thread
+runs at a time, so that results do not depend on their order.
 """
 
 from __future__ import annotations
