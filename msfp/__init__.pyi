@@ -1,5 +1,5 @@
 from .checkpoint.diffusers_config import MSFPConfig
-from .checkpoint.facts import LayerFacts, inspect_layers
+from .checkpoint.facts import LayerFacts, inspect_coverage, inspect_layers
 from .checkpoint.io import load, save
 from .checkpoint.lora_export import export_adapters, export_lora
 from .config import QuantizationConfig, RefinementConfig
@@ -12,6 +12,7 @@ from .layers.families import QuantConv1d, QuantConv2d, QuantLinear
 from .layers.lora.talora import precompute_routing
 from .layers.packed import cache_weights
 from .pipelines.call_files import load_calls, save_calls
+from .pipelines.denoiser import select_denoisers
 from .pipelines.recording import record_trajectories
 from .pipelines.sampler import Sampler, prompt_calls
 from .pipelines.trajectories import Trajectories
@@ -22,6 +23,7 @@ from .ptq.quantization import pack, quantize
 from .ptq.refinement import refine
 from .schedulers.denoising_factors import denoising_factors, timestep_weights
 from .search.calibration import Calibration
+from .search.coverage import Coverage
 from .search.observers import calibrate
 from .search.summary import LayerSummary
 from .support.progress import progress_bars
@@ -35,6 +37,7 @@ from .version import __version__
 __all__ = [
     "Calibration",
     "Comparison",
+    "Coverage",
     "DatasetStatistics",
     "FinetuneConfig",
     "History",
@@ -61,6 +64,7 @@ __all__ = [
     "export_adapters",
     "export_lora",
     "finetune",
+    "inspect_coverage",
     "inspect_layers",
     "load",
     "load_calls",
@@ -76,6 +80,7 @@ __all__ = [
     "refine",
     "save",
     "save_calls",
+    "select_denoisers",
     "split_inputs",
     "timestep_weights",
     "unpack",

@@ -10,11 +10,13 @@ from typing import Any, Self
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from msfp.checkpoint.integrity import KIND
+from msfp.checkpoint.model_card import Measured
 from msfp.config import QuantizationConfig
 from msfp.errors import InputError
 from msfp.layers.attention import OPERANDS
 from msfp.layers.formats import BlockFormats, LayerFormats, narrow_format, read_formats
 from msfp.layers.lora.routers import ROUTERS
+from msfp.search.coverage import Coverage
 from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_choice, check_keys, check_names
 from msfp.support.container import Header, check_version, migrated
@@ -44,6 +46,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         summaries: Results of the search for each layer, from `LayerSummary.to_dict`; empty if
             unknown.
         retired: Refinement settings of an earlier version that this version does not have.
+        coverage: The weights of the network before it was quantized, from `Coverage.to_dict`; None
+            if unknown.
+        measured: The error of the predictions, from `Measured.to_dict`; None if it is unknown.
         modules_to_not_convert: Added to `exclude`. This is the name in diffusers.
         format_version: Version of the layout of the file; `from_dict` migrates earlier ones.
         quant_method: "msfp".
@@ -78,6 +83,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         router: str = "learned",
         summaries: Iterable[Mapping[str, Any]] = (),
         retired: Mapping[str, Any] | None = None,
+        coverage: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
         modules_to_not_convert: tuple[str, ...] = (),
         format_version: int = KIND.version,
         quant_method: str = MSFPMethod.MSFP.value,
@@ -98,6 +105,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.products = _products({} if products is None else products)
         self.summaries = [LayerSummary.from_dict(each) for each in summaries]
         self.retired = dict(retired or {})
+        self.coverage = None if coverage is None else Coverage.from_dict(coverage)
+        self.measured = None if measured is None else Measured.from_dict(measured)
         self.described: dict[str, Any] = {}
 
     @classmethod
@@ -114,6 +123,13 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         config.described = config_dict
         return config
 
+    def covered(self) -> Coverage | None:
+        """Return the coverage with the bits of the quantized layers, or None if unknown."""
+        if self.coverage is None:
+            return None
+        bits = {name: formats.bits for name, formats in self.layers.items()}
+        return self.coverage.with_bits(bits)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments of `__init__` as plain JSON types."""
         summaries = [summary.to_dict() for summary in self.summaries]
@@ -127,6 +143,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "products": self.products,
             **({"summaries": summaries} if summaries else {}),
             **({"retired": self.retired} if self.retired else {}),
+            **({} if self.coverage is None else {"coverage": self.coverage.to_dict()}),
+            **({} if self.measured is None else {"measured": self.measured.to_dict()}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import ConfigMixin
@@ -18,6 +18,7 @@ from torch import nn
 
 from msfp.checkpoint.diffusers_config import MSFPConfig
 from msfp.checkpoint.integrity import as_stored, check_names, describe, verify
+from msfp.checkpoint.model_card import Measured
 from msfp.checkpoint.placeholders import make_room
 from msfp.config import LayerSettings, QuantizationConfig
 from msfp.errors import InputError
@@ -26,7 +27,10 @@ from msfp.layers.base import quantized_layers
 from msfp.layers.float32 import Float32Module
 from msfp.layers.lora.talora import router_of
 from msfp.layers.packed import dequantized, packed_layers
-from msfp.layers.selection import replace_layers, settings_by_layer
+from msfp.layers.selection import refuse_additions, replace_layers, settings_by_layer
+from msfp.layers.trainable import trainable_layers
+from msfp.layers.weight_lookup import add_weight_lookup
+from msfp.search.coverage import Coverage
 from msfp.search.layer_search import pack_layer
 from msfp.search.summary import LayerSummary
 
@@ -42,14 +46,24 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: MSFPConfig = quantization_config
+        # `from_single_file` says that all files are quantized; those have a config of their own.
+        self.pre_quantized &= bool(quantization_config.layers or quantization_config.described)
         self._dtype = torch.float32
         self._float32_modules: list[str] = []
         self._loaded: set[str] = set()
         self._settings: dict[str, LayerSettings] = {}
         self._summaries: dict[str, LayerSummary] = {}
+        self._coverage: Coverage | None = None
         for name in () if self.pre_quantized else ("refine", "attention_bits"):
             if getattr(quantization_config.request, name) is not None:
                 raise _takes_calibration(name)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse a device map that sends modules to a disk."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise InputError(
+                "device_map must not send modules to a disk: give max_memory more, or leave it out"
+            )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Store the dtype of everything that is not quantized."""
@@ -74,6 +88,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             make_room(model, config.layers, config.adapters, config.router)
             make_room_for_products(model, config.products)
         else:
+            self._coverage = Coverage.of(model)
             self._settings = settings_by_layer(model, config.request)
             if any(each.needs_calibration for each in self._settings.values()):
                 raise _takes_calibration("activation_bits")
@@ -139,8 +154,10 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # The order of tensors in files differs from that of layers.
         found = [self._summaries[name] for name in layers if name in self._summaries]
         attach(
-            model, config.request, self, summaries=found or config.summaries, retired=config.retired
-        )
+            model, config.request, self, summaries=found or config.summaries,
+            retired=config.retired, coverage=self._coverage or config.coverage,
+            measured=config.measured,
+        )  # fmt: skip
         # diffusers refuses to cast models marked as quantized, but packed layers can be cast.
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -157,12 +174,21 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"layer {unpacked!r} has no packed codes: pack the denoiser before it is saved, "
                 "and save LoRA adapters by themselves"
             )
+        refuse_additions(state_dict)
+        away = next((name for name, tensor in state_dict.items() if tensor.is_meta), None)
+        if away is not None:
+            raise InputError(
+                f"tensor {away!r} is offloaded: call remove_all_hooks() on the pipeline before it "
+                "is saved"
+            )
         tensors = as_stored(state_dict)
         return tensors, describe(tensors, config.to_dict())
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Replace quantized layers by plain layers with dequantized weights."""
         config = self.quantization_config
+        for name in trainable_layers(model):
+            raise InputError(f"layer {name!r} is trainable: call msfp.pack before dequantize()")
         if config.adapters > 1:
             raise InputError(
                 f"a denoiser with {config.adapters} weights for each layer cannot be dequantized: "
@@ -173,6 +199,14 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         remove_products(model)
         detach(model)
         return model
+
+
+def refuse_transformers(*_: Any, **__: Any) -> NoReturn:
+    """Raise InputError, in place of a quantizer for models of transformers."""
+    raise InputError(
+        "msfp quantizes models of diffusers, and no text encoders of transformers: name those of "
+        "diffusers in components_to_quantize or quant_mapping"
+    )
 
 
 def _takes_calibration(name: str) -> InputError:
@@ -196,6 +230,8 @@ def attach(
     *,
     summaries: Iterable[LayerSummary],
     retired: Mapping[str, Any] | None = None,
+    coverage: Coverage | None = None,
+    measured: Measured | None = None,
 ) -> None:
     """Attach the quantization config to a denoiser: diffusers needs it to save and dequantize.
 
@@ -205,6 +241,8 @@ def attach(
         quantizer: The quantizer that loaded it, or None for a new one.
         summaries: Results of the search, if known.
         retired: As in `MSFPConfig`.
+        coverage: The weights of the network before it was quantized, if known.
+        measured: The error of its predictions, if measured.
     """
     layers = quantized_layers(denoiser)
     adapters = max((layer.choices for layer in layers.values()), default=1)
@@ -216,26 +254,33 @@ def attach(
         products=product_formats(denoiser),
         summaries=[each.with_formats(formats.get(each.name)).to_dict() for each in summaries],
         retired=retired,
+        coverage=None if coverage is None else coverage.to_dict(),
+        measured=None if measured is None else measured.to_dict(),
     )  # fmt: skip
     quantizer = MSFPQuantizer(config) if quantizer is None else quantizer
     quantizer.quantization_config = config
     denoiser.hf_quantizer = quantizer
     if isinstance(denoiser, ConfigMixin):
         denoiser.register_to_config(quantization_config=config)
+        add_weight_lookup(denoiser)
 
 
-def attach_again(denoiser: nn.Module, **changes: Any) -> None:
+def attach_again(denoiser: nn.Module, *, same_outputs: bool = False, **changes: Any) -> None:
     """Update the quantization config of a denoiser, if it has one.
 
     Args:
         denoiser: A network whose quantized layers or products have changed.
+        same_outputs: Whether its outputs are the same, so that its measured error is kept.
         **changes: Fields of the request that have changed.
     """
     quantizer: MSFPQuantizer | None = getattr(denoiser, "hf_quantizer", None)
     if quantizer is not None:
         config = quantizer.quantization_config
         request = replace(config.request, **changes)
-        attach(denoiser, request, summaries=config.summaries, retired=config.retired)
+        attach(
+            denoiser, request, summaries=config.summaries, retired=config.retired,
+            coverage=config.coverage, measured=config.measured if same_outputs else None,
+        )  # fmt: skip
 
 
 def detach(denoiser: nn.Module) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,12 +22,15 @@ from torch import nn
 from fpformats import FloatFormat, decode, parse
 from msfp.checkpoint.diffusers_config import MSFPConfig
 from msfp.checkpoint.integrity import as_stored
-from msfp.checkpoint.io import CONFIG_FILE, quantized_component
+from msfp.checkpoint.io import CONFIG_FILE, quantized_components
 from msfp.errors import InputError
 from msfp.layers.attention import OPERANDS
+from msfp.layers.base import quantized_networks
 from msfp.layers.formats import BlockFormats, LayerFormats
+from msfp.layers.selection import refuse_additions
 from msfp.layers.trainable import trainable_layers
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoisers_of, named
+from msfp.search.coverage import Coverage, together
 from msfp.search.summary import LayerSummary
 from msfp.support.globs import matches
 
@@ -189,8 +192,9 @@ def inspect_layers(model: DiffusionPipeline | nn.Module | str | Path) -> list[La
     A folder without summaries does not store that order. Its layers are in alphabetical order.
 
     Args:
-        model: A pipeline with a packed denoiser, a packed denoiser, or the folder of either. In a
-            folder only scales and zero points are read.
+        model: A pipeline with packed denoisers, a packed denoiser, or the folder of either. In a
+            folder only scales and zero points are read. If several are quantized, the names of
+            layers begin with that of their component.
 
     Raises:
         InputError: If nothing there is quantized by msfp, a layer is trainable, or a file cannot be
@@ -206,7 +210,12 @@ def inspect_layers(model: DiffusionPipeline | nn.Module | str | Path) -> list[La
         >>> facts.layer, facts.weight.bits, facts.bytes == 16 * 8 // 2 + 16 * 4 + 16 * 4
         ('0', 4, True)
     """
-    return _facts(*_stored(model))
+    stored = _stored(model)
+    return [
+        replace(facts, layer=named(component, facts.layer, stored))
+        for component, each in stored.items()
+        for facts in _facts(*each)
+    ]
 
 
 def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[ProductFacts]:
@@ -218,8 +227,46 @@ def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[
     Raises:
         InputError: As `inspect_layers` does.
     """
-    config, sizes, read = _stored(model)
-    found = []
+    stored = _stored(model)
+    return [
+        replace(facts, layer=named(component, facts.layer, stored))
+        for component, each in stored.items()
+        for facts in _product_facts(*each)
+    ]
+
+
+def inspect_coverage(model: DiffusionPipeline | nn.Module | str | Path) -> Coverage | None:
+    """Return which share of the denoisers is quantized, and what is not; None if unknown.
+
+    Files of version 0.2.0 do not have it.
+
+    Args:
+        model: As for `inspect_layers`; layers may be trainable.
+
+    Raises:
+        InputError: If nothing there is quantized by msfp, or a file cannot be read.
+
+    Example:
+        >>> import msfp
+        >>> network = nn.Sequential(nn.Linear(8, 16))
+        >>> config = msfp.QuantizationConfig(activation_bits=None, end_bits=4)
+        >>> _ = msfp.quantize(network, config)
+        >>> inspect_coverage(network).sentences()[0]
+        '4 bits: 89% of parameters.'
+    """
+    parts = []
+    for component, config in _configs(model).items():
+        coverage = config.covered()
+        if coverage is None:
+            return None
+        parts.append((component, coverage))
+    return together(parts)
+
+
+def _product_facts(
+    config: MSFPConfig, sizes: Mapping[str, int], read: Callable[[str], torch.Tensor]
+) -> Iterator[ProductFacts]:
+    """Yield the facts of each operand of a config, given the sizes and a reader of tensors."""
     for module, formats in config.products.items():
         for operand in OPERANDS:
             name, fmt = f"{module}.products.{operand}", parse(formats[operand])
@@ -229,49 +276,71 @@ def inspect_products(model: DiffusionPipeline | nn.Module | str | Path) -> list[
             ends = (float(fmt.min), float(fmt.max))
             low, high = (scale * end + (zero or 0.0) for end in ends)
             size = sum(sizes.get(f"{name}.{leaf}", 0) for leaf in ("scale", "zero_point"))
-            found.append(ProductFacts(name, fmt, scale, zero, (low, high), size))
-    return found
+            yield ProductFacts(name, fmt, scale, zero, (low, high), size)
 
 
-def _stored(model: DiffusionPipeline | nn.Module | str | Path) -> _Stored:
-    """Return the config and tensors of a folder or a denoiser."""
+def _stored(model: DiffusionPipeline | nn.Module | str | Path) -> dict[str, _Stored]:
+    """Return the config and tensors of each quantized network of a folder or a pipeline."""
     if isinstance(model, str | Path):
-        return _of_folder(Path(model))
-    denoiser = denoiser_of(model)
-    config = getattr(getattr(denoiser, "hf_quantizer", None), "quantization_config", None)
-    if not isinstance(config, MSFPConfig):
-        raise InputError(f"{type(denoiser).__name__} is not quantized: call msfp.quantize first")
-    if trainable_layers(denoiser):
-        name = next(iter(trainable_layers(denoiser)))
-        raise InputError(f"layer {name} is trainable: call msfp.pack first")
-    tensors = as_stored(denoiser.state_dict())
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    return _Stored(config, sizes, tensors.__getitem__)
+        return {name: _of_folder(folder) for name, folder in network_folders(Path(model)).items()}
+    networks = quantized_networks(model)
+    for network in networks.values():
+        for name in trainable_layers(network):
+            raise InputError(f"layer {name} is trainable: call msfp.pack first")
+    stored = {}
+    for component, config in _configs(model).items():
+        tensors = as_stored(networks[component].state_dict())
+        refuse_additions(tensors)
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        stored[component] = _Stored(config, sizes, tensors.__getitem__)
+    return stored
 
 
-def read_config(folder: Path) -> tuple[Path, MSFPConfig]:
-    """Return the folder of the denoiser and its config, given the folder of a pipeline or network.
+def _configs(model: DiffusionPipeline | nn.Module | str | Path) -> dict[str, MSFPConfig]:
+    """Return the config of each quantized network of a folder or a pipeline."""
+    if isinstance(model, str | Path):
+        return {name: read_config(folder) for name, folder in network_folders(Path(model)).items()}
+    configs = {}
+    for component, network in quantized_networks(model).items() or denoisers_of(model).items():
+        config = getattr(getattr(network, "hf_quantizer", None), "quantization_config", None)
+        if not isinstance(config, MSFPConfig):
+            raise InputError(f"{type(network).__name__} is not quantized: call msfp.quantize first")
+        configs[component] = config
+    return configs
+
+
+def network_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of quantized networks, given that of a pipeline or a network, by name.
 
     Raises:
-        InputError: If it is not quantized by msfp, or its config cannot be read.
+        InputError: If nothing there is quantized by msfp.
     """
     if not folder.is_dir():
         raise InputError(f"checkpoint {folder} is not a folder")
-    if not (folder / CONFIG_FILE).is_file():
-        name = quantized_component(folder)
-        if name is None:
-            raise InputError(f"checkpoint {folder} has no denoiser that is quantized by msfp")
-        folder = folder / name
+    if (folder / CONFIG_FILE).is_file():
+        return {"": folder}
+    names = quantized_components(folder)
+    if not names:
+        raise InputError(f"checkpoint {folder} has no component that is quantized by msfp")
+    return {name: folder / name for name in names}
+
+
+def read_config(folder: Path) -> MSFPConfig:
+    """Return the config of a network's folder.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
     try:
         description = json.loads((folder / CONFIG_FILE).read_text())["quantization_config"]
-        return folder, MSFPConfig.from_dict(description)
+        return MSFPConfig.from_dict(description)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is not a config of msfp: {error}") from error
 
 
 def _of_folder(folder: Path) -> _Stored:
-    """Return the config of a folder, the sizes of its tensors, and a reader of tensors."""
-    folder, config = read_config(folder)
+    """Return the config of a network's folder, the sizes of its tensors, and a reader of them."""
+    config = read_config(folder)
     places: dict[str, Path] = {}
     sizes: dict[str, int] = {}
 

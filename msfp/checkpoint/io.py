@@ -20,18 +20,20 @@ from torch import nn
 from msfp.checkpoint.diffusers_config import MSFPConfig, MSFPMethod
 from msfp.checkpoint.diffusers_quantizer import attach
 from msfp.checkpoint.integrity import as_stored, check_names, verify
+from msfp.checkpoint.model_card import CardFacts, model_card
 from msfp.checkpoint.placeholders import make_room
 from msfp.errors import InputError
 from msfp.layers.attention import make_room_for_products
-from msfp.layers.base import quantized_layers, refuse_quantized
+from msfp.layers.base import quantized_networks, refuse_quantized
 from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.class_conditional import pipeline_class
-from msfp.pipelines.denoiser import COMPONENTS, denoiser_of
+from msfp.pipelines.packages import HUB_NAME, is_of_diffusers, libraries, variant_of
 from msfp.schedulers.samplers import restore_sampler
 from msfp.support.checks import check_path, check_type
 from msfp.support.files import atomic_folder
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+CARD_FILE = "README.md"
 
 
 def packed_size(denoiser: nn.Module) -> int:
@@ -44,23 +46,46 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
 
     Args:
         model: A pipeline with a quantized and packed denoiser, or a quantized and packed network.
-        folder: A new or an empty folder.
+        folder: A new or an empty folder. Its README.md says how it is loaded, what was quantized
+            and how, and the measured error.
 
     Raises:
         InputError: If the folder exists and is not empty, or the denoiser is not packed. Nothing
             is written then.
     """
-    denoiser = denoiser_of(model)
-    if not quantized_layers(denoiser):
+    networks = quantized_networks(model).values()
+    if not networks:
         raise InputError("denoiser has no quantized layers: call msfp.quantize first")
-    if trainable_layers(denoiser):
-        name = next(iter(trainable_layers(denoiser)))
-        raise InputError(f"layer {name} is trainable: call msfp.pack before it is saved")
-    with atomic_folder(check_path("folder", folder)) as partial:
+    for network in networks:
+        if trainable_layers(network):
+            name = next(iter(trainable_layers(network)))
+            raise InputError(f"layer {name} is trainable: call msfp.pack before it is saved")
+    folder = check_path("folder", folder)
+    with atomic_folder(folder) as partial:
         if isinstance(model, DiffusionPipeline | ModelMixin):
             model.save_pretrained(partial)
         else:
-            _save_network(denoiser, partial)
+            _save_network(model, partial)
+        (partial / CARD_FILE).write_text(_card(model, folder), encoding="utf-8")
+
+
+def _card(model: DiffusionPipeline | nn.Module, folder: Path) -> str:
+    """Return the model card of a folder."""
+    facts = {}
+    for name, network in quantized_networks(model).items():
+        quantizer: Any = network.hf_quantizer
+        config = quantizer.quantization_config
+        facts[name] = CardFacts(
+            type(network).__name__, config.request, config.layers, config.summaries,
+            config.covered(), config.measured, packed_size(network),
+        )  # fmt: skip
+    kind = type(model).__name__
+    loader = f'diffusers.{kind}.from_pretrained("{folder.name}")'
+    if not isinstance(model, DiffusionPipeline | ModelMixin):
+        loader = f'msfp.load("{folder.name}", into={kind}(...))'
+    original = str(dict(getattr(model, "config", {})).get("_name_or_path", ""))
+    on_hub = HUB_NAME.fullmatch(original) is not None and not Path(original).exists()
+    return model_card(facts, loader, original if on_hub else None)
 
 
 def _save_network(network: nn.Module, folder: Path) -> None:
@@ -103,12 +128,14 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> Any:
         raise InputError(f"checkpoint {folder} cannot be loaded: {first_line}") from error
 
 
-def quantized_component(folder: Path) -> str | None:
-    """Return the name of the denoiser in a pipeline's folder, or None unless msfp quantized it."""
-    return next((name for name in COMPONENTS if _is_packed(folder / name)), None)
+def quantized_components(folder: Path) -> list[str]:
+    """Return the names of the components in a pipeline's folder that msfp quantized."""
+    return (
+        sorted(each.name for each in folder.iterdir() if is_packed(each)) if folder.is_dir() else []
+    )
 
 
-def _is_packed(folder: Path) -> bool:
+def is_packed(folder: Path) -> bool:
     """Return whether the config in a network's folder has the quantization method msfp."""
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -123,21 +150,24 @@ def _is_packed(folder: Path) -> bool:
 
 def _load_pipeline(folder: Path) -> DiffusionPipeline:
     """Load a pipeline through diffusers, without importing code that the folder names."""
-    name = quantized_component(folder)
-    if name is None:
+    names = quantized_components(folder)
+    if not names:
         raise InputError(_why_no_pipeline(folder))
-    library = json.loads((folder / "model_index.json").read_text())[name][0]
-    if library != "diffusers":
-        raise InputError(f"the denoiser must be a class of diffusers, not of {library}")
-    pipe = pipeline_class(folder).from_pretrained(folder, local_files_only=True)
+    for name in names:
+        library = libraries(folder)[name]
+        if not is_of_diffusers(library):
+            raise InputError(f"the {name} must be a class of diffusers, not of {library}")
+    pipe = pipeline_class(folder).from_pretrained(
+        folder, local_files_only=True, variant=variant_of(folder)
+    )
     restore_sampler(pipe, folder)
     return pipe
 
 
 def _why_no_pipeline(folder: Path) -> str:
     """Return why a folder does not hold a pipeline with a quantized denoiser."""
-    if not _is_packed(folder):
-        return f"it has no {' or '.join(COMPONENTS)} that is quantized by msfp"
+    if not is_packed(folder):
+        return "it has no component that is quantized by msfp"
     kind = json.loads((folder / CONFIG_FILE).read_text()).get("_class_name")
     if kind is None:
         return (
@@ -148,7 +178,7 @@ def _why_no_pipeline(folder: Path) -> str:
 
 def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     """Quantize a plain network in place with the contents of its two files."""
-    if not _is_packed(folder):
+    if not is_packed(folder):
         raise InputError(f"its {CONFIG_FILE} has no quantization config of msfp")
     refuse_quantized("into", network)
     description = json.loads((folder / CONFIG_FILE).read_text())
@@ -159,5 +189,8 @@ def _load_network(folder: Path, network: nn.Module) -> nn.Module:
     make_room_for_products(network, config.products)
     check_names(set(network.state_dict()), set(tensors))
     network.load_state_dict(tensors)
-    attach(network, config.request, summaries=config.summaries, retired=config.retired)
+    attach(
+        network, config.request, summaries=config.summaries, retired=config.retired,
+        coverage=config.coverage, measured=config.measured,
+    )  # fmt: skip
     return network

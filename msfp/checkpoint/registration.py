@@ -17,14 +17,18 @@ import wrapt
 METHOD = "msfp"
 CONFIG = ("msfp.checkpoint.diffusers_config", "MSFPConfig")
 QUANTIZER = ("msfp.checkpoint.diffusers_quantizer", "MSFPQuantizer")
+REFUSAL = ("msfp.checkpoint.diffusers_quantizer", "refuse_transformers")
 TABLES = {
     "diffusers.quantizers.auto": {
         "AUTO_QUANTIZER_MAPPING": QUANTIZER,
         "AUTO_QUANTIZATION_CONFIG_MAPPING": CONFIG,
     },
-    # `PipelineQuantizationConfig(quant_backend="msfp")` needs this entry. Models of transformers
+    # `PipelineQuantizationConfig(quant_backend="msfp")` needs the config. Models of transformers
     # are not quantized.
-    "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": CONFIG},
+    "transformers.quantizers.auto": {
+        "AUTO_QUANTIZER_MAPPING": REFUSAL,
+        "AUTO_QUANTIZATION_CONFIG_MAPPING": CONFIG,
+    },
 }
 """The classes of the entries, by the module and the name of the table."""
 

@@ -12,11 +12,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from msfp.errors import InputError
-from msfp.evaluation.comparison import check_pair
+from msfp.evaluation.prediction_comparison import check_pair
 from msfp.evaluation.prediction_errors import noise_errors
 from msfp.evaluation.whole_sets import paired_psnr
 from msfp.layers.lora.talora import precompute_routing, routing_of
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoiser_of, scheduler_of
 from msfp.pipelines.recording import record_trajectories
 from msfp.pipelines.sampler import Sampler
 from msfp.pipelines.trajectories import Trajectories
@@ -190,7 +190,7 @@ class FinetuningRun:
         """Return how the pipelines were called, as plain JSON types."""
         kind = "labels" if isinstance(next(iter(self.sampler.conditions), ""), int) else "prompts"
         return {
-            "sampler": type(self.original.scheduler).__name__,
+            "sampler": type(scheduler_of(self.original)).__name__,
             "sampler_steps": self.sampler.steps,
             "sampler_batch": self.sampler.batch,
             "guidance_scale": self.sampler.guidance_scale,
@@ -325,7 +325,13 @@ def ablation(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
 
 def check_same_sampler(original: DiffusionPipeline, quantized: DiffusionPipeline) -> None:
     """Raise InputError unless two pipelines have equal schedulers."""
-    one, other = original.scheduler, quantized.scheduler
+    for name, one in original.components.items():
+        if isinstance(one, SchedulerMixin):
+            _check_same(one, quantized.components[name])
+
+
+def _check_same(one: SchedulerMixin, other: SchedulerMixin) -> None:
+    """Raise InputError unless two schedulers are equal."""
     if type(one) is not type(other):
         raise InputError(
             "original and quantized pipelines must have the same sampler, not "
@@ -342,5 +348,7 @@ def check_same_sampler(original: DiffusionPipeline, quantized: DiffusionPipeline
 def _with_own_denoiser(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Return a pipeline with a copy of the denoiser and the same other components."""
     denoiser = denoiser_of(pipe)
-    shared = {id(part): part for part in vars(pipe).values() if part is not denoiser}
-    return copy.deepcopy(pipe, shared)
+    parts = (*pipe.components.values(), *vars(pipe).values())
+    # A combined pipeline holds other pipelines, which must hold the same copy.
+    kept = [each for each in parts if not isinstance(each, DiffusionPipeline)]
+    return copy.deepcopy(pipe, {id(each): each for each in kept if each is not denoiser})

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from msfp.errors import InputError
 from msfp.experiments.reference.names import ReferenceName
+from msfp.pipelines.packages import HUB_NAME
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 REFERENCES = get_args(ReferenceName)
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""Names of models on the hub: owner/name."""
 NAMED = f"{', '.join(REFERENCES[:-1])} or {REFERENCES[-1]}"
 """The models that ship, as the help text lists them."""
 
@@ -42,25 +40,26 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
     import torch
     from diffusers import DiffusionPipeline
 
-    from msfp.checkpoint.io import quantized_component
+    from msfp.checkpoint.io import quantized_components
     from msfp.experiments.reference.pipelines import reference_pipeline
     from msfp.pipelines.class_conditional import pipeline_class
-    from msfp.pipelines.packages import check_packages
+    from msfp.pipelines.packages import check_packages, variant_of
 
     if model in REFERENCES:
         return prepared(reference_pipeline(model), arguments)
-    folder, kind = Path(model), DiffusionPipeline
+    folder, kind, variant = Path(model), DiffusionPipeline, None
     check_model(model)
     if folder.is_dir():
-        if quantized_component(folder) is not None:
+        if quantized_components(folder):
             raise InputError(f"{model} is quantized already: name a full-precision pipeline")
         check_packages(folder)
-        kind = pipeline_class(folder)
+        kind, variant = pipeline_class(folder), variant_of(folder)
     dtype = getattr(torch, arguments.dtype)
     try:
         pipe = kind.from_pretrained(
-            model, torch_dtype=dtype, local_files_only=folder.is_dir() or arguments.local_files_only
-        )
+            model, torch_dtype=dtype, variant=variant,
+            local_files_only=folder.is_dir() or arguments.local_files_only,
+        )  # fmt: skip
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepared(pipe, arguments)
@@ -91,9 +90,9 @@ def load_checkpoint(folder: Path, arguments: argparse.Namespace) -> DiffusionPip
 
 def load_any(model: Path, arguments: argparse.Namespace) -> DiffusionPipeline:
     """Return the pipeline in a folder, quantized or not, or a model that ships."""
-    from msfp.checkpoint.io import quantized_component
+    from msfp.checkpoint.io import quantized_components
 
-    plain = (model / "model_index.json").is_file() and quantized_component(model) is None
+    plain = (model / "model_index.json").is_file() and not quantized_components(model)
     if plain or not model.exists() or str(model) in REFERENCES:
         return load_pipeline(str(model), arguments)
     return load_checkpoint(model, arguments)

@@ -81,8 +81,13 @@ def add_sampling(
         help="sampler steps (default: 20)",
     )  # fmt: skip
     group.add_argument(
-        f"--{prefix}batch", dest="sampler_batch", type=whole(1, 4096), default=16, metavar="N",
-        help="images in one call (default: 16)",
+        f"--{prefix}batch", dest="sampler_batch", type=whole(1, 4096), metavar="N",
+        help="images in one call (default: 16, or 1 with --call)",
+    )  # fmt: skip
+    group.add_argument(
+        "--call", metavar="JSON",
+        help="further arguments of the call, such as '{\"image\": \"cat.png\"}'; files are read by "
+        "their type",
     )  # fmt: skip
     group.add_argument(
         "--guidance-scale", type=guidance, metavar="X", help="default: that of the pipeline"
@@ -109,14 +114,23 @@ def check_sampling(arguments: argparse.Namespace) -> Sampler:
     """Return the sampler that the arguments describe.
 
     Raises:
-        InputError: If the prompts cannot be read or the device cannot be used.
+        InputError: If the prompts or the call cannot be read, or the device cannot be used.
     """
+    from msfp.cli.call_json import call_from
     from msfp.pipelines.sampler import Sampler
 
     device(arguments)
     conditions = arguments.labels or _prompts(arguments.prompts)
-    batch = min(arguments.sampler_batch, arguments.count)
-    return Sampler(arguments.sampler_steps, batch, tuple(conditions), arguments.guidance_scale)
+    extra = call_from(arguments.call)
+    if arguments.sampler_batch is None:
+        arguments.sampler_batch = 1 if extra else 16
+    return Sampler(
+        steps=arguments.sampler_steps,
+        batch=min(arguments.sampler_batch, arguments.count),
+        conditions=tuple(conditions),
+        guidance_scale=arguments.guidance_scale,
+        extra=extra,
+    )
 
 
 def _prompts(file: Path | None) -> list[str]:

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from fpformats import Histogram
 from msfp.checkpoint.io import packed_size
-from msfp.errors import InputError
 from msfp.evaluation.dataset_statistics import DatasetStatistics
 from msfp.evaluation.features import Features, feature_network
 from msfp.evaluation.fingerprint import STATE, comparison_fingerprint
 from msfp.evaluation.image_metrics import ImageMetrics
 from msfp.evaluation.metrics import ImageSets, Measure, Setting
-from msfp.layers.base import quantized_layers
-from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.recording import record_trajectories
+from msfp.evaluation.prediction_comparison import compare_predictions, denoiser_pairs
+from msfp.pipelines.denoiser import select_denoisers
 from msfp.pipelines.sampler import Sampler
-from msfp.pipelines.trajectories import Trajectories
-from msfp.search.observers import calibrate
 from msfp.support.autosave import Autosave
 from msfp.support.checks import MAX_SEED, check_callable, check_path, check_type, check_whole
-from msfp.support.decibels import sqnr
-from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, no_progress, of_part
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Comparison:
         count: Number of images in each set.
         seed: Seed of the noise that both pipelines start from.
         measures: The results of the image metrics, in the order of tables.
-        timesteps: The timesteps of the sampler.
+        timesteps: The timesteps of the sampler; those of several denoisers follow each other.
         noise_errors: Mean squared error of the prediction on full-precision trajectories, at each
             timestep.
         noise_sqnr: Energy of the prediction over that of its error on these trajectories, in dB, at
@@ -51,7 +42,7 @@ class Comparison:
         layers: SQNR in dB of the output of each quantized layer with full-precision inputs, over
             the same trajectories.
         trajectories: Number of images on these trajectories.
-        bytes: Size of the tensors of the full-precision denoiser and of the quantized one.
+        bytes: Size of the tensors of the full-precision denoisers and of the quantized ones.
         images: Some images of the full-precision pipeline and of the quantized one.
         inputs: Histograms of the layers' inputs in the full-precision denoiser on these
             trajectories.
@@ -95,7 +86,7 @@ class Comparison:
         left_out = ("sampler", "images", "inputs", "measures")
         known = {key: value for key, value in vars(self).items() if key not in left_out}
         numbers: dict[str, Any] = _finite(
-            {**asdict(self.sampler), **known, **self.values, "noise_error": self.noise_error}
+            {**self.sampler.to_dict(), **known, **self.values, "noise_error": self.noise_error}
         )
         return numbers
 
@@ -160,7 +151,7 @@ def compare(
         check_callable("features", features)
     if statistics is not None:
         check_type("statistics", statistics, DatasetStatistics)
-    check_pair(denoiser_of(original), denoiser_of(model))
+    pairs = denoiser_pairs(original, model)
     sampler.arguments(original)
     network = feature_network(features) if isinstance(features, str) else features
     name = features if isinstance(features, str) else getattr(features, "__name__", "")
@@ -182,90 +173,25 @@ def compare(
         if file is not None and metrics.count < count:
             file.save(metrics)
         done(len(sets[0]))
-    paths, inputs = _observed(original, sampler, seed + 2)
+    found = [
+        compare_predictions(
+            select_denoisers(original, name), pair, sampler=sampler, seed=seed + 2,
+            progress=of_part(progress, name) if len(pairs) > 1 else progress,
+        ).of_component(name, pairs)
+        for name, pair in pairs.items()
+    ]  # fmt: skip
+    full, quantized = zip(*pairs.values(), strict=True)
     return Comparison(
         sampler=sampler,
         count=count,
         seed=seed,
         measures=metrics.measures(),
         images=metrics.images,
-        timesteps=paths.timesteps.tolist(),
+        timesteps=[each for one in found for each in one.timesteps],
         trajectories=sampler.batch,
-        bytes=(packed_size(denoiser_of(original)), packed_size(denoiser_of(model))),
-        inputs=inputs,
-        **_errors(denoiser_of(original), denoiser_of(model), paths, progress),
+        bytes=(sum(map(packed_size, full)), sum(map(packed_size, quantized))),
+        noise_errors=[each for one in found for each in one.noise_errors],
+        noise_sqnr=[each for one in found for each in one.noise_sqnr],
+        layers={name: ratio for one in found for name, ratio in one.layers.items()},
+        inputs={name: seen for one in found for name, seen in one.inputs.items()},
     )
-
-
-def check_pair(full: nn.Module, quantized: nn.Module) -> None:
-    """Raise InputError unless the second denoiser is the first one, quantized."""
-    layers = quantized_layers(quantized)
-    if quantized_layers(full) or not layers:
-        raise InputError("a quantized pipeline must be compared with one in full precision")
-    modules = dict(full.named_modules())
-    for name, layer in layers.items():
-        other = getattr(modules.get(name), "weight", None)
-        if other is None or other.shape != layer.weight.shape:
-            raise InputError(
-                f"the pipelines are of different models: layer {name!r} is not the same in both"
-            )
-
-
-def _observed(
-    pipe: DiffusionPipeline, sampler: Sampler, seed: int
-) -> tuple[Trajectories, dict[str, Histogram]]:
-    """Return the trajectories of one batch, and histograms of the layers' inputs on them."""
-    recorded: list[Trajectories] = []
-
-    def record(pipe: DiffusionPipeline) -> None:
-        recorded.append(record_trajectories(pipe, calls=sampler.calls(1, seed)))
-
-    calibration = calibrate(pipe, calls=record)
-    return recorded[0], calibration.inputs
-
-
-@torch.no_grad()
-def _errors(
-    full: nn.Module, quantized: nn.Module, paths: Trajectories, progress: Progress
-) -> dict[str, Any]:
-    """Return the errors of the predictions by timestep, and those of the layers' outputs."""
-    done = counted(progress, "errors by timestep and layer", len(paths.timesteps))
-    rows = torch.arange(paths.samples.shape[1])
-    errors: list[float] = []
-    ratios: list[float] = []
-    with _compared(full, quantized) as layers:
-        for step, prediction in enumerate(paths.predictions):
-            steps = torch.full_like(rows, step)
-            # The quantized denoiser runs first: the layers compared next use its router's choice.
-            difference = paths.predict(quantized, steps, rows).double() - prediction
-            paths.predict(full, steps, rows)
-            difference, prediction = paths.of_sample(difference), paths.of_sample(prediction)
-            energy, noise = prediction.double().square().sum(), difference.square().sum()
-            errors.append(noise.item() / difference.numel())
-            ratios.append(sqnr(energy.item(), noise.item()))
-            done(1)
-    return {"noise_errors": errors, "noise_sqnr": ratios, "layers": layers}
-
-
-@contextmanager
-def _compared(full: nn.Module, quantized: nn.Module) -> Iterator[dict[str, float]]:
-    """Compare layers at each full-precision forward pass; fill in the SQNR when the block ends."""
-    layers = quantized_layers(quantized)
-    totals = {name: [0.0, 0.0] for name in layers}
-
-    def hook(name: str, layer: nn.Module) -> Callable[..., None]:
-        def observe(_: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            noise = layer(args[0] if args else kwargs["input"]) - output
-            for index, x in enumerate((output, noise)):
-                totals[name][index] += x.double().square().sum().item()
-
-        return observe
-
-    handles = [
-        full.get_submodule(name).register_forward_hook(hook(name, layer), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    found: dict[str, float] = {}
-    with hooked(handles):
-        yield found
-    found |= {name: sqnr(*sums) for name, sums in totals.items() if sums[0] > 0}

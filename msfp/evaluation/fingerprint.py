@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.evaluation.dataset_statistics import DatasetStatistics
-from msfp.layers.base import quantized_layers
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.layers.base import quantized_layers, quantized_networks
+from msfp.pipelines.denoiser import by_name
 from msfp.pipelines.sampler import Sampler
 from msfp.support.autosave import run_as_fingerprint
 from msfp.support.container import FileKind, Header, Named
@@ -66,13 +65,12 @@ def comparison_fingerprint(
         InputError: If the weights of a pipeline are not in memory.
     """
     (quantized, seed), (full, _), *_ = calls
-    layers = quantized_layers(denoiser_of(quantized))
+    layers = by_name(quantized_networks(quantized), quantized_layers)
     real = {} if statistics is None else vars(statistics.statistics)
     return {
         "count": int(count),
         "seed": int(seed),
-        **asdict(sampler),
-        "conditions": list(sampler.conditions),
+        **sampler.to_dict(),
         "full-precision pipeline": pipeline_digest(full),
         "quantized pipeline": pipeline_digest(quantized),
         "formats": [str(layer.formats) for layer in layers.values()],

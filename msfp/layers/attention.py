@@ -57,11 +57,17 @@ def attention(
 
 
 class _Products(TorchFunctionMode):
-    """Computes scaled dot-product attention on rounded operands inside the block."""
+    """Computes scaled dot-product attention on rounded operands inside the block.
+
+    Attributes:
+        projected: Whether a linear layer was applied in the block.
+        attended: Whether scaled dot-product attention was computed in the block.
+    """
 
     def __init__(self, round_operand: RoundOperand) -> None:
         super().__init__()
         self.round_operand = round_operand
+        self.projected = self.attended = False
 
     def __torch_function__(
         self,
@@ -72,7 +78,9 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         """Replace scaled dot-product attention, and call all other functions unchanged."""
         if func is not F.scaled_dot_product_attention:
+            self.projected = self.projected or func is F.linear
             return func(*args, **(kwargs or {}))
+        self.attended = True
         return self._attention(*args, **(kwargs or {}))
 
     def _attention(
@@ -103,11 +111,20 @@ class Switch:
 
     def enter(self, *_: Any) -> None:
         """Start rounding."""
+        self.mode.projected = self.mode.attended = False
         self.mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def leave(self, *_: Any) -> None:
-        """Stop rounding."""
+    def leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Stop rounding; raise InputError if attention was computed in another way.
+
+        A cache may leave attention out altogether, which is no error.
+        """
         self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if output is not None and self.mode.projected and not self.mode.attended:
+            raise InputError(
+                f"{type(module.processor).__name__} does not call scaled dot-product attention, "
+                "which quantized products need: set another processor, or attention backend"
+            )
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.errors import InputError
@@ -14,6 +15,7 @@ from msfp.layers.execution.backends import product
 from msfp.layers.formats import BlockFormats, LayerFormats
 from msfp.layers.kinds import KINDS, LayerKind, groups_of, kernel_shape, plain_class
 from msfp.layers.lora.talora import Routing
+from msfp.pipelines.denoiser import Networks, denoisers_of, networks_of
 
 
 class QuantizedLayer(nn.Module, ABC):
@@ -68,6 +70,8 @@ class QuantizedLayer(nn.Module, ABC):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
         """Quantize the input and apply the layer, each sample with the weight of its adapter."""
+        if torch._C._get_tracing_state():  # compiled kernels would leave only their results
+            raise InputError("quantized layers cannot be traced by torch.jit: use torch.export")
         return self.add_branch(input, self.product(input))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +105,7 @@ class QuantizedLayer(nn.Module, ABC):
     def winners(self) -> torch.Tensor:
         """The adapter of each sample, shape (batch,), or (1,) if all samples have the same."""
         if self.routing is None:
-            raise ValueError("the layer is not routed")
+            raise AttributeError("the layer is not routed")
         return self.routing.winners[:, self.index]
 
     def _by_adapter(
@@ -158,6 +162,12 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
         for name, module in denoiser.named_modules()
         if isinstance(module, QuantizedLayer) and module.formats is not None
     }
+
+
+def quantized_networks(model: DiffusionPipeline | nn.Module) -> Networks:
+    """Return the networks of a pipeline that have quantized layers, by component."""
+    denoisers_of(model)
+    return {name: each for name, each in networks_of(model).items() if quantized_layers(each)}
 
 
 def refuse_quantized(name: str, network: nn.Module) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,10 +28,12 @@ from msfp.layers.formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.layers.kinds import groups_of, plain_class
 from msfp.layers.lora.routers import Router
 from msfp.layers.lora.talora import attach_router
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoisers_of, networks_of
 from msfp.support.checks import check_truth
 
 Layer = TypeVar("Layer", bound=nn.Module)
+DESCRIPTION = ("__get__", "dim", "numel", "size")
+"""The functions that only describe a tensor; `__get__` reads its attributes."""
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -42,10 +44,27 @@ class DequantizedWeight(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        """Raise InputError, because changes, such as merging a LoRA, would be lost in the copy."""
+        """The description of the weight, such as its shape, without its numbers."""
+        return self.as_subclass(WeightDescription)
+
+
+class WeightDescription(torch.Tensor):
+    """The `data` of a packed weight: diffusers reads its shape and dtype, which is allowed.
+
+    Its numbers cannot be used. A change, such as merging a LoRA, would be lost in the copy, and
+    projections fused from copies would not be quantized.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return what describes the weight; raise InputError for everything else."""
+        if func.__name__ in DESCRIPTION:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         raise InputError(
-            "the weight of a quantized layer is packed: nothing can be merged into it; keep LoRAs "
-            "beside it, or call dequantize() on the denoiser first"
+            "the weight of a quantized layer is packed: nothing can be merged into it or fused "
+            "with it; keep LoRAs beside it, or call dequantize() on the denoiser first"
         )
 
 
@@ -118,8 +137,19 @@ class PackedLayer(QuantizedLayer):
         if enabled and self.formats is not None:
             self.cache = torch.stack([self.quantized_weight(e) for e in range(self.adapters)])
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load the tensors, and dequantize them again for the cache."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.formats is not None:
+            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move and cast the module; casts do not change codes and scales, which are integers."""
+        """Move and cast the module; casts do not change codes and scales, which are integers.
+
+        A cast to 8 bits, as by layerwise casting, changes nothing: the layer is small already.
+        """
+        if self.formats is not None:
+            fn = _but_to_8_bits(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.formats is not None:
             empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
@@ -261,6 +291,19 @@ class ScaledLayer(PackedLayer):
         return weights, Quantizer(self.formats.input, scale, zero)
 
 
+def _but_to_8_bits(
+    fn: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that moves and casts tensors, except that it casts none to 8 bits."""
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        narrow = moved.dtype != tensor.dtype and moved.dtype.itemsize == 1
+        return tensor.to(moved.device) if narrow else moved
+
+    return apply
+
+
 def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
     """Return a layer of class `cls` with the attributes, hooks and parameters of a layer.
 
@@ -325,8 +368,10 @@ def cache_weights(model: DiffusionPipeline | nn.Module, *, enabled: bool = True)
         >>> cache_weights(network)
     """
     check_truth("enabled", enabled)
-    for layer in packed_layers(denoiser_of(model)).values():
-        layer.cache_weight(enabled)
+    denoisers_of(model)
+    for network in networks_of(model).values():
+        for layer in packed_layers(network).values():
+            layer.cache_weight(enabled)
 
 
 def add_router(denoiser: nn.Module, router: Router) -> None:

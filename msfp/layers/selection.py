@@ -12,6 +12,9 @@ from msfp.errors import InputError
 from msfp.layers.kinds import KINDS, PlainLayer
 from msfp.support.globs import matches
 
+ADDED = {"base_layer", "processor"}
+"""Modules around the layers of PEFT and of IP-Adapters."""
+
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
     """Return every layer that can be quantized, by dotted name, in definition order.
@@ -19,6 +22,26 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, PlainLayer]:
     Layers of subclasses are excluded, because their computation may differ.
     """
     return {name: module for name, module in denoiser.named_modules() if type(module) in KINDS}
+
+
+def refuse_additions(names: Iterable[str]) -> None:
+    """Raise InputError if a denoiser has what diffusers adds to it after it is made.
+
+    These are LoRAs of PEFT, IP-Adapters and fused projections. A checkpoint with them cannot be
+    loaded, because the denoiser is then made without them.
+
+    Args:
+        names: The names of the denoiser's tensors.
+    """
+    modules = {name.rpartition(".")[0] for name in names}
+    for module in sorted(modules):
+        parent, _, leaf = module.rpartition(".")
+        fused = leaf in ("to_qkv", "to_kv") and f"{parent}.to_v" in modules
+        if fused or not ADDED.isdisjoint(module.split(".")):
+            raise InputError(
+                f"{module!r} was added to the denoiser: unload LoRAs and IP-Adapters, and call "
+                "unfuse_qkv_projections(), before it is quantized, saved or inspected"
+            )
 
 
 def settings_by_layer(
@@ -39,9 +62,9 @@ def settings_by_layer(
         Settings by layer name, in definition order.
 
     Raises:
-        InputError: If the network is a layer itself, a glob of `include`, `exclude` or `overrides`
-            matches no layer, no layer is selected, an override is out of range, or the first or
-            last layer has different bits and is not found.
+        InputError: If the network is a layer itself, a LoRA or the like was added to it, a glob of
+            `include`, `exclude` or `overrides` matches no layer, no layer is selected, an override
+            is out of range, or the first or last layer has different bits and is not found.
     """
     layers = list(quantizable_layers(denoiser))
     kind = type(denoiser).__name__
@@ -49,6 +72,7 @@ def settings_by_layer(
         raise InputError(
             f"the network must hold its layers in a module, such as Sequential: it is a {kind}"
         )
+    refuse_additions(denoiser.state_dict())
     chosen = _matching(layers, "include", config.include, kind)
     chosen -= _matching(layers, "exclude", config.exclude, kind)
     if not chosen:

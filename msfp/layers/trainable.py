@@ -39,6 +39,13 @@ class TrainableLayer(QuantizedLayer):
     hub: LoRAHub | None
     quantizing: bool = True
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        # PEFT makes the convolutions of a LoRA of the class of the layer below.
+        raise InputError(
+            f"{type(self).__name__} is made by msfp.quantize alone: call msfp.pack before a LoRA "
+            "of PEFT is put on top of it"
+        )
+
     @classmethod
     def wrap(
         cls, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,19 @@ import torch
 from diffusers import DiffusionPipeline
 
 from msfp.errors import InputError
+from msfp.pipelines.arguments import (
+    CallSettings,
+    call_arguments,
+    check_extra,
+    condition_arguments,
+)
+from msfp.pipelines.outputs import as_images
 from msfp.support.checks import MAX_SEED, MIN_SEED, check_number, check_whole
+from msfp.support.fingerprints import described
 from msfp.support.progress import Progress, counted, no_progress
 
 PipelineCall = Callable[[Any], object]
 """A function that runs a pipeline, or a denoiser without a pipeline."""
-CONDITION_TYPES: dict[str, type] = {"prompt": str, "class_labels": int}
-"""Names of the condition arguments of pipeline calls, and the type of each condition."""
 MOST_STEPS, MOST_IMAGES = 10**6, 10**9
 MOST_SEED = 2**42
 """Largest seed of the noise, so that torch accepts the seeds of batches derived from it."""
@@ -55,6 +61,7 @@ class Sampler:
         conditions: Prompts or class labels, whichever the pipeline takes. Image i has condition i.
             If there are more images than conditions, the conditions repeat.
         guidance_scale: Scale of classifier-free guidance, or None for the pipeline's default.
+        extra: Further arguments of the call by name, such as an `image` and a `strength`.
 
     Raises:
         InputError: If a value is out of range or of another type.
@@ -64,6 +71,7 @@ class Sampler:
     batch: int = 64
     conditions: tuple[str, ...] | tuple[int, ...] = ()
     guidance_scale: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, 1, MOST_STEPS)
@@ -71,6 +79,21 @@ class Sampler:
         object.__setattr__(self, "conditions", _listed(self.conditions))
         if self.guidance_scale is not None:
             check_number("guidance_scale", self.guidance_scale, -1e6, 1e6)
+        if not isinstance(self.extra, Mapping):
+            raise InputError(f"extra must be a table of arguments by name, not {self.extra!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types; images and tensors by their size and a digest.
+
+        Example:
+            >>> Sampler(steps=2, batch=4, extra={"strength": 0.5}).to_dict()
+            {'steps': 2, 'batch': 4, 'conditions': [], 'guidance_scale': None,
+             'extra': {'strength': 0.5}}
+        """
+        fields = {**vars(self), "conditions": list(self.conditions)}
+        if not self.extra:
+            del fields["extra"]
+        return {name: described(value) for name, value in fields.items()}
 
     def __call__(
         self,
@@ -128,9 +151,8 @@ class Sampler:
             3
         """
         _check_images(count, seed)
-        return [
-            partial(self.one_batch, seed=seed, start=start) for start in range(0, count, self.batch)
-        ]
+        starts = range(0, count, self.batch)
+        return [partial(self._called, seed=seed, start=start) for start in starts]
 
     def one_batch(self, pipe: DiffusionPipeline, seed: int, start: int) -> torch.Tensor:
         """Return one batch of images, beginning with image number `start`.
@@ -138,37 +160,50 @@ class Sampler:
         Raises:
             InputError: For the same reasons as a call of the sampler.
         """
+        return as_images(self._called(pipe, seed, start))
+
+    def _called(self, pipe: DiffusionPipeline, seed: int, start: int) -> Any:
+        """Return the result of a call of a pipeline, which may be no images."""
         check_whole("seed", seed, -MOST_SEED, MOST_SEED)
-        given = self.arguments(pipe, start)
+        settings = CallSettings(
+            conditions=self._conditions(start),
+            count=self.batch,
+            steps=self.steps,
+            seed=seed * 1_000_003 + start,
+            output_type="np",
+            extra=self._extra(pipe),
+        )
+        given = call_arguments(pipe, settings)
         check_dtype(pipe, getattr(pipe, "dtype", torch.float32))
         with unchecked(pipe):
-            output = pipe(
-                **given,
-                generator=torch.Generator().manual_seed(seed * 1_000_003 + start),
-                num_inference_steps=self.steps,
-                output_type="np",
-            )
-        return torch.from_numpy(output.images).permute(0, 3, 1, 2)
+            return pipe(**given)
 
     def arguments(self, pipe: DiffusionPipeline, start: int = 0) -> dict[str, Any]:
-        """Return the condition arguments of the call for the batch beginning with image `start`.
+        """Return the arguments of the call for the batch beginning with image `start`.
+
+        Those are left out that every call has: the steps, the noise and the form of the result.
 
         Raises:
-            InputError: If the pipeline takes other conditions, or no guidance scale.
+            InputError: If the pipeline takes other conditions, no guidance scale, or another
+                argument not.
         """
-        taken, kind = condition_argument(pipe), type(pipe).__name__
-        if taken is None:
-            raise InputError(f"{kind} cannot be sampled: its call must take prompt or batch_size")
-        check_conditions(kind, self.conditions, taken)
-        given: dict[str, Any] = {taken: self.batch}
-        if self.conditions:
-            images = range(start, start + self.batch)
-            given = {taken: [self.conditions[i % len(self.conditions)] for i in images]}
-        if self.guidance_scale is not None:
-            if "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
-                raise InputError(f"guidance_scale must not be given: {kind} takes none")
-            given["guidance_scale"] = self.guidance_scale
-        return given
+        extra = self._extra(pipe)
+        check_extra(pipe, extra)
+        given = condition_arguments(pipe, self._conditions(start), self.batch, self.extra)
+        return given | extra
+
+    def _conditions(self, start: int) -> list[str | int]:
+        """Return the conditions of the batch beginning with image `start`."""
+        images = range(start, start + self.batch) if self.conditions else ()
+        return [self.conditions[i % len(self.conditions)] for i in images]
+
+    def _extra(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the further arguments, with the guidance scale."""
+        if self.guidance_scale is None:
+            return dict(self.extra)
+        if "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
+            raise InputError(f"guidance_scale must not be given: {type(pipe).__name__} takes none")
+        return {**self.extra, "guidance_scale": self.guidance_scale}
 
 
 def _check_images(count: int, seed: int) -> None:
@@ -207,12 +242,6 @@ def check_calls(name: str, calls: Any, others: str = "") -> list[PipelineCall]:
     return given
 
 
-def condition_argument(pipe: DiffusionPipeline) -> str | None:
-    """Return the name of the argument of a pipeline for conditions, or else for the batch size."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    return next((name for name in (*CONDITION_TYPES, "batch_size") if name in parameters), None)
-
-
 @contextmanager
 def unchecked(pipe: DiffusionPipeline) -> Iterator[None]:
     """Disable the safety checker of a pipeline, if it has one, inside the block."""
@@ -239,40 +268,29 @@ def check_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
         raise InputError(f"dtype must be {names} for {kind} of diffusers, not {given}")
 
 
-def check_conditions(kind: str, conditions: Sequence[str | int], taken: str) -> None:
-    """Raise InputError unless a pipeline takes these conditions.
-
-    Args:
-        kind: Name of the pipeline's class.
-        conditions: The conditions.
-        taken: Name of the argument for conditions, or "batch_size" for an unconditional pipeline.
-    """
-    wanted = CONDITION_TYPES.get(taken)
-    if wanted is None and conditions:
-        raise InputError(f"{kind} is unconditional: prompts and labels must not be given")
-    if wanted is not None:
-        name = "prompts" if wanted is str else "labels"
-        if not conditions:
-            raise InputError(f"{kind} is conditional: {name} must be given")
-        if not all(isinstance(each, wanted) for each in conditions):
-            raise InputError(f"{kind} takes {name}, not {conditions[0]!r}")
-
-
 def prompt_calls(
-    conditions: Sequence[str | int], *, steps: int = 20, seed: int = 0, **arguments: Any
+    conditions: Sequence[str | int] = (),
+    *,
+    count: int | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    **arguments: Any,
 ) -> list[PipelineCall]:
-    """Return calls of a conditional pipeline, one for each condition.
+    """Return calls of a pipeline, one for each condition.
 
     Args:
-        conditions: Prompts, or class labels for a class-conditional pipeline.
+        conditions: Prompts, or class labels for a class-conditional pipeline. None for a pipeline
+            that is called with `arguments` alone, such as an image.
+        count: Number of calls; the conditions are taken in turn. By default one for each condition,
+            or one.
         steps: Sampler steps.
         seed: Seed of the noise of the first call. It increases by 1 with each call.
-        **arguments: Further arguments of the call, such as `guidance_scale` and `height`.
+        **arguments: Further arguments of the call, such as `guidance_scale`, `height` or `image`.
 
     Raises:
-        InputError: If there is no condition, the conditions are a string instead of a list, they
-            mix prompts and labels, or another value is out of range. A call raises it if the
-            pipeline takes other conditions.
+        InputError: If there is neither a condition nor another argument, the conditions are a
+            string instead of a list, they mix prompts and labels, or another value is out of range.
+            A call raises it if the pipeline takes other conditions or arguments.
 
     Example:
         >>> calls = prompt_calls(["a fox", "a red bicycle"], steps=20, guidance_scale=5.0)
@@ -280,20 +298,17 @@ def prompt_calls(
         2
     """
     given: Sequence[str | int] = _listed(conditions)
-    if not given:
+    if not given and not arguments:
         raise InputError(f"conditions must hold at least one prompt or label, not {conditions!r}")
+    count = max(1, len(given)) if count is None else count
+    check_whole("count", count, 1, MOST_IMAGES)
     check_whole("steps", steps, 1, MOST_STEPS)
-    check_whole("seed", seed, MIN_SEED, MAX_SEED)
+    check_whole("seed", seed, MIN_SEED, MAX_SEED - count + 1)
 
-    def call(pipe: DiffusionPipeline, condition: str | int, seed: int) -> None:
-        taken = condition_argument(pipe)
-        if taken is not None:
-            check_conditions(type(pipe).__name__, [condition], taken)
-        generator = torch.Generator().manual_seed(seed)
-        options = {"output_type": "latent"} | arguments
-        pipe([condition], num_inference_steps=steps, generator=generator, **options)
+    def call(pipe: DiffusionPipeline, index: int) -> None:
+        conditions = [given[index % len(given)]] if given else []
+        settings = CallSettings(conditions, 1, steps, seed + index, "latent", arguments)
+        with unchecked(pipe):
+            pipe(**call_arguments(pipe, settings))
 
-    return [
-        partial(call, condition=condition, seed=seed + index)
-        for index, condition in enumerate(given)
-    ]
+    return [partial(call, index=index) for index in range(count)]

@@ -9,27 +9,36 @@ from dataclasses import replace
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp.checkpoint.diffusers_quantizer import attach, attach_again
+from msfp.checkpoint.diffusers_quantizer import attach, attach_again, detach
 from msfp.config import LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
 from msfp.layers.attention import attention_modules
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers, replace_layers, settings_by_layer
 from msfp.layers.trainable import trainable_layers
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import (
+    Networks,
+    denoiser_of,
+    denoisers_of,
+    named,
+    networks_of,
+    select_denoisers,
+)
 from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
+from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine
 from msfp.search.calibration import Calibration
+from msfp.search.coverage import Coverage
 from msfp.search.layer_search import quantize_layer
 from msfp.search.observers import calibrate
 from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, no_progress, of_part
 
 
 def quantize(
@@ -40,13 +49,14 @@ def quantize(
     trajectories: Trajectories | None = None,
     progress: Progress = no_progress,
 ) -> list[LayerSummary]:
-    """Quantize a denoiser in place.
+    """Quantize the denoisers of a pipeline, or a network, in place.
 
     Trainable quantized layers replace the layers that the config selects, and share their
     parameters. With block schemes, packed layers replace them, as in `msfp.layers.block`.
 
     Args:
-        model: A pipeline or its denoiser, in full precision.
+        model: A pipeline or its denoiser, in full precision. All denoisers of a pipeline are
+            quantized, each as its own calls show it; `select_denoisers` selects some.
         config: Bit widths, scheme, selection of layers, and refinement of weights; None for the
             defaults.
         calibration: The result of `calibrate` for the same denoiser, or calls of the pipeline to
@@ -56,14 +66,16 @@ def quantize(
         progress: Called as each stage advances.
 
     Returns:
-        One summary for each layer, with the formats chosen.
+        One summary for each layer, with the formats chosen. If several denoisers are quantized,
+        the names of layers begin with that of their component, as in "transformer_2.proj_out".
 
     Raises:
-        InputError: If the pipeline has no denoiser, the denoiser is quantized already or is a layer
-            itself, an argument has the wrong type, no first or last layer is found although these
-            have other bits, a glob matches nothing, the calibration is missing or belongs to
-            another denoiser, the config asks for refinement without calls or trajectories, a weight
-            or an input is not finite, or a weight is offloaded. The denoiser is then unchanged.
+        InputError: If the pipeline has no denoiser, a denoiser is quantized already or is a layer
+            itself, calls do not run it, an argument has the wrong type, no first or last layer is
+            found although these have other bits, a glob matches nothing, the calibration is missing
+            or belongs to another denoiser, the config asks for refinement without calls or
+            trajectories, a weight or an input is not finite, or a weight is offloaded. The
+            denoisers are then unchanged.
 
     Warns:
         UserWarning: If layers never ran during calibration; they stay in full precision. Also if
@@ -75,51 +87,144 @@ def quantize(
         >>> [layer.name for layer in quantize(network, config)]
         ['0', '2']
     """
-    denoiser = denoiser_of(model)
     config = QuantizationConfig() if config is None else config
     check_type("config", config, QuantizationConfig)
     if trajectories is not None:
         check_type("trajectories", trajectories, Trajectories)
     if not isinstance(calibration, Calibration | None):
         calibration = check_calls("calibration", calibration, " or what msfp.calibrate returned")
-    refuse_quantized("the denoiser", denoiser)
-    plain = quantizable_layers(denoiser)
-    settings = settings_by_layer(denoiser, config, plain)
-    seen = calibration if isinstance(calibration, Calibration) else None
-    calls = None if isinstance(calibration, Calibration) else calibration
-    # Errors are raised before anything runs.
-    recordable = calls is not None or trajectories is not None
-    refinement = refinement_of(denoiser, config, settings, recordable=recordable)
-    if calls is not None:
-        if trajectories is None and (refinement or config.attention_bits):
-            recording = Recording(calls)
-            seen = calibrate(model, calls=recording.calls, progress=progress)
-            trajectories = _recorded(model, recording, config)
-        else:
-            seen = calibrate(model, calls=calls, progress=progress)
-    settings = _settings(denoiser, config, seen)
-    if trajectories is None:
-        refinement = None
-    found = counted(progress, "searching", len(settings))
-    searched = {}
-    for name, each in settings.items():
-        searched[name] = quantize_layer(name, plain[name], each, seen)
-        release_memory()
-        found(1)
-    swapped: dict[nn.Module, nn.Module]
-    swapped = {plain[name]: layer for name, (layer, _) in searched.items()}
-    replace_layers(denoiser, swapped)
+    denoisers = denoisers_of(model)
+    if trajectories is not None or isinstance(calibration, Calibration):
+        denoiser_of(model)  # they are of one denoiser
+    parts = [
+        _Quantization(model if len(denoisers) == 1 else select_denoisers(model, name), config)
+        for name in denoisers
+    ]
+    for part in parts:  # errors are raised before anything runs
+        part.check(calibration, trajectories)
+    for name, part in zip(denoisers, parts, strict=True):
+        part.observe(calibration, trajectories, _of_part(progress, name, denoisers))
+    summaries: list[LayerSummary] = []
     try:
-        if trajectories is not None and refinement is not None:
-            refine(denoiser, refinement, trajectories=trajectories, progress=progress)
-        if trajectories is not None and config.attention_bits is not None:
-            quantize_attention(denoiser, config.attention_bits, trajectories=trajectories)
+        for name, part in zip(denoisers, parts, strict=True):
+            found = part.quantize(_of_part(progress, name, denoisers))
+            summaries += [replace(each, name=named(name, each.name, denoisers)) for each in found]
     except BaseException:
-        replace_layers(denoiser, {layer: old for old, layer in swapped.items()})
+        for part in parts:
+            part.undo()
         raise
-    summaries = [summary.with_formats(layer.formats) for layer, summary in searched.values()]
-    attach(denoiser, replace(config, refine=refinement), summaries=summaries)
     return summaries
+
+
+def _of_part(progress: Progress, name: str, denoisers: Networks) -> Progress:
+    """Return the progress of one denoiser, named if there are several."""
+    return of_part(progress, name) if len(denoisers) > 1 else progress
+
+
+class _Quantization:
+    """The quantization of one denoiser.
+
+    Args:
+        model: The pipeline, with one denoiser, or the denoiser.
+        config: What is quantized, and how.
+    """
+
+    def __init__(self, model: DiffusionPipeline | nn.Module, config: QuantizationConfig) -> None:
+        self.model, self.denoiser, self.config = model, denoiser_of(model), config
+        refuse_quantized("the denoiser", self.denoiser)
+        self.plain = quantizable_layers(self.denoiser)
+        self.refinement: RefinementConfig | None = None
+        self.seen: Calibration | None = None
+        self.trajectories: Trajectories | None = None
+        self.swapped: dict[nn.Module, nn.Module] = {}
+        self.attached = False
+
+    def check(
+        self,
+        calibration: Calibration | Sequence[PipelineCall] | None,
+        trajectories: Trajectories | None,
+    ) -> None:
+        """Raise InputError if the config does not suit the denoiser, or what it needs is missing.
+
+        Args:
+            calibration: As for `quantize`.
+            trajectories: As for `quantize`.
+        """
+        settings = settings_by_layer(self.denoiser, self.config, self.plain)
+        calls = calibration is not None and not isinstance(calibration, Calibration)
+        self.refinement = refinement_of(
+            self.denoiser, self.config, settings, recordable=calls or trajectories is not None
+        )
+
+    def observe(
+        self,
+        calibration: Calibration | Sequence[PipelineCall] | None,
+        trajectories: Trajectories | None,
+        progress: Progress,
+    ) -> None:
+        """Make the calls, if there are calls, and keep what they show.
+
+        Args:
+            calibration: As for `quantize`.
+            trajectories: As for `quantize`.
+            progress: Called after each call.
+        """
+        self.trajectories = trajectories
+        if calibration is None or isinstance(calibration, Calibration):
+            self.seen = calibration
+        elif trajectories is None and (self.refinement or self.config.attention_bits):
+            recording = Recording(calibration)
+            self.seen = calibrate(self.model, calls=recording.calls, progress=progress)
+            self.trajectories = _recorded(self.model, recording, self.config)
+        else:
+            self.seen = calibrate(self.model, calls=calibration, progress=progress)
+        if self.trajectories is None:
+            self.refinement = None
+
+    def quantize(self, progress: Progress) -> list[LayerSummary]:
+        """Search each layer, replace the layers, and refine; return their summaries.
+
+        Args:
+            progress: Called as each stage advances.
+        """
+        settings = _settings(self.denoiser, self.config, self.seen)
+        counts = None if self.seen is None else self.seen.multiply_adds
+        coverage = Coverage.of(self.denoiser, counts or None)
+        done = counted(progress, "searching", len(settings))
+        layers, summaries = {}, []
+        for name, each in settings.items():
+            layers[name], summary = quantize_layer(name, self.plain[name], each, self.seen)
+            summaries.append(summary)
+            release_memory()
+            done(1)
+        self.swapped = {self.plain[name]: layer for name, layer in layers.items()}
+        replace_layers(self.denoiser, self.swapped)
+        self._refine(progress)
+        found = [
+            summary.with_formats(layer.formats)
+            for layer, summary in zip(layers.values(), summaries, strict=True)
+        ]
+        paths = self.trajectories
+        measured = None if paths is None else measured_on(self.denoiser, paths)
+        request = replace(self.config, refine=self.refinement)
+        attach(self.denoiser, request, summaries=found, coverage=coverage, measured=measured)
+        self.attached = True
+        return found
+
+    def _refine(self, progress: Progress) -> None:
+        """Refine the weights and quantize the products of attention, where the config says so."""
+        paths, bits = self.trajectories, self.config.attention_bits
+        if paths is not None and self.refinement is not None:
+            refine(self.denoiser, self.refinement, trajectories=paths, progress=progress)
+        if paths is not None and bits is not None:
+            quantize_attention(self.denoiser, bits, trajectories=paths)
+
+    def undo(self) -> None:
+        """Put the plain layers back."""
+        replace_layers(self.denoiser, {layer: plain for plain, layer in self.swapped.items()})
+        if self.attached:
+            detach(self.denoiser)
+            del self.denoiser.hf_quantizer
 
 
 def refinement_of(
@@ -214,23 +319,30 @@ def _check_input(name: str, calibration: Calibration) -> None:
 
 
 def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
-    """Replace trainable layers by packed ones, in place; the denoiser can then be saved.
+    """Replace trainable layers by packed ones, in place; the denoisers can then be saved.
 
     Args:
         model: A pipeline or its denoiser, quantized by `quantize`.
 
     Returns:
-        The names of the layers.
+        The names of the layers, with that of their component as `quantize` returns them.
 
     Raises:
         InputError: If the pipeline has no denoiser.
     """
-    denoiser = denoiser_of(model)
+    denoisers_of(model)
+    networks = networks_of(model)
+    trained = {k: each for k, each in networks.items() if trainable_layers(each)}
+    return [named(k, layer, trained) for k, each in trained.items() for layer in _pack(each)]
+
+
+def _pack(denoiser: nn.Module) -> list[str]:
+    """Pack the layers of one network, and return their names."""
     trainable = trainable_layers(denoiser)
     names, layers = list(trainable), list(trainable.values())
     del trainable
     while layers:  # one by one, to free each full-precision weight early
         layer = layers.pop()
         replace_layers(denoiser, {layer: layer.pack()})
-    attach_again(denoiser)
+    attach_again(denoiser, same_outputs=True)
     return names

@@ -8,14 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from torch import nn
 
 from fpformats import Histogram
-from msfp.checkpoint.facts import LayerFacts, inspect_layers, inspect_products, overview
+from msfp.checkpoint.facts import (
+    LayerFacts,
+    inspect_coverage,
+    inspect_layers,
+    inspect_products,
+    overview,
+)
 from msfp.evaluation.comparison import Comparison
+from msfp.layers.base import quantized_networks
 from msfp.layers.formats import TENSOR
 from msfp.layers.packed import ScaledLayer, packed_layers
+from msfp.pipelines.denoiser import by_name
 from msfp.reports import figures, html
 from msfp.reports.layer_table import COLUMNS, PRODUCT_COLUMNS, cells, product_cells
 from msfp.search.layer_search import search_input
@@ -33,24 +42,24 @@ class ModelReport:
 
     Attributes:
         title: Heading of the page.
-        denoiser: The packed denoiser.
+        model: The pipeline with packed denoisers, or the packed denoiser.
         inputs: Histograms of the full-precision denoiser's layer inputs, by layer; may be empty.
         weights: The full-precision weights of its layers, by layer.
         comparison: The comparison with the full-precision pipeline, or None without one.
     """
 
     title: str
-    denoiser: nn.Module
+    model: DiffusionPipeline | nn.Module
     inputs: Mapping[str, Histogram]
     weights: Mapping[str, torch.Tensor]
     comparison: Comparison | None = None
 
     def html(self) -> str:
         """Return the page."""
-        facts = inspect_layers(self.denoiser)
+        facts = inspect_layers(self.model)
         rows = [cells(each) for each in facts]
         sections = [
-            ("", [html.bullets(findings(facts, self.comparison))]),
+            ("", [html.bullets([*findings(facts, self.comparison), *self._coverage()])]),
             *self._compared(),
             ("Error by layer", self._by_layer(facts)),
             ("The worst layers", self._distributions(facts)),
@@ -63,9 +72,14 @@ class ModelReport:
         ]  # fmt: skip
         return html.page(self.title, [(name, parts) for name, parts in sections if parts])
 
+    def _coverage(self) -> list[str]:
+        """Return the shares of the denoiser by bits, and what stays in full precision."""
+        coverage = inspect_coverage(self.model)
+        return [] if coverage is None else coverage.sentences()
+
     def _products(self) -> list[str]:
         """Return the table of the operands of attention's products, where these are quantized."""
-        rows = [product_cells(each) for each in inspect_products(self.denoiser)]
+        rows = [product_cells(each) for each in inspect_products(self.model)]
         return [html.table(PRODUCT_COLUMNS, rows)] if rows else []
 
     def _compared(self) -> list[tuple[str, list[str]]]:
@@ -118,7 +132,7 @@ class ModelReport:
 
         Layers in block formats are left out: they have no single grid.
         """
-        layers = packed_layers(self.denoiser)
+        layers = by_name(quantized_networks(self.model), packed_layers)
         parts = []
         for each in sorted(facts, key=self._quality)[:WORST]:
             layer = layers[each.layer]

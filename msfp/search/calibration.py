@@ -24,6 +24,8 @@ def _without_version(header: Header) -> Header:
 KIND = FileKind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
 SHORT = 60
 """Length of the longest value that an error message shows in full, in characters."""
+SHARED = ("activations", "timesteps", "calls", "sample_path", "multiply_adds")
+"""Attributes that processes send each other as they are."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Calibration:
             name. Empty if unknown.
         sample_path: The layers whose input depends on the denoiser's noisy sample, in the order in
             which they ran. Empty if unknown.
+        multiply_adds: Number of multiply-adds of the first forward, by the name of the weight; ""
+            for products of activations, as in attention. Empty if unknown.
     """
 
     inputs: dict[str, Histogram]
@@ -57,6 +61,7 @@ class Calibration:
     total: int = 0
     description: dict[str, Any] = field(default_factory=dict)
     sample_path: list[str] = field(default_factory=list)
+    multiply_adds: dict[str, int] = field(default_factory=dict)
 
     @property
     def ran(self) -> list[str]:
@@ -112,19 +117,19 @@ class Calibration:
             timesteps=timesteps,
             calls=sorted(self.calls + other.calls),
             sample_path=first.sample_path or second.sample_path,
+            multiply_adds=first.multiply_adds or second.multiply_adds,
         )
 
     def all_reduce(self) -> None:
         """Merge the calibrations of all torch.distributed processes, in every process."""
         facts: list[Any] = [None] * dist.get_world_size()
         names = list(self.inputs)
-        own = (names, self.activations, self.timesteps, self.calls, self.sample_path)
+        own = {key: getattr(self, key) for key in SHARED} | {"order": names}
         dist.all_gather_object(facts, own)
         merged = self._empty(names)
-        for order, activations, timesteps, calls, path in facts:
-            part = self._empty(order)
-            part.activations, part.timesteps, part.calls = activations, timesteps, calls
-            part.sample_path = path
+        for each in facts:
+            part = self._empty(each.pop("order"))
+            vars(part).update(each)
             merged.merge(part)
         for name in sorted(names):
             self.inputs[name].all_reduce()
@@ -158,6 +163,7 @@ class Calibration:
             "total": self.total,
             "description": self.description,
             "sample_path": self.sample_path,
+            "multiply_adds": self.multiply_adds,
         }
         write(Path(file), KIND, tensors, facts)
 
@@ -187,6 +193,7 @@ class Calibration:
             total=facts["total"],
             description=facts["description"],
             sample_path=facts.get("sample_path", []),
+            multiply_adds=facts.get("multiply_adds", {}),
         )
 
 

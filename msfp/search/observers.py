@@ -19,11 +19,12 @@ from fpformats import Histogram
 from msfp.errors import InputError
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers
-from msfp.pipelines.denoiser import denoiser_of, timestep_or_none
+from msfp.pipelines.denoiser import denoiser_name, denoiser_of, timestep_or_none
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.schedulers.integer_weights import integer_weights, weight_at
 from msfp.search.activation_trace import ActivationTrace
 from msfp.search.calibration import Calibration
+from msfp.search.product_trace import ProductTrace
 from msfp.search.sample_probe import SampleProbe
 from msfp.support.checks import check_path
 from msfp.support.hooks import hooked
@@ -70,6 +71,7 @@ class _Observer:
         self.seen = Calibration({}, weights=weights)
         self._probe = probe
         self._trace = ActivationTrace()
+        self._products: ProductTrace | None = None
         self._tracing = ExitStack()
         self._timestep: float | None = None
         self._repeats = 1
@@ -92,12 +94,16 @@ class _Observer:
     def _leave(self, denoiser: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Stop tracing, and run the first forward again with another sample."""
         self._tracing.close()
+        if self._products is not None:
+            self.seen.multiply_adds = dict(self._products.counts)
         if self._probe is not None and not self._probe.done:
             self.seen.sample_path = self._probe.found(denoiser, args, kwargs, output)
 
     def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the timestep of a forward pass; trace activation functions in the first one."""
-        if not self._pending:
+        """Record the timestep of a forward pass; trace functions in the first one."""
+        if self._products is None:
+            self._products = ProductTrace(denoiser)
+            self._tracing.enter_context(self._products)
             self._tracing.enter_context(self._trace)
         timesteps = timestep_or_none(denoiser, args, kwargs)
         if timesteps is not None:
@@ -248,7 +254,11 @@ def _seen(
         call(model)
     seen = observer.seen
     if not seen.inputs:
-        raise InputError(f"call {index} did not run the {type(denoiser).__name__}")
+        name = type(denoiser).__name__ if model is denoiser else denoiser_name(model)
+        raise InputError(
+            f"call {index} did not run the {name}: give calls that do, or select denoisers by "
+            "msfp.select_denoisers"
+        )
     seen.calls, seen.total = [index], calibration.total
     seen.description = calibration.description
     seen.inputs |= {name: Histogram() for name in calibration.inputs if name not in seen.inputs}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 CHUNK = 1 << 24
 """The most numbers that are hashed at once."""
@@ -81,3 +83,22 @@ def same(one: Any, other: Any) -> bool:
         return False
     first, second = torch.tensor(one), torch.tensor(other)
     return bool((first - second).norm() <= MAX_ROUNDING * first.norm())
+
+
+def described(value: Any) -> Any:
+    """Return a value as plain JSON types: images, arrays and tensors by their size and a digest.
+
+    Example:
+        >>> described({"strength": 0.5, "mask": torch.zeros(2, 3)})
+        {'strength': 0.5, 'mask': 'Tensor (2, 3) 81f823a5443ab019'}
+    """
+    if isinstance(value, Mapping):
+        return {str(name): described(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
+        numbers = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        return f"{type(value).__name__} {tuple(numbers.shape)} {digest([('', numbers)])}"
+    return type(value).__name__

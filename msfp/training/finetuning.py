@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.errors import InputError
 from msfp.layers.block import refuse_block_layers
 from msfp.layers.lora.talora import routing_of
@@ -126,6 +127,7 @@ def finetune(
     if routing is not None:
         routing.clear()
     pack(denoiser)
+    attach_again(denoiser)  # the measured error was that before training
     denoiser.requires_grad_(False)
     return history
 

@@ -28,6 +28,9 @@ def guidance_branches(
         return (1.0,), 1
     scale = sampler.guidance_scale
     if scale is None:
-        scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+        known = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+        scale = sampler.extra.get("guidance_scale", None if known is None else known.default)
+    if not isinstance(scale, int | float):
+        return (1.0,), 1
     class_first = isinstance(pipe, DiTPipeline | ClassPipeline)
     return ((scale, 1 - scale) if class_first else (1 - scale, scale)), sampler.batch

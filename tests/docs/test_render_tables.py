@@ -3,6 +3,7 @@ import shutil
 import pytest
 from denoisers import CASES
 from pages import DOCS, script
+from pipelines import CASES as PIPELINES
 
 from msfp.experiments.study import render as rendering
 
@@ -26,3 +27,9 @@ def test_the_page_of_denoisers_has_every_class_of_the_sweep():
     lines = (DOCS / "denoisers.md").read_text().splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert names[1:] == sorted(CASES)
+
+
+def test_the_page_of_pipelines_has_every_pipeline_that_was_tried():
+    lines = (DOCS / "pipelines.md").read_text().splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert names[1:] == sorted(PIPELINES)

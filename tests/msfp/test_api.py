@@ -27,7 +27,7 @@ WITHOUT_MODEL = {
     "timestep_weights": "factors",
 }
 """Functions that take no model, and their first argument."""
-SECOND = {"config", "folder", "bits", "rank"}
+SECOND = {"config", "folder", "bits", "names", "rank"}
 """What may be given by position after the model."""
 CHANGES = {
     "add_branches", "cache_weights", "finetune", "pack", "quantize", "quantize_attention",
@@ -133,6 +133,7 @@ CASES = {
     "export_adapters": ("hub", {}),
     "export_lora": ("beside", {}),
     "finetune": ("trainable", TRAINED_ON | {"config": msfp.FinetuneConfig(**STEP)}),
+    "inspect_coverage": ("packed", {}),
     "inspect_layers": ("packed", {}),
     "noise_errors": ("packed", TRAINED_ON),
     "pack": ("trainable", {}),
@@ -143,6 +144,7 @@ CASES = {
     "refine": ("trainable", TRAINED_ON | {"config": msfp.RefinementConfig(samples=4)}),
     "save": ("packed", {}),
     "save_calls": ("plain", {"calls": call}),
+    "select_denoisers": ("plain", {"names": ["unet"]}),
     "split_inputs": ("trainable", TRAINED_ON | {"samples": 4}),
     "unpack": ("packed", {"original": "plain"}),
 }

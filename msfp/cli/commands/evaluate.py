@@ -118,10 +118,14 @@ def _report(
     title: str, found: Comparison, original: DiffusionPipeline, quantized: DiffusionPipeline
 ) -> str:
     """Return the HTML page."""
+    from msfp.layers.base import quantized_networks
     from msfp.layers.selection import quantizable_layers
-    from msfp.pipelines.denoiser import denoiser_of
+    from msfp.pipelines.denoiser import by_name, networks_of
     from msfp.reports.model_page import ModelReport
 
-    layers = quantizable_layers(denoiser_of(original))
+    plain = networks_of(original)
+    layers = by_name(
+        {name: plain[name] for name in quantized_networks(quantized)}, quantizable_layers
+    )
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    return ModelReport(title, denoiser_of(quantized), found.inputs, weights, found).html()
+    return ModelReport(title, quantized, found.inputs, weights, found).html()

@@ -58,6 +58,9 @@ def add(commands: Any) -> None:
         "--data", type=Path, metavar="FOLDER",
         help="train on the images in it, noised, and not on samples of the sampler",
     )  # fmt: skip
+    finetune.add_argument(
+        "--component", metavar="NAME", help="the denoiser to train, where a pipeline has several"
+    )
     finetune.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="log there")
     add_config(
         finetune, FinetuneConfig, "what is trained, and how",
@@ -74,7 +77,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Record, train, measure, and write a packed checkpoint with a report."""
     from msfp.cli.finetuning_run import Extent, FinetuningRun, ablation
-    from msfp.pipelines.denoiser import denoiser_of
+    from msfp.pipelines.denoiser import denoiser_of, select_denoisers
     from msfp.support.progress import progress_bars
 
     config = _checked(arguments)
@@ -83,6 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
     _place_process(arguments)
     original = load_pipeline(arguments.original, arguments)
     quantized = load_checkpoint(arguments.checkpoint, arguments)
+    if arguments.component is not None:
+        original, quantized = (
+            select_denoisers(each, arguments.component) for each in (original, quantized)
+        )
     record = _record(arguments, folder, config, sampler)
     _meet_processes(original, config, arguments.tensorboard)
     extent = Extent(arguments.count, arguments.held_out, arguments.seed)
@@ -163,10 +170,13 @@ def _record(
 
 def _digest(checkpoint: Path) -> str:
     """Return a short hash of a checkpoint's config, which holds checksums of all tensors."""
-    from msfp.checkpoint.io import CONFIG_FILE, quantized_component
+    from msfp.checkpoint.facts import network_folders
+    from msfp.checkpoint.io import CONFIG_FILE
 
-    config = checkpoint / (quantized_component(checkpoint) or "") / CONFIG_FILE
-    return hashlib.sha256(config.read_bytes()).hexdigest()[:12]
+    found = hashlib.sha256()
+    for folder in network_folders(checkpoint).values():
+        found.update((folder / CONFIG_FILE).read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _place_process(arguments: argparse.Namespace) -> None:

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         LayerFacts,
         ProductFacts,
         in_order,
+        inspect_coverage,
         inspect_layers,
         inspect_products,
         matching,
@@ -66,10 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
     if options.STANDARD_OUTPUT in (arguments.json, arguments.csv):
         return
     layers = [each for each in found if isinstance(each, LayerFacts)]
+    coverage = inspect_coverage(arguments.checkpoint)
     products = [each for each in found if isinstance(each, ProductFacts)]
     if layers:
         _print(COLUMNS, [cells(each) for each in layers])
         print(overview(layers))
+        for sentence in [] if coverage is None else coverage.sentences():
+            print(sentence)
     if products:
         _print(PRODUCT_COLUMNS, [product_cells(each) for each in products])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from msfp.config import QuantizationConfig
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from fpformats import Histogram
     from msfp.pipelines.sampler import Sampler
+    from msfp.pipelines.trajectories import Trajectories
     from msfp.search.calibration import Calibration
     from msfp.search.summary import LayerSummary
     from msfp.support.progress import Progress
@@ -27,9 +30,14 @@ def add(commands: Any) -> None:
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     quantize.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="a .safetensors file for the calibration; if it exists, calibration resumes from it",
+        help="a .safetensors file for the calibration, or one for each of several denoisers; if it "
+        "exists, calibration resumes from it",
     )  # fmt: skip
     options.add_report(quantize)
+    quantize.add_argument(
+        "--components", nargs="+", metavar="NAME",
+        help="networks of the pipeline to quantize (default: all its denoisers)",
+    )  # fmt: skip
     add_config(quantize, QuantizationConfig, "what is quantized, and how")
     options.add_sampling(quantize, count=64)
     quantize.set_defaults(run=run)
@@ -37,9 +45,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Calibrate, search, and write a packed checkpoint."""
+    from msfp.checkpoint.facts import inspect_coverage
     from msfp.checkpoint.io import save
     from msfp.layers.selection import quantizable_layers
-    from msfp.pipelines.denoiser import denoiser_of
+    from msfp.pipelines.denoiser import by_name, denoisers_of, select_denoisers
     from msfp.ptq.quantization import pack
     from msfp.support.files import check_output
     from msfp.support.progress import progress_bars
@@ -50,20 +59,25 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_from(arguments, QuantizationConfig)
     sampler = options.check_sampling(arguments)
     pipe = load_pipeline(arguments.model, arguments)
-    plain = {} if arguments.report is None else quantizable_layers(denoiser_of(pipe))
+    if arguments.components is not None:
+        pipe = select_denoisers(pipe, arguments.components)
+    denoisers = denoisers_of(pipe)
+    plain = {} if arguments.report is None else by_name(denoisers, quantizable_layers)
     weights = {name: layer.weight.detach().clone() for name, layer in plain.items()}
     with progress_bars() as progress:
-        layers, calibration = _quantized(pipe, config, sampler, arguments, progress)
+        layers, inputs = _quantized(pipe, config, sampler, arguments, progress)
     pack(pipe)
     save(pipe, arguments.output)
     unsigned = sum(layer.unsigned for layer in layers)
     print(f"{len(layers)} layers quantized, {unsigned} with unsigned inputs: {arguments.output}")
+    coverage = inspect_coverage(pipe)
+    for sentence in [] if coverage is None else coverage.sentences():
+        print(sentence)
     if arguments.report is not None:
         from msfp.reports.model_page import ModelReport
 
-        inputs = calibration.inputs if calibration is not None else {}
         title = _title(arguments.model, config)
-        report = ModelReport(title, denoiser_of(pipe), inputs, weights)
+        report = ModelReport(title, pipe, inputs, weights)
         options.write_text(arguments.report, report.html())
         print(f"Report: {arguments.report}")
 
@@ -84,17 +98,30 @@ def _check_calibration(file: Path | None) -> None:
         check_new_file("calibration", file, ".safetensors")
 
 
+def _calibration_file(pipe: DiffusionPipeline, file: Path | None) -> Path | None:
+    """Return the calibration file of a selected denoiser: each of several has its own."""
+    from msfp.pipelines.denoiser import COMPONENTS, denoiser_name
+
+    several = sum(name in COMPONENTS for name in pipe.components) > 1
+    if file is None or not several:
+        return file
+    return file.with_stem(f"{file.stem}-{denoiser_name(pipe)}")
+
+
 def _description(
     pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the settings of the calls, except their number."""
+    from msfp.pipelines.denoiser import scheduler_of
+
     return {
         "labels" if arguments.labels else "prompts": list(sampler.conditions),
         "seed": arguments.seed,
         "steps": sampler.steps,
-        "sampler": type(pipe.scheduler).__name__,
+        "sampler": type(scheduler_of(pipe)).__name__,
         "batch": sampler.batch,
         "guidance scale": sampler.guidance_scale,
+        **({"call": sampler.to_dict()["extra"]} if sampler.extra else {}),
     }
 
 
@@ -104,15 +131,51 @@ def _quantized(
     sampler: Sampler,
     arguments: argparse.Namespace,
     progress: Progress,
-) -> tuple[list[LayerSummary], Calibration | None]:
-    """Quantize a pipeline in place: calibrate and record with the same calls, search and refine.
+) -> tuple[list[LayerSummary], dict[str, Histogram]]:
+    """Quantize the denoisers of a pipeline in place: observe all, then search and refine each.
 
-    Quantization of weights alone, without refinement, needs only the search.
+    Returns:
+        The summaries of the layers, and histograms of their inputs, which may be empty.
+    """
+    from msfp.pipelines.denoiser import denoisers_of, named, select_denoisers
+    from msfp.ptq.quantization import quantize
+    from msfp.support.progress import of_part
+
+    names = denoisers_of(pipe)
+    parts = {name: select_denoisers(pipe, name) for name in names}
+    told = {name: of_part(progress, name) if len(names) > 1 else progress for name in names}
+    seen = {
+        name: _observed(part, config, sampler, arguments, told[name])
+        for name, part in parts.items()
+    }
+    layers: list[LayerSummary] = []
+    inputs: dict[str, Histogram] = {}
+    for name, part in parts.items():
+        calibration, trajectories = seen.pop(name)
+        found = quantize(
+            part, config, calibration=calibration, trajectories=trajectories, progress=told[name]
+        )
+        layers += [replace(each, name=named(name, each.name, names)) for each in found]
+        if calibration is not None:
+            inputs |= {named(name, key, names): each for key, each in calibration.inputs.items()}
+    return layers, inputs
+
+
+def _observed(
+    pipe: DiffusionPipeline,
+    config: QuantizationConfig,
+    sampler: Sampler,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> tuple[Calibration | None, Trajectories | None]:
+    """Calibrate and record one denoiser with the same calls, as far as the config needs it.
+
+    Quantization of weights alone, without refinement, needs neither.
     """
     from msfp.layers.selection import quantizable_layers, settings_by_layer
     from msfp.pipelines.denoiser import denoiser_of
     from msfp.pipelines.recording import Recording
-    from msfp.ptq.quantization import quantize, refinement_of
+    from msfp.ptq.quantization import refinement_of
     from msfp.search.observers import calibrate
 
     denoiser = denoiser_of(pipe)
@@ -128,12 +191,9 @@ def _quantized(
     if needs_calibration:
         calibration = calibrate(
             pipe, calls=calls if recording is None else recording.calls,
-            file=arguments.calibration, progress=progress,
+            file=_calibration_file(pipe, arguments.calibration), progress=progress,
             description=_description(pipe, sampler, arguments),
         )  # fmt: skip
     if recording is not None:  # makes the calls if the calibration was read from its file
         trajectories = recording.trajectories(pipe, progress)
-    layers = quantize(
-        pipe, config, calibration=calibration, trajectories=trajectories, progress=progress
-    )
-    return layers, calibration
+    return calibration, trajectories

@@ -59,17 +59,15 @@ def _write_grid(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.N
 
 def _write_files(pipe: DiffusionPipeline, sampler: Sampler, arguments: argparse.Namespace) -> None:
     """Write a file for each image that does not exist yet."""
-    from dataclasses import asdict
-
     from msfp.support.image_files import PngFolder
     from msfp.support.progress import counted, progress_bars
 
     settings = {
         "model": str(arguments.checkpoint),
         "seed": arguments.seed,
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
         "dtype": arguments.dtype,
-        **asdict(sampler),
+        **sampler.to_dict(),
     }
     folder = PngFolder(arguments.folder, settings)
     with progress_bars() as progress:

@@ -15,7 +15,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.lora.routers import Router
-from msfp.pipelines.denoiser import denoiser_of, timestep_of
+from msfp.pipelines.denoiser import denoisers_of, timestep_of
 
 TURNS = 4
 """Number of training steps in which each layer gives a learned router a gradient once."""
@@ -215,14 +215,15 @@ def precompute_routing(
     Raises:
         InputError: If the model is a pipeline without a denoiser, or timesteps are not numbers.
     """
-    denoiser = denoiser_of(model)
+    denoisers = denoisers_of(model)
     try:
         given = torch.as_tensor(timesteps).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"timesteps must be numbers, not {timesteps!r}") from error
-    routing = routing_of(denoiser)
-    if routing is None:
-        return
-    router = router_of(denoiser)
-    for timestep in given:
-        routing.winners_at(router, timestep[None])
+    for denoiser in denoisers.values():
+        routing = routing_of(denoiser)
+        if routing is None:
+            continue
+        router = router_of(denoiser)
+        for timestep in given:
+            routing.winners_at(router, timestep[None])

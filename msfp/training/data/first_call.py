@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoiser_of, scheduler_of
 from msfp.pipelines.sampler import PipelineCall
 from msfp.support.hooks import hooked
 
@@ -53,7 +53,7 @@ def first_call(pipe: DiffusionPipeline, call: PipelineCall) -> FirstCall:
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         sample = given[next(iter(given))]
-        found.append(FirstCall(copy.deepcopy(pipe.scheduler), len(sample)))
+        found.append(FirstCall(copy.deepcopy(scheduler_of(pipe)), len(sample)))
         raise _CalledError
 
     hook = denoiser_of(pipe).register_forward_pre_hook(stop, with_kwargs=True)

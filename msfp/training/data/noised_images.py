@@ -13,7 +13,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.lora.routers import TRAINING_TIMESTEPS
-from msfp.pipelines.denoiser import denoiser_of, timestep_of
+from msfp.pipelines.denoiser import denoiser_of, scheduler_of, timestep_of
 from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
@@ -155,7 +155,7 @@ class _Noising:
         chosen = self.images[[place % len(self.images) for place in places]]
         chosen = chosen.to(sample.device, torch.float32)
         noise = self._noise(timestep.item()).to(sample.device)
-        read = noised(self.pipe.scheduler, chosen, noise, timestep)
+        read = noised(scheduler_of(self.pipe), chosen, noise, timestep)
         repeats = (self.copies, *(1,) * (sample.dim() - 1))
         bound.arguments[name] = read.to(sample.dtype).repeat(repeats)
         return bound.args, bound.kwargs
@@ -168,7 +168,7 @@ class _Noising:
         self.copies = _copies(sample)
         self.count = len(sample) // self.copies
         # Flow models receive times from 0 to 1.
-        of_one = time <= 1 < self.pipe.scheduler.timesteps.max().item()
+        of_one = time <= 1 < scheduler_of(self.pipe).timesteps.max().item()
         self.scale = float(TRAINING_TIMESTEPS) if of_one else 1.0
         self.draws = [
             torch.Generator().manual_seed(self.seed * 1_000_003 + self.start + place)
@@ -177,7 +177,7 @@ class _Noising:
 
     def _on_grid(self, time: float) -> torch.Tensor:
         """Return the scheduler's timestep for a time that the denoiser received."""
-        timesteps = self.pipe.scheduler.timesteps
+        timesteps = scheduler_of(self.pipe).timesteps
         distances = (timesteps.double() - self.scale * time).abs()
         nearest = distances.argmin()
         if distances[nearest] > OFF_GRID * timesteps[nearest].abs():

@@ -107,14 +107,11 @@ def test_group_offloading_keeps_the_prediction(unet, untouched):
     assert torch.equal(call(unet), call(untouched))
 
 
-def test_casting_layer_by_layer_does_not_touch_codes(unet, untouched):
+def test_casting_layer_by_layer_leaves_packed_layers_as_they_are(unet, untouched):
     cache_weights(unet)
     unet.enable_layerwise_casting(torch.float8_e5m2, torch.float32)
-    assert unet.mid_block.resnets[0].conv1.bias.dtype == torch.float8_e5m2
-    assert call(unet).isfinite().all()
-    for name, layer in quantized_layers(untouched).items():
-        assert torch.equal(unet.get_submodule(name).quantized_weight(0, torch.float32),
-                           layer.quantized_weight())  # fmt: skip
+    assert unet.mid_block.resnets[0].conv1.bias.dtype == torch.float32
+    assert torch.equal(call(unet), call(untouched))
 
 
 def test_channels_last_and_cached_weights_keep_the_prediction(unet, untouched):

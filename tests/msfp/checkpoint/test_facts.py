@@ -161,7 +161,7 @@ def test_what_is_not_packed_or_not_quantized_is_refused(reference, tmp_path):
         inspect_layers(reference)
     with pytest.raises(InputError, match=r"conv_in is trainable: call msfp\.pack first"):
         inspect_layers(tiny_quantized(tiny_pipeline()))
-    with pytest.raises(InputError, match="has no denoiser that is quantized"):
+    with pytest.raises(InputError, match="has no component that is quantized"):
         inspect_layers(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         inspect_layers(tmp_path / "absent")

@@ -112,6 +112,7 @@ def network():
 def test_a_plain_network_is_saved_and_loaded_into_its_like(network, tmp_path):
     save(network, tmp_path / "model")
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
@@ -148,7 +149,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(saved):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no unet or transformer that is quantized by msfp"):
+    with pytest.raises(InputError, match="no component that is quantized by msfp"):
         load(tmp_path)
     with pytest.raises(InputError, match="no quantization config of msfp"):
         load(tmp_path, into=Network())
@@ -267,7 +268,7 @@ DAMAGE = {
     "no checksum": (tell(facts={}), "checksum"),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), r"no file named|cannot be loaded"),
     "no json": (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot be"),
-    "a list": (lambda folder: (folder / "unet" / "config.json").write_text("[]"), "no unet"),
+    "a list": (lambda folder: (folder / "unet" / "config.json").write_text("[]"), "no component"),
     "version": (damage_json(lambda d: d.update(format_version=99)), "denoiser of version 99; this"),
     "library": (other_library, "must be a class of diffusers, not of antigravity"),
     "unknown key": (

@@ -216,7 +216,7 @@ BAD = {
     ),
     "checkpoint": (
         lambda t: ["sample", t, "--output", t / "x.png"],
-        "no unet or transformer that is",
+        "no component that is",
     ),
     "corrupt": (lambda t: ["sample", corrupt(t), "--output", t / "x.png"], "cannot be loaded"),
     "suffix": (lambda t: ["sample", corrupt(t), "--output", t / "x.jpg"], "must be a new .png"),

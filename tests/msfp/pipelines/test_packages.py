@@ -3,7 +3,7 @@ import json
 import pytest
 
 from msfp import InputError
-from msfp.pipelines.packages import check_packages, needed_packages
+from msfp.pipelines.packages import check_packages, needed_packages, variant_of
 
 
 def folder_with(folder, **components):
@@ -40,3 +40,20 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
         check_packages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "variant"),
+    [
+        (["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"], None),
+        (["unet/a.fp16.safetensors", "vae/b.safetensors"], "fp16"),
+        (["unet/a.fp16.safetensors", "unet/a.safetensors"], None),
+        (["unet/a.bf16-00001-of-00002.safetensors", "unet/a.safetensors.index.bf16.json"], "bf16"),
+        (["unet/a-00001-of-00002.safetensors", "unet/config.json"], None),
+    ],
+)
+def test_the_variant_of_a_folder_is_that_of_its_only_weights(files, variant, tmp_path):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert variant_of(tmp_path) == variant

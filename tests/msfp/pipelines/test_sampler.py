@@ -110,7 +110,7 @@ class Upscaler:
         (Labelled(), Sampler(conditions=("fox",)), "Labelled takes labels, not 'fox'"),
         (Unconditional(), Sampler(conditions=("fox",)), "Unconditional is unconditional"),
         (Unconditional(), Sampler(guidance_scale=2.0), "Unconditional takes none"),
-        (Upscaler(), Sampler(), "its call must take prompt or batch_size"),
+        (Upscaler(), Sampler(), "batch must be 1, not 64: Upscaler makes one image in a call"),
     ],
 )
 def test_a_sampler_that_does_not_fit_the_pipeline_is_refused(pipe, sampler, message):

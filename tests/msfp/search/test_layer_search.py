@@ -195,5 +195,5 @@ def test_a_pipeline_without_a_denoiser_is_refused():
         def __init__(self):
             self.components = {"vae": torch.nn.Identity()}
 
-    with pytest.raises(InputError, match=r"no denoiser.*unet or transformer.*\['vae'\]"):
+    with pytest.raises(InputError, match=r"no denoiser.*a unet or a transformer.*\['vae'\]"):
         quantize(Empty(), QuantizationConfig(), calibration=Calibration({}))
