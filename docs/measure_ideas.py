@@ -1,6 +1,7 @@
-"""Measure two ideas for fine-tuning that were not kept; records are in docs/results/ideas.
+"""Measure ideas that were not kept; records are in docs/results/ideas.
 
 python docs/measure_ideas.py [digits-ddpm | digits-dit | colour-ddpm] [--matching SEEDS]
+    [--embeddings SEEDS]
 
 Scales of inputs that follow time: what the rounding error of the inputs would be if every sampler
 step had the best scale and zero point of its own, against one best pair for all. No function of
@@ -9,6 +10,9 @@ time can do better.
 Matching where the path leads (--matching, on the UNet of digits): the loss is the distance from the
 full-precision path after several steps of the quantized one, through which gradients flow, at as
 many evaluations of the denoiser as one step takes otherwise.
+
+Embeddings in 8 bits (--embeddings): the default recipe, with 8 bits for all layers that the sample
+does not reach (those of the time embedding and of the class), or for the first two of them.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import torch
 from torch import nn
 
 from fpformats import quantize_scaled
+from msfp.checkpoint.io import packed_size
 from msfp.config import QuantizationConfig
 from msfp.evaluation.prediction_errors import noise_errors
 from msfp.evaluation.whole_sets import paired_psnr
@@ -169,12 +174,33 @@ def path_matching(row: Row, bench: Bench) -> None:
     record(row, f"path-of-{AHEAD}-steps", {"noise_error": error, "psnr": psnr})
 
 
+def embedding_bits(row: Row, bench: Bench) -> None:
+    """Measure the default recipe with more bits for layers that the sample does not reach."""
+    reached = set(bench.calibration.sample_path)
+    beside = [name for name in bench.calibration.ran if name not in reached]
+    wide = {"weight_bits": 8, "activation_bits": 8}
+    for name, layers in (("none", []), ("first two", beside[:2]), ("all", beside)):
+        pipe = bench.open()
+        config = QuantizationConfig(overrides=dict.fromkeys(layers, wide))
+        quantize(pipe, config, calibration=bench.calibration, trajectories=bench.training)
+        pack(pipe)
+        error = statistics.mean(noise_errors(pipe, trajectories=bench.held_out))
+        found = {"noise_error": error, "bytes": packed_size(denoiser_of(pipe))}
+        record(row, f"embeddings-in-8-bits-{name.replace(' ', '-')}", found)
+
+
 def main() -> None:
     """Measure and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="digits-ddpm")
     parser.add_argument("--matching", type=int, default=0, help="how often to train, for minutes")
+    parser.add_argument("--embeddings", type=int, default=0, help="how many seeds")
     arguments = parser.parse_args()
+    for seed in range(arguments.embeddings):
+        row = Row(arguments.model, 0, "ddim", 20, seed, "W4A4", "mixup")
+        embedding_bits(row, Bench(row, None))
+    if arguments.embeddings:
+        return
     row = Row(arguments.model, 0, "ddim", 20, 0, "W4A4", "mixup")
     time_dependent_scales(row, Bench(row, None))
     for seed in range(arguments.matching):

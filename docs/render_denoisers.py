@@ -60,6 +60,7 @@ def row(name: str, case: Case) -> str:
     msfp.pack(denoiser)
     error = as_vector(case.call(denoiser)).double() - before
     coverage = msfp.inspect_coverage(denoiser)
+    assert coverage is not None  # noqa: S101 - it has just been counted
     shares = coverage.shares()[4]
     sqnr = 10 * math.log10(before.square().sum() / error.square().sum())
     left = next(

@@ -53,6 +53,7 @@ def row(name: str, case: PipelineCase) -> str:
     msfp.pack(pipe)
     error = case.call(pipe).double() - before
     coverage = msfp.inspect_coverage(pipe)
+    assert coverage is not None  # noqa: S101 - it has just been counted
     ratio = sqnr(before.square().sum().item(), error.square().sum().item())
     cells += [f"{coverage.shares()[4][1]:.0%}", f"{ratio:.1f}"]
     return f"| {' | '.join(cells)} |\n"

@@ -8,6 +8,7 @@ plain install has no pytest.
 """
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -22,6 +23,11 @@ EXTRAS = {
 """Modules that need what is not installed, and what their error must name."""
 MODELS = {"digits": (), "digits-transformer": (0, 7), "photographs": ()}
 """Reference pipelines, and the classes of the images that they make."""
+FOLDERS = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline",
+    "FluxPipeline", "PixArtSigmaPipeline",
+)  # fmt: skip
+"""Pipelines that users have in folders."""
 CALLS = ("--steps", "2", "--count", "2", "--batch", "2")
 
 
@@ -86,8 +92,29 @@ def run_commands() -> None:
     print("commands run")
 
 
+def quantize_folders() -> None:
+    """Quantize pipeline folders with prompts by the command, as the command line has it."""
+    sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+    from pipelines import CASES
+
+    from msfp.cli.main import main
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "prompts.txt").write_text("a fox\na cat\n")
+        for name in FOLDERS:
+            case = CASES[name]
+            case.make().save_pretrained(folder / name)
+            sizes = {key: case.arguments()[key] for key in ("height", "width")}
+            words = ["quantize", folder / name, "--prompts", folder / "prompts.txt", *CALLS]
+            words += ["--output", folder / f"{name}-w4a4", "--call", json.dumps(sizes)]
+            assert main([str(word) for word in words]) == 0, name
+            print(f"{name}: quantized from its folder")
+
+
 if __name__ == "__main__":
     import_everything()
     for model, classes in MODELS.items():
         take_a_pipeline_all_the_way(model, classes)
     run_commands()
+    quantize_folders()

@@ -136,3 +136,6 @@ def replace_layers(denoiser: nn.Module, replacements: dict[nn.Module, nn.Module]
         for name, child in list(module._modules.items()):
             if child in replacements:
                 setattr(module, name, replacements[child])
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    # Otherwise torch fuses the layer, and reads the weights without calling layers.
+                    module.activation_relu_or_gelu = 0

@@ -40,6 +40,9 @@ from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
 from msfp.support.progress import Progress, counted, no_progress, of_part
 
+SHOWN = 5
+"""Number of layers that a warning names."""
+
 
 def quantize(
     model: DiffusionPipeline | nn.Module,
@@ -295,9 +298,10 @@ def _settings(
     ran = set(calibration.ran)
     idle = [name for name, each in settings.items() if each.needs_calibration and name not in ran]
     if idle:
+        more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
         warnings.warn(
-            f"{len(idle)} layers never ran during calibration and stay in full precision: "
-            f"{', '.join(idle[:5])}",
+            "layers that never ran during calibration stay in full precision: "
+            f"{', '.join(idle[:SHOWN])}{more}",
             stacklevel=3,
         )
     return {name: each for name, each in settings.items() if name not in idle}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,10 +63,28 @@ class ProductTrace(TorchFunctionMode):
         del types
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            self._count_attention(args, kwargs or {})
+            return result
         count = multiply_adds(name, [*args, *(kwargs or {}).values()], result)
         if count:
             self.counts[self._weight(args, kwargs or {})] += count
         return result
+
+    def _count_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the projections and the products of attention, which torch computes in one call."""
+        given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+        query, key, value = given["query"], given["key"], given["value"]
+        width = given["embed_dim_to_check"]
+        tokens, others = query.numel() // width, key.numel() // key.shape[-1]
+        projected = tokens * width + others * (key.shape[-1] + value.shape[-1])
+        keys = key.shape[0]  # of one sample: the batch, if any, is the second dimension
+        for weight, count in (
+            (given["in_proj_weight"], projected * width),
+            (given["out_proj_weight"], tokens * width * width),
+        ):
+            self.counts[self._weight((weight,), {})] += count
+        self.counts[OF_ACTIVATIONS] += 2 * tokens * keys * width
 
     def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return the name of the weight among the arguments of a function."""

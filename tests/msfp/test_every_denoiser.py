@@ -1,6 +1,9 @@
 """A small denoiser of every class that diffusers exports is taken all the way."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from denoisers import CASES, exported
 
 from msfp import (
     FinetuneConfig,
+    QuantizationConfig,
     finetune,
     pack,
     quantize,
@@ -16,6 +20,8 @@ from msfp import (
 from msfp.layers.base import quantized_layers
 from msfp.layers.selection import quantizable_layers
 from msfp.pipelines.trajectories import as_vector
+from msfp.support.decibels import sqnr
+from msfp.support.fingerprints import digest
 
 RUN = sorted(name for name, case in CASES.items() if not case.reason)
 LONG = {
@@ -65,3 +71,51 @@ def test_a_denoiser_is_taken_all_the_way(name, tmp_path):
         config = FinetuneConfig(rank=2, steps=2, batch=2)
         history = finetune(trained, config, trajectories=paths, original=full)
         assert len(history.losses) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_new_process_loads_every_class_to_the_same_bits(tmp_path):
+    expected = {}
+    for name in RUN:
+        case = CASES[name]
+        if case.saved:
+            denoiser = case.make(name)
+            quantize(denoiser, QuantizationConfig(refine=None), calibration=case.call)
+            pack(denoiser)
+            denoiser.save_pretrained(tmp_path / name)
+            expected[name] = digest([("output", as_vector(case.call(denoiser)))])
+    script = Path(__file__).parents[1] / "helpers" / "load_denoisers.py"
+    process = subprocess.run(  # noqa: S603
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert dict(line.split() for line in process.stdout.splitlines()) == expected
+
+
+def ratio(expected, found):
+    energy, noise = expected.double().square().sum(), (found - expected).double().square().sum()
+    return sqnr(energy.item(), noise.item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_denoiser_runs_in_a_narrow_dtype_where_the_plain_one_does(name, dtype):
+    case = CASES[name]
+    full = case.make(name)
+    wide = as_vector(case.call(full))
+    try:
+        narrow = as_vector(case.call(copy.deepcopy(full).to(dtype))).float()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        pytest.skip(f"diffusers does not run it in {dtype}: {error}")
+    if not narrow.isfinite().all():
+        pytest.skip(f"it is not finite in {dtype}")
+    quantize(full, QuantizationConfig(refine=None), calibration=case.call)
+    pack(full)
+    packed = as_vector(case.call(full))
+    found = as_vector(case.call(full.to(dtype))).float()
+    assert found.isfinite().all()
+    # One ulp of the narrow dtype moves a 4-bit rounding by a whole step.
+    assert ratio(packed, found) > min(10, ratio(wide, narrow) - 20)

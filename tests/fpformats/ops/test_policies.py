@@ -52,7 +52,9 @@ def check_policy(x, fmt, policy, expected):
     assert (codes[~numbers] == nan).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "bits", [pytest.param(n, marks=[pytest.mark.slow] * (n in (3, 4, 5, 6))) for n in BITS]
+)
 def test_every_format_rounds_and_saturates_as_defined(bits, each_backend):
     wraps = [np.asarray, torch.from_numpy] if bits < 5 else [np.asarray]
     for fmt in of_width(bits, most=8):

@@ -41,29 +41,39 @@ from msfp.pipelines.denoiser import denoiser_name, denoiser_of
 SPLIT = {"unet", "conditional_unet", "xl_unet"}
 """Families with layers that read a concatenation as it is, and find a signed format for it."""
 DTYPES = [
-    pytest.param(torch.float32, id="float32"),
-    pytest.param(torch.float16, id="float16", marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+    pytest.param(dtype, id=str(dtype).removeprefix("torch."), marks=pytest.mark.slow)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
 ]
+
+
+class Pipelines(dict):
+    """Pipelines by family, quantized in every way and saved to a folder at first use."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, family):
+        every = RefinementConfig(split_inputs=True, branch_rank=1, samples=32)
+        pipe = self[family] = pipeline(family, self.folder / f"{family} vocabulary")
+        quantized(denoiser_of(pipe), refine=every, attention_bits=4)
+        pipe.save_pretrained(self.folder / family)
+        return pipe
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """A folder, and a pipeline of each family that was saved to it, quantized in every way."""
-    every = RefinementConfig(split_inputs=True, branch_rank=1, samples=32)
+    """A folder, and a pipeline of each family that is saved to it."""
     folder = tmp_path_factory.mktemp("families")
-    pipes = {}
-    for family in FAMILIES:
-        pipes[family] = pipeline(family, folder / f"{family} vocabulary")
-        quantized(denoiser_of(pipes[family]), refine=every, attention_bits=4)
-        pipes[family].save_pretrained(folder / family)
-    return folder, pipes
+    return folder, Pipelines(folder)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def outputs_elsewhere(request, pipelines):
     """A dtype, and what a new process makes of the saved pipelines in it."""
-    folder, _ = pipelines
+    folder, pipes = pipelines
+    for family in FAMILIES:
+        pipes[family]
     output = folder / f"{request.param}.safetensors"
     forked(use_pipelines, (folder, request.param, torch.get_num_threads(), output), processes=1)
     return request.param, load_file(output)
@@ -128,10 +138,10 @@ def test_the_file_has_the_size_of_bits_and_scales(pipelines, family):
 
 def test_branches_are_stored_in_sixteen_bits_and_require_no_gradient(pipelines):
     folder, pipes = pipelines
+    saved = denoiser_of(pipes["unet"]).state_dict()
     with safe_open(folder / "unet" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys() if ".branch_" in key}  # noqa: SIM118
     assert {factor.dtype for factor in stored.values()} == {torch.float16}
-    saved = denoiser_of(pipes["unet"]).state_dict()
     loaded = dict(denoiser_of(load_pipeline(folder / "unet")).named_parameters())
     for key, factor in stored.items():
         assert torch.equal(loaded[key], saved[key])

@@ -44,7 +44,11 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("conditional_unet", ("--prompts", "prompts.txt", "--guidance-scale", 3)),
+        pytest.param(
+            "conditional_unet",
+            ("--prompts", "prompts.txt", "--guidance-scale", 3),
+            marks=pytest.mark.slow,
+        ),
         ("dit", ("--labels", 1, 2, 3)),
         ("unet", ()),
     ],
@@ -255,6 +259,7 @@ def test_an_interrupted_evaluation_resumes_from_its_state(digits, tmp_path, monk
     assert not state.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_resumes_from_its_file(tmp_path):
     state = tmp_path / "c.safetensors"
     words = ("quantize", "digits", "--steps", "3", "--count", "400", "--batch", "2",

@@ -23,6 +23,8 @@ from msfp import (
     cache_weights,
     calibrate,
     finetune,
+    inspect_coverage,
+    load,
     pack,
     precompute_routing,
     prompt_calls,
@@ -258,7 +260,7 @@ def drive(network):
 
 def test_a_plain_network_is_driven_by_a_function_and_idle_layers_are_left():
     network = Network()
-    with pytest.warns(UserWarning, match="1 layers never ran .* full precision: idle"):
+    with pytest.warns(UserWarning, match="layers that never ran .* full precision: idle"):
         summaries = quantize(network, QuantizationConfig(), calibration=drive)
     assert [(s.name, s.reason) for s in summaries] == [
         ("inner", None), ("conv", "SiLU"), ("out", "GELU"),
@@ -460,3 +462,42 @@ def test_a_pipeline_stands_for_its_denoiser_everywhere():
 def test_a_denoiser_that_is_quantized_is_not_calibrated(quantized, sampler):
     with pytest.raises(InputError, match="the denoiser is quantized already"):
         calibrate(quantized()[0], calls=sampler.calls(8, seed=0))
+
+
+class Encoder(nn.Module):
+    """A network with layers that torch fuses in evaluation, if it may."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.last(self.encoder(self.first(x)))
+
+
+@torch.no_grad()
+def test_layers_that_torch_fuses_are_quantized_refined_and_saved(tmp_path):
+    full, x = Encoder().eval(), torch.randn(8, 8, 16)
+    before, errors = full(x), []
+    for refinement in (None, "auto"):
+        network = copy.deepcopy(full)
+        config = QuantizationConfig(refine=refinement)
+        quantize(network, config, calibration=lambda network: network(x))
+        trainable = network(x)
+        pack(network)
+        after = network(x)
+        assert torch.allclose(trainable, after, atol=1e-3)
+        errors.append((after - before).square().mean().item())
+    hooked_network, runs = copy.deepcopy(network), []
+    for layer in quantized_layers(hooked_network).values():
+        layer.register_forward_hook(lambda *_: runs.append(1))
+    assert torch.equal(hooked_network(x), after)  # with hooks, torch fuses nothing
+    assert len(runs) == 6
+    assert errors[1] < errors[0] < 0.01 * before.square().mean().item()
+    save(network, tmp_path / "packed")
+    assert torch.equal(load(tmp_path / "packed", into=Encoder().eval())(x), after)
+    names = {each.kind for each in inspect_coverage(network).left().values()}
+    assert names == {"MultiheadAttention", "NonDynamicallyQuantizableLinear"}

@@ -54,3 +54,15 @@ def test_a_calibration_holds_the_multiply_adds_of_one_forward(tmp_path):
     assert found.multiply_adds == {"0.weight": 96, "2.weight": 24}
     again = calibrate(network, calls=calls, file=tmp_path / "a.safetensors")
     assert again.multiply_adds == found.multiply_adds
+
+
+def test_the_attention_of_torch_counts_for_its_weights():
+    network = nn.MultiheadAttention(8, 2, batch_first=True)
+    x, y = torch.ones(3, 5, 8), torch.ones(3, 7, 8)
+    with ProductTrace(network) as trace:
+        network(x, y, y)
+    assert trace.counts == {
+        "in_proj_weight": (3 * 5 + 2 * 3 * 7) * 8 * 8,
+        "out_proj.weight": 3 * 5 * 8 * 8,
+        OF_ACTIVATIONS: 2 * 3 * 5 * 7 * 8,
+    }
