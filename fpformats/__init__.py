@@ -34,7 +34,7 @@ from fpformats.ops.blocks import (
     quantize_blocks,
 )
 from fpformats.ops.elementwise import decode, encode, quantize, values
-from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
+from fpformats.ops.scaled import decode_scaled, encode_scaled, encode_steps, quantize_scaled
 from fpformats.parsing import dtype_of, parse
 from fpformats.rounding import Rounding, Saturation
 from fpformats.show.html import html as _html
@@ -67,6 +67,7 @@ __all__ = [
     "encode",
     "encode_blocks",
     "encode_scaled",
+    "encode_steps",
     "format_name",
     "format_parameters",
     "p3109",

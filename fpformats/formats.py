@@ -278,6 +278,37 @@ class FloatFormat(_Hashed):
         return _as_float(self.exact_smallest, "smallest", self)
 
     @property
+    def step(self) -> float:
+        """The largest power of two that all finite values are whole multiples of.
+
+        Raises:
+            OverflowError: Where float64 cannot hold it.
+
+        Example:
+            >>> FloatFormat(2, 1).step, FloatFormat(2, 2, signed=False).step
+            (0.5, 0.25)
+        """
+        return _as_float(self._exact_step, "step", self)
+
+    @property
+    def max_steps(self) -> int:
+        """`max` in steps.
+
+        Example:
+            >>> FloatFormat(2, 1).max_steps, FloatFormat(3, 0).max_steps
+            (12, 64)
+        """
+        return int(self.exact_max / self._exact_step)
+
+    @property
+    def _exact_step(self) -> Fraction:
+        lowest, exponent = self.scaled_magnitude(self.smallest_code)
+        # In a binade with a full mantissa all significands occur, odd ones among them.
+        only = self.max_code == self.smallest_code
+        shift = (lowest & -lowest).bit_length() - 1 if only or not self.mantissa_bits else 0
+        return Fraction(2) ** (exponent + shift)
+
+    @property
     def smallest_subnormal(self) -> float | None:
         """Smallest subnormal value, None where there is none."""
         return self.smallest if self.subnormals and self.mantissa_bits else None

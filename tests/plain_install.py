@@ -28,6 +28,7 @@ FOLDERS = (
     "FluxPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines that users have in folders."""
+OF_OPTIONS = ("prompt", "num_inference_steps")
 CALLS = ("--steps", "2", "--count", "2", "--batch", "2")
 
 
@@ -105,9 +106,9 @@ def quantize_folders() -> None:
         for name in FOLDERS:
             case = CASES[name]
             case.make().save_pretrained(folder / name)
-            sizes = {key: case.arguments()[key] for key in ("height", "width")}
+            given = {k: v for k, v in case.arguments().items() if k not in OF_OPTIONS}
             words = ["quantize", folder / name, "--prompts", folder / "prompts.txt", *CALLS]
-            words += ["--output", folder / f"{name}-w4a4", "--call", json.dumps(sizes)]
+            words += ["--output", folder / f"{name}-w4a4", "--call", json.dumps(given)]
             assert main([str(word) for word in words]) == 0, name
             print(f"{name}: quantized from its folder")
 

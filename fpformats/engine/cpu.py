@@ -201,6 +201,45 @@ def encode(
     return memory.written(out, codes), met
 
 
+def count_steps(
+    kernel: Any,
+    x: Any,
+    offset: int,
+    dtype: str,
+    scales: Scales | None = None,
+    out: Any = None,
+) -> tuple[Any, int]:
+    """Give the values of the elements of an array or tensor as numbers of steps.
+
+    Args:
+        kernel: The result of `kernel_of` for `x`.
+        x: Array or tensor of any strides. A tensor keeps them if there is one scale.
+        offset: What is added to each number.
+        dtype: "uint8" or "int8".
+        scales: Scales and zero points, or None.
+        out: Where to write to, of the shape and dtype of the numbers, or None.
+
+    Returns:
+        The numbers; and the flag `native.NAN_IN` for NaN.
+    """
+    single = scales is None or memory.size(scales.scale) == 1
+    source = _memory(x, in_order=not single or out is not None)
+    held, scaling, _ = _operands(scales, DEFAULT, tuple(source.shape))
+    steps = out
+    if not memory.may_write(out, source, held, in_place=False):
+        steps = memory.empty_like(source, dtype)
+    size = memory.size(source)
+    met = kernel.count_steps(
+        memory.address(source),
+        memory.address(steps),
+        size,
+        native.threads_for(size),
+        offset,
+        scaling,
+    )
+    return memory.written(out, steps), met
+
+
 def decode(
     kernel: Any,
     codes: Any,

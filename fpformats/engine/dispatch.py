@@ -141,6 +141,53 @@ def _encode_whole(
     return cast(codes, code_dtype(fmt.bits))
 
 
+def count_steps(
+    x: Any,
+    fmt: FloatFormat,
+    grid: Grid,
+    offset: int,
+    dtype: str,
+    scales: Scales | None = None,
+    out: Any = None,
+) -> Any:
+    """Round to values of a format, and give them as numbers of steps.
+
+    Args:
+        x: Array, tensor or number.
+        fmt: The format.
+        grid: The kernel parameters of the format in the compute dtype.
+        offset: What is added to each number.
+        dtype: "uint8" or "int8".
+        scales: Scales and zero points, or None.
+        out: Where to write to, or None.
+
+    Returns:
+        Integers of the kind and shape of `x`, or `out`.
+
+    Raises:
+        ValueError: If there is NaN (not checked under torch.compile).
+    """
+    array, of = as_array(x), float_dtype_of(x)
+    if (kernel := cpu.kernel_of(array, fmt, of, DEFAULT, scales)) is not None:
+        target = out if array is x else None
+        steps, met = cpu.count_steps(kernel, array, offset, dtype, scales, target)
+        if met:
+            raise _no_steps()
+    else:
+        with quiet():
+            values = rounded(unscaled(widened(x, compute_dtype(of)), scales), grid, DEFAULT)
+        if not is_hidden(values) and bool(library_of(values).isnan(values).any()):
+            raise _no_steps()
+        values *= 1 / grid.quantum  # a power of two, so that the product is exact
+        values += offset
+        steps = cast(values, dtype)
+    return assigned(out, steps if array is x else shaped(steps, x))
+
+
+def _no_steps() -> ValueError:
+    return ValueError("x contains NaN, which is no number of steps")
+
+
 def decode(
     codes: Any,
     fmt: FloatFormat,

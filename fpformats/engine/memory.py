@@ -32,11 +32,17 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
 
-def empty_like(x: Any) -> Any:
-    """Make an uninitialized array or tensor with the shape, dtype and (tensors) strides of `x`."""
+def empty_like(x: Any, dtype: str | None = None) -> Any:
+    """Make an uninitialized array or tensor with the shape and (tensors) strides of `x`.
+
+    Args:
+        x: The array or tensor.
+        dtype: Name of a dtype; None for that of `x`.
+    """
     if isinstance(x, np.ndarray):
-        return np.empty(x.shape, x.dtype)
-    return sys.modules["torch"].empty_like(x)
+        return np.empty(x.shape, x.dtype if dtype is None else dtype)
+    torch = sys.modules["torch"]
+    return torch.empty_like(x, dtype=None if dtype is None else getattr(torch, dtype))
 
 
 def may_write(out: Any, source: Any, operands: list[Any], *, in_place: bool) -> bool:

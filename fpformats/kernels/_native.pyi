@@ -52,6 +52,15 @@ class Kernel:
         packed_bits: int,
         scaling: Scaling | None = None,
     ) -> int: ...
+    def count_steps(
+        self,
+        source: int,
+        out: int,
+        count: int,
+        threads: int,
+        step_offset: int,
+        scaling: Scaling | None = None,
+    ) -> int: ...
     def differentiate(
         self,
         source: int,

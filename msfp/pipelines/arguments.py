@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ COUNTS = (
 """Names of the number of images, of calls without a list of conditions."""
 STEPS = "num_inference_steps"
 """Name of the number of steps; cascades have one for each stage, which ends so."""
+SAFETY_CHECKER = "safety_checker"
+"""The pipeline component that replaces images by black ones if it considers them unsafe."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,38 @@ def call_arguments(pipe: DiffusionPipeline, settings: CallSettings) -> dict[str,
         given["output_type"] = settings.output_type
     given |= {name: settings.steps for name in names if name.endswith(STEPS)}
     return given | dict(settings.extra)
+
+
+def called(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
+    """Call a pipeline with keyword arguments, without its safety checker; return the result.
+
+    Raises:
+        InputError: If the pipeline refuses an argument.
+    """
+    try:
+        with unchecked(pipe):
+            return pipe(**arguments)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{type(pipe).__name__} cannot be called so: {line}") from error
+
+
+@contextmanager
+def unchecked(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Disable the safety checker of a pipeline, if it has one, inside the block."""
+    parts = vars(pipe)
+    checker = parts.get(SAFETY_CHECKER)
+    if checker is None:
+        yield
+        return
+    # Setting the attribute would also delete the class of the checker from the pipeline's config.
+    parts[SAFETY_CHECKER] = None
+    try:
+        yield
+    finally:
+        parts[SAFETY_CHECKER] = checker
 
 
 def condition_arguments(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from msfp.errors import InputError
 from msfp.pipelines.arguments import (
     CallSettings,
     call_arguments,
+    called,
     check_extra,
     condition_arguments,
 )
@@ -30,8 +30,6 @@ PipelineCall = Callable[[Any], object]
 MOST_STEPS, MOST_IMAGES = 10**6, 10**9
 MOST_SEED = 2**42
 """Largest seed of the noise, so that torch accepts the seeds of batches derived from it."""
-SAFETY_CHECKER = "safety_checker"
-"""The pipeline component that replaces images by black ones if it considers them unsafe."""
 
 FLOAT32 = (torch.float32,)
 NO_BFLOAT16 = (torch.float32, torch.float16)
@@ -175,8 +173,7 @@ class Sampler:
         )
         given = call_arguments(pipe, settings)
         check_dtype(pipe, getattr(pipe, "dtype", torch.float32))
-        with unchecked(pipe):
-            return pipe(**given)
+        return called(pipe, given)
 
     def arguments(self, pipe: DiffusionPipeline, start: int = 0) -> dict[str, Any]:
         """Return the arguments of the call for the batch beginning with image `start`.
@@ -242,22 +239,6 @@ def check_calls(name: str, calls: Any, others: str = "") -> list[PipelineCall]:
     return given
 
 
-@contextmanager
-def unchecked(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Disable the safety checker of a pipeline, if it has one, inside the block."""
-    parts = vars(pipe)
-    checker = parts.get(SAFETY_CHECKER)
-    if checker is None:
-        yield
-        return
-    # Setting the attribute would also delete the class of the checker from the pipeline's config.
-    parts[SAFETY_CHECKER] = None
-    try:
-        yield
-    finally:
-        parts[SAFETY_CHECKER] = checker
-
-
 def check_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
     """Raise InputError unless a pipeline can sample in a dtype."""
     kind = type(pipe).__name__
@@ -308,7 +289,6 @@ def prompt_calls(
     def call(pipe: DiffusionPipeline, index: int) -> None:
         conditions = [given[index % len(given)]] if given else []
         settings = CallSettings(conditions, 1, steps, seed + index, "latent", arguments)
-        with unchecked(pipe):
-            pipe(**call_arguments(pipe, settings))
+        called(pipe, call_arguments(pipe, settings))
 
     return [partial(call, index=index) for index in range(count)]

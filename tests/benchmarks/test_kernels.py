@@ -9,10 +9,10 @@ import pytest
 import torch
 from race import race
 
-from fpformats import decode, encode, parse, quantize, quantize_scaled, unpack
+from fpformats import decode, encode, encode_steps, parse, quantize, quantize_scaled, unpack
 from fpformats.engine import backends
 
-E2M1, E4M3, BF16 = parse("E2M1"), parse("E4M3"), parse("BF16")
+E2M1, E2M2U, E4M3, BF16 = (parse(name) for name in ("E2M1", "E2M2U", "E4M3", "BF16"))
 SIZES = {10_000: (200, 20), 1_000_000: (40, 1), 64_000_000: (3, 1)}
 
 
@@ -22,6 +22,7 @@ def operations(x):
     scale, zero = torch.tensor(0.37), torch.tensor(-0.11)
     channels = torch.rand(100, 1) + 0.5
     groups = torch.rand(x.numel() // 16, 1) + 0.5
+    narrow = x.bfloat16()
     rows, wide = x.view(100, -1), x.view(-1, 16)
     rows_out, wide_out = y.view(100, -1), y.view(-1, 16)
     codes, packed = encode(x, E2M1), encode(x, E2M1, packed=True)
@@ -41,6 +42,9 @@ def operations(x):
         "encode": lambda: encode(x, E2M1, out=codes),
         "encode, packed": lambda: encode(x, E2M1, packed=True, out=packed),
         "encode to 6 bits, packed": lambda: encode(x, parse("E3M2"), packed=True, out=six),
+        "steps": lambda: encode_steps(x, E2M1, out=codes),
+        "steps, scaled with zero point": lambda: encode_steps(x, E2M2U, scale, zero, out=codes),
+        "steps of bfloat16, scaled": lambda: encode_steps(narrow, E2M1, scale, out=codes),
         "decode": lambda: decode(codes, E2M1, out=y),
         "decode, packed": lambda: decode(packed, E2M1, shape=x.shape, out=y),
         "toward zero": lambda: quantize(x, E2M1, rounding="TowardZero", out=y),

@@ -81,6 +81,7 @@ struct Job {
   int64_t nan_code;  // code of NaN, negative for none
   int code_bytes;    // width of an unpacked code
   int packed_bits;   // width of a packed code, 1 to 8; 0 for unpacked ones
+  int step_offset;   // what is added to a value in steps, to store it in a byte
   bool streams;      // whether to write past the caches
   Gradients gradients;
 };
@@ -112,6 +113,7 @@ struct Passes {
   unsigned (*quantize)(const Job&, int64_t begin, int64_t end);
   unsigned (*encode)(const Job&, int64_t begin, int64_t end);
   unsigned (*decode)(const Job&, int64_t begin, int64_t end);
+  unsigned (*count_steps)(const Job&, int64_t begin, int64_t end);
   unsigned (*differentiate)(const Job&, int64_t begin, int64_t end);
   // For rows of a trial: weighted sums of squared errors, and the sums for a least-squares fit.
   void (*errors)(const Trial&, int64_t begin_row, int64_t end_row);

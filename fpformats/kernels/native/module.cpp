@@ -123,6 +123,15 @@ struct Kernel {
     return run(pass, job, threads);
   }
 
+  unsigned count_steps(uint64_t in, uint64_t out, int64_t count, int threads, int step_offset,
+                       const Scaling* scaling) const {
+    Job job = this->job(in, out, count, scaling, nullptr);
+    job.step_offset = step_offset;
+    const Pass pass = chosen->count_steps;
+    nb::gil_scoped_release release;
+    return run(pass, job, threads);
+  }
+
   // Gradients by address, 0 for those that are not wanted: see Gradients.
   void differentiate(uint64_t in, uint64_t given, uint64_t x, uint64_t scale, uint64_t zero_point,
                      bool clips, int64_t count, int threads, const Scaling& scaling,
@@ -235,6 +244,9 @@ NB_MODULE(_native, m) {
            nb::arg("scaling").none() = nb::none(), nb::arg("random").none() = nb::none())
       .def("decode", &Kernel::decode, nb::arg("source"), nb::arg("out"), nb::arg("count"),
            nb::arg("threads"), nb::arg("streams"), nb::arg("code_bytes"), nb::arg("packed_bits"),
+           nb::arg("scaling").none() = nb::none())
+      .def("count_steps", &Kernel::count_steps, nb::arg("source"), nb::arg("out"),
+           nb::arg("count"), nb::arg("threads"), nb::arg("step_offset"),
            nb::arg("scaling").none() = nb::none())
       .def("differentiate", &Kernel::differentiate, nb::arg("source"), nb::arg("given"),
            nb::arg("x"), nb::arg("scale"), nb::arg("zero_point"), nb::arg("clips"),

@@ -197,6 +197,35 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
   return met;
 }
 
+// Values as whole numbers of steps: the smallest spacing of the format. Its reciprocal is a power of
+// two, so that the products are exact.
+template <class Lane>
+unsigned count_steps_lanes(const Job& job, int64_t begin, int64_t end) {
+  Buffers<Lane> buffers;
+  Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
+  const Lane per_unit = Lane(1 / job.plan->quantum);
+  unsigned met = 0;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t count = std::min(block, end - from);
+    const Lane* in = load(job, from, count, buffers.lanes);
+    if (job.scales) {
+      scales.fill(count);
+      scales.divide(in, buffers.lanes, count);
+      in = buffers.lanes;
+    }
+    round_block(job, from, count, in, buffers.results, &buffers.words);
+    uint8_t* out = static_cast<uint8_t*>(job.out) + from;
+    const Lane* q = buffers.results;
+#pragma omp simd reduction(| : met)
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_nan = q[i] != q[i];
+      met |= is_nan ? nan_in : 0;
+      out[i] = uint8_t(int32_t(is_nan ? Lane(0) : q[i] * per_unit) + job.step_offset);
+    }
+  }
+  return met;
+}
+
 // The gradients of learned step sizes, as quantize_scaled in scaled.py describes them.
 template <class Lane>
 unsigned differentiate_lanes(const Job& job, int64_t begin, int64_t end) {
@@ -298,6 +327,7 @@ const Passes& FPFORMATS_PASSES(FPFORMATS_ISA)() {
       pass<quantize_lanes<float>, quantize_lanes<double>>,
       pass<encode_lanes<float>, encode_lanes<double>>,
       pass<decode_lanes<float>, decode_lanes<double>>,
+      pass<count_steps_lanes<float>, count_steps_lanes<double>>,
       pass<differentiate_lanes<float>, differentiate_lanes<double>>,
       attempt<errors_of_rows<float>, errors_of_rows<double>>,
       attempt<sums_of_rows<float>, sums_of_rows<double>>,

@@ -131,3 +131,12 @@ def test_a_pipeline_that_takes_any_argument_is_given_it():
 def test_further_arguments_must_be_a_table():
     with pytest.raises(InputError, match="extra must be a table of arguments by name, not 3"):
         Sampler(extra=3)
+
+
+def test_what_a_pipeline_refuses_is_one_sentence():
+    class Picky:
+        def __call__(self, prompt, height=8):
+            raise ValueError(f"height must be a multiple of 8, not {height}\n{prompt}")
+
+    with pytest.raises(InputError, match=r"^Picky cannot be called so: height must .*, not 9$"):
+        prompt_calls(["a fox"], height=9)[0](Picky())

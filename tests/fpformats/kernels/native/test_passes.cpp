@@ -91,10 +91,11 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
   const Plan plan = e2m1(c.mode, c.is_default);
   const size_t width = bytes_of(c.dtype), shift = width;
   const std::string name = pass;
-  const size_t codes = c.packed_bits ? size_t((c.count * c.packed_bits + 7) / 8) : size_t(c.count);
+  const bool steps = name == "count_steps";
+  const size_t codes = c.packed_bits && !steps ? size_t((c.count * c.packed_bits + 7) / 8) : size_t(c.count);
   const size_t in_bytes = name == "decode" ? codes : width * size_t(c.count);
-  const size_t out_bytes = name == "encode" ? codes : width * size_t(c.count);
-  Memory in(in_bytes, name == "decode" ? 1 : shift), out(out_bytes, name == "encode" ? 1 : shift);
+  const size_t out_bytes = name == "encode" || steps ? codes : width * size_t(c.count);
+  Memory in(in_bytes, name == "decode" ? 1 : shift), out(out_bytes, name == "encode" || steps ? 1 : shift);
   if (name == "decode") {
     for (size_t i = 0; i < in_bytes; ++i) in.begin[i] = char(c.packed_bits ? i * 37 : i % 16);
   } else {
@@ -115,8 +116,10 @@ std::vector<char> outcome(const Passes& passes, const Case& c, const char* pass)
   job.dtype = c.dtype, job.layout = {1, 1, 0}, job.random = {nullptr, 11, 32};
   if (c.scaled) job.scales = scale.begin, job.zero_points = zero.begin, job.layout = layout;
   job.nan_code = 3, job.code_bytes = 1, job.packed_bits = c.packed_bits, job.streams = c.streams;
-  run(name == "quantize" ? passes.quantize : name == "encode" ? passes.encode : passes.decode, job,
-      c.threads);
+  job.step_offset = 128;
+  run(name == "quantize" ? passes.quantize : name == "encode" ? passes.encode
+      : steps ? passes.count_steps : passes.decode,
+      job, c.threads);
   return std::vector<char>(out.begin, out.begin + out_bytes);
 }
 
@@ -144,7 +147,7 @@ std::vector<char> gradients_of(const Passes& passes, FloatDtype dtype, int64_t c
 
 void agree(const Case& c) {
   const auto all = available_passes();
-  for (const char* pass : {"quantize", "encode", "decode"}) {
+  for (const char* pass : {"quantize", "encode", "count_steps", "decode"}) {
     Case single = c;
     single.threads = 1, single.streams = false;
     const auto expected = outcome(baseline_passes(), single, pass);
