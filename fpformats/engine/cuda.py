@@ -118,6 +118,27 @@ def encode(
     return codes, (0, NAN_OUT, NAN_IN)[0 if seen is None else int(seen)]
 
 
+def count_steps(
+    plan: Plan, x: Any, offset: int, dtype: str, scales: Scales | None = None
+) -> tuple[Any, int]:
+    """Give the values of the elements of a tensor as numbers of steps; this waits for the device.
+
+    Args:
+        plan: The result of `plan_of` for `x`.
+        x: Tensor of any strides.
+        offset: What is added to each number.
+        dtype: "uint8" or "int8".
+        scales: Scales and zero points, or None.
+
+    Returns:
+        The numbers; and `NAN_IN` if there was NaN, else 0.
+    """
+    scaling = _operands(scales, DEFAULT, tuple(x.shape))["scaling"]
+    wanted = getattr(sys.modules["torch"], dtype)
+    steps, seen = launches().count_steps(x.contiguous(), plan, offset, wanted, scaling=scaling)
+    return steps, NAN_IN if int(seen) else 0
+
+
 def decode(
     plan: Plan,
     codes: Any,

@@ -173,6 +173,10 @@ def count_steps(
         steps, met = cpu.count_steps(kernel, array, offset, dtype, scales, target)
         if met:
             raise _no_steps()
+    elif (plan := cuda.plan_of(x, fmt, of, scales=scales)) is not None:
+        steps, met = cuda.count_steps(plan, x, offset, dtype, scales)
+        if met:
+            raise _no_steps()
     else:
         with quiet():
             values = rounded(unscaled(widened(x, compute_dtype(of)), scales), grid, DEFAULT)

@@ -127,6 +127,44 @@ def encode(
     return codes, nan_seen
 
 
+def count_steps(
+    x: torch.Tensor,
+    plan: Plan,
+    offset: int,
+    dtype: torch.dtype,
+    *,
+    scaling: Scaling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to a format, and give the values as numbers of steps.
+
+    Args:
+        x: Contiguous tensor of any dtype.
+        plan: The format and the default policy.
+        offset: What is added to each number.
+        dtype: uint8 or int8.
+        scaling: As in `quantize`.
+
+    Returns:
+        The numbers, in the shape of `x`; and an int32 on the device, 1 if there was NaN, else 0.
+    """
+    nan_seen = torch.zeros((), dtype=torch.int32, device=x.device)
+    steps = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(
+        triton_kernels.count_steps_kernel,
+        x,
+        steps,
+        x.numel(),
+        record=_rounding_record(plan, x.device),
+        **_scaling_arguments(scaling, x.numel()),
+        per_unit=1 / plan.quantum,
+        step_offset=offset,
+        nan_seen=nan_seen,
+        rounding=plan.rounding,
+        narrow=plan.is_narrow,
+    )
+    return steps, nan_seen
+
+
 def decode(
     codes: torch.Tensor,
     plan: Plan,

@@ -117,6 +117,44 @@ def encode_kernel(
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
+def count_steps_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    record: tl.tensor,
+    scales: tl.tensor,
+    zero_points: tl.tensor,
+    row_length: tl.tensor,
+    run_length: tl.tensor,
+    row_stride: tl.tensor,
+    per_unit: tl.tensor,
+    step_offset: tl.tensor,
+    nan_seen: tl.tensor,
+    rounding: tl.constexpr,
+    narrow: tl.constexpr,
+    index: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Write the values of `x` as numbers of steps to `out`; `nan_seen` becomes 1 if there is NaN.
+
+    `per_unit` is the number of steps in 1, which is a power of two.
+    """
+    offsets = _offsets(block)
+    inside = offsets < count
+    v = _widened(tl.load(x + offsets, mask=inside, other=0.0))
+    if scales is not None:
+        scale, zero_point = _scale_at(
+            offsets, inside, scales, zero_points, row_length, run_length, row_stride, index
+        )
+        v = _unscaled(v, scale, zero_point, zero_points is not None)
+    y, code = _round(v, record, 0, 0, rounding, narrow)
+    seen = tl.max((inside & (code < 0)).to(tl.int32), axis=0)
+    tl.atomic_max(nan_seen, seen, mask=seen > 0)
+    steps = tl.where(code < 0, 0.0, y * per_unit).to(tl.int32) + step_offset
+    tl.store(out + offsets, steps.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def decode_kernel(
     codes: tl.tensor,
     out: tl.tensor,

@@ -22,7 +22,7 @@ def operations(x):
     scale, zero = torch.tensor(0.37), torch.tensor(-0.11)
     channels = torch.rand(100, 1) + 0.5
     groups = torch.rand(x.numel() // 16, 1) + 0.5
-    narrow = x.bfloat16()
+    narrow, steps = x.bfloat16(), torch.empty_like(x, dtype=torch.uint8)
     rows, wide = x.view(100, -1), x.view(-1, 16)
     rows_out, wide_out = y.view(100, -1), y.view(-1, 16)
     codes, packed = encode(x, E2M1), encode(x, E2M1, packed=True)
@@ -42,9 +42,9 @@ def operations(x):
         "encode": lambda: encode(x, E2M1, out=codes),
         "encode, packed": lambda: encode(x, E2M1, packed=True, out=packed),
         "encode to 6 bits, packed": lambda: encode(x, parse("E3M2"), packed=True, out=six),
-        "steps": lambda: encode_steps(x, E2M1, out=codes),
-        "steps, scaled with zero point": lambda: encode_steps(x, E2M2U, scale, zero, out=codes),
-        "steps of bfloat16, scaled": lambda: encode_steps(narrow, E2M1, scale, out=codes),
+        "steps": lambda: encode_steps(x, E2M1, out=steps),
+        "steps, scaled with zero point": lambda: encode_steps(x, E2M2U, scale, zero, out=steps),
+        "steps of bfloat16, scaled": lambda: encode_steps(narrow, E2M1, scale, out=steps),
         "decode": lambda: decode(codes, E2M1, out=y),
         "decode, packed": lambda: decode(packed, E2M1, shape=x.shape, out=y),
         "toward zero": lambda: quantize(x, E2M1, rounding="TowardZero", out=y),

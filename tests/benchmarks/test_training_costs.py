@@ -5,6 +5,7 @@ pytest tests/benchmarks/test_training_costs.py --benchmark-enable -s
 
 import copy
 
+import pytest
 import torch
 from race import race
 from tiny import tiny_pipeline
@@ -32,6 +33,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 def test_steps_of_fine_tuning_against_a_plain_one(benchmark):
     steps = 10 if benchmark.enabled else 1
     pipe = reference_pipeline() if benchmark.enabled else tiny_pipeline()

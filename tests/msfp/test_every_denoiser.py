@@ -27,7 +27,8 @@ RUN = sorted(name for name, case in CASES.items() if not case.reason)
 LONG = {
     "HunyuanVideo15Transformer3DModel", "I2VGenXLUNet", "Kandinsky3UNet", "UNet1DModel",
     "UNet3DConditionModel", "UNetControlNetXSModel", "UNetMotionModel",
-    "UNetSpatioTemporalConditionModel",
+    "UNetSpatioTemporalConditionModel", "MotifVideoTransformer3DModel",
+    "HunyuanVideoTransformer3DModel", "WanAnimate2Transformer3DModel",
 }  # fmt: skip
 """Classes that take the longest; always slow."""
 NAMES = [

@@ -155,6 +155,7 @@ def test_an_interruption_says_where_the_images_are(tmp_path, monkeypatch, capsys
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == ["000000.png", "000001.png"]
 
 
+@pytest.mark.slow
 def test_the_default_refines_from_the_same_calibration(tmp_path):
     stand_in("ldm-class", tmp_path).save_pretrained(tmp_path / "plain")
     sampling, _ = calls("ldm-class", tmp_path)

@@ -199,11 +199,54 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
 
 // Values as whole numbers of steps: the smallest spacing of the format. Its reciprocal is a power of
 // two, so that the products are exact.
+//
+// Narrow formats are counted directly, without their values.
+template <class Way>
+unsigned count_narrow(const Way& way, const float* in, uint8_t* out, int64_t count, int offset) {
+  unsigned met = 0;
+#pragma omp simd reduction(| : met)
+  for (int64_t i = 0; i < count; ++i) {
+    met |= in[i] != in[i] ? nan_in : 0;
+    out[i] = uint8_t(way.steps(in[i]) + offset);
+  }
+  return met;
+}
+
+template <bool Signed>
+unsigned count_narrow(const Job& job, const float* in, uint8_t* out, int64_t count) {
+  const Plan& plan = *job.plan;
+  return plan.digits == 0
+             ? count_narrow(Narrow<Signed, true>(plan), in, out, count, job.step_offset)
+             : count_narrow(Narrow<Signed, false>(plan), in, out, count, job.step_offset);
+}
+
+template <class Lane>
+unsigned count_block(const Job& job, int64_t from, int64_t count, const Lane* in,
+                     Buffers<Lane>& buffers) {
+  uint8_t* out = static_cast<uint8_t*>(job.out) + from;
+  const Plan& plan = *job.plan;
+  if constexpr (std::is_same_v<Lane, float>) {
+    if (plan.is_default && plan.is_narrow)
+      return plan.is_signed ? count_narrow<true>(job, in, out, count)
+                            : count_narrow<false>(job, in, out, count);
+  }
+  round_block(job, from, count, in, buffers.results, &buffers.words);
+  const Lane per_unit = Lane(1 / plan.quantum);
+  const Lane* q = buffers.results;
+  unsigned met = 0;
+#pragma omp simd reduction(| : met)
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_nan = q[i] != q[i];
+    met |= is_nan ? nan_in : 0;
+    out[i] = uint8_t(int32_t(is_nan ? Lane(0) : q[i] * per_unit) + job.step_offset);
+  }
+  return met;
+}
+
 template <class Lane>
 unsigned count_steps_lanes(const Job& job, int64_t begin, int64_t end) {
   Buffers<Lane> buffers;
   Scales<Lane> scales(job, begin, buffers.scales, buffers.zero_points);
-  const Lane per_unit = Lane(1 / job.plan->quantum);
   unsigned met = 0;
   for (int64_t from = begin; from < end; from += block) {
     const int64_t count = std::min(block, end - from);
@@ -213,15 +256,7 @@ unsigned count_steps_lanes(const Job& job, int64_t begin, int64_t end) {
       scales.divide(in, buffers.lanes, count);
       in = buffers.lanes;
     }
-    round_block(job, from, count, in, buffers.results, &buffers.words);
-    uint8_t* out = static_cast<uint8_t*>(job.out) + from;
-    const Lane* q = buffers.results;
-#pragma omp simd reduction(| : met)
-    for (int64_t i = 0; i < count; ++i) {
-      const bool is_nan = q[i] != q[i];
-      met |= is_nan ? nan_in : 0;
-      out[i] = uint8_t(int32_t(is_nan ? Lane(0) : q[i] * per_unit) + job.step_offset);
-    }
+    met |= count_block(job, from, count, in, buffers);
   }
   return met;
 }

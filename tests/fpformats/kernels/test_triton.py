@@ -105,6 +105,18 @@ def check_default(fmt, dtype):
     out = torch.empty(fmt.code_count, dtype=getattr(torch, dtype), device=DEVICE)
     values = cuda.decode(on_device(codes), plan_of(fmt, dtype), out)
     assert_same_bits(values.cpu().numpy(), fpformats.decode(codes, fmt, dtype=dtype))
+    check_steps(fmt, torch.from_numpy(aimed_inputs(fmt, dtype)))
+
+
+def check_steps(fmt, x, scaling=None, scales=1.0, shifts=None):
+    """Values as numbers of steps are those of the portable way, where they fit a byte."""
+    if fmt.max_steps > (127 if fmt.signed else 255):
+        return
+    x, plan = x.masked_fill(x.isnan(), 0), plan_of(fmt, str(x.dtype).removeprefix("torch."))
+    offset = 128 if fmt.signed else 0
+    steps, nan_seen = cuda.count_steps(on_device(x), plan, offset, torch.uint8, scaling=scaling)
+    assert int(nan_seen) == 0
+    assert torch.equal(steps.cpu(), fpformats.encode_steps(x, fmt, scales, shifts))
 
 
 @pytest.mark.parametrize("bits", range(1, 5))
@@ -286,6 +298,7 @@ def check_scaled(fmt, x, scaling, scales, shifts):
         codes, plan, torch.empty(x.shape, dtype=name, device=DEVICE), scaling=scaling
     )
     assert_same(values, fpformats.decode_scaled(codes.cpu(), fmt, scales, shifts, dtype=name))
+    check_steps(fmt, x, scaling, scales, shifts)
 
 
 def test_float32_division_products_and_sums_are_rounded_one_by_one():
@@ -397,6 +410,13 @@ def test_nan_without_a_code_is_reported_with_where_it_came_from(x, saturation, s
     x = np.array(x, np.float32)
     for options in ({}, {"packed_bits": 4}):
         _, nan_seen = cuda.encode(on_device(x), plan, None, **options)
+        assert int(nan_seen) == seen
+
+
+def test_nan_is_reported_where_steps_are_counted():
+    x = np.array([1.0, np.nan, 9.0], np.float32)
+    for numbers, seen in ((x, 1), (x[::2].copy(), 0)):
+        _, nan_seen = cuda.count_steps(on_device(numbers), plan_of(parse("E2M1")), 0, torch.int8)
         assert int(nan_seen) == seen
 
 

@@ -183,3 +183,40 @@ def test_compiled_counting_gives_the_same_numbers():
         expected = encode_steps(x, name, 0.3)
         compiled = torch.compile(encode_steps, fullgraph=True)(x, name, 0.3)
         assert torch.equal(compiled, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("power", range(16))
+def test_division_by_one_scale_has_the_bits_of_the_division(power):
+    """E0M8U has 510 ties and thresholds, at which a quotient that is one ulp off would be seen."""
+    fmt = parse("E0M8U")
+    generator = np.random.default_rng(power)
+    scale = np.float32(2.0 ** generator.uniform(-20, 20))
+    mantissas = np.arange(1 << 23, dtype=np.uint32)
+    for exponent in (126, 127):  # of numbers from 0.5 to 2, times the scale
+        x = (mantissas | np.uint32(exponent << 23)).view(np.float32) * scale
+        assert np.array_equal(encode_steps(x, fmt, scale), encode_steps(x / scale, fmt))
+
+
+@on_backends
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.floats(2.0**-59, 2.0**59, width=32).map(np.float32),
+    shift=st.none() | st.floats(-8, 8, width=32).map(np.float32),
+)
+def test_quotients_near_ties_are_rounded_as_those_of_the_division(seed, scale, shift):
+    fmt = parse("E2M1")
+    generator = np.random.default_rng(seed)
+    ties = generator.choice(np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]), 64)
+    x = np.nextafter(
+        np.float32(ties) * scale, generator.choice([-np.inf, np.inf], 64).astype(np.float32)
+    )
+    x = np.concatenate([x, np.float32(ties) * scale, np.float32([0.0, -0.0, np.inf, -np.inf])])
+    x = x * generator.choice(np.float32([-1, 1]), len(x))
+    zero = None if shift is None else shift * scale
+    x = x if zero is None else x + zero
+    with np.errstate(over="ignore", invalid="ignore"):
+        v = (x if zero is None else x - zero) / scale
+    assert np.array_equal(encode_steps(x, fmt, scale, zero), encode_steps(v, fmt))
+    assert np.array_equal(encode_scaled(x, fmt, scale, zero), encode_scaled(v, fmt, np.float32(1)))

@@ -74,7 +74,9 @@ def expected(tmp_path_factory):
     return folder, outputs
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param("msfp first", marks=pytest.mark.slow), "diffusers first"]
+)
 def test_a_new_process_loads_and_quantizes_through_diffusers(expected, order):
     folder, outputs = expected
     code = "import sys" + ORDERS[order] + LOAD

@@ -73,6 +73,7 @@ def test_the_error_of_a_layer_is_that_of_its_output_for_full_precision_inputs(
     assert found.layers.keys() == quantized_layers(packed.unet).keys()
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_by_every_measure(reference, calibration, sampler, found):
     pipe = copy.deepcopy(reference)
     msfp.quantize(pipe, QuantizationConfig(6, activation_bits=6), calibration=calibration)

@@ -23,6 +23,7 @@ print(pipeline_digest(pipe))
 """
 
 
+@pytest.mark.slow
 def test_what_tells_pipelines_apart_is_equal_in_every_process():
     pipe = reference_pipeline()
     use_sampler(pipe, "dpm++")

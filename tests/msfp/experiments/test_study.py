@@ -301,6 +301,7 @@ def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatc
     assert missing_rows(rows, store) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_record_without_a_setting_that_came_later_still_counts(tmp_path):
     wanted = row("dfa-1")
@@ -337,6 +338,7 @@ def test_every_sampler_is_followed(sampler):
     assert not torch.equal(bench.reference, ddim.reference)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_equal_seeds_give_equal_numbers():
     wanted, other = row("int-minmax"), row("int-minmax", seed=1)

@@ -90,6 +90,7 @@ def test_weights_become_values_of_their_grids_and_are_packed_as_they_are(paths, 
         assert torch.equal(layer.weight, layers[name].weight)
 
 
+@pytest.mark.slow
 def test_each_step_lowers_the_noise_error(quantized, trajectories):
     errors = []
     for config in (
@@ -301,6 +302,7 @@ def test_integers_stay_integers_when_grids_are_searched_again(tiny):
     assert any(layer.input_quantizer.scale.dim() for layer in trainable_layers(denoiser).values())
 
 
+@pytest.mark.slow
 def test_concatenated_inputs_are_split_on_request(quantized, trajectories):
     denoiser = quantized()[0].unet
     config = RefinementConfig(samples=2, positions=64, split_inputs=True, branch_rank=0)

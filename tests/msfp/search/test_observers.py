@@ -260,7 +260,8 @@ def _one_process(rank, processes, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_that_share_the_calls_each_get_what_one_alone_gets(tmp_path, processes):
     """Three calls for two processes, and for four, one of which has nothing to do."""
     forked(_one_process, (processes, str(tmp_path)), processes)

@@ -47,7 +47,8 @@ def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, position):
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["inside", "beside"])
 def test_processes_that_share_out_the_weights_train_as_those_that_hold_them_all(tmp_path, position):
     """To the last bit, with half of the frozen weights each."""
     given = ("--teacher", f"--{position}")

@@ -97,6 +97,7 @@ def test_computing_the_targets_again_is_training_towards_what_was_recorded(stude
     assert difference(recorded, computed) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_hub_that_always_takes_its_first_lora_trains_like_a_single_one(student, path):
     single, _ = trained(student, path, FinetuneConfig(**SHORT))
     config = FinetuneConfig(**SHORT, hub=2, routing="segments")
@@ -120,6 +121,7 @@ def first_down(student, path):
     return {name: layer.hub.down.data[0] for name, layer in trainable_layers(unet).items()}
 
 
+@pytest.mark.slow
 def test_the_parameters_of_the_lowest_held_out_error_are_the_result(student, path, held_out):
     config = FinetuneConfig(**SHORT, evaluate_every=1, rates={"adapters": 0.9, "norms": 0.5})
     _, history = tuned(student, path, config, held_out=held_out)
