@@ -144,11 +144,12 @@ class QuantizationConfig:
             bits, and 8 bits as MXFP8.
         include: Layers to quantize: globs of the dotted names of layers or of modules around them.
         exclude: Layers to leave in full precision: globs as in `include`.
-        first_layers: The layer that reads the noisy sample: globs of whole names. By default,
-            calibration finds it: the first layer whose input changes with the sample. Without
-            calls it is a layer with one of these names. Every layer that matches counts.
-        last_layers: The layer that writes the prediction: globs of whole names, as in
-            `first_layers`. By default it is the last layer whose input changes with the sample.
+        first_layers: The layers that read the noisy sample: globs of whole names. By default,
+            calibration finds them: the first layer whose input changes with the sample, and others
+            that read the sample itself. Without calls they are those with one of these names.
+        last_layers: The layers that write the prediction: globs of whole names, as in
+            `first_layers`. By default they are those whose output is the prediction in any order,
+            or else the last layer whose input changes with the sample.
         granularity: Which weights share a scale: those of each output "channel", or those of the
             whole "tensor". Block formats have one scale for each block.
         overrides: Other values of `weight_bits`, `activation_bits`, `scheme` or `granularity` for

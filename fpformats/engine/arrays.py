@@ -93,7 +93,7 @@ def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
     if isinstance(x, int):
         raise TypeError(f"{argument} is of type {type(x).__name__}; write float({argument})")
     refuse_list(x, argument)
-    if not (is_tensor(x) or isinstance(x, np.ndarray | np.generic)):
+    if not (is_tensor(x) or isinstance(x, (np.ndarray, np.generic))):
         raise TypeError(
             f"{argument} is a {type(x).__name__}; it must be a NumPy array, a torch tensor or a "
             "float"
@@ -103,7 +103,7 @@ def float_dtype_of(x: Any, argument: str = "x") -> FloatDtype:
 
 def refuse_list(x: Any, argument: str) -> None:
     """Raise TypeError, with what to write, if an argument is a list or tuple."""
-    if isinstance(x, list | tuple):
+    if isinstance(x, (list, tuple)):
         kind, write = type(x).__name__, f"numpy.array({argument}) or torch.tensor({argument})"
         raise TypeError(f"{argument} is of type {kind}; write {write}")
 
@@ -315,7 +315,7 @@ def check_words(random: Any, bits: int, x: Any) -> None:
         if not 0 <= random < 1 << 64:
             raise ValueError(f"random is the seed {random}; seeds are 0 to 2**64 - 1")
         return
-    is_array = is_tensor(random) or isinstance(random, np.ndarray | np.generic)
+    is_array = is_tensor(random) or isinstance(random, (np.ndarray, np.generic))
     if not is_array or is_tensor(random) != is_tensor(x):
         raise TypeError(
             f"random is a {type(random).__name__}; it must be a seed, a generator of NumPy or "

@@ -103,7 +103,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     Raises:
         ValueError: If it holds anything but integers of 0 or more.
     """
-    lengths = shape if isinstance(shape, tuple | list) else (shape,)
+    lengths = shape if isinstance(shape, (tuple, list)) else (shape,)
     try:
         known = tuple(operator.index(length) for length in lengths)
     except TypeError:

@@ -87,7 +87,7 @@ def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[
         ValueError: If there is not one size for each dimension, or one is not an integer above 0.
     """
     if (
-        not isinstance(block_size, tuple | list)
+        not isinstance(block_size, (tuple, list))
         or len(block_size) != len(shape)
         or any(type(size) is not int or size < -1 or size == 0 for size in block_size)
     ):
@@ -187,7 +187,7 @@ def _parameter(
     block_size: tuple[int, ...] | None,
 ) -> Any:
     """Give a scale or zero point as an array in the dtype, checked against `x`."""
-    if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
+    if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
         if is_compiling():  # torch.compile traces NumPy's operations on constants too
             _check_number(argument, float(value))
             return _full(float(value), x, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -48,7 +48,8 @@ def settings_by_layer(
     denoiser: nn.Module,
     config: QuantizationConfig,
     executed: Iterable[str] | None = None,
-    sample_path: Sequence[str] = (),
+    readers: Sequence[str] = (),
+    writers: Sequence[str] = (),
 ) -> dict[str, LayerSettings]:
     """Return the search settings of each layer that a config selects.
 
@@ -56,7 +57,8 @@ def settings_by_layer(
         denoiser: The full-precision network.
         config: Search settings and the selection of layers.
         executed: Names of layers in the order in which they run, or None if unknown.
-        sample_path: Those whose input depends on the noisy sample, or none if unknown.
+        readers: Those that read the noisy sample, or none if unknown.
+        writers: Those that write the prediction, or none if unknown.
 
     Returns:
         Settings by layer name, in definition order.
@@ -77,8 +79,8 @@ def settings_by_layer(
     chosen -= _matching(layers, "exclude", config.exclude, kind)
     if not chosen:
         raise InputError(f"include and exclude leave no layer of {kind} to quantize")
-    path = [name for name in sample_path if name in layers]
-    ends = _ends(layers, config, None if executed is None else list(executed), path, kind)
+    found = {"first_layers": readers, "last_layers": writers}
+    ends = _ends(layers, config, None if executed is None else list(executed), found, kind)
     settings = {name: config.settings("first" if name in ends else "inner") for name in layers}
     for glob, changes in config.overrides.items():
         for name in _matching(layers, "overrides", (glob,), kind):
@@ -102,13 +104,13 @@ def _ends(
     layers: list[str],
     config: QuantizationConfig,
     executed: list[str] | None,
-    path: list[str],
+    found: Mapping[str, Sequence[str]],
     kind: str,
 ) -> set[str]:
     """Return the first and last layers if their bits differ from the others, or else no layer.
 
-    The layers that read the sample and write the prediction are the first and the last on the path
-    of the sample. Without a path, and where the config names others than by default, it is by name.
+    These are the layers that were found to read the sample and to write the prediction. If none
+    were, and where the config names others than by default, they are found by name.
     """
     if config.bits("first") == config.bits("inner"):
         return set()
@@ -117,8 +119,9 @@ def _ends(
         ("first_layers", config.first_layers, FIRST_LAYERS, 0),
         ("last_layers", config.last_layers, LAST_LAYERS, -1),
     ):
-        if path and globs == usual:
-            ends.add(path[index])
+        known = {name for name in found[end] if name in layers}
+        if known and globs == usual:
+            ends |= known
             continue
         named = {name for name in layers if any(fnmatchcase(name, glob) for glob in globs)}
         if not named and not executed:

@@ -291,7 +291,9 @@ def _settings(
                 "msfp.calibrate returned, or activation_bits be None"
             )
         return settings
-    settings = settings_by_layer(denoiser, config, calibration.ran, calibration.sample_path)
+    settings = settings_by_layer(
+        denoiser, config, calibration.ran, calibration.readers, calibration.writers
+    )
     for name, each in settings.items():
         if each.needs_calibration:
             _check_input(name, calibration)

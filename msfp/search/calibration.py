@@ -24,7 +24,9 @@ def _without_version(header: Header) -> Header:
 KIND = FileKind("a calibration", first_key="msfp_calibration", migrations={1: _without_version})
 SHORT = 60
 """Length of the longest value that an error message shows in full, in characters."""
-SHARED = ("activations", "timesteps", "calls", "sample_path", "multiply_adds")
+SHARED = (
+    "activations", "timesteps", "calls", "sample_path", "readers", "writers", "multiply_adds",
+)  # fmt: skip
 """Attributes that processes send each other as they are."""
 
 
@@ -49,6 +51,8 @@ class Calibration:
             name. Empty if unknown.
         sample_path: The layers whose input depends on the denoiser's noisy sample, in the order in
             which they ran. Empty if unknown.
+        readers: Those of them that read the sample itself. Empty if unknown.
+        writers: Those of them that write the prediction. Empty if unknown.
         multiply_adds: Number of multiply-adds of the first forward, by the name of the weight; ""
             for products of activations, as in attention. Empty if unknown.
     """
@@ -61,6 +65,8 @@ class Calibration:
     total: int = 0
     description: dict[str, Any] = field(default_factory=dict)
     sample_path: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
     multiply_adds: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -117,6 +123,8 @@ class Calibration:
             timesteps=timesteps,
             calls=sorted(self.calls + other.calls),
             sample_path=first.sample_path or second.sample_path,
+            readers=first.readers or second.readers,
+            writers=first.writers or second.writers,
             multiply_adds=first.multiply_adds or second.multiply_adds,
         )
 
@@ -163,6 +171,8 @@ class Calibration:
             "total": self.total,
             "description": self.description,
             "sample_path": self.sample_path,
+            "readers": self.readers,
+            "writers": self.writers,
             "multiply_adds": self.multiply_adds,
         }
         write(Path(file), KIND, tensors, facts)
@@ -193,6 +203,8 @@ class Calibration:
             total=facts["total"],
             description=facts["description"],
             sample_path=facts.get("sample_path", []),
+            readers=facts.get("readers", []),
+            writers=facts.get("writers", []),
             multiply_adds=facts.get("multiply_adds", {}),
         )
 

@@ -97,7 +97,9 @@ class _Observer:
         if self._products is not None:
             self.seen.multiply_adds = dict(self._products.counts)
         if self._probe is not None and not self._probe.done:
-            self.seen.sample_path = self._probe.found(denoiser, args, kwargs, output)
+            layers = quantizable_layers(denoiser)
+            path = self._probe.found(denoiser, layers, (args, kwargs), output)
+            self.seen.sample_path, self.seen.readers, self.seen.writers = path
 
     def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the timestep of a forward pass; trace functions in the first one."""

@@ -158,6 +158,53 @@ unsigned quantize_lanes(const Job& job, int64_t begin, int64_t end) {
   return 0;
 }
 
+// The codes of a narrow format as bytes, without a buffer of wider ones.
+template <class Way>
+unsigned encode_bytes(const Way& way, const Job& job, const float* in, uint8_t* out,
+                      int64_t count) {
+  const bool has_code = job.nan_code >= 0;
+  const uint8_t nan = has_code ? uint8_t(job.nan_code) : 0;
+  unsigned met = 0;
+#pragma omp simd reduction(| : met)
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_nan = in[i] != in[i];
+    met |= is_nan ? nan_in | nan_out : 0;
+    out[i] = is_nan ? nan : uint8_t(way.code(in[i]));
+  }
+  return has_code ? 0 : met;
+}
+
+template <bool Signed>
+unsigned encode_bytes(const Job& job, const float* in, uint8_t* out, int64_t count) {
+  const Plan& plan = *job.plan;
+  return plan.digits == 0 ? encode_bytes(Narrow<Signed, true>(plan), job, in, out, count)
+                          : encode_bytes(Narrow<Signed, false>(plan), job, in, out, count);
+}
+
+template <class Lane>
+unsigned encode_block(const Job& job, int64_t from, int64_t count, const Lane* in,
+                      Buffers<Lane>& buffers) {
+  const Plan& plan = *job.plan;
+  if constexpr (std::is_same_v<Lane, float>) {
+    if (plan.is_default && plan.is_narrow && (job.packed_bits || job.code_bytes == 1)) {
+      uint8_t bytes[block + 8];
+      char* out = static_cast<char*>(job.out);
+      uint8_t* to = job.packed_bits ? bytes : reinterpret_cast<uint8_t*>(out) + from;
+      const unsigned met = plan.is_signed ? encode_bytes<true>(job, in, to, count)
+                                          : encode_bytes<false>(job, in, to, count);
+      if (job.packed_bits) {
+        std::memset(bytes + count, 0, 8);
+        pack(bytes, out + from / 8 * job.packed_bits, count, job.packed_bits);
+      }
+      return met;
+    }
+  }
+  round_block(job, from, count, in, buffers.codes, &buffers.words);
+  const unsigned met = name_nan(job, count, in, buffers.codes);
+  store_codes(job, from, count, buffers.codes);
+  return met;
+}
+
 template <class Lane>
 unsigned encode_lanes(const Job& job, int64_t begin, int64_t end) {
   Buffers<Lane> buffers;
@@ -171,9 +218,7 @@ unsigned encode_lanes(const Job& job, int64_t begin, int64_t end) {
       scales.divide(in, buffers.lanes, count);
       in = buffers.lanes;
     }
-    round_block(job, from, count, in, buffers.codes, &buffers.words);
-    met |= name_nan(job, count, in, buffers.codes);
-    store_codes(job, from, count, buffers.codes);
+    met |= encode_block(job, from, count, in, buffers);
   }
   return met;
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -47,6 +48,11 @@ class Case:
         arguments = cast(self.inputs(self.rows if rows is None else rows), dtype)
         with torch.no_grad():
             return denoiser(**arguments)
+
+
+def the(module: str, name: str) -> Any:
+    """Return what a module of transformers has, imported at its use: not every version has it."""
+    return getattr(import_module(f"diffusers.models.transformers.{module}"), name)
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
-from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from torch import nn
 
-from .case import Case, noise
+from .case import Case, noise, the
 
 SIDE = 8
 PATCHES = SIDE // 2
@@ -516,7 +514,7 @@ CASES: dict[str, Case] = {
             "crop_coords": sizes(rows, 0.0, 0.0),
             "attention_kwargs": None,
             "return_dict": False,
-            "kv_caches": GlmImageKVCache(2),
+            "kv_caches": the("transformer_glm_image", "GlmImageKVCache")(2),
         },
     ),
     "HiDreamImageTransformer2DModel": Case(
@@ -777,7 +775,7 @@ CASES: dict[str, Case] = {
             "img_shapes": [[(1, PATCHES, PATCHES)]] * rows,
             "img_mask": torch.tensor([[False] * WORDS + [True] * (TOKENS // 4)] * rows),
             "attention_kwargs": None,
-            "kv_cache": QwenImage21KVCache(2),
+            "kv_cache": the("transformer_qwenimage21", "QwenImage21KVCache")(2),
             "kv_cache_mode": "extract",
             "return_dict": False,
         },

@@ -8,10 +8,8 @@ from diffusers.models.embeddings import (
     get_3d_rotary_pos_embed,
     get_3d_rotary_pos_embed_allegro,
 )
-from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
-from .case import Case, noise
+from .case import Case, noise, the
 
 
 def steps(rows: int, *shape: int, value: int = 500) -> torch.Tensor:
@@ -158,7 +156,7 @@ def wan_animate_2(rows: int) -> dict[str, Any]:
         "encoder_hidden_states": list(noise(2, rows, 5, 24)),
         "encoder_hidden_states_image": noise(3, rows, 3, 1280),
         "condition_latents": list(noise(4, rows, 5, 2, 8, 8)),
-        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache": the("transformer_wan_animate_2", "WanAnimate2KVCache")(2),
         "kv_cache_mode": "extract",
         "seq_len": 32,
         "offset_grid_sizes": torch.tensor([[2, 4, 4]] * rows),
@@ -443,7 +441,7 @@ def sana_wm(rows: int) -> dict[str, Any]:
 
 
 def sana_wm_refiner(rows: int) -> dict[str, Any]:
-    cache = SanaWMRefinerKVCache(2)
+    cache = the("transformer_sana_wm_refiner", "SanaWMRefinerKVCache")(2)
     cache.sink_pe = turns(1, rows, 16, 16)
     for number in range(2):
         layer = cache.get(number)

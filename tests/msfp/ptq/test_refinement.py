@@ -262,7 +262,7 @@ def test_damping_is_raised_for_features_that_depend_on_each_other_with_a_warning
     samples = 1000 * torch.ones_like(paths.samples)
     few = RefinementConfig(damping=1e-6, samples=1)
     denoiser = tiny()
-    with pytest.warns(UserWarning, match=r"35 layers .* damping was raised from 1e-06 to"):
+    with pytest.warns(UserWarning, match=r"\d+ layers .* damping was raised from 1e-06 to"):
         names = refine(denoiser, few, trajectories=replace(paths, samples=samples))
     assert names == list(trainable_layers(denoiser))
     assert all(layer.weight.isfinite().all() for layer in trainable_layers(denoiser).values())

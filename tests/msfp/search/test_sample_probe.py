@@ -10,7 +10,9 @@ from msfp.pipelines.denoiser import denoiser_of
 @pytest.mark.parametrize("family", families.SOME)
 def test_the_path_of_the_sample_begins_and_ends_with_the_named_layers(family, tmp_path):
     pipe = families.pipeline(family, tmp_path)
-    path = calibrate(pipe, calls=families.images).sample_path
+    found = calibrate(pipe, calls=families.images)
+    assert {*found.readers, *found.writers} == families.ENDS[family]
+    path = found.sample_path
     assert {path[0], path[-1]} == families.ENDS[family]
     time = [name for name, _ in denoiser_of(pipe).named_modules() if "time" in name]
     assert time
@@ -43,6 +45,42 @@ def test_layers_that_read_the_sample_and_write_the_prediction_get_the_bits_of_th
     quantize(network, QuantizationConfig(refine=None), calibration=call)
     bits = {name: layer.formats.weight.bits for name, layer in network.named_children()}
     assert bits == {"condition": 4, "read": 8, "middle": 4, "write": 8, "scale": 4}
+
+
+class TwoSamples(nn.Module):
+    """A network of a video and its sound, which are cut into patches and put together again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.picture_in, self.sound_in = (
+            nn.Linear(*n) for n in ((1, 8), (4, 8), (3, 8))
+        )
+        self.mixed, self.middle = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.picture_out, self.sound_out = nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, picture, sound, time):
+        patches = picture.unflatten(2, (2, 2)).permute(0, 1, 3, 2).flatten(2)
+        hidden = self.picture_in(patches) + self.time(time)
+        heard = self.sound_in(sound) + self.time(time) + self.mixed(hidden.mean(1, keepdim=True))
+        hidden = self.middle(hidden).relu()
+        patches = self.picture_out(hidden).unflatten(2, (2, 2)).permute(0, 1, 3, 2).flatten(2)
+        return patches, self.sound_out(heard)
+
+
+def test_every_sample_has_a_layer_that_reads_it_and_one_that_writes_its_prediction():
+    def call(network):
+        torch.manual_seed(1)
+        return network(torch.randn(2, 5, 4), torch.randn(2, 6, 3), torch.ones(1))
+
+    found = calibrate(TwoSamples(), calls=call)
+    assert found.readers == ["picture_in", "sound_in"]
+    assert sorted(found.writers) == ["picture_out", "sound_out"]
+    assert "time" not in found.sample_path
+    network = TwoSamples()
+    quantize(network, QuantizationConfig(refine=None), calibration=call)
+    bits = {name: layer.formats.weight.bits for name, layer in network.named_children()}
+    assert {name for name, width in bits.items() if width == 8} == {*found.readers, *found.writers}
 
 
 def test_names_in_the_config_go_before_the_path():
