@@ -1,6 +1,7 @@
 """A small denoiser of every class that diffusers exports is taken all the way."""
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from denoisers import CASES, exported
+from packaging.version import Version
 
 from msfp import (
     FinetuneConfig,
@@ -48,12 +50,22 @@ def test_every_class_of_diffusers_has_an_entry():
     assert set(exported()) - HELD_BY_OTHERS <= set(CASES)
 
 
+def plain(name):
+    """The denoiser in full precision and its output; skipped if an older diffusers differs."""
+    try:
+        full = CASES[name].make(name)
+        return full, as_vector(CASES[name].call(full))
+    except (TypeError, ValueError) as error:
+        if Version(diffusers.__version__) >= Version("0.42"):
+            raise
+        pytest.skip(f"diffusers {diffusers.__version__} takes other arguments: {error}")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_denoiser_is_taken_all_the_way(name, tmp_path):
     case = CASES[name]
-    full = case.make(name)
-    before = as_vector(case.call(full))
+    full, before = plain(name)
     paths = record_trajectories(full, calls=case.call)
     denoiser = copy.deepcopy(full)
     quantize(denoiser, calibration=case.call)
@@ -120,5 +132,6 @@ def test_a_denoiser_runs_in_a_narrow_dtype_where_the_plain_one_does(name, dtype)
     packed = as_vector(case.call(full))
     found = as_vector(case.call(full.to(dtype))).float()
     assert found.isfinite().all()
-    # One ulp of the narrow dtype moves a 4-bit rounding by a whole step.
-    assert ratio(packed, found) > min(10, ratio(wide, narrow) - 20)
+    # An ulp of the narrow dtype moves a 4-bit rounding by a step: the error is another, not larger.
+    noise = 10 ** (-ratio(wide, packed) / 10) + 10 ** (-ratio(wide, narrow) / 10)
+    assert ratio(wide, found) > -10 * math.log10(noise) - 3

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -223,6 +224,9 @@ def test_gradients_pass_straight_through_both_quantizers(quantized):
     assert layer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="torch 2.8 cannot trace packed layers"
+)
 @pytest.mark.parametrize("cached", [False, True])
 def test_compiling_without_a_graph_break_gives_the_same_bits(cached):
     torch.manual_seed(0)
