@@ -45,7 +45,8 @@ def calls(setting, folder):
 
 
 SETTINGS = [
-    "ddpm", "ldm-vq", "stable-diffusion",
+    "ddpm", "stable-diffusion",
+    pytest.param("ldm-vq", marks=pytest.mark.slow),
     pytest.param("ldm-kl", marks=pytest.mark.slow),
     pytest.param("ldm-class", marks=pytest.mark.slow),
     pytest.param("dit", marks=pytest.mark.slow),

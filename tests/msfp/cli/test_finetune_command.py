@@ -215,6 +215,7 @@ def test_comparing_trains_without_each_ingredient(compared):
     assert [row["minutes"] > 0 for row in rows] == [False, True, True, True, True]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_resumes_inside_the_training_where_it_was(
     folders, compared, tmp_path, stopped_at, monkeypatch
 ):
@@ -388,6 +389,7 @@ def test_a_state_of_other_settings_is_refused_before_anything_is_recorded(
     assert kept == {file: file.read_bytes() for file in (tmp_path / "tuned.state").iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(folders, alone, tmp_path):
     logs = [tmp_path / f"rank {rank}" for rank in range(2)]
     command = words(folders, tmp_path / "shared")
