@@ -99,9 +99,10 @@ def _section(name: str, facts: CardFacts) -> str:
     """Return the section of one network."""
     lines = [f"{len(facts.formats)} layers, {facts.bytes / 1e6:.2f} MB."]
     lines += [] if facts.coverage is None else facts.coverage.sentences()
+    formats = facts.formats.values()
     lines += [
-        f"Formats of weights: {_counted(each.weight for each in facts.formats.values())}.",
-        f"Formats of inputs: {_counted(each.input for each in facts.formats.values())}.",
+        f"Formats of weights (number of layers): {_counted(each.weight for each in formats)}.",
+        f"Formats of inputs (number of layers): {_counted(each.input for each in formats)}.",
         f"Scheme `{facts.request.scheme}`; {_refinement(facts.request.refine)}.",
     ]
     if facts.request.attention_bits is not None:
@@ -113,9 +114,9 @@ def _section(name: str, facts: CardFacts) -> str:
 def _counted(formats: Iterable[Any]) -> str:
     """Return formats with their numbers of layers, the most frequent ones first."""
     counts = Counter("none" if each is None else str(each) for each in formats).most_common()
-    said = [f"{name} ({count} layers)" for name, count in counts[:MOST_FORMATS]]
+    said = [f"{name} ({count})" for name, count in counts[:MOST_FORMATS]]
     more = sum(count for _, count in counts[MOST_FORMATS:])
-    return ", ".join(said + ([f"others ({more} layers)"] if more else []))
+    return ", ".join(said + ([f"others ({more})"] if more else []))
 
 
 def _refinement(refine: Any) -> str:

@@ -104,7 +104,7 @@ def test_a_network_without_a_pipeline_is_loaded_into_another(tmp_path):
     pack(network)
     save(network, tmp_path / "packed")
     assert 'msfp.load("packed", into=Sequential(...))' in card(tmp_path / "packed")
-    assert "Formats of inputs: none (2 layers)." in card(tmp_path / "packed")
+    assert "Formats of inputs (number of layers): none (2)." in card(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("values", [3, {}, {"sqnr": "a", "samples": 1}])
