@@ -34,7 +34,8 @@ from fpformats.ops.blocks import (
     quantize_blocks,
 )
 from fpformats.ops.elementwise import decode, encode, quantize, values
-from fpformats.ops.scaled import decode_scaled, encode_scaled, encode_steps, quantize_scaled
+from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
+from fpformats.ops.steps import StepEncoder, encode_steps
 from fpformats.parsing import dtype_of, parse
 from fpformats.rounding import Rounding, Saturation
 from fpformats.show.html import html as _html
@@ -60,6 +61,7 @@ __all__ = [
     "Saturation",
     "ScaleRule",
     "Specials",
+    "StepEncoder",
     "decode",
     "decode_blocks",
     "decode_scaled",

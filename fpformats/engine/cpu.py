@@ -35,6 +35,8 @@ MAX_PACKED_BITS = 8
 CODE_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
 """Integer dtypes that the kernels read codes from, and their widths."""
 MAX_REMEMBERED = 4096
+MOST = 1 << 62
+"""A number of elements that no array reaches."""
 _enabled = True
 _nearest_kernels: dict[tuple[FloatFormat | str, Any], Any] = {}
 
@@ -238,6 +240,51 @@ def count_steps(
         scaling,
     )
     return memory.written(out, steps), met
+
+
+class StepCounter:
+    """`count_steps` with one scale on the shortest path, for many calls.
+
+    Args:
+        fmt: The format.
+        scale: The scale, which is rounded to float32.
+        zero_point: Likewise, or None.
+        offset: What is added to each number.
+        dtype: "uint8" or "int8".
+    """
+
+    def __init__(
+        self, fmt: FloatFormat, scale: float, zero_point: float | None, offset: int, dtype: str
+    ) -> None:
+        self._format, self._offset, self._dtype = fmt, offset, dtype
+        self._numbers = np.array([scale, 0 if zero_point is None else zero_point], np.float32)
+        self._has_zero_point = zero_point is not None
+        self._kernels: dict[Any, Any] = {}
+
+    def __call__(self, x: Any) -> Any:
+        """Give the numbers; None if `x` needs the full path, as NaN does."""
+        kernel = self._kernels.get(getattr(x, "dtype", None)) or self._kernel_for(x)
+        if kernel is None or not _enabled or not _in_host_memory(x):
+            return None
+        source = _memory(x, in_order=False)
+        steps, size = memory.empty_like(source, self._dtype), memory.size(source)
+        at, to = memory.address(source), memory.address(steps)
+        threads = native.threads_for(size)
+        return None if kernel(at, to, size, threads, self._offset, self._scaling) else steps
+
+    def _kernel_for(self, x: Any) -> Any:
+        """Give the kernel for the dtype of `x` and keep it; None if there is none."""
+        name = str(getattr(x, "dtype", "")).removeprefix("torch.")
+        if name not in FLOAT_DTYPES or name == "float64":  # whose scales are float64 too
+            return None
+        kernel = kernel_of(x, self._format, FLOAT_DTYPES[name])
+        if kernel is None:
+            return None
+        start = memory.address(self._numbers)
+        zero = start + self._numbers.itemsize if self._has_zero_point else 0
+        self._scaling = native.library().Scaling(start, zero, MOST, MOST, 0)
+        self._kernels[x.dtype] = kernel.count_steps
+        return kernel.count_steps
 
 
 def decode(

@@ -80,6 +80,14 @@ def make_scales(
     return Scales(parameter("scale", scale), zeros, sizes)
 
 
+def check_number(argument: str, value: float) -> None:
+    """Raise ValueError unless a number is a scale (positive and finite) or a finite zero point."""
+    if argument == "scale" and not 0 < value < math.inf:
+        raise ValueError(f"scale is {value}; it must be positive and finite")
+    if not abs(value) < math.inf:
+        raise ValueError(f"zero_point is {value}; it must be finite")
+
+
 def block_lengths(block_size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give the sizes of blocks along the dimensions of a shape; -1 stands for the whole length.
 
@@ -189,7 +197,7 @@ def _parameter(
     """Give a scale or zero point as an array in the dtype, checked against `x`."""
     if isinstance(value, (int, float, np.floating)) and not isinstance(value, bool):
         if is_compiling():  # torch.compile traces NumPy's operations on constants too
-            _check_number(argument, float(value))
+            check_number(argument, float(value))
             return _full(float(value), x, dtype)
         number = np.asarray(value, dtype=dtype.name)
         _check_range(argument, number)
@@ -239,10 +247,3 @@ def _check_range(argument: str, array: Any) -> None:
             raise ValueError("scale must be positive and finite everywhere")
     elif not bool((abs(array) < math.inf).all()):
         raise ValueError("zero_point must be finite everywhere")
-
-
-def _check_number(argument: str, value: float) -> None:
-    if argument == "scale" and not 0 < value < math.inf:
-        raise ValueError(f"scale is {value}; it must be positive and finite")
-    if not abs(value) < math.inf:
-        raise ValueError(f"zero_point is {value}; it must be finite")

@@ -158,62 +158,6 @@ def encode_scaled(
     return dispatch.encode(x, fmt, grid, policy, nan_code, packed, scales, out)
 
 
-def encode_steps(
-    x: Any,
-    fmt: FormatLike,
-    scale: Any = 1.0,
-    zero_point: Any = None,
-    *,
-    dtype: str = "uint8",
-    block_size: tuple[int, ...] | None = None,
-    out: Any = None,
-) -> Any:
-    """Round as `quantize_scaled` does, and give the values of the format as whole numbers of steps.
-
-    A number n stands for n times `fmt.step`, times `scale`, plus `zero_point`. Units for integers
-    can multiply such numbers exactly. In uint8, those of a signed format are stored plus 128.
-
-    Args:
-        x: As in `quantize_scaled`; without a gradient.
-        fmt: The format, or its name. Its `max_steps` must fit the dtype: 255 in uint8 if it is
-            unsigned, else 127.
-        scale: As in `quantize_scaled`.
-        zero_point: As in `quantize_scaled`.
-        dtype: "uint8" or "int8".
-        block_size: As in `quantize_scaled`.
-        out: Array or tensor of the dtype, of the kind and shape of `x`, to write to.
-
-    Returns:
-        Integers of the kind, shape and device of `x`, or `out`.
-
-    Raises:
-        TypeError: As in `quantize_scaled`.
-        ValueError: As in `quantize_scaled`; also if the format has too many steps for the dtype, or
-            `x` contains NaN (not checked under torch.compile).
-
-    Example:
-        >>> from fpformats import E2M1
-        >>> encode_steps(1.0, E2M1, 0.75, dtype="int8")  # 1.125 = 3 * 0.5 * 0.75
-        3
-        >>> encode_steps(1.0, E2M1, 0.75)
-        131
-    """
-    fmt = as_format(fmt)
-    if dtype not in ("uint8", "int8"):
-        raise ValueError(f"dtype must be 'uint8' or 'int8', not {dtype!r}")
-    most = 127 if fmt.signed or dtype == "int8" else 255
-    if fmt.max_steps > most:
-        raise ValueError(
-            f"fmt must have at most {most} steps in {dtype}, and {fmt} has {fmt.max_steps}"
-        )
-    working = compute_dtype(float_dtype_of(x))
-    grid = grid_of(fmt, working)
-    scales = make_scales(x, scale, zero_point, block_size, working)
-    check_target(out, x, dtype, None)
-    offset = 128 if fmt.signed and dtype == "uint8" else 0
-    return dispatch.count_steps(x, fmt, grid, offset, dtype, scales, out)
-
-
 def decode_scaled(
     codes: Any,
     fmt: FormatLike,

@@ -9,7 +9,16 @@ import pytest
 import torch
 from race import race
 
-from fpformats import decode, encode, encode_steps, parse, quantize, quantize_scaled, unpack
+from fpformats import (
+    StepEncoder,
+    decode,
+    encode,
+    encode_steps,
+    parse,
+    quantize,
+    quantize_scaled,
+    unpack,
+)
 from fpformats.engine import backends
 
 E2M1, E2M2U, E4M3, BF16 = (parse(name) for name in ("E2M1", "E2M2U", "E4M3", "BF16"))
@@ -23,6 +32,7 @@ def operations(x):
     channels = torch.rand(100, 1) + 0.5
     groups = torch.rand(x.numel() // 16, 1) + 0.5
     narrow, steps = x.bfloat16(), torch.empty_like(x, dtype=torch.uint8)
+    scaled_steps, shifted_steps = StepEncoder(E2M1, 0.37), StepEncoder(E2M2U, 0.37, -0.11)
     rows, wide = x.view(100, -1), x.view(-1, 16)
     rows_out, wide_out = y.view(100, -1), y.view(-1, 16)
     codes, packed = encode(x, E2M1), encode(x, E2M1, packed=True)
@@ -43,8 +53,9 @@ def operations(x):
         "encode, packed": lambda: encode(x, E2M1, packed=True, out=packed),
         "encode to 6 bits, packed": lambda: encode(x, parse("E3M2"), packed=True, out=six),
         "steps": lambda: encode_steps(x, E2M1, out=steps),
-        "steps, scaled with zero point": lambda: encode_steps(x, E2M2U, scale, zero, out=steps),
-        "steps of bfloat16, scaled": lambda: encode_steps(narrow, E2M1, scale, out=steps),
+        "steps, scaled": lambda: scaled_steps(x),
+        "steps, scaled with zero point": lambda: shifted_steps(x),
+        "steps of bfloat16, scaled": lambda: scaled_steps(narrow),
         "decode": lambda: decode(codes, E2M1, out=y),
         "decode, packed": lambda: decode(packed, E2M1, shape=x.shape, out=y),
         "toward zero": lambda: quantize(x, E2M1, rounding="TowardZero", out=y),

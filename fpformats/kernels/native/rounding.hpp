@@ -64,11 +64,6 @@ struct Binades {
   }
   float number(uint32_t binade) const { return bit_cast<float>(binade + raise); }
 
-  // A magnitude as a number of the spacings of the lowest binade.
-  uint32_t steps(uint32_t binade, float sum) const {
-    return (bit_cast<uint32_t>(sum) - (binade + raise)) << ((binade - floor) >> 23 & 31);
-  }
-
   // The code of a magnitude. The last bits of its sum with the binade's number count the steps.
   uint32_t code(uint32_t binade, float sum) const {
     const uint32_t count = bit_cast<uint32_t>(sum) - (binade + raise);
@@ -108,13 +103,12 @@ struct Narrow {
     return signs.code(binades.code(binade, rounded), x);
   }
 
-  // The value as a number of steps; anything for NaN.
-  int32_t steps(float x) const {
+  // The value, whose zero may have any sign; anything for NaN.
+  float number(float x) const {
     uint32_t binade;
-    const float rounded = sum(x, binade);
-    const int32_t count = int32_t(binades.steps(binade, rounded));
-    const int32_t sign = Signed ? bit_cast<int32_t>(x) >> 31 : 0;
-    return (count ^ sign) - sign;
+    const float rounded = sum(x, binade) - binades.number(binade);
+    const uint32_t sign = Signed ? bit_cast<uint32_t>(x) & Bits<float>::sign : 0;
+    return bit_cast<float>(bit_cast<uint32_t>(rounded) | sign);
   }
 };
 

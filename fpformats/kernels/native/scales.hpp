@@ -29,7 +29,8 @@ class Quotient {
 
   bool is_exact = false;
 
-  float operator()(float x) const {
+  // Loops with a call that is not inlined are not vectorized.
+  [[gnu::always_inline]] float operator()(float x) const {
 #if defined(__FMA__)
     float t = x > bound_ ? bound_ : x;
     t = t < -bound_ ? -bound_ : t;
@@ -89,9 +90,23 @@ class Scales {
     filled_ = count;
   }
 
+  // Whether there is one scale, and its quotient has the bits of the division.
+  bool has_quotient() const { return is_one_ && quotient_.is_exact; }
+
+  // Call `use` with a function that subtracts the zero point and divides by the one scale.
+  template <class Use>
+  auto with_quotient(const Use& use) const {
+    const Quotient quotient = quotient_;
+    if (!from_zero_points_) return use([=](float x) { return quotient(x); });
+    const float zero_point = float(from_zero_points_[0]);
+    return use([=](float x) { return quotient(x - zero_point); });
+  }
+
   void divide(const Lane* in, Lane* out, int64_t count) const {
     if constexpr (std::is_same_v<Lane, float>) {
-      if (is_one_ && quotient_.is_exact) return divide_by_one(in, out, count);
+      if (has_quotient()) {
+        return with_quotient([=](const auto& scaled) { divide_by_one(scaled, in, out, count); });
+      }
     }
     if (from_zero_points_) {
 #pragma omp simd
@@ -113,16 +128,11 @@ class Scales {
   }
 
  private:
-  void divide_by_one(const float* in, float* out, int64_t count) const {
-    const Quotient quotient = quotient_;
-    if (from_zero_points_) {
-      const float zero_point = float(from_zero_points_[0]);
+  // `scaled` is a copy, which `out` cannot alias: else the loop is not vectorized.
+  template <class Scaled>
+  static void divide_by_one(const Scaled scaled, const float* in, float* out, int64_t count) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) out[i] = quotient(in[i] - zero_point);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) out[i] = quotient(in[i]);
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = scaled(in[i]);
   }
 
   void advance(int64_t count) {

@@ -245,24 +245,35 @@ unsigned decode_lanes(const Job& job, int64_t begin, int64_t end) {
 // Values as whole numbers of steps: the smallest spacing of the format. Its reciprocal is a power of
 // two, so that the products are exact.
 //
-// Narrow formats are counted directly, without their values.
-template <class Way>
-unsigned count_narrow(const Way& way, const float* in, uint8_t* out, int64_t count, int offset) {
+// Narrow formats need no conversion to integers: added to a number whose last bit is the step, a value
+// changes the number's last bits by its steps.
+template <class Way, class Scaling>
+unsigned count_narrow(const Way way, const Scaling scaled, float counter, const float* in,
+                      uint8_t* out, int64_t count) {
   unsigned met = 0;
 #pragma omp simd reduction(| : met)
   for (int64_t i = 0; i < count; ++i) {
     met |= in[i] != in[i] ? nan_in : 0;
-    out[i] = uint8_t(way.steps(in[i]) + offset);
+    out[i] = uint8_t(bit_cast<uint32_t>(way.number(scaled(in[i])) + counter));
   }
   return met;
 }
 
-template <bool Signed>
-unsigned count_narrow(const Job& job, const float* in, uint8_t* out, int64_t count) {
+template <class Scaling>
+unsigned count_narrow(const Job& job, const Scaling& scaled, const float* in, uint8_t* out,
+                      int64_t count) {
   const Plan& plan = *job.plan;
-  return plan.digits == 0
-             ? count_narrow(Narrow<Signed, true>(plan), in, out, count, job.step_offset)
-             : count_narrow(Narrow<Signed, false>(plan), in, out, count, job.step_offset);
+  const float counter = float((0x1.8p23 + job.step_offset) * plan.quantum);
+  const auto with = [&](const auto& way) {
+    return count_narrow(way, scaled, counter, in, out, count);
+  };
+  if (plan.is_signed)
+    return plan.digits ? with(Narrow<true, false>(plan)) : with(Narrow<true, true>(plan));
+  return plan.digits ? with(Narrow<false, false>(plan)) : with(Narrow<false, true>(plan));
+}
+
+bool counts_narrow(const Plan& plan) {
+  return plan.is_default && plan.is_narrow && plan.quantum <= 0x1p100;
 }
 
 template <class Lane>
@@ -271,9 +282,7 @@ unsigned count_block(const Job& job, int64_t from, int64_t count, const Lane* in
   uint8_t* out = static_cast<uint8_t*>(job.out) + from;
   const Plan& plan = *job.plan;
   if constexpr (std::is_same_v<Lane, float>) {
-    if (plan.is_default && plan.is_narrow)
-      return plan.is_signed ? count_narrow<true>(job, in, out, count)
-                            : count_narrow<false>(job, in, out, count);
+    if (counts_narrow(plan)) return count_narrow(job, [](float x) { return x; }, in, out, count);
   }
   round_block(job, from, count, in, buffers.results, &buffers.words);
   const Lane per_unit = Lane(1 / plan.quantum);
@@ -296,6 +305,14 @@ unsigned count_steps_lanes(const Job& job, int64_t begin, int64_t end) {
   for (int64_t from = begin; from < end; from += block) {
     const int64_t count = std::min(block, end - from);
     const Lane* in = load(job, from, count, buffers.lanes);
+    if constexpr (std::is_same_v<Lane, float>) {
+      if (scales.has_quotient() && counts_narrow(*job.plan)) {
+        uint8_t* out = static_cast<uint8_t*>(job.out) + from;
+        met |= scales.with_quotient(
+            [&](const auto& scaled) { return count_narrow(job, scaled, in, out, count); });
+        continue;
+      }
+    }
     if (job.scales) {
       scales.fill(count);
       scales.divide(in, buffers.lanes, count);

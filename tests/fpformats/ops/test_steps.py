@@ -1,7 +1,9 @@
 """Values of a format as whole numbers of steps."""
 
+import copy
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from fpformats import (
     FloatFormat,
+    StepEncoder,
     decode_scaled,
     encode_scaled,
     encode_steps,
@@ -220,3 +223,44 @@ def test_quotients_near_ties_are_rounded_as_those_of_the_division(seed, scale, s
         v = (x if zero is None else x - zero) / scale
     assert np.array_equal(encode_steps(x, fmt, scale, zero), encode_steps(v, fmt))
     assert np.array_equal(encode_scaled(x, fmt, scale, zero), encode_scaled(v, fmt, np.float32(1)))
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shift", [None, -0.7], ids=["", "shifted"])
+@pytest.mark.parametrize("fmt", [parse("E2M1"), parse("E2M2U"), parse("E3M0")], ids=str)
+def test_a_prepared_encoder_gives_the_same_steps(fmt, shift, dtype):
+    encoder = StepEncoder(fmt, 0.3, shift)
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    for laid_out in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x[:0]):
+        given = laid_out.to(getattr(torch, dtype))
+        expected = encode_steps(given, fmt, 0.3, shift)
+        for each in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):  # noqa: S301
+            found = each(given)
+            assert torch.equal(found, expected)
+            assert found.stride() == expected.stride()
+    if dtype != "bfloat16":
+        array = x.numpy().astype(dtype)
+        assert np.array_equal(encoder(array), encode_steps(array, fmt, 0.3, shift))
+    assert encoder(1.0) == encode_steps(1.0, fmt, 0.3, shift)
+
+
+@on_backends
+def test_a_prepared_encoder_refuses_what_cannot_be_counted():
+    encoder = StepEncoder("E2M1", 0.3)
+    for x in (np.array([1.0, math.nan]), torch.tensor([1.0, math.nan])):
+        with pytest.raises(ValueError, match="x contains NaN, which is no number of steps"):
+            encoder(x)
+    with pytest.raises(TypeError, match="x is of type int; write float"):
+        encoder(1)
+    with pytest.raises(ValueError, match=r"scale is -1\.0; it must be positive and finite"):
+        StepEncoder("E2M1", -1)
+    with pytest.raises(ValueError, match="zero_point is inf; it must be finite"):
+        StepEncoder("E2M1", 1, math.inf)
+    with pytest.raises(ValueError, match="E4M0U has 16384"):
+        StepEncoder("E4M0U", 1)
+
+
+def test_a_prepared_encoder_can_be_compiled():
+    x, encoder = torch.linspace(-3, 3, 100), StepEncoder("E2M2U", 0.3, -0.7)
+    assert torch.equal(torch.compile(encoder, fullgraph=True)(x), encoder(x))
