@@ -93,6 +93,7 @@ def search(
     axis: int | None = None,
     block_size: tuple[int, ...] | None = None,
     refine: bool = True,
+    whole_zero_points: bool = False,
 ) -> Choice:
     """Find the format, scale and zero point with the least sum of squared errors.
 
@@ -114,6 +115,9 @@ def search(
         axis: Axis along which every index (channel) has its own scale.
         block_size: Sizes of the blocks that have their own scale, as in `quantize_scaled`.
         refine: Whether to refine the best candidates by least squares.
+        whole_zero_points: Whether zero points are whole numbers of the format's steps times the
+            scale, rounded to the dtype. Zero is then the value of an integer, so that products of
+            integers need no correction; see `encode_steps`.
 
     Returns:
         The choice with the least error over all data; of equal ones, the first in `formats`.
@@ -136,7 +140,9 @@ def search(
         FLOAT_DTYPES["float32"] if isinstance(x, Histogram) else compute_dtype(float_dtype_of(x))
     )
     formats = _checked_formats(formats, dtype)
-    grid = _Grid(_checked_ratios(ratios), _checked_fractions(zero_points), refine)
+    grid = _Grid(
+        _checked_ratios(ratios), _checked_fractions(zero_points), refine, whole_zero_points
+    )
     own_scales = axis is not None or block_size is not None
     if isinstance(x, Histogram):
         if weights is not None or own_scales:
@@ -164,6 +170,7 @@ class _Grid(NamedTuple):
     ratios: NDArray[np.float64]
     zero_points: NDArray[np.float64] | None
     refine: bool
+    whole: bool
 
 
 class _Best(NamedTuple):
@@ -183,7 +190,7 @@ def _best(objective: Objective, fmt: FloatFormat, grid: _Grid) -> _Best:
     scale, zero_point = scales[winner], None if zero_points is None else zero_points[winner]
     error = objective.measured(fmt, scale, zero_point)
     if grid.refine:
-        refined, moved = _refined(objective, fmt, scale, zero_point)
+        refined, moved = _refined(objective, fmt, scale, zero_point, whole=grid.whole)
         measured = objective.measured(fmt, refined, moved)
         better = measured < error
         scale, error = np.where(better, refined, scale), np.where(better, measured, error)
@@ -208,20 +215,49 @@ def _candidates(
     scales = _positive(clips / fmt.max, objective.dtype)
     if grid.zero_points is None or fmt.signed:
         return scales, None
-    return scales, np.repeat(offsets, len(grid.ratios), axis=1)
+    shifts = np.repeat(offsets, len(grid.ratios), axis=1)
+    if grid.whole:
+        shifts = _shifts(_steps(fmt, scales, shifts), fmt, scales)
+    return scales, shifts
+
+
+def _steps(fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any]) -> NDArray[np.float64]:
+    """Give zero points as whole numbers of steps."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        steps = np.round(zero_point / (scale.astype(np.float64) * fmt.step))
+    return np.nan_to_num(steps) + 0.0  # no negative zero
+
+
+def _shifts(steps: NDArray[np.float64], fmt: FloatFormat, scale: NDArray[Any]) -> NDArray[Any]:
+    """Give zero points from whole numbers of steps, rounded once."""
+    shifts: NDArray[Any] = (steps * fmt.step * scale.astype(np.float64)).astype(scale.dtype)
+    return shifts
 
 
 def _refined(
-    objective: Objective, fmt: FloatFormat, scale: NDArray[Any], zero_point: NDArray[Any] | None
+    objective: Objective,
+    fmt: FloatFormat,
+    scale: NDArray[Any],
+    zero_point: NDArray[Any] | None,
+    *,
+    whole: bool,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Fit scale and zero point of each row to its rounded data, until the error stops falling."""
+    """Fit scale and zero point of each row to its rounded data, until the error stops falling.
+
+    Whole zero points keep their number of steps.
+    """
+    steps = None if zero_point is None or not whole else _steps(fmt, scale, zero_point)
     scale, zero_point = scale.copy(), None if zero_point is None else zero_point.copy()
     sums = objective.sums(fmt, scale, zero_point)
     error = _error(sums, scale, zero_point)
     active = np.arange(len(scale))
     while active.size:
         shift = None if zero_point is None else zero_point[active]
-        fitted, moved = _least_squares(sums, scale[active], shift)
+        if steps is None:
+            fitted, moved = _least_squares(sums, scale[active], shift)
+        else:
+            fitted = _least_squares_scale(sums, scale[active], steps[active] * fmt.step)
+            moved = _shifts(steps[active], fmt, fitted)
         sums = objective.take(active).sums(fmt, fitted, moved)
         errors = _error(sums, fitted, moved)
         gains = errors < error[active] * (1 - MIN_GAIN)
@@ -258,6 +294,20 @@ def _least_squares(
             return scale, None
         moved = ((sums.x - scale * sums.q) / sums.w).astype(scale.dtype)
         return scale, np.where(np.isfinite(moved), moved, zero_point)
+
+
+def _least_squares_scale(
+    sums: Sums, scale: NDArray[Any], shift: NDArray[np.float64]
+) -> NDArray[Any]:
+    """Solve for the scale s that minimises the sum of w * (s * (q + shift) - x)**2.
+
+    If the scale has no positive solution, it stays.
+    """
+    with np.errstate(all="ignore"):
+        squares = sums.qq + shift * (2 * sums.q + shift * sums.w)
+        fitted = (sums.xq + shift * sums.x) / squares
+        usable = (fitted > 0) & np.isfinite(fitted)
+        return np.where(usable, _positive(fitted, scale.dtype), scale)
 
 
 def _positive(scales: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:

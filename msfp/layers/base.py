@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +12,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.execution.backends import product
+from msfp.layers.execution.definition import IntegerGrids
 from msfp.layers.formats import BlockFormats, LayerFormats
 from msfp.layers.kinds import KINDS, LayerKind, groups_of, kernel_shape, plain_class
 from msfp.layers.lora.talora import Routing
@@ -34,7 +35,7 @@ class QuantizedLayer(nn.Module, ABC):
         index: The layer's number in the routing.
     """
 
-    kind: ClassVar[LayerKind]
+    kind: LayerKind
     formats: LayerFormats | BlockFormats | None
     bias: Any  # a tensor or None; the nn classes do not agree on its annotation
     branch_down: torch.Tensor | None
@@ -59,6 +60,49 @@ class QuantizedLayer(nn.Module, ABC):
     def weights_are_routed(self) -> bool:
         """Whether the routing chooses weights, and not only low-rank branches."""
         return self.routing is not None and self.adapters > 1
+
+    @property
+    @abstractmethod
+    def integer_grids(self) -> IntegerGrids | str:
+        """The operands as whole numbers times steps, or the reason why they are not."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a parameter of the product needs a gradient."""
+        return any(each.requires_grad for each in self.parameters())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether back ends may keep what they make of the weights."""
+        return False
+
+    def kept(self) -> dict[Any, Any]:
+        """Return what has been made of the weights, if `keeps`; empty if they have changed."""
+        return {}
+
+    # Of layers that have integer grids.
+
+    @property
+    def weight_step(self) -> torch.Tensor:
+        """Weight scales times the step of their format, float32, shape (rows,)."""
+        raise ValueError(self.integer_grids)
+
+    @property
+    def input_shift(self) -> torch.Tensor | None:
+        """The zero point of the inputs, float32, shape (), or None."""
+        raise ValueError(self.integer_grids)
+
+    def input_step(self, part: int) -> torch.Tensor:  # noqa: ARG002
+        """Return an input scale times the step of its format, float32, shape ()."""
+        raise ValueError(self.integer_grids)
+
+    def input_steps(self, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Return the input rounded to whole numbers of steps, float32, zero being 0."""
+        raise ValueError(self.integer_grids)
+
+    def weight_steps(self, adapter: int) -> torch.Tensor:  # noqa: ARG002
+        """Return the weight for an adapter as whole numbers of steps, float32."""
+        raise ValueError(self.integer_grids)
 
     @abstractmethod
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:

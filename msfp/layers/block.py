@@ -59,6 +59,11 @@ class BlockLayer(PackedLayer):
             packed.tensor_scale = to_bits(blocks.tensor_scale)
         return packed
 
+    @property
+    def integer_grids(self) -> str:
+        """The reason why the operands are not whole numbers times one step."""
+        return f"{self.formats} have a scale for each block"
+
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded with one scale for each block of channels; same shape, dtype."""
         if self.formats is None or self.formats.input_blocks is None:

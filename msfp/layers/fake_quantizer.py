@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fpformats import FloatFormat, quantize_scaled
+from msfp.layers.execution.definition import to_whole, whole_steps
 from msfp.layers.float32 import Float32Module
 
 
@@ -19,6 +20,9 @@ class Quantizer(Float32Module):
         fmt: The format of the codes.
         scale: Float32, any shape that broadcasts with the input.
         zero_point: Float32, any shape that broadcasts with the input, or None for no zero point.
+
+    Attributes:
+        whole: Whether the zero point is a whole number of steps, which it then stays in training.
     """
 
     scale: torch.Tensor
@@ -33,13 +37,42 @@ class Quantizer(Float32Module):
         self.zero_point = (
             None if zero_point is None else nn.Parameter(zero_point.float(), requires_grad=False)
         )
+        self.whole = zero_point is None or (
+            zero_point.numel() == 1
+            and not zero_point.is_meta
+            and whole_steps(fmt, self.scale, zero_point.float()) is not None
+        )
+
+    @property
+    def step(self) -> torch.Tensor:
+        """The scale times the format's step, without a gradient, shape of the scale."""
+        return self.scale.detach() * self.format.step
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """The zero point; if it is whole, rounded to a whole number of steps."""
+        trained = self.scale.requires_grad or (
+            self.zero_point is not None and self.zero_point.requires_grad
+        )
+        if self.zero_point is None or not self.whole or not trained:
+            return self.zero_point
+        step = self.scale * self.format.step
+        steps = (-self.zero_point / step).clamp(0, self.format.max_steps)
+        return -to_whole(steps) * step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x rounded, same shape and dtype."""
         rounded: torch.Tensor = quantize_scaled(
-            x, self.format, self.scale, self.zero_point, clip_gradient=True
+            x, self.format, self.scale, self.shift, clip_gradient=True
         )
         return rounded
+
+    def steps(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x in whole numbers of steps, in float32; the zero point must be whole.
+
+        The gradient is that of rounding, divided by the step.
+        """
+        return to_whole(self(x.float()) / self.step)
 
     def extra_repr(self) -> str:
         """Return the description in `repr`."""

@@ -20,7 +20,13 @@ PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class LayerKind(ABC):
-    """The computation of the layers of one class."""
+    """The computation of the layers of one class.
+
+    Attributes:
+        places: Number of spatial dimensions that a kernel moves along, 0 without a kernel.
+    """
+
+    places: int = 0
 
     @abstractmethod
     def compute(
@@ -35,6 +41,10 @@ class LayerKind(ABC):
     @abstractmethod
     def channel_axis(self, x: torch.Tensor) -> int:
         """Return the channel, or feature, axis of an input or output."""
+
+    def channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an input or weight with the channels last in memory, if that is the faster."""
+        return x
 
     @abstractmethod
     def columns(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +100,20 @@ class ConvKind(LayerKind):
         """Apply a layer with other parameters; zero padding is exactly zero."""
         y: torch.Tensor = layer._conv_forward(x, weight, bias)
         return y
+
+    def channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a batch of images or volumes with the channels last in memory."""
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if last is None or x.dim() != self.places + 2:
+            return x
+        x = x.contiguous(memory_format=last)
+        # Axes of length 1 may have any stride, from which torch may choose another algorithm.
+        order = (0, *range(2, x.dim()), 1)
+        strides = [0] * x.dim()
+        stride = 1
+        for axis in reversed(order):
+            strides[axis], stride = stride, stride * max(x.shape[axis], 1)
+        return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
 
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix to the channels at each position, as a convolution with kernel size 1."""

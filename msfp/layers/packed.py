@@ -23,6 +23,13 @@ from torch import nn
 from fpformats import decode_scaled, encode_scaled, quantize_scaled
 from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer, quantized_layers
+from msfp.layers.execution.backends import runs_on_integers
+from msfp.layers.execution.definition import (
+    IntegerGrids,
+    integer_grids,
+    to_whole,
+    whole_steps,
+)
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.layers.kinds import groups_of, plain_class
@@ -34,6 +41,7 @@ from msfp.support.checks import check_truth
 Layer = TypeVar("Layer", bound=nn.Module)
 DESCRIPTION = ("__get__", "dim", "numel", "size")
 """The functions that only describe a tensor; `__get__` reads its attributes."""
+GRIDS = "grids"
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -77,7 +85,9 @@ class PackedLayer(QuantizedLayer):
         weight_shape: Shape of an adapter's weight.
         codes: The packed codes, uint8, one-dimensional. Each adapter begins with a new byte.
         dtype: Dtype of `weight`, which casts of the module change.
-        cache: Dequantized weights of all adapters, of shape `weight_shape` each, or None.
+        cache: Dequantized weights of all adapters, of shape `weight_shape` each, or None. If the
+            layer's grids are whole numbers times steps, these are the whole numbers, int8.
+        keeps: Whether back ends may keep what they have made of the codes.
     """
 
     formats: LayerFormats | BlockFormats | None = None
@@ -85,6 +95,9 @@ class PackedLayer(QuantizedLayer):
     codes: torch.Tensor
     dtype: torch.dtype
     cache: torch.Tensor | None
+    keeps = True
+    _kept: dict[Any, Any]
+    _kept_of: tuple[Any, ...]
 
     @abstractmethod
     def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
@@ -98,6 +111,7 @@ class PackedLayer(QuantizedLayer):
         packed = adopt(cls, layer)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         packed.formats, packed.adapters, packed.cache = formats, adapters, None
+        packed.forget()
         packed.weight_shape, packed.dtype = weight.shape, weight.dtype
         del packed._parameters["weight"]
         size = adapters * -(-weight.numel() * formats.bits // 8)
@@ -132,16 +146,52 @@ class PackedLayer(QuantizedLayer):
         return self.decoded_weight(adapter, NARROW.get(dtype, "float32")).to(dtype)
 
     def cache_weight(self, enabled: bool) -> None:
-        """Keep the dequantized weights in memory, in the dtype of the module, or delete them."""
-        self.cache = None
-        if enabled and self.formats is not None:
-            self.cache = torch.stack([self.quantized_weight(e) for e in range(self.adapters)])
+        """Keep the weights in memory as the layer's back end reads them, or delete them."""
+        self.cache, self.keeps = None, enabled
+        self.forget()
+        if enabled and self.formats is not None and not runs_on_integers(self):
+            self.cache = torch.stack([self.cached_weight(each) for each in range(self.adapters)])
+
+    def cached_weight(self, adapter: int) -> torch.Tensor:
+        """Return an adapter's weight as `cache` has it."""
+        return self.quantized_weight(adapter)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a parameter of the product needs a gradient: only the bias can."""
+        bias: torch.Tensor | None = self._parameters.get("bias")
+        return bias is not None and bias.requires_grad
+
+    def kept(self) -> dict[Any, Any]:
+        """Return what has been made of the codes and scales, empty if one of them has changed."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        state = tuple((each, _version(each)) for each in tensors)
+        same = len(state) == len(self._kept_of) and all(
+            old is new and version == before
+            for (new, version), (old, before) in zip(state, self._kept_of, strict=True)
+        )
+        if not same:
+            self._kept, self._kept_of = {}, state
+        return self._kept
+
+    def forget(self) -> None:
+        """Delete what has been made of the codes and scales."""
+        self._kept, self._kept_of = {}, ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_kept_of": ()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load the tensors, and dequantize them again for the cache."""
         super()._load_from_state_dict(*args, **kwargs)
         if self.formats is not None:
-            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+            self._renew()
+
+    def _renew(self) -> None:
+        """Make the cache again, after the tensors have changed."""
+        self.forget()
+        if self.cache is not None:
+            self.cache_weight(not self.codes.is_meta)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move and cast the module; casts do not change codes and scales, which are integers.
@@ -155,7 +205,7 @@ class PackedLayer(QuantizedLayer):
             empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
             self.dtype = fn(empty).dtype
             # Weights are dequantized again for the cache, because a cast would round them twice.
-            self.cache_weight(self.cache is not None and not self.codes.is_meta)
+            self._renew()
         return self
 
     def extra_repr(self) -> str:
@@ -240,21 +290,95 @@ class ScaledLayer(PackedLayer):
         if inputs is not None:
             channel = formats.input_granularity == CHANNEL
             packed.input_scale = to_bits(inputs.scale.flatten() if channel else inputs.scale)
-            packed.input_zero_point = (
-                None if inputs.zero_point is None else to_bits(inputs.zero_point)
-            )
+            packed.input_zero_point = None if inputs.shift is None else to_bits(inputs.shift)
         return packed
+
+    @property
+    def integer_grids(self) -> IntegerGrids | str:
+        """The operands as whole numbers times steps, or the reason why they are not."""
+        if self.formats is None:
+            return "it has no formats yet"
+        found: IntegerGrids | str = _grids_of(self)
+        return found
+
+    def find_grids(self) -> IntegerGrids | str:
+        """Return what `integer_grids` is, from the tensors of the layer."""
+        formats, scale, bits = self.formats, self.input_scale, self.input_zero_point
+        if formats is None:
+            raise ValueError("the layer has no formats yet")
+        whole = True
+        if formats.input is not None and scale is not None and bits is not None:
+            whole = whole_steps(formats.input, from_bits(scale), from_bits(bits)) is not None
+        groups = groups_of(self)
+        return integer_grids(
+            formats.weight,
+            formats.input,
+            None if scale is None else from_bits(scale),
+            whole=whole,
+            terms=self.weight_shape[1:].numel(),
+            channels=self.weight_shape[1] * groups,
+            groups=groups,
+        )
+
+    @property
+    def weight_step(self) -> torch.Tensor:
+        """Weight scales times the step of their format, float32, shape (rows,)."""
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        return from_bits(self.weight_scale) * self.formats.weight.step
+
+    @property
+    def input_shift(self) -> torch.Tensor | None:
+        """The zero point of the inputs, float32, shape (), or None."""
+        return None if self.input_zero_point is None else from_bits(self.input_zero_point)
+
+    def input_step(self, part: int) -> torch.Tensor:
+        """Return an input scale times the step of its format, float32, shape ()."""
+        if self.formats is None or self.formats.input is None or self.input_scale is None:
+            raise ValueError("the inputs of the layer are not quantized")
+        scale = from_bits(self.input_scale)
+        scale = scale.unique_consecutive()[part] if scale.dim() else scale
+        return scale * self.formats.input.step
+
+    def input_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded to whole numbers of steps, float32, zero being 0."""
+        if self.formats is None or self.formats.input is None or self.input_scale is None:
+            raise ValueError("the inputs of the layer are not quantized")
+        step = self._spread_input_scale() * self.formats.input.step
+        return to_whole(self.quantize_input(x.float()) / step)
+
+    def weight_steps(self, adapter: int) -> torch.Tensor:
+        """Return the weight for an adapter as whole numbers of steps, float32."""
+        if self.cache is not None and self.cache.dtype == torch.int8:
+            return self.cache[adapter].float()
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        steps: torch.Tensor = decode_scaled(
+            self.codes.view(self.adapters, -1)[adapter],
+            self.formats.weight,
+            1 / self.formats.weight.step,  # a power of two, so that the products are exact
+            shape=tuple(self.weight_shape),
+        )
+        return steps
+
+    def cached_weight(self, adapter: int) -> torch.Tensor:
+        """Return an adapter's weight as `cache` has it."""
+        if isinstance(self.integer_grids, IntegerGrids):
+            return self.weight_steps(adapter).to(torch.int8)
+        return self.quantized_weight(adapter)
+
+    def _spread_input_scale(self) -> torch.Tensor:
+        """Return the input scale in a shape that broadcasts with an input."""
+        scale = from_bits(self.input_scale)  # type: ignore[arg-type]
+        return scale.view(-1, *(1,) * (len(self.weight_shape) - 2)) if scale.dim() else scale
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype; narrow dtypes are computed in float32."""
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             return x
         zero = None if self.input_zero_point is None else from_bits(self.input_zero_point)
-        scale = from_bits(self.input_scale)
-        if scale.dim():
-            scale = scale.view(-1, *(1,) * (len(self.weight_shape) - 2))
         rounded: torch.Tensor = quantize_scaled(
-            x, self.formats.input, scale, zero, clip_gradient=True
+            x, self.formats.input, self._spread_input_scale(), zero, clip_gradient=True
         )
         return rounded
 
@@ -291,6 +415,21 @@ class ScaledLayer(PackedLayer):
         return weights, Quantizer(self.formats.input, scale, zero)
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _grids_of(layer: ScaledLayer) -> IntegerGrids | str:
+    """Return the integer grids of a layer with formats; they depend on its tensors."""
+    kept = layer.kept()
+    if GRIDS not in kept:
+        kept[GRIDS] = layer.find_grids()
+    found: IntegerGrids | str = kept[GRIDS]
+    return found
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    """Return a number that changes when a tensor is changed in place."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _but_to_8_bits(
     fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -312,6 +451,8 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
     """
     adopted = cls.__new__(cls)
     for name, value in vars(layer).items():
+        if name in ("_kept", "_kept_of"):
+            continue
         adopted.__dict__[name] = copy.copy(value) if isinstance(value, dict | set) else value
     adopted._modules, adopted._buffers = {}, {}
     return adopted
@@ -320,8 +461,8 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
 def dequantized(layer: PackedLayer) -> nn.Module:
     """Return a packed layer as a plain layer: first adapter, low-rank branch merged."""
     plain = adopt(plain_class(type(layer)), layer)
-    for name in ("formats", "adapters", "weight_shape", "dtype", "cache"):
-        del plain.__dict__[name]
+    for name in ("formats", "adapters", "weight_shape", "dtype", "cache", "keeps"):
+        plain.__dict__.pop(name, None)
     weight = layer.quantized_weight()
     if layer.branch_down is not None and layer.branch_up is not None:
         weight = weight + (layer.branch_up @ layer.branch_down).view_as(weight)

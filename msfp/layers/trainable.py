@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer
+from msfp.layers.execution.definition import IntegerGrids, integer_grids
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import groups_of
@@ -74,6 +75,49 @@ class TrainableLayer(QuantizedLayer):
         """Return the rounded weight for an adapter; dtype None is the dtype of the weight."""
         weight: torch.Tensor = self.weight_quantizer(self.merged_weight(adapter))
         return weight.to(dtype)
+
+    @property
+    def integer_grids(self) -> IntegerGrids | str:
+        """The operands as whole numbers times steps, or the reason why they are not."""
+        inputs, shape = self.input_quantizer, self.weight.shape
+        groups = groups_of(self)
+        return integer_grids(
+            self.weight_quantizer.format,
+            None if inputs is None else inputs.format,
+            None if inputs is None else inputs.scale.detach(),
+            whole=inputs is None or inputs.whole,
+            terms=shape[1:].numel(),
+            channels=shape[1] * groups,
+            groups=groups,
+        )
+
+    @property
+    def weight_step(self) -> torch.Tensor:
+        """Weight scales times the step of their format, float32, shape (rows,)."""
+        return self.weight_quantizer.step.view(-1)
+
+    @property
+    def input_shift(self) -> torch.Tensor | None:
+        """The zero point of the inputs, float32, shape (), or None."""
+        shift = None if self.input_quantizer is None else self.input_quantizer.shift
+        return None if shift is None else shift.detach()
+
+    def input_step(self, part: int) -> torch.Tensor:
+        """Return an input scale times the step of its format, float32, shape ()."""
+        if self.input_quantizer is None:
+            raise ValueError("the inputs of the layer are not quantized")
+        steps: torch.Tensor = self.input_quantizer.step.flatten().unique_consecutive()
+        return steps[part]
+
+    def input_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded to whole numbers of steps, float32, zero being 0."""
+        if self.input_quantizer is None:
+            raise ValueError("the inputs of the layer are not quantized")
+        return self.input_quantizer.steps(x)
+
+    def weight_steps(self, adapter: int) -> torch.Tensor:
+        """Return the weight for an adapter as whole numbers of steps, float32."""
+        return self.weight_quantizer.steps(self.merged_weight(adapter))
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype."""
@@ -142,35 +186,19 @@ class TrainableLayer(QuantizedLayer):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product with the rounded weight, with the gradient of the choice if routed."""
-        if not self.weights_are_routed:
-            return super().product(x)
-        rounded = self.quantize_input(x)
-        used = self.winners.unique().tolist()
-        weights = dict(zip(used, self._rounded_weights(used, x.dtype), strict=True))
-        y = self._by_adapter(
-            rounded, lambda part, adapter: self.compute(part, weights[adapter], self.bias)
-        )
-        return self._chosen(y, rounded)
-
-    def _rounded_weights(
-        self, adapters: Sequence[int], dtype: torch.dtype
-    ) -> Sequence[torch.Tensor]:
-        """Return the weights for some adapters of the hub, rounded as one tensor."""
-        if len(adapters) == 1:
-            return [self.quantized_weight(adapters[0], dtype)]
-        merged = torch.stack([self.merged_weight(adapter) for adapter in adapters])
-        weights: torch.Tensor = self.weight_quantizer(merged)
-        return weights.to(dtype).unbind()
+        y = super().product(x)
+        return self._chosen(y, x) if self.weights_are_routed else y
 
     def _chosen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return an output with the gradient of the choice; `x` is the input of the hub."""
+        """Return an output with the gradient of the choice; `x` is the layer's input."""
         if self.routing is None or self.hub is None or not torch.is_grad_enabled():
             return y
         choices = self.routing.choices[:, self.index]
         scale = self.routing.gradient_scale(self.index)
         if not scale or not choices.requires_grad:
             return y
-        routed: torch.Tensor = _choose(y, scale * choices, x, self)
+        read = x if self._hub_is_beside else self.quantize_input(x).detach()
+        routed: torch.Tensor = _choose(y, scale * choices, read, self)
         return routed
 
     def gains(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,8 @@ class _Halves:
             return type(layer).forward(layer, x)
         full, quantized = x.chunk(2)
         outputs = layer.add_branch(full, layer.compute(full, self.weight, self.bias))
+        # As outputs of the quantized half lie in memory, so that later sums have the same order.
+        outputs = layer.kind.channels_last(outputs)
         if not self.visited:
             self.visited = True
             self.visitor(Visit(self.name, layer, quantized, outputs))

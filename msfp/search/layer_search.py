@@ -15,6 +15,7 @@ from fpformats.fitting.search import RATIOS, ZERO_POINTS
 from msfp.config import BLOCK_SCHEMES, LayerSettings, Scheme
 from msfp.errors import InputError
 from msfp.layers.block import BlockLayer
+from msfp.layers.execution.definition import fits_byte
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
 from msfp.layers.formats import BlockFormats
@@ -38,6 +39,11 @@ WEIGHT_RATIOS = np.linspace(0.3, 1.0, 36)
 Rows are short and nearly normal, so the best ratio is never far below 1.
 """
 NO_CLIP = np.ones(1)
+MAX_EXCESS = 1.02
+"""A format that fits a byte in steps is preferred up to this multiple of the least error.
+
+Such layers run on integer units.
+"""
 
 
 def is_asymmetric(inputs: Histogram) -> bool:
@@ -68,9 +74,10 @@ def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Ch
         ratios=RATIOS if scheme.clips else NO_CLIP,
         zero_points=ZERO_POINTS,
         refine=scheme.clips,
+        whole_zero_points=True,
     )
     signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
-    return choice, min(signed, key=lambda each: each.squared_error)
+    return _for_integer_units(choice), min(signed, key=lambda each: each.squared_error)
 
 
 def search_weight(
@@ -91,9 +98,21 @@ def search_weight(
         axis=0 if settings.granularity == "channel" else None,
         refine=scheme.clips,
     )
+    choice = _for_integer_units(choice)
     shape = (len(weight), *(1,) * (weight.dim() - 1))
     scale = torch.as_tensor(choice.scale, dtype=torch.float32, device=weight.device)
     return Quantizer(choice.format, scale.expand(shape)), _table(choice.by_format, energy(weight))
+
+
+def _for_integer_units(choice: Choice) -> Choice:
+    """Return a choice whose format fits a byte in steps, if its error is almost as small."""
+    fitting = [each for fmt, each in choice.by_format.items() if fits_byte(fmt)]
+    if fits_byte(choice.format) or not fitting:
+        return choice
+    best = min(fitting, key=lambda each: each.squared_error)
+    if best.squared_error > MAX_EXCESS * choice.squared_error:
+        return choice
+    return replace(best, by_format=choice.by_format)
 
 
 def energy(x: torch.Tensor) -> float:

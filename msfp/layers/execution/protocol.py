@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from msfp.layers.execution.definition import IntegerGrids
+from msfp.layers.kinds import LayerKind
 
 
 class ProductLayer(Protocol):
     """A quantized layer, as back ends use it: rounded operands and the plain operation."""
 
     bias: torch.Tensor | None
+
+    @property
+    def kind(self) -> LayerKind:
+        """The computation of the plain layer."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether back ends may keep what they make of the weights."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a parameter of the product needs a gradient."""
+
+    @property
+    def input_shift(self) -> torch.Tensor | None:
+        """The zero point of the inputs, float32, shape (), or None."""
+
+    def kept(self) -> dict[Any, Any]:
+        """Return what has been made of the weights, if `keeps`; empty if they have changed."""
+
+    @property
+    def integer_grids(self) -> IntegerGrids | str:
+        """The operands as whole numbers times steps, or the reason why they are not."""
+
+    @property
+    def weight_step(self) -> torch.Tensor:
+        """Weight scales times the step of their format, float32, shape (rows,)."""
+
+    def input_step(self, part: int) -> torch.Tensor:
+        """Return an input scale times the step of its format, float32, shape ()."""
+
+    def input_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input rounded to whole numbers of steps, float32, zero being 0."""
+
+    def weight_steps(self, adapter: int) -> torch.Tensor:
+        """Return the weight for an adapter as whole numbers of steps, float32."""
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded, same shape and dtype."""
@@ -30,8 +69,13 @@ class Backend(Protocol):
     def takes(self, layer: ProductLayer, x: torch.Tensor) -> bool:
         """Return whether the back end supports a layer with this input."""
 
-    def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor:
+    def runs(self, grids: IntegerGrids, device: torch.device) -> bool:
+        """Return whether the back end supports a layer with such grids on a device."""
+
+    def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor | None:
         """Return the layer's output with the bias, but without low-rank branches.
+
+        It is None if the input has numbers that the back end does not support.
 
         Args:
             layer: A layer that the back end supports.

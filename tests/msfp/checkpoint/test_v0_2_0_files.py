@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import fpformats
 import msfp
 from msfp import Calibration, DatasetStatistics, InputError, QuantizationConfig
 from msfp.checkpoint.diffusers_config import MSFPConfig
@@ -28,6 +29,7 @@ from msfp.evaluation.fingerprint import STATE, comparison_fingerprint
 from msfp.layers.attention import attention_products
 from msfp.layers.block import BlockLayer
 from msfp.layers.packed import packed_layers
+from msfp.search import layer_search
 from msfp.support.container import check_fingerprint
 
 FOLDER = Path(__file__).parents[2] / "data" / "v0.2.0"
@@ -57,6 +59,17 @@ class Denoiser(nn.Module):
     def forward(self, sample, timestep):
         scale = 1 + torch.as_tensor(timestep).float().reshape(-1, 1) / 1000
         return self.last(nn.functional.silu(self.first(sample)) * scale)
+
+
+@pytest.fixture
+def fractional_zero_points(monkeypatch):
+    """Let the search find zero points as it did in 0.2.0: not whole numbers of steps."""
+
+    def search(*arguments, whole_zero_points=False, **options):
+        del whole_zero_points
+        return fpformats.search(*arguments, **options)
+
+    monkeypatch.setattr(layer_search, "search", search)
 
 
 def denoiser():
@@ -190,6 +203,7 @@ def test_a_changed_checkpoint_does_not_match_its_checksum(tmp_path):
         msfp.load(folder)
 
 
+@pytest.mark.usefixtures("fractional_zero_points")
 def test_a_calibration_is_read_and_no_call_of_it_is_made_again(tmp_path):
     saved = Calibration.load(CALIBRATION)
     file = copied(CALIBRATION.name, tmp_path)
@@ -286,6 +300,7 @@ def finetuned(**options):
     return quantized, history
 
 
+@pytest.mark.usefixtures("fractional_zero_points")
 def test_fine_tuning_resumes_to_the_same_losses_and_weights(tmp_path):
     state, told = copied("finetuning-state.safetensors", tmp_path), []
     network, history = finetuned(

@@ -32,7 +32,9 @@ def test_unsigned_gains_three_decibels_after_silu_and_gelu(activation, sigma):
     best, signed = search_input(histogram_of(inputs), 4, "mixup")
     signal = inputs.double().square().sum().item()
     assert not best.format.signed
-    assert inputs.min() <= best.zero_point < 0
+    step = best.scale * best.format.step
+    assert inputs.min() - step / 2 <= best.zero_point <= 0
+    assert (best.zero_point / step).is_integer()
     assert sqnr(signal, best.squared_error) >= sqnr(signal, signed.squared_error) + 3
 
 
@@ -44,7 +46,10 @@ def brute_force(values, fmt, zero_points):
         reach = max(abs(low), abs(high)) if fmt.signed else high - (zero or 0)
         for ratio in RATIOS:
             scale = np.float32(reach * ratio / float(fmt.max))
-            zero_point = None if zero is None else np.float32(zero)
+            zero_point = None
+            if zero is not None:
+                step = np.float64(scale) * fmt.step
+                zero_point = np.float32(np.round(zero / step) * step)
             rounded = quantize_scaled(values, fmt, scale, zero_point)
             errors.append(np.square(rounded.astype(np.float64) - values).sum())
     return min(errors)

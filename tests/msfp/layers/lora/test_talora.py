@@ -291,8 +291,8 @@ def test_a_lora_beside_the_weight_is_added_to_the_output_of_the_unrounded_input(
     layer.hub.beside = True
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     down, up = layer.hub.factors(0)
-    quantized = layer.weight_quantizer(layer.weight)
-    plain = nn.functional.linear(layer.input_quantizer(x), quantized, layer.bias)
+    sums = nn.functional.linear(layer.input_steps(x), layer.weight_steps(0))
+    plain = sums * layer.input_step(0) * layer.weight_step + layer.bias
     assert torch.equal(layer(x), plain + nn.functional.linear(nn.functional.linear(x, down), up))
     with torch.no_grad():
         assert torch.equal(layer.pack()(x), layer(x))
