@@ -263,18 +263,25 @@ class StepCounter:
 
     def __call__(self, x: Any) -> Any:
         """Give the numbers; None if `x` needs the full path, as NaN does."""
-        kernel = self._kernels.get(getattr(x, "dtype", None)) or self._kernel_for(x)
-        if kernel is None or not _enabled or not _in_host_memory(x):
+        if not _in_host_memory(x) or not _enabled:
+            return None
+        kernel = self._kernels.get(x.dtype) or self._kernel_for(x)
+        if kernel is None:
             return None
         source = _memory(x, in_order=False)
-        steps, size = memory.empty_like(source, self._dtype), memory.size(source)
-        at, to = memory.address(source), memory.address(steps)
-        threads = native.threads_for(size)
+        if isinstance(source, np.ndarray):
+            steps, size = np.empty(source.shape, self._dtype), source.size
+            at, to = memory.address(source), memory.address(steps)
+        else:
+            torch = sys.modules["torch"]
+            steps, size = torch.empty_like(source, dtype=getattr(torch, self._dtype)), x.numel()
+            at, to = source.data_ptr(), steps.data_ptr()
+        threads = 1 if size < native.PARALLEL_FROM else native.threads_for(size)
         return None if kernel(at, to, size, threads, self._offset, self._scaling) else steps
 
     def _kernel_for(self, x: Any) -> Any:
         """Give the kernel for the dtype of `x` and keep it; None if there is none."""
-        name = str(getattr(x, "dtype", "")).removeprefix("torch.")
+        name = str(x.dtype).removeprefix("torch.")
         if name not in FLOAT_DTYPES or name == "float64":  # whose scales are float64 too
             return None
         kernel = kernel_of(x, self._format, FLOAT_DTYPES[name])
@@ -488,6 +495,8 @@ def _may_be_read(operand: Any) -> bool:
 
 def _memory(x: Any, in_order: bool) -> Any:
     """Give an array or tensor without gaps, in row-major order if `in_order` is True."""
+    if type(x) not in memory.ARRAYS and x.is_contiguous():  # the shortest path for tensors
+        return x
     return x if not in_order and _is_channels_last(x) else contiguous(x)
 
 

@@ -164,14 +164,20 @@ class PackedLayer(QuantizedLayer):
 
     def kept(self) -> dict[Any, Any]:
         """Return what has been made of the codes and scales, empty if one of them has changed."""
-        tensors = (*self._parameters.values(), *self._buffers.values())
-        state = tuple((each, _version(each)) for each in tensors)
-        same = len(state) == len(self._kept_of) and all(
-            old is new and version == before
-            for (new, version), (old, before) in zip(state, self._kept_of, strict=True)
-        )
-        if not same:
-            self._kept, self._kept_of = {}, state
+        buffers, of = self._buffers, self._kept_of
+        codes, weight_scale = self._parameters["codes"], buffers["weight_scale"]
+        scale, zero = buffers.get("input_scale"), buffers.get("input_zero_point")
+        # Written out, because every product of every layer passes here.
+        if not (
+            of
+            and of[0] is codes
+            and of[1] is weight_scale
+            and of[2] is scale
+            and of[3] is zero
+            and of[4] == _versions(codes, weight_scale, scale, zero)
+        ):
+            tensors = (codes, weight_scale, scale, zero)
+            self._kept, self._kept_of = {}, (*tensors, _versions(*tensors))
         return self._kept
 
     def forget(self) -> None:
@@ -425,9 +431,14 @@ def _grids_of(layer: ScaledLayer) -> IntegerGrids | str:
     return found
 
 
-def _version(tensor: torch.Tensor | None) -> int:
-    """Return a number that changes when a tensor is changed in place."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _versions(*tensors: torch.Tensor | None) -> int:
+    """Return a number that changes when one of some tensors is changed in place."""
+    try:
+        return sum([each._version for each in tensors if each is not None])
+    except RuntimeError:  # inference tensors have no version
+        return sum(
+            [each._version for each in tensors if each is not None and not each.is_inference()]
+        )
 
 
 def _but_to_8_bits(

@@ -57,27 +57,16 @@ class IntegerGrids:
         input: Format of the inputs.
         parts: Number of input channels with one scale, in their order; the sum is that of all.
         terms: Largest number of products in a sum.
+        digits: Digits of a weight in float32 products, so that all sums are exact.
+        pair: Largest sum of two products of a byte and a weight.
     """
 
     weight: FloatFormat
     input: FloatFormat
     parts: tuple[int, ...]
     terms: int
-
-    @property
-    def digits(self) -> int | None:
-        """Digits of a weight in float32 products, so that all sums are exact; None if too many."""
-        for count, base in DIGITS.items():
-            most = self.weight.max_steps if count == 1 else base // 2
-            if self.terms * self.input.max_steps * most < EXACT:
-                return count
-        return None
-
-    @property
-    def pair(self) -> int:
-        """Largest sum of two products of a byte and a weight."""
-        byte = self.input.max_steps + (128 if self.input.signed else 0)
-        return 2 * byte * self.weight.max_steps
+    digits: int
+    pair: int
 
 
 def integer_grids(
@@ -113,11 +102,21 @@ def integer_grids(
         parts = tuple(scale.flatten().unique_consecutive(return_counts=True)[1].tolist())
         if len(parts) > MAX_PARTS or (groups > 1 and len(parts) > 1):
             return f"its inputs have {len(parts)} scales"
-    grids = IntegerGrids(weight, inputs, parts, terms * max(parts) // channels)
-    bytes_ = MAX_BYTE * grids.weight.max_steps
-    if grids.digits is None or grids.terms * bytes_ >= MAX_SUM:
-        return f"its sums have {grids.terms} products, which may be too much for an int32"
-    return grids
+    terms = terms * max(parts) // channels
+    digits = _digits(terms * inputs.max_steps, weight)
+    byte = inputs.max_steps + (128 if inputs.signed else 0)
+    if digits is None or terms * MAX_BYTE * weight.max_steps >= MAX_SUM:
+        return f"its sums have {terms} products, which may be too much for an int32"
+    return IntegerGrids(weight, inputs, parts, terms, digits, 2 * byte * weight.max_steps)
+
+
+def _digits(sum_of_inputs: int, weight: FloatFormat) -> int | None:
+    """Return in how many digits weights must be multiplied, so that float32 sums are exact."""
+    for count, base in DIGITS.items():
+        most = weight.max_steps if count == 1 else base // 2
+        if sum_of_inputs * most < EXACT:
+            return count
+    return None
 
 
 def whole_steps(
@@ -147,9 +146,9 @@ def whole_steps(
 def is_defined(layer: ProductLayer, x: torch.Tensor) -> bool:
     """Return whether the definition covers a layer with this input: not under autocast."""
     return (
-        isinstance(layer.integer_grids, IntegerGrids)
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and not torch.is_autocast_enabled(x.device.type)
+        and isinstance(layer.integer_grids, IntegerGrids)
     )
 
 
@@ -184,7 +183,7 @@ def float_product(layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.T
     y: torch.Tensor | None = None
     axis = layer.kind.channel_axis(numbers)
     for part, (n, m) in enumerate(_pieces(grids, numbers, weight, axis)):
-        total = _exact_sums(layer, n, m, grids.digits or 1)
+        total = _exact_sums(layer, n, m, grids.digits)
         scaled = total * layer.input_step(part)
         scaled = scaled * _by_row(layer, layer.weight_step, scaled)
         if y is None:

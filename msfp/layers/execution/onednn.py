@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import _C, nn
 
 from fpformats import StepEncoder
 from msfp.layers.execution.definition import IntegerGrids, is_defined, whole_steps
-from msfp.layers.execution.operators import Convolution, Weight, agrees, multiply, prepack
+from msfp.layers.execution.operators import Convolution, Product, agrees, prepare_product
 from msfp.layers.execution.protocol import ProductLayer
 
 SATURATES = 2**15
 """Processors without VNNI add pairs of products in 16 bits."""
 MIN_POSITIONS = 512
 """Number of output positions from which preparing a weight for one product pays."""
+MAX_SHAPES = 2
+"""Number of shapes of inputs for which an adapter's weight is kept, as oneDNN lays it out."""
+NARROW = {torch.bfloat16: torch.bfloat16}
+"""Dtypes that the operators round to."""
 TYPES = (torch.Tensor, nn.Parameter)
 
 
-class Operands(NamedTuple):
-    """The operands of one part of a layer: some input channels, and their weights.
+class Part(NamedTuple):
+    """The product for some input channels, prepared.
 
     Attributes:
         encode: Rounds inputs to bytes.
-        step: What a byte counts: the input's scale times the step of its format.
-        zero: The byte of zero.
-        weight: The weights.
+        multiply: The product of bytes and weights.
+        channels: Number of input channels.
+        padding: Padding with zero that differs between the ends of an axis, for F.pad, or None.
     """
 
     encode: StepEncoder
-    step: float
-    zero: int
-    weight: Weight
+    multiply: Product
+    channels: int
+    padding: list[int] | None
 
 
 class OneDNN:
@@ -50,100 +55,118 @@ class OneDNN:
 
         Such are gradients, compilers, transforms and modes of torch.
         """
-        if torch.compiler.is_compiling() or not is_defined(layer, x) or not _is_unwatched(x):
+        if not _is_unwatched(x) or not is_defined(layer, x):
             return False
-        grids = layer.integer_grids
-        places = layer.kind.places
+        places, grids = layer.kind.places, layer.integer_grids
         return (
             isinstance(grids, IntegerGrids)
-            and x.numel() > 0
-            and x.dim() == (places + 2 if places else x.dim())
-            and not (torch.is_grad_enabled() and (x.requires_grad or layer.needs_gradient))
             and self.runs(grids, x.device)
+            and x.numel() > 0
+            and (not places or x.dim() == places + 2)
+            and not (torch.is_grad_enabled() and (x.requires_grad or layer.needs_gradient))
             and (layer.keeps or _positions(layer, x) >= MIN_POSITIONS)
         )
 
     def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor | None:
         """Return the layer's output; None if the input has NaN, which no byte stands for."""
-        operands = _operands_of(layer, adapter)
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        x = _padded(layer, x)
-        if len(operands) == 1:
-            dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-            y = _part_of_product(layer, x, operands[0], bias, dtype)
-            return y if y is None or y.dtype == x.dtype else y.to(x.dtype)
-        axis = layer.kind.channel_axis(x)
-        total: torch.Tensor | None = None
-        sizes = [each.weight.channels for each in operands]
-        for part, operand in zip(x.split(sizes, axis), operands, strict=True):
-            copy = layer.kind.channels_last(part)
-            y = _part_of_product(layer, copy, operand, bias if total is None else None)
-            if y is None:
-                return None
-            total = y if total is None else total.add_(y)
-        return None if total is None else total.to(x.dtype)
+        if layer.kind.places:
+            x = _padded(layer, x)
+        parts = _parts_of(layer, adapter, x.shape)
+        bias = layer.bias
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+        if len(parts) > 1:
+            return _sum_of_parts(layer, x, parts, bias)
+        y = _part_of_product(layer, x, parts[0], bias, NARROW.get(x.dtype, torch.float32))
+        return y if y is None or y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _sum_of_parts(
+    layer: ProductLayer, x: torch.Tensor, parts: list[Part], bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the product with several parts; None if the input has NaN."""
+    sizes, axis = [each.channels for each in parts], layer.kind.channel_axis(x)
+    total: torch.Tensor | None = None
+    for channels, part in zip(x.split(sizes, axis), parts, strict=True):
+        copy, added = layer.kind.channels_last(channels), bias if total is None else None
+        y = _part_of_product(layer, copy, part, added, torch.float32)
+        if y is None:
+            return None
+        total = y if total is None else total.add_(y)
+    return None if total is None else total.to(x.dtype)
 
 
 def _part_of_product(
     layer: ProductLayer,
     x: torch.Tensor,
-    operands: Operands,
+    part: Part,
     bias: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> torch.Tensor | None:
     """Return the product for some input channels; None if they have NaN."""
     try:
-        numbers: torch.Tensor = operands.encode(x)
+        numbers: torch.Tensor = part.encode(x)
     except ValueError:
         return None
-    _, step, zero, weight = operands
-    if weight.convolution is None:
-        rows = numbers.reshape(-1, numbers.shape[-1])
-        y = multiply(rows, step, zero, weight, bias, dtype)
+    if not layer.kind.places:
+        y = part.multiply(numbers.reshape(-1, numbers.shape[-1]), bias, dtype)
         return y.view(*x.shape[:-1], -1)
-    uneven = _uneven_padding(layer)
-    if uneven is not None:
-        numbers = F.pad(numbers, uneven, value=zero)
-    return multiply(numbers, step, zero, weight, bias, dtype)
+    if part.padding is not None:
+        numbers = F.pad(numbers, part.padding, value=part.multiply.zero)
+    return part.multiply(numbers, bias, dtype)
 
 
-def _operands_of(layer: ProductLayer, adapter: int) -> list[Operands]:
-    """Return the operands of the parts of a layer, kept if the layer keeps them."""
+def _parts_of(layer: ProductLayer, adapter: int, shape: torch.Size) -> list[Part]:
+    """Return the parts of a layer's product for inputs of a shape, kept if the layer keeps them."""
     if not layer.keeps:
-        return prepare(layer, adapter)
-    kept, key = layer.kept(), ("onednn", adapter)
-    if key not in kept:
-        kept[key] = prepare(layer, adapter)
-    operands: list[Operands] = kept[key]
-    return operands
+        return prepare(layer, adapter, shape)
+    kept = layer.kept().setdefault(OneDNN, {})
+    found: list[Part] | None = kept.get((adapter, shape))
+    if found is None:
+        others = [key for key in kept if key[0] == adapter]
+        if len(others) >= MAX_SHAPES:
+            del kept[others[0]]
+        found = kept[adapter, shape] = prepare(layer, adapter, shape)
+    return found
 
 
 @torch.no_grad()
-def prepare(layer: ProductLayer, adapter: int) -> list[Operands]:
-    """Return the operands of the parts of a layer."""
+def prepare(layer: ProductLayer, adapter: int, shape: tuple[int, ...]) -> list[Part]:
+    """Return the parts of a layer's product for inputs of a shape."""
     grids = layer.integer_grids
     if not isinstance(grids, IntegerGrids):
         raise ValueError(grids)
     weights = layer.weight_steps(adapter).to(torch.int8)
-    steps, shift, convolution = layer.weight_step.detach(), layer.input_shift, _convolution(layer)
-    operands = []
+    convolution, uneven = _convolution(layer), _uneven_padding(layer)
+    if convolution is None:
+        shape = (math.prod(shape[:-1]), shape[-1])
+    elif uneven is not None:
+        ends = zip(uneven[::2], uneven[1::2], strict=True)
+        longer = [
+            length + sum(pair) for length, pair in zip(reversed(shape[2:]), ends, strict=True)
+        ]
+        shape = (*shape[:2], *reversed(longer))
     pieces = (weights,) if len(grids.parts) == 1 else weights.split(grids.parts, 1)
-    for part, piece in enumerate(pieces):
-        step = layer.input_step(part).detach()
+    parts = []
+    for part, (piece, channels) in enumerate(zip(pieces, grids.parts, strict=True)):
+        step, shift = layer.input_step(part).detach(), layer.input_shift
         scale = step / grids.input.step  # exact: the format's step is a power of two
         zero = 128 if grids.input.signed else 0
         if shift is not None:
             found = whole_steps(grids.input, scale, shift)
             zero = 0 if found is None else int(found)
         encode = StepEncoder(grids.input, scale.item(), None if shift is None else shift.item())
-        weight = prepack(piece, steps, step.item(), zero, convolution)
-        operands.append(Operands(encode, step.item(), zero, weight))
-    return operands
+        multiply = prepare_product(
+            *(piece, layer.weight_step.detach(), step.item(), zero),
+            *((shape[0], channels, *shape[2:]), convolution),
+        )
+        parts.append(Part(encode, multiply, channels, uneven))
+    return parts
 
 
 def _padded(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return an input with the padding of a layer that does not pad with zeros."""
-    if not layer.kind.places or layer.padding_mode == "zeros":
+    """Return an input with the padding of a convolution that does not pad with zeros."""
+    if layer.padding_mode == "zeros":
         return x
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
@@ -160,8 +183,10 @@ def _convolution(layer: Any) -> Convolution | None:
 
 def _uneven_padding(layer: Any) -> list[int] | None:
     """Return padding with zero that differs between the two ends of an axis, for F.pad."""
+    if not layer.kind.places or layer.padding_mode != "zeros":
+        return None
     amounts: list[int] = layer._reversed_padding_repeated_twice
-    if layer.padding_mode != "zeros" or amounts[::2] == amounts[1::2]:
+    if amounts[::2] == amounts[1::2]:
         return None
     return amounts
 
@@ -173,12 +198,12 @@ def _positions(layer: ProductLayer, x: torch.Tensor) -> int:
 
 def _is_unwatched(x: torch.Tensor) -> bool:
     """Return whether a tensor is plain, and nothing intercepts operations on it."""
-    internals = torch._C
     return (
         type(x) in TYPES
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and not torch.compiler.is_compiling()
         and x.layout is torch.strided
-        and not internals._len_torch_dispatch_stack()
-        and not internals._len_torch_function_stack()
-        and internals._get_tracing_state() is None
-        and not internals._functorch.is_functorch_wrapped_tensor(x)
+        and _C._get_tracing_state() is None
+        and not _C._functorch.is_functorch_wrapped_tensor(x)
     )

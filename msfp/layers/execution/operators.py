@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+FEW = 1 << 14
+"""Number of results up to which `torch._int_mm` and several passes are faster."""
 LARGEST = {False: (191, 64), True: (255, 127)}
 """Largest byte and weight of the formats whose pairs of products fit 16 bits, and of all."""
 
@@ -22,75 +25,132 @@ class Convolution(NamedTuple):
     groups: int
 
 
-class Weight(NamedTuple):
-    """A weight of whole numbers, laid out by oneDNN.
+class Product(ABC):
+    """The product of bytes of one shape and a weight of whole numbers, prepared.
 
-    Attributes:
-        packed: The weight, as oneDNN alone reads it.
-        step: What they count: one float32 number for each output channel.
-        zero: Zeros, int32, for each output channel.
-        convolution: How it moves, or None for a linear layer.
-        channels: Number of input channels.
+    Calling it gives the defined product in float32 or bfloat16, to which it is rounded.
+
+    Args:
+        weight: Int8, output channels first.
+        step: What its numbers count: one float32 number for each output channel.
+        input_step: What a byte counts.
+        zero: The byte of zero.
     """
 
-    packed: torch.Tensor
-    step: torch.Tensor
-    zero: torch.Tensor
-    convolution: Convolution | None
-    channels: int
+    def __init__(
+        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int
+    ) -> None:
+        self.step, self.input_step, self.zero = step, input_step, zero
+        self.no_zeros = torch.zeros(len(weight), dtype=torch.int32)
+
+    @abstractmethod
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the defined product.
+
+        Args:
+            x: Bytes, uint8: (rows, features), or (batch, channels, ...) for a convolution.
+            bias: Float32, or None.
+            dtype: Float32 or bfloat16, to which the result is rounded.
+        """
 
 
-def prepack(
+class SmallMatrix(Product):
+    """A product of matrices with few results, by an operator that starts quickly."""
+
+    def __init__(
+        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int
+    ) -> None:
+        super().__init__(weight, step, input_step, zero)
+        self.weight = weight.t().contiguous()
+        self.sums = zero * weight.sum(1, dtype=torch.int32)
+        self.factor = torch.tensor(input_step)
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the defined product."""
+        sums = torch._int_mm(x, self.weight).sub_(self.sums)
+        y = torch.mul(sums, self.factor).mul_(self.step)  # the sums are rounded to float32 first
+        return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+class Matrix(Product):
+    """A product of matrices."""
+
+    def __init__(
+        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int, rows: int
+    ) -> None:
+        super().__init__(weight, step, input_step, zero)
+        shape = [rows, weight.shape[1]]
+        self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), shape)
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the defined product."""
+        weight = (self.weight, self.step, self.no_zeros)
+        result: torch.Tensor = _operator("qlinear_pointwise")(
+            x, self.input_step, self.zero, *weight, bias, 1.0, 0, dtype, "none", [], ""
+        )
+        return result
+
+
+class Convolved(Product):
+    """A convolution, which pads with zero."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        step: torch.Tensor,
+        input_step: float,
+        zero: int,
+        shape: tuple[int, ...],
+        convolution: Convolution,
+    ) -> None:
+        super().__init__(weight, step, input_step, zero)
+        stride, padding, dilation, groups = convolution
+        self.moves = (list(stride), list(padding), list(dilation), groups)
+        self.operator = _operator(f"qconv{len(stride)}d_pointwise")
+        # A weight that is laid out for another shape is laid out anew in every call.
+        self.weight = torch.ops.onednn.qconv_prepack(
+            weight, step, input_step, zero, *self.moves, list(shape)
+        )
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the defined product."""
+        weight = (self.weight, self.step, self.no_zeros)
+        scaling = (1.0, 0, dtype)
+        result: torch.Tensor = self.operator(
+            x, self.input_step, self.zero, *weight, bias, *self.moves, *scaling, "none", [], ""
+        )
+        # As other convolutions of torch do: channels are last in memory for images and volumes.
+        return result.contiguous() if x.dim() == 3 else result
+
+
+def prepare_product(
     weight: torch.Tensor,
     step: torch.Tensor,
     input_step: float,
-    input_zero: int,
-    convolution: Convolution | None,
-) -> Weight:
-    """Lay out an int8 weight, output channels first, for `multiply`."""
-    zero = torch.zeros(len(weight), dtype=torch.int32)
-    operators = torch.ops.onednn
-    if convolution is None:
-        packed = operators.qlinear_prepack(weight.contiguous(), None)
-        return Weight(packed, step, zero, None, weight.shape[1])
-    stride, padding, dilation, groups = convolution
-    packed = operators.qconv_prepack(
-        *(weight, step, input_step, input_zero),
-        *(list(stride), list(padding), list(dilation), groups, None),
-    )
-    return Weight(packed, step, zero, convolution, weight.shape[1] * groups)
-
-
-def multiply(
-    x: torch.Tensor,
-    step: float,
     zero: int,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Return the defined product of bytes and a weight.
+    shape: tuple[int, ...],
+    convolution: Convolution | None,
+) -> Product:
+    """Return the product of bytes of a shape and a weight; the other arguments as in `Product`."""
+    common = (weight, step, input_step, zero)
+    if convolution is not None:
+        return Convolved(*common, shape, convolution)
+    if shape[0] * len(weight) <= FEW:
+        return SmallMatrix(*common)
+    return Matrix(*common, shape[0])
 
-    Args:
-        x: Bytes, uint8: (rows, features), or (batch, channels, ...) for a convolution.
-        step: What a byte counts.
-        zero: The byte of zero, with which convolutions pad.
-        weight: The weight.
-        bias: Float32, or None.
-        dtype: Float32 or bfloat16, to which the result is rounded.
-    """
-    packed, w_step, w_zero, convolution, _ = weight
-    scaling: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
-    if convolution is None:
-        linear = torch.ops.onednn.qlinear_pointwise.default
-        result: torch.Tensor = linear(x, step, zero, packed, w_step, w_zero, bias, *scaling)
-        return result
-    stride, padding, dilation, groups = convolution
-    convolve = getattr(torch.ops.onednn, f"qconv{len(stride)}d_pointwise").default
-    moves = (list(stride), list(padding), list(dilation), groups)
-    result = convolve(x, step, zero, packed, w_step, w_zero, bias, *moves, *scaling)
-    # As other convolutions of torch do: channels are last in memory for images and volumes alone.
-    return result.contiguous() if len(stride) == 1 else result
+
+@functools.cache
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.onednn, name).default
 
 
 @functools.cache
@@ -134,15 +194,16 @@ def _agrees(wide: bool, convolution: Convolution | None) -> bool:
     weight[0], weight[1], weight[2] = most, -most, most
     step = torch.rand(48, generator=generator) / 100 + 1e-3
     bias = torch.randn(48, generator=generator)
-    x = torch.randint(0, byte + 1, (3, 64, *(6,) * places), generator=generator).to(torch.uint8)
-    x[0] = byte
-    for zero, given in ((0, None), (0, bias), (3, bias), (128, None)):
-        laid_out = prepack(weight, step, 0.3, zero, convolution)
-        for dtype in (torch.float32, torch.bfloat16):
-            found = multiply(x, 0.3, zero, laid_out, given, dtype)
-            wanted = _defined(x, zero, weight, step, given, convolution).to(dtype)
-            if not torch.equal(found, wanted):
-                return False
+    for rows in (3, 3 if places else 400):
+        x = torch.randint(0, byte + 1, (rows, 64, *(6,) * places), generator=generator)
+        x = x.to(torch.uint8)
+        x[0] = byte
+        for zero, given in ((0, None), (0, bias), (3, bias), (128, None)):
+            multiply = prepare_product(weight, step, 0.3, zero, tuple(x.shape), convolution)
+            for dtype in (torch.float32, torch.bfloat16):
+                wanted = _defined(x, zero, weight, step, given, convolution).to(dtype)
+                if not torch.equal(multiply(x, given, dtype), wanted):
+                    return False
     return True
 
 
