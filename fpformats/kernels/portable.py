@@ -101,7 +101,7 @@ def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
     if grid.smallest:
         y = _round_below_smallest(xp, y, grid)
     binade = _floats(xp, _bits(xp, y, grid) & grid.exponent_mask, grid)
-    xp.clip(binade, grid.floor, grid.ceiling, out=binade)
+    _in_place(xp, "clip", binade, grid.floor, grid.ceiling)
     if grid.ties_by_parity:
         y = _break_ties(xp, y, binade, grid)
     if grid.magic:
@@ -109,14 +109,21 @@ def _round(xp: ModuleType, x: Any, grid: Grid) -> Any:
     else:
         binade *= grid.spacing
         y /= binade
-        xp.round(y, out=y)
+        _in_place(xp, "round", y)
         y *= binade
     if not grid.signed:
-        return xp.abs(y, out=y)
-    xp.copysign(y, x, out=y)
+        return _in_place(xp, "abs", y)
+    _in_place(xp, "copysign", y, x)
     if not grid.negative_zero:
         y += 0.0
     return y
+
+
+def _in_place(xp: ModuleType, name: str, y: Any, *arguments: Any) -> Any:
+    """Apply a function in place; torch.compile takes no `out=` that is not contiguous."""
+    if xp.__name__ == "torch":
+        return getattr(y, f"{name}_")(*arguments)
+    return getattr(xp, name)(y, *arguments, out=y)
 
 
 def _round_below_smallest(xp: ModuleType, y: Any, grid: Grid) -> Any:

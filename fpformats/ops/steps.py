@@ -6,7 +6,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fpformats.engine import dispatch
-from fpformats.engine.arrays import check_target, compute_dtype, float_dtype_of, grid_of
+from fpformats.engine.arrays import (
+    check_target,
+    compute_dtype,
+    float_dtype_of,
+    grid_of,
+    is_compiling,
+)
 from fpformats.engine.cpu import StepCounter
 from fpformats.engine.scales import check_number, make_scales
 from fpformats.parsing import as_format
@@ -127,9 +133,13 @@ def _step_encoder(
     return StepEncoder(fmt, scale, zero_point, dtype=dtype)
 
 
-@functools.lru_cache(maxsize=4096)
 def _offset(fmt: FloatFormat, dtype: str) -> int:
     """Give what is added to numbers of steps; raise ValueError if they do not fit the dtype."""
+    # torch.compile traces the function itself, and warns of a cache.
+    return _checked_offset(fmt, dtype) if is_compiling() else _cached_offset(fmt, dtype)
+
+
+def _checked_offset(fmt: FloatFormat, dtype: str) -> int:
     if dtype not in ("uint8", "int8"):
         raise ValueError(f"dtype must be 'uint8' or 'int8', not {dtype!r}")
     most = 127 if fmt.signed or dtype == "int8" else 255
@@ -138,3 +148,6 @@ def _offset(fmt: FloatFormat, dtype: str) -> int:
             f"fmt must have at most {most} steps in {dtype}, and {fmt} has {fmt.max_steps}"
         )
     return 128 if fmt.signed and dtype == "uint8" else 0
+
+
+_cached_offset = functools.lru_cache(maxsize=4096)(_checked_offset)

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import _C, nn
 
-from fpformats import StepEncoder
+from fpformats import StepEncoder, encode_steps
 from msfp.layers.execution.definition import IntegerGrids, is_defined, whole_steps
-from msfp.layers.execution.operators import Convolution, Product, agrees, prepare_product
+from msfp.layers.execution.operators import Convolution, Product, fuses, prepare_product
 from msfp.layers.execution.protocol import ProductLayer
 
+TRACED = "traced"
+TRACEABLE = (0, 2)
+"""Numbers of spatial dimensions that torch.compile knows the operators of."""
 SATURATES = 2**15
 """Processors without VNNI add pairs of products in 16 bits."""
 MIN_POSITIONS = 512
@@ -48,14 +51,19 @@ class OneDNN:
         """Return whether the operators give the defined bits on this machine."""
         if device.type != "cpu" or not torch.backends.mkldnn.enabled:
             return False
-        return agrees(wide=grids.pair >= SATURATES)
+        return fuses(wide=grids.pair >= SATURATES) is not None
 
     def takes(self, layer: ProductLayer, x: torch.Tensor) -> bool:
         """Return whether the product is defined, and nothing needs to see its operations.
 
         Such are gradients, compilers, transforms and modes of torch.
         """
-        if not _is_unwatched(x) or not is_defined(layer, x):
+        if torch.compiler.is_compiling():
+            if not _has_known_shape(x) or not layer.keeps or layer.kind.places not in TRACEABLE:
+                return False
+        elif not _is_unwatched(x):
+            return False
+        if not is_defined(layer, x):
             return False
         places, grids = layer.kind.places, layer.integer_grids
         return (
@@ -75,6 +83,8 @@ class OneDNN:
         bias = layer.bias
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
+        if torch.compiler.is_compiling():
+            return _traced_product(layer, x, parts, bias)
         if len(parts) > 1:
             return _sum_of_parts(layer, x, parts, bias)
         y = _part_of_product(layer, x, parts[0], bias, NARROW.get(x.dtype, torch.float32))
@@ -116,10 +126,58 @@ def _part_of_product(
     return part.multiply(numbers, bias, dtype)
 
 
+def _traced_product(
+    layer: ProductLayer, x: torch.Tensor, parts: list[Part], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the product in operations that torch.compile sees and fuses with their neighbours.
+
+    NaN anywhere in the input makes all outputs NaN.
+    """
+    sizes, axis = [each.channels for each in parts], layer.kind.channel_axis(x)
+    total: torch.Tensor | None = None
+    for channels, part in zip(x.split(sizes, axis), parts, strict=True):
+        encode = part.encode
+        numbers = encode_steps(channels, encode.format, encode.scale, encode.zero_point)
+        if part.padding is not None:
+            numbers = F.pad(numbers, part.padding, value=part.multiply.zero)
+        if not layer.kind.places:
+            numbers = numbers.reshape(-1, numbers.shape[-1])
+        y = part.multiply(numbers, bias if total is None else None, torch.float32)
+        total = y if total is None else total + y
+    if total is None:
+        raise ValueError("a layer has at least one part")
+    if not layer.kind.places:
+        total = total.view(*x.shape[:-1], -1)
+    return torch.where(x.isnan().any(), torch.nan, total).to(x.dtype)
+
+
+def _has_known_shape(x: torch.Tensor) -> bool:
+    """Return whether torch.compile traces an input of one shape, to run it here."""
+    return not torch.compiler.is_exporting() and all(type(size) is int for size in x.shape)
+
+
+def _traced_parts(layer: Any, adapter: int, shape: tuple[int, ...]) -> list[Part]:
+    """Return the parts of a packed layer's product, where torch.compile traces it."""
+    _prepare_once(layer, adapter, shape)
+    parts: list[Part] = layer._kept[TRACED][adapter, shape]
+    return parts
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare_once(layer: ProductLayer, adapter: int, shape: tuple[int, ...]) -> bool:
+    """Prepare the product for inputs of a shape, when torch.compile traces it."""
+    found = layer.kept().setdefault(TRACED, {})
+    if (adapter, shape) not in found:
+        found[adapter, shape] = prepare(layer, adapter, shape, traced=True)
+    return True
+
+
 def _parts_of(layer: ProductLayer, adapter: int, shape: torch.Size) -> list[Part]:
     """Return the parts of a layer's product for inputs of a shape, kept if the layer keeps them."""
     if not layer.keeps:
         return prepare(layer, adapter, shape)
+    if torch.compiler.is_compiling():
+        return _traced_parts(layer, adapter, tuple(shape))
     kept = layer.kept().setdefault(OneDNN, {})
     found: list[Part] | None = kept.get((adapter, shape))
     if found is None:
@@ -131,15 +189,18 @@ def _parts_of(layer: ProductLayer, adapter: int, shape: torch.Size) -> list[Part
 
 
 @torch.no_grad()
-def prepare(layer: ProductLayer, adapter: int, shape: tuple[int, ...]) -> list[Part]:
-    """Return the parts of a layer's product for inputs of a shape."""
+def prepare(
+    layer: ProductLayer, adapter: int, shape: tuple[int, ...], *, traced: bool = False
+) -> list[Part]:
+    """Return the parts of a layer's product for inputs of a shape, to be traced or not."""
     grids = layer.integer_grids
     if not isinstance(grids, IntegerGrids):
         raise ValueError(grids)
     weights = layer.weight_steps(adapter).to(torch.int8)
     convolution, uneven = _convolution(layer), _uneven_padding(layer)
     if convolution is None:
-        shape = (math.prod(shape[:-1]), shape[-1])
+        # torch.compile fuses what follows a small product, and refuses the operator for large ones.
+        shape = (0 if traced else math.prod(shape[:-1]), shape[-1])
     elif uneven is not None:
         ends = zip(uneven[::2], uneven[1::2], strict=True)
         longer = [
@@ -159,6 +220,7 @@ def prepare(layer: ProductLayer, adapter: int, shape: tuple[int, ...]) -> list[P
         multiply = prepare_product(
             *(piece, layer.weight_step.detach(), step.item(), zero),
             *((shape[0], channels, *shape[2:]), convolution),
+            fused=bool(fuses(wide=grids.pair >= SATURATES)),
         )
         parts.append(Part(encode, multiply, channels, uneven))
     return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,28 +78,51 @@ class SmallMatrix(Product):
 
 
 class Matrix(Product):
-    """A product of matrices."""
+    """A product of matrices.
+
+    Args:
+        rows: Number of rows of the input.
+        fused: Whether the operator multiplies by the steps and adds the bias.
+    """
 
     def __init__(
-        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int, rows: int
+        self,
+        weight: torch.Tensor,
+        step: torch.Tensor,
+        input_step: float,
+        zero: int,
+        rows: int,
+        *,
+        fused: bool,
     ) -> None:
         super().__init__(weight, step, input_step, zero)
         shape = [rows, weight.shape[1]]
         self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), shape)
+        self.operator, self.fused = _operator("qlinear_pointwise"), fused
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return the defined product."""
-        weight = (self.weight, self.step, self.no_zeros)
-        result: torch.Tensor = _operator("qlinear_pointwise")(
-            x, self.input_step, self.zero, *weight, bias, 1.0, 0, dtype, "none", [], ""
+        return _scaled(self, self._multiply, x, bias, dtype, (-1,))
+
+    def _multiply(self, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        input_step, step, bias, dtype = given
+        result: torch.Tensor = self.operator(
+            *(x, input_step, self.zero, self.weight, step, self.no_zeros, bias),
+            *(1.0, 0, dtype, "none", [], ""),
         )
         return result
 
 
 class Convolved(Product):
-    """A convolution, which pads with zero."""
+    """A convolution, which pads with zero.
+
+    Args:
+        shape: Shape of the input.
+        convolution: How it moves.
+        fused: Whether the operator multiplies by the steps and adds the bias.
+    """
 
     def __init__(
         self,
@@ -108,11 +132,14 @@ class Convolved(Product):
         zero: int,
         shape: tuple[int, ...],
         convolution: Convolution,
+        *,
+        fused: bool,
     ) -> None:
         super().__init__(weight, step, input_step, zero)
         stride, padding, dilation, groups = convolution
         self.moves = (list(stride), list(padding), list(dilation), groups)
-        self.operator = _operator(f"qconv{len(stride)}d_pointwise")
+        self.operator, self.fused = _operator(f"qconv{len(stride)}d_pointwise"), fused
+        self.row = (-1, *(1,) * len(stride))
         # A weight that is laid out for another shape is laid out anew in every call.
         self.weight = torch.ops.onednn.qconv_prepack(
             weight, step, input_step, zero, *self.moves, list(shape)
@@ -122,13 +149,33 @@ class Convolved(Product):
         self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return the defined product."""
-        weight = (self.weight, self.step, self.no_zeros)
-        scaling = (1.0, 0, dtype)
-        result: torch.Tensor = self.operator(
-            x, self.input_step, self.zero, *weight, bias, *self.moves, *scaling, "none", [], ""
-        )
+        result = _scaled(self, self._multiply, x, bias, dtype, self.row)
         # As other convolutions of torch do: channels are last in memory for images and volumes.
         return result.contiguous() if x.dim() == 3 else result
+
+    def _multiply(self, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        input_step, step, bias, dtype = given
+        result: torch.Tensor = self.operator(
+            *(x, input_step, self.zero, self.weight, step, self.no_zeros, bias, *self.moves),
+            *(1.0, 0, dtype, "none", [], ""),
+        )
+        return result
+
+
+def _scaled(
+    product: Matrix | Convolved,
+    multiply: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    row: tuple[int, ...],
+) -> torch.Tensor:
+    """Return the product of an operator, multiplied by the steps by the operator or after it."""
+    if product.fused:
+        return multiply(x, product.input_step, product.step, bias, dtype)
+    sums = multiply(x, 1.0, torch.ones_like(product.step), None, torch.float32)
+    y = sums.mul_(product.input_step).mul_(product.step.view(row))
+    return (y if bias is None else y.add_(bias.view(row))).to(dtype)
 
 
 def prepare_product(
@@ -138,14 +185,16 @@ def prepare_product(
     zero: int,
     shape: tuple[int, ...],
     convolution: Convolution | None,
+    *,
+    fused: bool,
 ) -> Product:
     """Return the product of bytes of a shape and a weight; the other arguments as in `Product`."""
     common = (weight, step, input_step, zero)
     if convolution is not None:
-        return Convolved(*common, shape, convolution)
+        return Convolved(*common, shape, convolution, fused=fused)
     if shape[0] * len(weight) <= FEW:
         return SmallMatrix(*common)
-    return Matrix(*common, shape[0])
+    return Matrix(*common, shape[0], fused=fused)
 
 
 @functools.cache
@@ -153,25 +202,44 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.onednn, name).default
 
 
-@functools.cache
-def agrees(*, wide: bool) -> bool:
-    """Return whether the operators give the defined bits on this machine, and warn if not.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def fuses(*, wide: bool) -> bool | None:
+    """Return whether the operators give the defined bits on this machine.
+
+    Older processors multiply by the product of the two steps, which is rounded in another way. The
+    operators then only add up, which is exact, and the steps are multiplied afterwards.
 
     Args:
-        wide: Whether to check with all bytes, or with those whose pairs of products fit 16 bits.
+        wide: Whether for all bytes, or for those whose pairs of products fit 16 bits.
+
+    Returns:
+        True if they do, False if their sums are exact, None if not even these are. A warning says
+        once that nothing can be computed by them.
     """
-    try:
-        same = all(_agrees(wide, convolution) for convolution in _EXAMPLES)
-        why = "other bits than defined"
-    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
-        same, why = False, str(error).splitlines()[0]
-    if not same and not wide:
+    return _checked(wide)
+
+
+def agrees(*, wide: bool) -> bool:
+    """Return whether the operators give exact sums on this machine; arguments as in `fuses`."""
+    return fuses(wide=wide) is not None
+
+
+@functools.cache
+def _checked(wide: bool) -> bool | None:
+    why = "other bits than defined"
+    for fused in (True, False):
+        try:
+            if all(_agrees(wide, convolution, fused) for convolution in _EXAMPLES):
+                return fused
+        except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+    if not wide:
         warnings.warn(
             f"quantized layers are computed in floating point: the integer operators of torch "
             f"{torch.__version__} fail here ({why})",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return same
+    return None
 
 
 _EXAMPLES = (
@@ -183,7 +251,7 @@ _EXAMPLES = (
 )
 
 
-def _agrees(wide: bool, convolution: Convolution | None) -> bool:
+def _agrees(wide: bool, convolution: Convolution | None, fused: bool) -> bool:
     """Compare the operators with the definition for one kind of layer."""
     generator = torch.Generator().manual_seed(0)
     byte, most = LARGEST[wide]
@@ -199,7 +267,9 @@ def _agrees(wide: bool, convolution: Convolution | None) -> bool:
         x = x.to(torch.uint8)
         x[0] = byte
         for zero, given in ((0, None), (0, bias), (3, bias), (128, None)):
-            multiply = prepare_product(weight, step, 0.3, zero, tuple(x.shape), convolution)
+            multiply = prepare_product(
+                weight, step, 0.3, zero, tuple(x.shape), convolution, fused=fused
+            )
             for dtype in (torch.float32, torch.bfloat16):
                 wanted = _defined(x, zero, weight, step, given, convolution).to(dtype)
                 if not torch.equal(multiply(x, given, dtype), wanted):

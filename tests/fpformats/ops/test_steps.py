@@ -264,3 +264,11 @@ def test_a_prepared_encoder_refuses_what_cannot_be_counted():
 def test_a_prepared_encoder_can_be_compiled():
     x, encoder = torch.linspace(-3, 3, 100), StepEncoder("E2M2U", 0.3, -0.7)
     assert torch.equal(torch.compile(encoder, fullgraph=True)(x), encoder(x))
+
+
+def test_channels_last_can_be_compiled():
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    x = x.to(memory_format=torch.channels_last)
+    for name in ("E2M1", "E2M2U", "E3M0"):
+        compiled = torch.compile(encode_steps, fullgraph=True, dynamic=False)
+        assert torch.equal(compiled(x, name, 0.3), encode_steps(x, name, 0.3))
