@@ -18,6 +18,7 @@ try:
     import fpformats.kernels.cuda  # noqa: F401
 except ImportError:
     collect_ignore += ["fpformats/kernels/cuda.py", "fpformats/kernels/triton_kernels.py"]
+    collect_ignore += ["msfp/layers/execution/triton_kernels.py"]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,6 +19,7 @@ EXTRAS = {
     "fpformats.strategies": "msfp[hypothesis]",
     "fpformats.kernels.cuda": "triton",
     "fpformats.kernels.triton_kernels": "triton",
+    "msfp.layers.execution.triton_kernels": "triton",
 }
 """Modules that need what is not installed, and what their error must name."""
 MODELS = {"digits": (), "digits-transformer": (0, 7), "photographs": ()}

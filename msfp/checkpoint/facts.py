@@ -26,6 +26,7 @@ from msfp.checkpoint.io import CONFIG_FILE, quantized_components
 from msfp.errors import InputError
 from msfp.layers.attention import OPERANDS
 from msfp.layers.base import quantized_networks
+from msfp.layers.execution.grids import integer_grids, whole_steps
 from msfp.layers.formats import BlockFormats, LayerFormats
 from msfp.layers.selection import refuse_additions
 from msfp.layers.trainable import trainable_layers
@@ -39,6 +40,11 @@ BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F64": 8, "F32": 4, "F16": 2, "BF
 Facts = TypeVar("Facts", bound="LayerFacts | ProductFacts")
 ORDERS = ("model", "layer", "weight_sqnr", "input_sqnr", "cost_of_other_sign", "bytes")
 """Sort keys of layers: decibels in ascending order, bytes in descending order."""
+
+
+SCALE_BYTES = 4
+NAMED = 3
+"""Number of layers that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class LayerFacts:
         bytes: Size of the layer's tensors.
         summary: Result of the search, or None if it was not saved. Refinement and fine-tuning
             change weights and scales afterwards, but not the summary.
+        float_reason: Why the layer is computed in floating point. None if integer units, where
+            there are any, compute it.
     """
 
     layer: str
@@ -66,6 +74,7 @@ class LayerFacts:
     zero_point: float | None
     bytes: int
     summary: LayerSummary | None
+    float_reason: str | None = None
 
     @property
     def weight(self) -> FloatFormat:
@@ -131,6 +140,7 @@ class LayerFacts:
             "other_sign_sqnr": self.other_sign_sqnr,
             "cost_of_other_sign": self.cost_of_other_sign,
             "reason": self.reason,
+            "float_reason": self.float_reason,
             "bytes": self.bytes,
         }
         return {
@@ -396,11 +406,41 @@ def _facts(
             else numbers(f"{layer}.weight_scale").max().item() * float(formats.weight.max)
         )
         summary = summaries.get(layer)
-        return LayerFacts(layer, formats, clip, scale, (low, high), zero, owned[layer], summary)
+        ends = (low, high)
+        why = _float_reason(layer, formats, sizes, config.adapters, read)
+        return LayerFacts(layer, formats, clip, scale, ends, zero, owned[layer], summary, why)
 
     # JSON files store layers in alphabetical order, but summaries in the order of the denoiser.
     known = {name: config.layers[name] for name in summaries if name in config.layers}
     return [facts(layer, formats) for layer, formats in (known | config.layers).items()]
+
+
+def _float_reason(
+    layer: str,
+    formats: LayerFormats | BlockFormats,
+    sizes: Mapping[str, int],
+    adapters: int,
+    read: Callable[[str], torch.Tensor],
+) -> str | None:
+    """Return why a layer is computed in floating point, or None if it has integer grids."""
+    if isinstance(formats, BlockFormats):
+        return "block formats have a scale for each block"
+    scale = zero = None
+    if formats.input is not None:
+        scale = read(f"{layer}.input_scale").view(torch.float32)
+        if not formats.input.signed:
+            zero = read(f"{layer}.input_zero_point").view(torch.float32)
+    whole = formats.input is None or scale is None or zero is None
+    if formats.input is not None and scale is not None and zero is not None:
+        whole = whole_steps(formats.input, scale, zero) is not None
+    rows = sizes[f"{layer}.weight_scale"] // SCALE_BYTES
+    numbers = sizes[f"{layer}.codes"] * 8 // formats.bits
+    terms = numbers // rows if formats.branch_adapters > 1 else numbers // rows // adapters
+    channels = scale.numel() if scale is not None and scale.dim() else terms
+    found = integer_grids(
+        formats.weight, formats.input, scale, whole=whole, terms=terms, channels=channels
+    )
+    return found if isinstance(found, str) else None
 
 
 def _largest_in_blocks(
@@ -437,6 +477,24 @@ def overview(facts: Sequence[LayerFacts]) -> str:
         f"{len(facts)} layers, {size:,} bytes; weights: {', '.join(parts)}; "
         f"inputs: {unsigned} unsigned."
     )
+
+
+def execution(facts: Sequence[LayerFacts]) -> list[str]:
+    """Return how layers are computed, as sentences: how many on integer units, and why not all.
+
+    A sentence names at most `NAMED` layers.
+    """
+    reasons: dict[str, list[str]] = {}
+    for each in facts:
+        if each.float_reason is not None:
+            reasons.setdefault(each.float_reason, []).append(each.layer)
+    on_integers = sum(each.float_reason is None for each in facts)
+    sentences = [f"{on_integers} of {len(facts)} layers run on integer units, where there are any."]
+    for why, layers in reasons.items():
+        named = ", ".join(layers[:NAMED])
+        more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+        sentences.append(f"In floating point: {named}{more} ({why}).")
+    return sentences
 
 
 def in_order(facts: Iterable[LayerFacts], order: str) -> list[LayerFacts]:

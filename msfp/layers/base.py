@@ -12,7 +12,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.execution.backends import product
-from msfp.layers.execution.definition import IntegerGrids
+from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.formats import BlockFormats, LayerFormats
 from msfp.layers.kinds import KINDS, LayerKind, groups_of, kernel_shape, plain_class
 from msfp.layers.lora.talora import Routing

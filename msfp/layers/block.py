@@ -62,7 +62,7 @@ class BlockLayer(PackedLayer):
     @property
     def integer_grids(self) -> str:
         """The reason why the operands are not whole numbers times one step."""
-        return f"{self.formats} have a scale for each block"
+        return "block formats have a scale for each block"
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded with one scale for each block of channels; same shape, dtype."""

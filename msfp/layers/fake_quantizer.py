@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fpformats import FloatFormat, quantize_scaled
-from msfp.layers.execution.definition import to_whole, whole_steps
+from msfp.layers.execution.grids import to_whole, whole_steps
 from msfp.layers.float32 import Float32Module
 
 

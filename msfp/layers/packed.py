@@ -24,12 +24,7 @@ from fpformats import decode_scaled, encode_scaled, quantize_scaled
 from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer, quantized_layers
 from msfp.layers.execution.backends import runs_on_integers
-from msfp.layers.execution.definition import (
-    IntegerGrids,
-    integer_grids,
-    to_whole,
-    whole_steps,
-)
+from msfp.layers.execution.grids import IntegerGrids, integer_grids, to_whole, whole_steps
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import CHANNEL, BlockFormats, LayerFormats
 from msfp.layers.kinds import groups_of, plain_class

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer
-from msfp.layers.execution.definition import IntegerGrids, integer_grids
+from msfp.layers.execution.grids import IntegerGrids, integer_grids
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import groups_of

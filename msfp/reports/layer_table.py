@@ -8,7 +8,7 @@ from msfp.checkpoint.facts import LayerFacts, ProductFacts
 
 COLUMNS = (
     "layer", "weights", "weights dB", "inputs", "sign", "zero point", "clip", "inputs dB",
-    "other sign dB", "cost dB", "reason", "bytes",
+    "other sign dB", "cost dB", "reason", "product", "bytes",
 )  # fmt: skip
 """The columns of the per-layer table."""
 
@@ -27,6 +27,7 @@ def cells(facts: LayerFacts) -> tuple[str, ...]:
         _decibels(facts.other_sign_sqnr),
         _decibels(facts.cost_of_other_sign),
         facts.reason or "",
+        "integers" if facts.float_reason is None else "floats",
         str(facts.bytes),
     )
 

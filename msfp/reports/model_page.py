@@ -15,6 +15,7 @@ from torch import nn
 from fpformats import Histogram
 from msfp.checkpoint.facts import (
     LayerFacts,
+    execution,
     inspect_coverage,
     inspect_layers,
     inspect_products,
@@ -161,7 +162,7 @@ class ModelReport:
 
 def findings(facts: Sequence[LayerFacts], comparison: Comparison | None) -> list[str]:
     """Return the main results of the tables as sentences."""
-    sentences = [overview(facts)]
+    sentences = [overview(facts), *execution(facts)]
     gains = [each.cost_of_other_sign for each in facts if each.sign == "unsigned"]
     gains = [gain for gain in gains if not math.isnan(gain)]
     if gains:

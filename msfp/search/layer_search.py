@@ -15,7 +15,7 @@ from fpformats.fitting.search import RATIOS, ZERO_POINTS
 from msfp.config import BLOCK_SCHEMES, LayerSettings, Scheme
 from msfp.errors import InputError
 from msfp.layers.block import BlockLayer
-from msfp.layers.execution.definition import fits_byte
+from msfp.layers.execution.grids import fits_byte
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
 from msfp.layers.formats import BlockFormats

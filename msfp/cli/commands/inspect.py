@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.checkpoint.facts import (
         LayerFacts,
         ProductFacts,
+        execution,
         in_order,
         inspect_coverage,
         inspect_layers,
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if layers:
         _print(COLUMNS, [cells(each) for each in layers])
         print(overview(layers))
-        for sentence in [] if coverage is None else coverage.sentences():
+        for sentence in [*execution(layers), *([] if coverage is None else coverage.sentences())]:
             print(sentence)
     if products:
         _print(PRODUCT_COLUMNS, [product_cells(each) for each in products])

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-from msfp.layers.execution.definition import IntegerGrids
 from msfp.layers.execution.float_path import FloatPath
+from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.execution.onednn import OneDNN
 from msfp.layers.execution.protocol import Backend, ProductLayer
+from msfp.layers.execution.triton_path import TritonPath
 
-BACKENDS: list[Backend] = [OneDNN(), FloatPath()]
+BACKENDS: list[Backend] = [OneDNN(), TritonPath(), FloatPath()]
 """The back ends, fastest first. The last one supports all layers and inputs."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from msfp.layers.execution.definition import IntegerGrids, float_product, is_defined
+from msfp.layers.execution.definition import float_product, is_defined
+from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.execution.protocol import ProductLayer
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import _C, nn
 
 from fpformats import StepEncoder, encode_steps
-from msfp.layers.execution.definition import IntegerGrids, is_defined, whole_steps
-from msfp.layers.execution.operators import Convolution, Product, fuses, prepare_product
+from msfp.layers.execution.definition import is_defined
+from msfp.layers.execution.grids import IntegerGrids, whole_steps
+from msfp.layers.execution.operators import Convolution, Product, checked_product, fuses
 from msfp.layers.execution.protocol import ProductLayer
 
 TRACED = "traced"
@@ -80,6 +81,8 @@ class OneDNN:
         if layer.kind.places:
             x = _padded(layer, x)
         parts = _parts_of(layer, adapter, x.shape)
+        if not parts:
+            return None
         bias = layer.bias
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
@@ -192,7 +195,10 @@ def _parts_of(layer: ProductLayer, adapter: int, shape: torch.Size) -> list[Part
 def prepare(
     layer: ProductLayer, adapter: int, shape: tuple[int, ...], *, traced: bool = False
 ) -> list[Part]:
-    """Return the parts of a layer's product for inputs of a shape, to be traced or not."""
+    """Return the parts of a layer's product for inputs of a shape, to be traced or not.
+
+    There are none if the operators do not give the defined bits for this shape.
+    """
     grids = layer.integer_grids
     if not isinstance(grids, IntegerGrids):
         raise ValueError(grids)
@@ -217,11 +223,14 @@ def prepare(
             found = whole_steps(grids.input, scale, shift)
             zero = 0 if found is None else int(found)
         encode = StepEncoder(grids.input, scale.item(), None if shift is None else shift.item())
-        multiply = prepare_product(
+        multiply = checked_product(
             *(piece, layer.weight_step.detach(), step.item(), zero),
             *((shape[0], channels, *shape[2:]), convolution),
-            fused=bool(fuses(wide=grids.pair >= SATURATES)),
+            largest=grids.input.max_steps + (128 if grids.input.signed else 0),
+            wide=grids.pair >= SATURATES,
         )
+        if multiply is None:
+            return []
         parts.append(Part(encode, multiply, channels, uneven))
     return parts
 

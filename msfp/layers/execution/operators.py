@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from msfp.layers.execution.grids import EXACT
+
+COMPARED = 100
+"""Number of results, at least, that are compared with the definition."""
 FEW = 1 << 14
 """Number of results up to which `torch._int_mm` and several passes are faster."""
 LARGEST = {False: (191, 64), True: (255, 127)}
@@ -202,6 +206,82 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.onednn, name).default
 
 
+_modes: dict[tuple[Any, ...], bool | None] = {}
+"""Whether products of a kind and shape are fused; None if they give other bits than defined."""
+
+
+def checked_product(
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    input_step: float,
+    zero: int,
+    shape: tuple[int, ...],
+    convolution: Convolution | None,
+    *,
+    largest: int,
+    wide: bool,
+) -> Product | None:
+    """Return the product if it gives the defined bits for bytes of this shape, else None.
+
+    oneDNN chooses among many algorithms by kind and shape, so that each of these is compared with
+    the definition once.
+
+    Args:
+        weight: As in `Product`, like the next three.
+        step: What the weight counts.
+        input_step: What a byte counts.
+        zero: The byte of zero.
+        shape: Shape of the bytes.
+        convolution: How it moves, or None for a product of matrices.
+        largest: The largest byte.
+        wide: Whether pairs of products need more than 16 bits.
+    """
+    key = (tuple(weight.shape), shape, convolution, zero == 0, wide)
+    given = (weight, step, input_step, zero, shape, convolution)
+    if key not in _modes:
+        fused = fuses(wide=wide)
+        modes = () if fused is None else (True, False) if fused else (False,)
+        if convolution is not None and convolution.groups > 1:
+            modes = modes[-1:]  # some of their algorithms round in another order
+        _modes[key] = next((each for each in modes if _is_right(*given, largest, each)), None)
+        if _modes[key] is None:
+            warnings.warn(
+                f"products of the shapes {key[0]} and {shape} are computed in floating point: the "
+                f"integer operators of torch {torch.__version__} give other bits than defined",
+                stacklevel=2,
+            )
+    mode = _modes[key]
+    return None if mode is None else prepare_product(*given, fused=mode)
+
+
+def _is_right(
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    input_step: float,
+    zero: int,
+    shape: tuple[int, ...],
+    convolution: Convolution | None,
+    largest: int,
+    fused: bool,
+) -> bool:
+    """Compare a product with its definition, on random bytes."""
+    multiply = prepare_product(weight, step, input_step, zero, shape, convolution, fused=fused)
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(shape[0], 1), *shape[1:])
+    bias = torch.randn(len(weight), generator=generator)
+    compared = 0
+    while compared < COMPARED:
+        x = torch.randint(0, largest + 1, shape, generator=generator, dtype=torch.uint8)
+        wanted = _defined(x, zero, weight, step, bias, convolution, input_step)
+        try:
+            if not torch.equal(multiply(x, bias, torch.float32), wanted):
+                return False
+        except RuntimeError:
+            return False
+        compared += wanted.numel()
+    return True
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def fuses(*, wide: bool) -> bool | None:
     """Return whether the operators give the defined bits on this machine.
@@ -271,7 +351,7 @@ def _agrees(wide: bool, convolution: Convolution | None, fused: bool) -> bool:
                 weight, step, 0.3, zero, tuple(x.shape), convolution, fused=fused
             )
             for dtype in (torch.float32, torch.bfloat16):
-                wanted = _defined(x, zero, weight, step, given, convolution).to(dtype)
+                wanted = _defined(x, zero, weight, step, given, convolution, 0.3).to(dtype)
                 if not torch.equal(multiply(x, given, dtype), wanted):
                     return False
     return True
@@ -284,14 +364,17 @@ def _defined(
     step: torch.Tensor,
     bias: torch.Tensor | None,
     convolution: Convolution | None,
+    input_step: float,
 ) -> torch.Tensor:
-    """Return the product by its definition, with sums in float64, which are exact."""
-    n, m = x.double() - zero, weight.double()
+    """Return the product by its definition, in a float dtype in which sums are exact."""
+    most = int(weight.abs().amax()) * weight[0].numel() * 255
+    dtype = torch.float32 if most < EXACT else torch.float64
+    n, m = x.to(dtype) - zero, weight.to(dtype)
     if convolution is None:
         places, sums = 0, F.linear(n, m)
     else:
         places = len(convolution.stride)
         sums = (F.conv1d, F.conv2d, F.conv3d)[places - 1](n, m, None, *convolution)
     row = (-1, *(1,) * places)
-    scaled = sums.float() * torch.tensor(0.3) * step.view(row)
+    scaled = sums.float() * torch.tensor(input_step) * step.view(row)
     return scaled if bias is None else scaled + bias.view(row)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from msfp.layers.execution.definition import IntegerGrids
+from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.kinds import LayerKind
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from fpformats import E2M1, FloatFormat, StepEncoder, decode, pack, unpack
-from msfp.layers.execution.definition import MAX_SIGNED, IntegerGrids, is_defined, whole_steps
+from msfp.layers.execution.definition import is_defined
+from msfp.layers.execution.grids import MAX_SIGNED, IntegerGrids, whole_steps
 from msfp.layers.execution.onednn import _is_unwatched, _padded
 from msfp.layers.execution.protocol import ProductLayer
 
@@ -116,7 +117,9 @@ class TritonPath:
 
         Such are gradients, compilers, transforms and modes of torch.
         """
-        if x.device.type != self.device or not _is_unwatched(x) or not is_defined(layer, x):
+        if torch.compiler.is_compiling() or x.device.type != self.device:
+            return False
+        if not _is_unwatched(x) or not is_defined(layer, x):
             return False
         grids = layer.integer_grids
         return (
@@ -273,7 +276,11 @@ def _moves(layer: Any) -> Moves:
 
 
 def multiply(
-    prepared: Prepared, numbers: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    prepared: Prepared,
+    numbers: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Return the defined output of a linear layer.
 
@@ -282,11 +289,13 @@ def multiply(
         numbers: The rounded input, int8, contiguous, shape (..., features).
         bias: The bias or None.
         dtype: What the output is rounded to.
+        tile: One of `TILES`, or None for the fastest.
     """
     channels = numbers.shape[-1]
     rows, outputs = numbers.numel() // channels, prepared.weight.outputs
     out = numbers.new_empty((*numbers.shape[:-1], outputs), dtype=dtype)
-    _launch(_kernels().linear_kernel, prepared, numbers, out, bias, (rows, outputs, channels))
+    sizes = (rows, outputs, channels)
+    _launch(_kernels().linear_kernel, prepared, numbers, out, bias, sizes, tile)
     return out
 
 
@@ -296,6 +305,7 @@ def convolve(
     moves: Moves,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Return the defined output of a convolution, with the channels last in memory.
 
@@ -305,6 +315,7 @@ def convolve(
         moves: How the convolution moves.
         bias: The bias or None.
         dtype: What the output is rounded to.
+        tile: One of `TILES`, or None for the fastest.
     """
     batch, height, width, channels = numbers.shape
     out_height, out_width = moves.out_size(height, width)
@@ -317,6 +328,7 @@ def convolve(
         out,
         bias,
         (batch * out_height * out_width, outputs, channels),
+        tile,
         height=height,
         width=width,
         out_height=out_height,
@@ -341,6 +353,7 @@ def _launch(
     out: torch.Tensor,
     bias: torch.Tensor | None,
     sizes: tuple[int, int, int],
+    tile: tuple[int, int] | None,
     **geometry: int,
 ) -> None:
     """Compute all tiles of the output.
@@ -352,10 +365,11 @@ def _launch(
         out: Where to write to.
         bias: The bias or None.
         sizes: Number of rows and columns of the output as a matrix, and of input channels.
+        tile: One of `TILES`, or None for the fastest.
         geometry: The other arguments of the kernel.
     """
     rows, outputs, channels = sizes
-    block_m, block_n = _tile(rows, outputs, _processors(numbers.device))
+    block_m, block_n = tile or _tile(rows, outputs, _processors(numbers.device))
     weight = prepared.weight
     with torch.cuda.device_of(numbers):
         kernel[(_tiles(rows, outputs, block_m, block_n),)](
@@ -398,14 +412,32 @@ def _processors(device: torch.device) -> int:
     return count
 
 
+class Example(NamedTuple):
+    """What a device is checked with: kernels that differ in what they read and in their tile."""
+
+    tile: tuple[int, int]
+    has_codes: bool
+    zero: int
+    dtype: torch.dtype
+
+
+MOVES = (None, Moves((3, 2), (2, 1), (1, 2), (0, 1), (1, 2)))
+"""How the layers of examples move; None is a linear layer."""
+EXAMPLES = (
+    Example(TILES[-1], False, 0, torch.float32),
+    Example(TILES[0], False, -OFFSET, torch.float32),
+    Example(TILES[0], True, 3, torch.bfloat16),
+)
+
+
 @functools.cache
 def agrees(device: torch.device) -> bool:
     """Return whether the kernels give the defined bits on a device, and warn if not."""
     try:
-        cases = itertools.product(EXAMPLES, (False, True), (0, 3, -OFFSET))
+        cases = itertools.product(EXAMPLES, MOVES)
         same = all(_agrees(device, *case) for case in cases)
         why = "other bits than defined"
-    except Exception as error:
+    except Exception as error:  # compilers fail in many ways
         same, why = False, (str(error).splitlines() or [type(error).__name__])[0]
     if not same:
         warnings.warn(
@@ -416,36 +448,28 @@ def agrees(device: torch.device) -> bool:
     return same
 
 
-EXAMPLES = (None, Moves((3, 2), (2, 1), (1, 2), (0, 1), (1, 2)))
-"""How the layers move that a device is checked with; None is a linear layer."""
-
-
 @torch.no_grad()
-def _agrees(device: torch.device, moves: Moves | None, has_codes: bool, zero: int) -> bool:
+def _agrees(device: torch.device, example: Example, moves: Moves | None) -> bool:
     """Compare a kernel with the definition for one kind of layer."""
     draw = torch.Generator().manual_seed(0)
     kernel = () if moves is None else moves.kernel
-    codes = torch.randint(16, (40, 70, *kernel), generator=draw, dtype=torch.uint8)
+    codes = torch.randint(16, (40, 160, *kernel), generator=draw, dtype=torch.uint8)
     weights = (decode(codes, E2M1) / E2M1.step).to(torch.int8)
-    x = torch.randint(-128, 128, (19, 70) if moves is None else (2, 70, 5, 6), generator=draw)
+    x = torch.randint(-128, 128, (19, 160) if moves is None else (2, 160, 5, 6), generator=draw)
     step, bias = torch.rand(40, generator=draw) / 100 + 1e-3, torch.randn(40, generator=draw)
-    packed = pack(codes, CODE_BITS).to(device) if has_codes else None
-    weight = prepare_weight(weights.to(device), zero, E2M1, packed)
+    packed = pack(codes, CODE_BITS).to(device) if example.has_codes else None
+    weight = prepare_weight(weights.to(device), example.zero, E2M1, packed)
     encode, input_step = StepEncoder(E2M1, 1.0), torch.tensor(0.3)
-    prepared = Prepared(encode, zero, weight, input_step.to(device), step.to(device))
-    numbers = x.to(device, torch.int8)
-    sums, added = _sums(x.double() - zero, weights.double(), moves), bias.to(device)
-    row = (-1, 1, 1) if moves else (-1,)
+    prepared = Prepared(encode, example.zero, weight, input_step.to(device), step.to(device))
+    numbers, given = x.to(device, torch.int8), (bias.to(device), example.dtype, example.tile)
+    if moves is None:
+        y = multiply(prepared, numbers, *given)
+    else:
+        y = convolve(prepared, numbers.permute(0, 2, 3, 1).contiguous(), moves, *given)
+    row = (-1,) if moves is None else (-1, 1, 1)
+    sums = _sums(x.double() - example.zero, weights.double(), moves)
     wanted = sums.float() * input_step * step.view(row) + bias.view(row)
-    for dtype in (torch.float32, torch.bfloat16):
-        if moves is None:
-            y = multiply(prepared, numbers, added, dtype)
-        else:
-            last = numbers.permute(0, 2, 3, 1).contiguous()
-            y = convolve(prepared, last, moves, added, dtype)
-        if not torch.equal(y.cpu(), wanted.to(dtype)):
-            return False
-    return True
+    return torch.equal(y.cpu(), wanted.to(example.dtype))
 
 
 def _sums(n: torch.Tensor, m: torch.Tensor, moves: Moves | None) -> torch.Tensor:

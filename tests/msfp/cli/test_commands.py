@@ -130,8 +130,11 @@ def test_block_formats_are_written_sampled_and_inspected(tmp_path, capsys):
     assert msfp("sample", tmp_path / "nvfp4", *QUICK, "--output", tmp_path / "grid.png") == 0
     capsys.readouterr()
     assert msfp("inspect", tmp_path / "nvfp4", "--filter", "conv_*") == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "conv_" in line]
-    assert [row[1] for row in rows] == ["MXFP8_E4M3", "MXFP8_E4M3"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "conv_" in line]
+    assert [line.split()[1] for line in lines[:2]] == ["MXFP8_E4M3", "MXFP8_E4M3"]
+    assert lines[2:] == [
+        "In floating point: conv_in, conv_out (block formats have a scale for each block)."
+    ]
     assert all(
         each.formats.input == each.formats.weight for each in inspect_layers(tmp_path / "nvfp4")
     )

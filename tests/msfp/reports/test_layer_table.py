@@ -29,6 +29,7 @@ def test_a_row_has_a_text_for_each_column():
         "other sign dB": "18.0",
         "cost dB": "4.5",
         "reason": "SiLU",
+        "product": "integers",
         "bytes": "128",
     }
 
@@ -36,7 +37,9 @@ def test_a_row_has_a_text_for_each_column():
 def test_what_is_not_known_is_empty():
     unknown = math.nan, (math.nan, math.nan), None, 64, None
     row = row_of("a", LayerFormats(parse("E2M1")), 1.5, *unknown)
-    assert {name for name, text in row.items() if text} == {"layer", "weights", "bytes"}
+    assert {name for name, text in row.items() if text} == {
+        "layer", "weights", "product", "bytes",
+    }  # fmt: skip
     row = row_of("a", BlockFormats("NVFP4", "NVFP4"), 1.5, *unknown)
     assert (row["weights"], row["inputs"], row["sign"]) == ("NVFP4", "NVFP4", "signed")
     assert row["clip"] == row["zero point"] == ""

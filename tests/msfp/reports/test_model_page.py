@@ -50,7 +50,9 @@ def test_the_input_of_an_unsigned_layer_is_drawn_over_both_signs(pair, calibrati
 
 
 def test_findings_count_layers_and_what_unsigned_inputs_gained(pair):
-    first, second = findings(inspect_layers(pair[0]), None)
+    first, executed, *floats, second = findings(inspect_layers(pair[0]), None)
     assert first.startswith("65 layers, ")
     assert "63 at 4 bits, 2 at 8 bits; inputs: 35 unsigned." in first
+    assert executed.endswith(" of 65 layers run on integer units, where there are any.")
+    assert all("which is more than a byte" in each for each in floats)
     assert re.search(r"would have cost [2-6]\.\d dB at the median", second)

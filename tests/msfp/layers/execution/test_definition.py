@@ -18,7 +18,7 @@ from torch import nn
 
 from fpformats import encode_steps, parse
 from msfp.layers.execution import backends, float_path, operators
-from msfp.layers.execution.definition import IntegerGrids
+from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.execution.onednn import OneDNN
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
