@@ -36,7 +36,7 @@ class Part(NamedTuple):
         encode: Rounds inputs to bytes.
         multiply: The product of bytes and weights.
         channels: Number of input channels.
-        padding: Padding with zero that differs between the ends of an axis, for F.pad, or None.
+        padding: Padding with zero that comes before the product, for F.pad, or None.
     """
 
     encode: StepEncoder
@@ -203,12 +203,12 @@ def prepare(
     if not isinstance(grids, IntegerGrids):
         raise ValueError(grids)
     weights = layer.weight_steps(adapter).to(torch.int8)
-    convolution, uneven = _convolution(layer), _uneven_padding(layer)
+    convolution, explicit = _convolution(layer), _explicit_padding(layer)
     if convolution is None:
         # torch.compile fuses what follows a small product, and refuses the operator for large ones.
         shape = (0 if traced else math.prod(shape[:-1]), shape[-1])
-    elif uneven is not None:
-        ends = zip(uneven[::2], uneven[1::2], strict=True)
+    elif explicit is not None:
+        ends = zip(explicit[::2], explicit[1::2], strict=True)
         longer = [
             length + sum(pair) for length, pair in zip(reversed(shape[2:]), ends, strict=True)
         ]
@@ -231,7 +231,7 @@ def prepare(
         )
         if multiply is None:
             return []
-        parts.append(Part(encode, multiply, channels, uneven))
+        parts.append(Part(encode, multiply, channels, explicit))
     return parts
 
 
@@ -247,17 +247,24 @@ def _convolution(layer: Any) -> Convolution | None:
     if not layer.kind.places:
         return None
     padding = tuple(layer._reversed_padding_repeated_twice[::-2])
-    if layer.padding_mode != "zeros" or _uneven_padding(layer) is not None:
+    if layer.padding_mode != "zeros" or _explicit_padding(layer) is not None:
         padding = (0,) * layer.kind.places
     return Convolution(layer.stride, padding, layer.dilation, layer.groups)
 
 
-def _uneven_padding(layer: Any) -> list[int] | None:
-    """Return padding with zero that differs between the two ends of an axis, for F.pad."""
+def _explicit_padding(layer: Any) -> list[int] | None:
+    """Return the padding of bytes before a convolution, for F.pad; None if it pads itself.
+
+    Its operator pads all ends of an axis alike. With groups, or where a kernel lies in the padding as
+    a whole, it has read beyond the memory of its operands.
+    """
     if not layer.kind.places or layer.padding_mode != "zeros":
         return None
     amounts: list[int] = layer._reversed_padding_repeated_twice
-    if amounts[::2] == amounts[1::2]:
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    beyond = any(amount > most for amount, most in zip(amounts[::2], reversed(reach), strict=True))
+    alike = amounts[::2] == amounts[1::2]
+    if not any(amounts) or (alike and layer.groups == 1 and not beyond):
         return None
     return amounts
 
