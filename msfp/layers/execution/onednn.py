@@ -255,8 +255,8 @@ def _convolution(layer: Any) -> Convolution | None:
 def _explicit_padding(layer: Any) -> list[int] | None:
     """Return the padding of bytes before a convolution, for F.pad; None if it pads itself.
 
-    Its operator pads all ends of an axis alike. With groups, or where a kernel lies in the padding as
-    a whole, it has read beyond the memory of its operands.
+    Its operator pads all ends of an axis alike. With groups, or where a kernel lies in the padding
+    as a whole, it has read beyond the memory of its operands.
     """
     if not layer.kind.places or layer.padding_mode != "zeros":
         return None
