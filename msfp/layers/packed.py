@@ -191,6 +191,9 @@ class PackedLayer(QuantizedLayer):
     def _renew(self) -> None:
         """Make the cache again, after the tensors have changed."""
         self.forget()
+        self._renew_cache()
+
+    def _renew_cache(self) -> None:
         if self.cache is not None:
             self.cache_weight(not self.codes.is_meta)
 
@@ -199,14 +202,17 @@ class PackedLayer(QuantizedLayer):
 
         A cast to 8 bits, as by layerwise casting, changes nothing: the layer is small already.
         """
-        if self.formats is not None:
-            fn = _but_to_8_bits(fn)
+        if self.formats is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        fn, device = _but_to_8_bits(fn), self.codes.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.formats is not None:
-            empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
-            self.dtype = fn(empty).dtype
-            # Weights are dequantized again for the cache, because a cast would round them twice.
-            self._renew()
+        empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
+        self.dtype = fn(empty).dtype
+        if self.codes.device != device:
+            self.forget()
+        # Weights are dequantized again for the cache, because a cast would round them twice.
+        self._renew_cache()
         return self
 
     def extra_repr(self) -> str:

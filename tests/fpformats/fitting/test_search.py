@@ -20,6 +20,7 @@ from fpformats import (
     E4M3,
     E8M0,
     FloatFormat,
+    parse,
     quantize_scaled,
     values,
 )
@@ -521,3 +522,39 @@ def test_zeros_are_no_exact_match_where_the_format_has_no_zero():
         choice = search(x, [fmt], axis=0)
         true = np.square(choice.quantize(x).astype(float) - x).sum()
         assert choice.squared_error == pytest.approx(true, rel=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [0, -20, 9])
+@pytest.mark.parametrize("name", ["E1M3U", "E2M2U", "E3M1U", "E0M4U", "E1M7U"])
+def test_whole_zero_points_are_whole_numbers_of_steps(name, exponent):
+    fmt = parse(name)
+    x = np.random.default_rng(0).standard_normal(5000).astype(np.float32) * np.float32(
+        2.0**exponent
+    )
+    x = np.maximum(x, -0.2 * 2.0**exponent).astype(np.float32)
+    free = search(x, [fmt], zero_points=ZERO_POINTS)
+    choice = search(x, [fmt], zero_points=ZERO_POINTS, whole_zero_points=True)
+    steps = -choice.zero_point / (choice.scale * fmt.step)
+    assert steps == pytest.approx(round(steps), abs=1e-5)
+    assert np.float32(-round(steps)) * np.float32(choice.scale * fmt.step) == choice.zero_point
+    assert free.squared_error <= choice.squared_error * (1 + 1e-3)
+    error = np.square(choice.quantize(x).astype(np.float64) - x).sum()
+    assert choice.squared_error == pytest.approx(error, rel=1e-6)
+
+
+def test_whole_zero_points_are_searched_as_brute_force_does():
+    x = np.random.default_rng(1).standard_normal(300).astype(np.float32)
+    x = x / (1 + np.exp(-x))
+    fmt = parse("E2M2U")
+    choice = search(x, [fmt], zero_points=ZERO_POINTS, whole_zero_points=True, refine=False)
+    errors = []
+    for offset in x.min() * ZERO_POINTS:
+        for ratio in RATIOS:
+            scale = np.float32((x.max() - np.float32(offset)) * ratio / float(fmt.max))
+            step = np.float64(scale) * fmt.step
+            zero = np.float32(np.round(np.float32(offset) / step) * step)
+            rounded = quantize_scaled(x, fmt, scale, zero).astype(np.float64)
+            errors.append(np.square(rounded - x).sum())
+    assert choice.squared_error <= min(errors) * (1 + 1e-6)
+    refined = search(x, [fmt], zero_points=ZERO_POINTS, whole_zero_points=True)
+    assert refined.squared_error <= choice.squared_error

@@ -18,7 +18,7 @@ from torch import nn
 
 from fpformats import encode_steps, parse
 from msfp.layers.execution import backends, float_path, operators
-from msfp.layers.execution.grids import IntegerGrids
+from msfp.layers.execution.grids import IntegerGrids, whole_steps
 from msfp.layers.execution.onednn import OneDNN
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
@@ -374,9 +374,13 @@ def test_what_is_kept_is_made_anew_when_the_layer_changes():
         assert torch.equal(layer(x), by_definition(layer, x))
         layer.codes = nn.Parameter(layer.codes.flip(0), requires_grad=False)
         assert torch.equal(layer(x), by_definition(layer, x))
+        kept = layer.kept()
         layer.half()
+        assert layer.kept() is kept  # casts do not change codes and scales
         assert torch.equal(layer(x.half()), by_definition(layer, x.half()))
         layer.bfloat16().float()
+        assert not layer.to("meta")._kept
+        layer = copy.deepcopy(other)
         layer.cache_weight(False)
         assert torch.equal(layer(x), by_definition(layer, x))
         assert OneDNN not in layer.kept()
@@ -448,3 +452,32 @@ def test_compiling_without_a_graph_break_gives_the_defined_bits(name):
         x.view(-1)[0] = math.nan
         nan = compiled(x).isnan()
         assert nan.any() if name == "conv1d" else nan.all()
+
+
+def test_a_learned_zero_point_stays_a_whole_number_of_steps():
+    quantizer = Quantizer(parse("E2M2U"), torch.tensor(0.2), torch.tensor(-3 * 0.05))
+    assert quantizer.whole
+    assert quantizer.shift is quantizer.zero_point
+    for parameter in quantizer.parameters():
+        parameter.requires_grad_()
+    with torch.no_grad():
+        quantizer.scale.fill_(0.24)
+        quantizer.zero_point.fill_(-0.2)  # 3.33 steps of 0.06
+    assert quantizer.shift.item() == pytest.approx(-0.18)
+    assert whole_steps(quantizer.format, quantizer.scale, quantizer.shift) == 3
+    x = torch.linspace(-1, 3, 200)
+    steps = quantizer.steps(x)
+    assert torch.equal(steps, steps.round())
+    gradients = torch.autograd.grad(quantizer(x).sum(), [*quantizer.parameters()])
+    assert all(gradient.item() for gradient in gradients)
+    with torch.no_grad():
+        quantizer.zero_point.fill_(5.0)  # beyond what the format reaches
+    assert quantizer.shift.item() == 0
+
+
+def test_a_zero_point_of_an_older_checkpoint_stays_as_it_is():
+    quantizer = Quantizer(parse("E2M2U"), torch.tensor(0.2), torch.tensor(-0.16))
+    for parameter in quantizer.parameters():
+        parameter.requires_grad_()
+    assert not quantizer.whole
+    assert quantizer.shift is quantizer.zero_point
