@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import _C, nn
 
 from fpformats import StepEncoder, encode_steps
 from msfp.layers.execution.definition import is_defined
 from msfp.layers.execution.grids import IntegerGrids, whole_steps
+from msfp.layers.execution.inputs import is_unwatched, padded
 from msfp.layers.execution.operators import Convolution, Product, checked_product, fuses
 from msfp.layers.execution.protocol import ProductLayer
 
@@ -26,7 +26,6 @@ MAX_SHAPES = 2
 """Number of shapes of inputs for which an adapter's weight is kept, as oneDNN lays it out."""
 NARROW = {torch.bfloat16: torch.bfloat16}
 """Dtypes that the operators round to."""
-TYPES = (torch.Tensor, nn.Parameter)
 
 
 class Part(NamedTuple):
@@ -62,7 +61,7 @@ class OneDNN:
         if torch.compiler.is_compiling():
             if not _has_known_shape(x) or not layer.keeps or layer.kind.places not in TRACEABLE:
                 return False
-        elif not _is_unwatched(x):
+        elif not is_unwatched(x):
             return False
         if not is_defined(layer, x):
             return False
@@ -79,7 +78,7 @@ class OneDNN:
     def product(self, layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.Tensor | None:
         """Return the layer's output; None if the input has NaN, which no byte stands for."""
         if layer.kind.places:
-            x = _padded(layer, x)
+            x = padded(layer, x)
         parts = _parts_of(layer, adapter, x.shape)
         if not parts:
             return None
@@ -235,13 +234,6 @@ def prepare(
     return parts
 
 
-def _padded(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return an input with the padding of a convolution that does not pad with zeros."""
-    if layer.padding_mode == "zeros":
-        return x
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-
-
 def _convolution(layer: Any) -> Convolution | None:
     """Return how a layer moves if it is a convolution; without padding that is added before."""
     if not layer.kind.places:
@@ -272,16 +264,3 @@ def _explicit_padding(layer: Any) -> list[int] | None:
 def _positions(layer: ProductLayer, x: torch.Tensor) -> int:
     """Return about how many outputs each weight takes part in."""
     return x.numel() // x.shape[layer.kind.channel_axis(x)]
-
-
-def _is_unwatched(x: torch.Tensor) -> bool:
-    """Return whether a tensor is plain, and nothing intercepts operations on it."""
-    return (
-        type(x) in TYPES
-        and not _C._len_torch_dispatch_stack()
-        and not _C._len_torch_function_stack()
-        and not torch.compiler.is_compiling()
-        and x.layout is torch.strided
-        and _C._get_tracing_state() is None
-        and not _C._functorch.is_functorch_wrapped_tensor(x)
-    )

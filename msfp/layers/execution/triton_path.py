@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fpformats import E2M1, FloatFormat, StepEncoder, decode, pack, unpack
 from msfp.layers.execution.definition import is_defined
 from msfp.layers.execution.grids import MAX_SIGNED, IntegerGrids, whole_steps
-from msfp.layers.execution.onednn import _is_unwatched, _padded
+from msfp.layers.execution.inputs import is_unwatched, padded
 from msfp.layers.execution.protocol import ProductLayer
 
 CAPABILITY = (8, 0)
@@ -119,7 +119,7 @@ class TritonPath:
         """
         if torch.compiler.is_compiling() or x.device.type != self.device:
             return False
-        if not _is_unwatched(x) or not is_defined(layer, x):
+        if not is_unwatched(x) or not is_defined(layer, x):
             return False
         grids = layer.integer_grids
         return (
@@ -137,7 +137,7 @@ class TritonPath:
         prepared = _prepared(layer, adapter)
         is_linear = not layer.kind.places
         if not is_linear:
-            x = _padded(layer, x)
+            x = padded(layer, x)
         try:
             numbers = _numbers(prepared.encode, x) if is_linear else _pixels(prepared.encode, x)
         except ValueError:
