@@ -41,8 +41,8 @@ INTRODUCTION = """# Results
 Every number on this page is computed from the records in `results.jsonl` beside it, which hold
 each row's settings, seeds and versions, and all but the oldest what machine and code ran it.
 `msfp study` runs the rows and writes this page; with the folder of the records as its `--output`,
-`--list` names those that are missing. Rows were measured before version 0.4, in which zero points became whole
-numbers of steps: "Beyond the paper" says what that changes.
+`--list` names those that are missing. Rows were measured before version 0.4, in which zero points
+became whole numbers of steps: "Beyond the paper" says what that changes.
 """
 READING = """## How to read the tables
 
