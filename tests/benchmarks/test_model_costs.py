@@ -41,7 +41,7 @@ def pipes(request):
 
 
 @pytest.mark.parametrize("batch", [64, 1])
-def test_emulated_forward_against_float32(benchmark, pipes, batch):
+def test_forward_against_float32(benchmark, pipes, batch):
     size = pipes[0].unet.config.sample_size
     x = torch.randn(batch, 1, size, size)
     names = ("float32", "W4A4", "W4A4 with branches")
@@ -50,7 +50,7 @@ def test_emulated_forward_against_float32(benchmark, pipes, batch):
     }
     with torch.no_grad():
         race(benchmark, ways, ROUNDS, baseline="float32", repeats=max(1, 16 // batch))
-    benchmark.extra_info.update(table="costs", title=f"emulated forward, batch {batch}")
+    benchmark.extra_info.update(table="costs", title=f"forward, batch {batch}")
     assert pipes[1].unet(x, 500).sample.shape == x.shape
 
 
