@@ -16,6 +16,7 @@ from msfp.layers.execution.operators import Convolution, Product, checked_produc
 from msfp.layers.execution.protocol import ProductLayer
 
 TRACED = "traced"
+"""Key of the products that torch.compile has traced."""
 TRACEABLE = (0, 2)
 """Numbers of spatial dimensions that torch.compile knows the operators of."""
 SATURATES = 2**15
@@ -56,7 +57,7 @@ class OneDNN:
     def takes(self, layer: ProductLayer, x: torch.Tensor) -> bool:
         """Return whether the product is defined, and nothing needs to see its operations.
 
-        Such are gradients, compilers, transforms and modes of torch.
+        Such are gradients, transforms and modes of torch. torch.compile traces it.
         """
         if torch.compiler.is_compiling():
             if not _has_known_shape(x) or not layer.keeps or layer.kind.places not in TRACEABLE:
@@ -70,7 +71,9 @@ class OneDNN:
             isinstance(grids, IntegerGrids)
             and self.runs(grids, x.device)
             and x.numel() > 0
-            and (not places or x.dim() == places + 2)
+            and (x.dim() == places + 2 if places else x.dim() > 0)
+            # The operators do not check it, and read beyond their operands.
+            and x.shape[layer.kind.channel_axis(x)] == sum(grids.parts)
             and not (torch.is_grad_enabled() and (x.requires_grad or layer.needs_gradient))
             and (layer.keeps or _positions(layer, x) >= MIN_POSITIONS)
         )

@@ -481,3 +481,16 @@ def test_a_zero_point_of_an_older_checkpoint_stays_as_it_is():
         parameter.requires_grad_()
     assert not quantizer.whole
     assert quantizer.shift is quantizer.zero_point
+
+
+@needs_integer_units
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_a_wrong_number_of_channels_is_refused_as_torch_does(name):
+    layer = packed(name)
+    x = inputs_of(layer)
+    axis = layer.kind.channel_axis(x)
+    for width in (3, 11):
+        wrong = x.narrow(axis, 0, width)
+        assert not OneDNN().takes(layer, wrong)
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            layer(wrong)
