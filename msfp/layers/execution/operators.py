@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -81,50 +80,12 @@ class SmallMatrix(Product):
         return (y if bias is None else y.add_(bias)).to(dtype)
 
 
-class Matrix(Product):
-    """A product of matrices.
+class LargeProduct(Product):
+    """A product of matrices, or a convolution, which pads with zero.
 
     Args:
-        rows: Number of rows of the input.
-        fused: Whether the operator multiplies by the steps and adds the bias.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        step: torch.Tensor,
-        input_step: float,
-        zero: int,
-        rows: int,
-        *,
-        fused: bool,
-    ) -> None:
-        super().__init__(weight, step, input_step, zero)
-        shape = [rows, weight.shape[1]]
-        self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), shape)
-        self.operator, self.fused = _operator("qlinear_pointwise"), fused
-
-    def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return the defined product."""
-        return _scaled(self, self._multiply, x, bias, dtype, (-1,))
-
-    def _multiply(self, x: torch.Tensor, *given: Any) -> torch.Tensor:
-        input_step, step, bias, dtype = given
-        result: torch.Tensor = self.operator(
-            *(x, input_step, self.zero, self.weight, step, self.no_zeros, bias),
-            *(1.0, 0, dtype, "none", [], ""),
-        )
-        return result
-
-
-class Convolved(Product):
-    """A convolution, which pads with zero.
-
-    Args:
-        shape: Shape of the input.
-        convolution: How it moves.
+        shape: Shape of the bytes.
+        convolution: How it moves, or None for a product of matrices.
         fused: Whether the operator multiplies by the steps and adds the bias.
     """
 
@@ -135,16 +96,23 @@ class Convolved(Product):
         input_step: float,
         zero: int,
         shape: tuple[int, ...],
-        convolution: Convolution,
+        convolution: Convolution | None,
         *,
         fused: bool,
     ) -> None:
         super().__init__(weight, step, input_step, zero)
-        stride, padding, dilation, groups = convolution
-        self.moves = (list(stride), list(padding), list(dilation), groups)
-        self.operator, self.fused = _operator(f"qconv{len(stride)}d_pointwise"), fused
-        self.row = (-1, *(1,) * len(stride))
+        self.fused = fused
+        self.row: tuple[int, ...] = (-1,)
+        self.moves: tuple[Any, ...] = ()
         # A weight that is laid out for another shape is laid out anew in every call.
+        if convolution is None:
+            self.operator = _operator("qlinear_pointwise")
+            self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), list(shape))
+            return
+        stride, padding, dilation, groups = convolution
+        self.operator = _operator(f"qconv{len(stride)}d_pointwise")
+        self.row = (-1, *(1,) * len(stride))
+        self.moves = (list(stride), list(padding), list(dilation), groups)
         self.weight = torch.ops.onednn.qconv_prepack(
             weight, step, input_step, zero, *self.moves, list(shape)
         )
@@ -153,33 +121,28 @@ class Convolved(Product):
         self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return the defined product."""
-        result = _scaled(self, self._multiply, x, bias, dtype, self.row)
+        if self.fused:
+            y = self._multiply(x, self.input_step, self.step, bias, dtype)
+        else:
+            y = self._multiply(x, 1.0, torch.ones_like(self.step), None, torch.float32)
+            y = y.mul_(self.input_step).mul_(self.step.view(self.row))
+            y = (y if bias is None else y.add_(bias.view(self.row))).to(dtype)
         # As other convolutions of torch do: channels are last in memory for images and volumes.
-        return result.contiguous() if x.dim() == 3 else result
+        return y.contiguous() if x.dim() == 3 else y
 
-    def _multiply(self, x: torch.Tensor, *given: Any) -> torch.Tensor:
-        input_step, step, bias, dtype = given
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        input_step: float,
+        step: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         result: torch.Tensor = self.operator(
             *(x, input_step, self.zero, self.weight, step, self.no_zeros, bias, *self.moves),
             *(1.0, 0, dtype, "none", [], ""),
         )
         return result
-
-
-def _scaled(
-    product: Matrix | Convolved,
-    multiply: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    row: tuple[int, ...],
-) -> torch.Tensor:
-    """Return the product of an operator, multiplied by the steps by the operator or after it."""
-    if product.fused:
-        return multiply(x, product.input_step, product.step, bias, dtype)
-    sums = multiply(x, 1.0, torch.ones_like(product.step), None, torch.float32)
-    y = sums.mul_(product.input_step).mul_(product.step.view(row))
-    return (y if bias is None else y.add_(bias.view(row))).to(dtype)
 
 
 def prepare_product(
@@ -193,12 +156,9 @@ def prepare_product(
     fused: bool,
 ) -> Product:
     """Return the product of bytes of a shape and a weight; the other arguments as in `Product`."""
-    common = (weight, step, input_step, zero)
-    if convolution is not None:
-        return Convolved(*common, shape, convolution, fused=fused)
-    if shape[0] * len(weight) <= FEW:
-        return SmallMatrix(*common)
-    return Matrix(*common, shape[0], fused=fused)
+    if convolution is None and shape[0] * len(weight) <= FEW:
+        return SmallMatrix(weight, step, input_step, zero)
+    return LargeProduct(weight, step, input_step, zero, shape, convolution, fused=fused)
 
 
 @functools.cache

@@ -411,7 +411,7 @@ def test_the_operators_can_be_switched_off():
 
 def test_other_bits_are_noticed_once_and_products_are_computed_in_floats(monkeypatch):
     layer = packed("conv2d")
-    monkeypatch.setattr(operators.Convolved, "__call__", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(operators.LargeProduct, "__call__", lambda *_: torch.zeros(()))
     operators._checked.cache_clear()
     try:
         with pytest.warns(UserWarning, match="are computed in floating point: the integer operat"):
