@@ -159,6 +159,8 @@ class PackedLayer(QuantizedLayer):
 
     def kept(self) -> dict[Any, Any]:
         """Return what has been made of the codes and scales, empty if one of them has changed."""
+        if self.formats is None:
+            return {}
         buffers, of = self._buffers, self._kept_of
         codes, weight_scale = self._parameters["codes"], buffers["weight_scale"]
         scale, zero = buffers.get("input_scale"), buffers.get("input_zero_point")

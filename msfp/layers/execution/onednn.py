@@ -15,6 +15,8 @@ from msfp.layers.execution.inputs import is_unwatched, padded
 from msfp.layers.execution.operators import Convolution, Product, checked_product, fuses
 from msfp.layers.execution.protocol import ProductLayer
 
+SUPPORTED = "supported"
+"""Key of the shapes, dtypes and devices of inputs, and whether they are supported."""
 TRACED = "traced"
 """Key of the products that torch.compile has traced."""
 TRACEABLE = (0, 2)
@@ -25,6 +27,7 @@ MIN_POSITIONS = 512
 """Number of output positions from which preparing a weight for one product pays."""
 MAX_SHAPES = 2
 """Number of shapes of inputs for which an adapter's weight is kept, as oneDNN lays it out."""
+_MKLDNN = torch.backends.mkldnn
 NARROW = {torch.bfloat16: torch.bfloat16}
 """Dtypes that the operators round to."""
 
@@ -50,7 +53,7 @@ class OneDNN:
 
     def runs(self, grids: IntegerGrids, device: torch.device) -> bool:
         """Return whether the operators give the defined bits on this machine."""
-        if device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        if device.type != "cpu" or not _MKLDNN.enabled:
             return False
         return fuses(wide=grids.pair >= SATURATES) is not None
 
@@ -59,22 +62,30 @@ class OneDNN:
 
         Such are gradients, transforms and modes of torch. torch.compile traces it.
         """
+        if torch.is_grad_enabled() and (x.requires_grad or layer.needs_gradient):
+            return False
         if torch.compiler.is_compiling():
-            if not _has_known_shape(x) or not layer.keeps or layer.kind.places not in TRACEABLE:
-                return False
-        elif not is_unwatched(x):
+            can_trace = layer.keeps and layer.kind.places in TRACEABLE and _has_known_shape(x)
+            return can_trace and self._supports(layer, x)
+        if not is_unwatched(x) or torch.is_autocast_enabled("cpu") or not _MKLDNN.enabled:
             return False
-        if not is_defined(layer, x):
-            return False
+        found, key = layer.kept().setdefault(SUPPORTED, {}), (x.shape, x.dtype, x.device)
+        if key not in found:
+            found[key] = self._supports(layer, x)
+        supported: bool = found[key]
+        return supported
+
+    def _supports(self, layer: ProductLayer, x: torch.Tensor) -> bool:
+        """Return whether the operators support a layer for inputs of this shape and dtype."""
         places, grids = layer.kind.places, layer.integer_grids
         return (
             isinstance(grids, IntegerGrids)
+            and is_defined(layer, x)
             and self.runs(grids, x.device)
             and x.numel() > 0
             and (x.dim() == places + 2 if places else x.dim() > 0)
             # The operators do not check it, and read beyond their operands.
             and x.shape[layer.kind.channel_axis(x)] == sum(grids.parts)
-            and not (torch.is_grad_enabled() and (x.requires_grad or layer.needs_gradient))
             and (layer.keeps or _positions(layer, x) >= MIN_POSITIONS)
         )
 
@@ -123,8 +134,8 @@ def _part_of_product(
         numbers: torch.Tensor = part.encode(x)
     except ValueError:
         return None
-    if not layer.kind.places:
-        y = part.multiply(numbers.reshape(-1, numbers.shape[-1]), bias, dtype)
+    if x.dim() != 2 and not layer.kind.places:
+        y = part.multiply(numbers.reshape(-1, x.shape[-1]), bias, dtype)
         return y.view(*x.shape[:-1], -1)
     if part.padding is not None:
         numbers = F.pad(numbers, part.padding, value=part.multiply.zero)

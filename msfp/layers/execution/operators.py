@@ -77,7 +77,8 @@ class SmallMatrix(Product):
         """Return the defined product."""
         sums = torch._int_mm(x, self.weight).sub_(self.sums)
         y = torch.mul(sums, self.factor).mul_(self.step)  # the sums are rounded to float32 first
-        return (y if bias is None else y.add_(bias)).to(dtype)
+        y = y if bias is None else y.add_(bias)
+        return y if dtype is torch.float32 else y.to(dtype)
 
 
 class LargeProduct(Product):
