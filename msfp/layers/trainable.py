@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -263,6 +263,20 @@ def trainable_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:
         for name, module in denoiser.named_modules()
         if isinstance(module, TrainableLayer)
     }
+
+
+@contextmanager
+def full_precision(denoiser: nn.Module) -> Iterator[None]:
+    """Let the trainable layers of a denoiser compute in full precision inside a `with` block."""
+    layers = trainable_layers(denoiser).values()
+    before = [layer.quantizing for layer in layers]
+    try:
+        for layer in layers:
+            layer.quantizing = False
+        yield
+    finally:
+        for layer, quantizing in zip(layers, before, strict=True):
+            layer.quantizing = quantizing
 
 
 def untrained_layers(denoiser: nn.Module) -> dict[str, TrainableLayer]:

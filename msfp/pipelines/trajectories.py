@@ -118,27 +118,6 @@ class WholeForwards(Trajectories):
         return torch.stack(outputs)
 
 
-def as_whole(path: Trajectories) -> WholeForwards:
-    """Return a path of rows that can be joined as forwards of one sample each."""
-
-    def arguments(step: int, row: int) -> Arguments:
-        steps, rows = torch.tensor([step]), torch.tensor([row])
-        given = {name: _at(value, steps, rows) for name, value in path.conditions.items()}
-        if path.timed:
-            given["timestep"] = path.timesteps[steps]
-        return (path.samples[steps, rows],), given
-
-    steps, rows = path.samples.shape[:2]
-    return WholeForwards(
-        path.timesteps,
-        path.samples.flatten(2),
-        path.predictions.flatten(2),
-        arguments=tuple(
-            tuple(arguments(step, row) for row in range(rows)) for step in range(steps)
-        ),
-    )
-
-
 def as_vector(tree: Any, numbers: int | None = None) -> torch.Tensor:
     """Return the floating-point numbers of a tree in one vector, padded with zeros to a length.
 

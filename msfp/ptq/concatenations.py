@@ -8,27 +8,43 @@ part. It is stored as a scale for each channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from fpformats import FloatFormat, Histogram, search
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.kinds import kind_of
+from msfp.layers.kinds import groups_of, kind_of
 from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.ptq.side_by_side import forwards_of
 from msfp.search.activation_trace import has_memory
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_seed, check_type, check_whole
 from msfp.support.hooks import hooked
 
 CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
+
+
+class _Concatenation(NamedTuple):
+    """The result of a concatenation, which is not kept in memory.
+
+    Attributes:
+        memory: Its memory.
+        place: Its address, its shape and the dimension of its parts.
+        sizes: Sizes of the parts.
+    """
+
+    memory: StorageWeakRef
+    place: tuple[int, tuple[int, ...], int]
+    sizes: list[int]
 
 
 class _Concatenations(TorchFunctionMode):
@@ -40,7 +56,7 @@ class _Concatenations(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[torch.Tensor, int, list[int]]] = []
+        self.found: list[_Concatenation] = []
 
     def __torch_function__(
         self,
@@ -60,30 +76,45 @@ class _Concatenations(TorchFunctionMode):
     ) -> None:
         sizes = [part.shape[dim] for part in tensors if part.dim() == result.dim()]
         if len(sizes) == len(tensors) > 1 and result.dim() > 2:
-            self.found.append((result, dim % result.dim(), sizes))
+            memory = StorageWeakRef(result.untyped_storage())
+            place = result.data_ptr(), tuple(result.shape), dim % result.dim()
+            self.found = [each for each in self.found if not each.memory.expired()]
+            self.found.append(_Concatenation(memory, place, sizes))
 
     def parts(self, x: torch.Tensor, dim: int) -> list[int] | None:
         """Return the sizes of the parts of a tensor, or None if it is not a concatenation."""
-        for result, along, sizes in self.found:
-            if x.data_ptr() == result.data_ptr() and x.shape == result.shape and dim == along:
-                return sizes
+        place = x.data_ptr(), tuple(x.shape), dim
+        for each in self.found:
+            if each.place == place and not each.memory.expired():
+                return each.sizes
         return None
 
 
 @torch.no_grad()
 def concatenated_inputs(
     denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Return the inputs that are concatenations, by layer, and the sizes of their parts."""
-    found: dict[str, tuple[torch.Tensor, list[int]]] = {}
+) -> dict[str, dict[int, Histogram]]:
+    """Return histograms of the inputs that are concatenations, by layer, and by part.
+
+    The key of a part is its first channel. A layer whose parts differ between forwards is left out.
+    """
+    found: dict[str, dict[int, Histogram]] = {}
+    sizes: dict[str, list[int]] = {}
+    mixed: set[str] = set()
     concatenations = _Concatenations()
 
     def hook(name: str) -> Callable[..., None]:
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            sizes = concatenations.parts(x, kind_of(layer).channel_axis(x))
-            if sizes is not None:
-                found[name] = x.detach(), sizes
+            x: torch.Tensor = args[0] if args else kwargs["input"]
+            axis = kind_of(layer).channel_axis(x)
+            parts = concatenations.parts(x, axis)
+            if parts is None or parts != sizes.setdefault(name, parts):
+                mixed.add(name)
+                return
+            starts = [sum(parts[:index]) for index in range(len(parts))]
+            histograms = found.setdefault(name, {start: Histogram() for start in starts})
+            for histogram, part in zip(histograms.values(), x.split(parts, axis), strict=True):
+                histogram.update(part.detach())
 
         return look
 
@@ -91,34 +122,30 @@ def concatenated_inputs(
     hooks = (
         layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in layers
     )
-    with hooked(hooks), concatenations:
-        trajectories.predict(denoiser, step, row)
-    return found
+    with hooked(hooks):
+        for part in forwards_of(trajectories, step):
+            with concatenations:
+                trajectories.predict(denoiser, step[part], row[part])
+    return {name: parts for name, parts in found.items() if name not in mixed}
 
 
 def split_quantizer(
-    layer: nn.Module, x: torch.Tensor, sizes: Sequence[int], formats: Sequence[FloatFormat]
+    layer: nn.Module, parts: Mapping[int, Histogram], formats: Sequence[FloatFormat]
 ) -> Quantizer:
     """Return a quantizer with one format, and a scale for each part of the channels.
 
     Args:
         layer: The layer whose input is quantized.
-        x: Its input.
-        sizes: Channels of each part.
+        parts: Histogram of each part of its input, by the first channel of the part.
         formats: Signed formats to choose from.
     """
-    dim = kind_of(layer).channel_axis(x)
-    choices = [search(_histogram(part), formats).by_format for part in x.split(list(sizes), dim)]
+    kind, weight = kind_of(layer), layer.get_parameter("weight")
+    choices = [search(histogram, formats).by_format for histogram in parts.values()]
     best = min(formats, key=lambda fmt: sum(found[fmt].squared_error for found in choices))
-    scales = torch.tensor([found[best].scale for found in choices], device=x.device)
-    each = scales.repeat_interleave(torch.tensor(sizes, device=x.device))
-    return Quantizer(best, each.view(-1, *(1,) * (x.dim() - 1 - dim)))
-
-
-def _histogram(x: torch.Tensor) -> Histogram:
-    histogram = Histogram()
-    histogram.update(x)
-    return histogram
+    scales = torch.tensor([found[best].scale for found in choices], device=weight.device)
+    starts = [*parts, weight.shape[1] * groups_of(layer)]
+    sizes = torch.tensor(starts, device=weight.device).diff()
+    return Quantizer(best, scales.repeat_interleave(sizes).view(-1, *(1,) * kind.places))
 
 
 def split_inputs(
@@ -154,11 +181,11 @@ def split_inputs(
     step, row = spread_batch(steps, rows, samples, generator)
     layers = untrained_layers(denoiser)
     split = []
-    for name, (x, sizes) in concatenated_inputs(denoiser, trajectories, step, row).items():
+    for name, parts in concatenated_inputs(denoiser, trajectories, step, row).items():
         old = layers[name].input_quantizer
         if old is not None and old.format.signed:
             formats = formats_like(old.format)
-            layers[name].input_quantizer = split_quantizer(layers[name], x, sizes, formats)
+            layers[name].input_quantizer = split_quantizer(layers[name], parts, formats)
             split.append(name)
     attach_again(denoiser)
     return split

@@ -9,6 +9,7 @@ groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class Moments:
         self.positions += x.shape[-1]
         self._input += x.sum(dim=-1)
         self._output += y.sum(dim=-1)
-        self._second += x @ x.mT
-        self._cross += y @ x.mT
+        self._second.baddbmm_(x, x.mT)
+        self._cross.baddbmm_(y, x.mT)
 
     @property
     def input_mean(self) -> torch.Tensor:
@@ -69,52 +70,80 @@ class Moments:
 
         The covariance gives the cost of errors if a bias corrects their mean.
         """
-        second = self._second / self.positions
-        return second - _outer(self.input_mean, self.input_mean) if centred else second
+        return self._averaged(self._second.clone(), self.input_mean, centred)
+
+    def take_second(self, *, centred: bool) -> torch.Tensor:
+        """Return what `second` returns and forget it, because it may be large."""
+        second, self._second = self._second, self._second[:0]
+        return self._averaged(second, self.input_mean, centred)
 
     def cross(self, *, centred: bool) -> torch.Tensor:
         """Return E[y x^T], or the covariance of y and x, shape (groups, rows, columns)."""
-        cross = self._cross / self.positions
-        return cross - _outer(self.output_mean, self.input_mean) if centred else cross
+        return self._averaged(self._cross.clone(), self.output_mean, centred)
+
+    def residual(self, matrix: torch.Tensor, *, centred: bool) -> torch.Tensor:
+        """Return E[(y - M x) x^T], or the covariance, shape (groups, rows, columns).
+
+        Args:
+            matrix: M, shape (groups, rows, columns).
+            centred: Whether a bias corrects the means.
+        """
+        mean = self.output_mean - (matrix @ self.input_mean[..., None])[..., 0]
+        return self._averaged(self._cross - matrix @ self._second, mean, centred)
+
+    def _averaged(self, sums: torch.Tensor, mean: torch.Tensor, centred: bool) -> torch.Tensor:
+        """Divide sums of products with x by their number, and subtract that of the means."""
+        sums.div_(self.positions)
+        if centred:
+            sums.baddbmm_(mean[..., :, None], self.input_mean[..., None, :], alpha=-1)
+        return sums
 
 
-def _outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[..., :, None] * b[..., None, :]
+Column = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""What becomes of columns (groups, columns, positions) and outputs (groups, rows, positions)."""
 
 
 def layer_moments(
     layer: nn.Module,
-    inputs: torch.Tensor,
-    outputs: torch.Tensor,
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    rows: int,
     *,
+    select: Column | None = None,
     most: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Moments:
-    """Return the moments of a batch of a layer's inputs and wanted outputs, unfolded in chunks.
+    """Return the moments of a layer's inputs and wanted outputs, unfolded in chunks.
 
     Args:
         layer: The layer, for its shapes.
-        inputs: Its inputs.
-        outputs: Its wanted outputs, bias included.
+        parts: Its inputs and its wanted outputs, in batches; there is at least one.
+        rows: Number of samples in all batches.
+        select: Applied to the columns and outputs before they are added.
         most: Largest number of positions to use, drawn evenly from all samples; None uses all.
         generator: Random generator for that draw.
     """
     kind, matrix = kind_of(layer), as_matrix(layer, layer.get_parameter("weight"))
-    moments = Moments(*matrix.shape, dtype=inputs.dtype, device=inputs.device)
-    positions = outputs.numel() // matrix.shape[0] // matrix.shape[1] // len(outputs)
-    kept = positions if most is None else min(positions, -(-most // len(outputs)))
-    chunk = max(1, MAX_CHUNK // (positions * matrix.shape[0] * matrix.shape[2]))
-    for x, y in zip(inputs.split(chunk), outputs.split(chunk), strict=True):
-        read, given = kind.columns(layer, x), kind.rows(layer, y)
-        if kept < positions:
-            drawn = torch.randint(read.shape[-1], (kept * len(x),), generator=generator)
-            read, given = (part[..., drawn.to(x.device)] for part in (read, given))
-        moments.add(read, given)
-    return moments
+    found: list[Moments] = []
+    for inputs, outputs in parts:
+        positions = outputs.numel() // matrix.shape[0] // matrix.shape[1] // len(outputs)
+        kept = positions if most is None else min(positions, -(-most // rows))
+        chunk = max(1, MAX_CHUNK // (positions * matrix.shape[0] * matrix.shape[2]))
+        for x, y in zip(inputs.split(chunk), outputs.split(chunk), strict=True):
+            read, given = kind.columns(layer, x), kind.rows(layer, y)
+            if kept < positions:
+                drawn = torch.randint(read.shape[-1], (kept * len(x),), generator=generator)
+                read, given = (part[..., drawn.to(x.device)] for part in (read, given))
+            if select is not None:
+                read, given = select(read, given)
+            if not found:
+                sizes = len(read), given.shape[1], read.shape[1]
+                found.append(Moments(*sizes, dtype=read.dtype, device=read.device))
+            found[0].add(read, given)
+    return found[0]
 
 
 def matched_matrix(
-    matrix: torch.Tensor, moments: Moments, upper: torch.Tensor, *, centred: bool
+    matrix: torch.Tensor, residual: torch.Tensor, upper: torch.Tensor
 ) -> torch.Tensor:
     """Return the matrix that computes the wanted outputs best from the quantized inputs.
 
@@ -124,26 +153,27 @@ def matched_matrix(
 
     Args:
         matrix: The full-precision weights, shape (groups, rows, columns).
-        moments: Moments of the quantized inputs x and the full-precision outputs y.
+        residual: `Moments.residual` of the matrix, for the quantized inputs x and the wanted
+            outputs y. If centred, this is ordinary least squares with an intercept.
         upper: The `upper_factor` of the damped second moments of x.
-        centred: Whether a bias corrects the means (ordinary least squares with intercept).
 
     Returns:
         Shape (groups, rows, columns).
     """
-    second = moments.second(centred=centred)
-    residual = moments.cross(centred=centred) - matrix @ second
     half = torch.linalg.solve_triangular(upper.mT, residual, upper=False, left=False)
     change: torch.Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return matrix + change
 
 
-def matched_bias(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:
+def matched_bias(
+    matrix: torch.Tensor, input_mean: torch.Tensor, output_mean: torch.Tensor
+) -> torch.Tensor:
     """Return the bias that gives the output its wanted mean, shape (groups * rows,).
 
     Args:
         matrix: The quantized weights, shape (groups, rows, columns).
-        moments: Moments of the quantized inputs and the full-precision outputs, bias included.
+        input_mean: Mean of the quantized columns, shape (groups, columns).
+        output_mean: Mean of the wanted outputs, bias included, shape (groups, rows).
     """
-    mean = (matrix @ moments.input_mean[..., None])[..., 0]
-    return (moments.output_mean - mean).flatten()
+    mean = (matrix @ input_mean[..., None])[..., 0]
+    return (output_mean - mean).flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -36,7 +37,8 @@ from msfp.search.layer_search import quantize_layer
 from msfp.search.observers import calibrate
 from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.search.summary import LayerSummary
-from msfp.support.checks import check_type
+from msfp.support.checks import check_path, check_type
+from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
 from msfp.support.progress import Progress, counted, no_progress, of_part
 
@@ -50,6 +52,7 @@ def quantize(
     *,
     calibration: Calibration | PipelineCall | Sequence[PipelineCall] | None = None,
     trajectories: Trajectories | None = None,
+    offload: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> list[LayerSummary]:
     """Quantize the denoisers of a pipeline, or a network, in place.
@@ -66,6 +69,9 @@ def quantize(
             calibrate with. Not needed if inputs are not quantized, or use block formats.
         trajectories: The result of `record_trajectories` for the same denoiser, to refine weights
             with. Not needed if `calibration` is calls: these are recorded while they run.
+        offload: A folder on a disk for what refinement need not have in memory: samples that wait,
+            and full-precision weights that are not needed again. The bits of the result are the
+            same. None keeps all in memory.
         progress: Called as each stage advances.
 
     Returns:
@@ -92,6 +98,8 @@ def quantize(
     """
     config = QuantizationConfig() if config is None else config
     check_type("config", config, QuantizationConfig)
+    if offload is not None:
+        check_folder("offload", check_path("offload", offload))
     if trajectories is not None:
         check_type("trajectories", trajectories, Trajectories)
     if not isinstance(calibration, Calibration | None):
@@ -110,7 +118,7 @@ def quantize(
     summaries: list[LayerSummary] = []
     try:
         for name, part in zip(denoisers, parts, strict=True):
-            found = part.quantize(_of_part(progress, name, denoisers))
+            found = part.quantize(_of_part(progress, name, denoisers), offload)
             summaries += [replace(each, name=named(name, each.name, denoisers)) for each in found]
     except BaseException:
         for part in parts:
@@ -184,11 +192,12 @@ class _Quantization:
         if self.trajectories is None:
             self.refinement = None
 
-    def quantize(self, progress: Progress) -> list[LayerSummary]:
+    def quantize(self, progress: Progress, offload: str | Path | None) -> list[LayerSummary]:
         """Search each layer, replace the layers, and refine; return their summaries.
 
         Args:
             progress: Called as each stage advances.
+            offload: As for `quantize`.
         """
         settings = _settings(self.denoiser, self.config, self.seen)
         counts = None if self.seen is None else self.seen.multiply_adds
@@ -202,7 +211,7 @@ class _Quantization:
             done(1)
         self.swapped = {self.plain[name]: layer for name, layer in layers.items()}
         replace_layers(self.denoiser, self.swapped)
-        self._refine(progress)
+        self._refine(progress, offload)
         found = [
             summary.with_formats(layer.formats)
             for layer, summary in zip(layers.values(), summaries, strict=True)
@@ -214,11 +223,17 @@ class _Quantization:
         self.attached = True
         return found
 
-    def _refine(self, progress: Progress) -> None:
+    def _refine(self, progress: Progress, offload: str | Path | None) -> None:
         """Refine the weights and quantize the products of attention, where the config says so."""
         paths, bits = self.trajectories, self.config.attention_bits
         if paths is not None and self.refinement is not None:
-            refine(self.denoiser, self.refinement, trajectories=paths, progress=progress)
+            refine(
+                self.denoiser,
+                self.refinement,
+                trajectories=paths,
+                offload=offload,
+                progress=progress,
+            )
         if paths is not None and bits is not None:
             quantize_attention(self.denoiser, bits, trajectories=paths)
 

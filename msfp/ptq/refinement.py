@@ -1,8 +1,10 @@
-"""Correcting a quantized denoiser's weights and biases layer by layer, in one forward pass."""
+"""Correcting a quantized denoiser's weights and biases layer by layer, in one pass."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,20 +13,32 @@ from torch import nn
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import RefinementConfig
 from msfp.errors import InputError
-from msfp.layers.trainable import TrainableLayer, untrained_layers
+from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.pipelines.trajectories import Trajectories, WholeForwards, as_whole, spread_batch
+from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.concatenations import split_inputs
+from msfp.ptq.lockstep import Visit
 from msfp.ptq.low_rank_branches import add_branches
-from msfp.ptq.moments import as_matrix, layer_moments, matched_bias, matched_matrix
-from msfp.ptq.rounding.gptq import damped, upper_factor
+from msfp.ptq.moments import (
+    Column,
+    Moments,
+    as_matrix,
+    layer_moments,
+    matched_bias,
+    matched_matrix,
+)
+from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
-from msfp.ptq.side_by_side import Visit, halves_are_mixed, visit_layers
+from msfp.ptq.side_by_side import dependent_layers, visit_layers
 from msfp.support.checks import check_type
+from msfp.support.malloc import release_memory
+from msfp.support.paging import PageFolder
 from msfp.support.progress import Progress, counted, no_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
 """Bounds of the default number of samples in one forward pass, and the most numbers in all."""
+MOST_COLUMNS = 12288
+"""Columns of a matrix whose second moments are in memory at once: 600 MB."""
 MOST_DAMPING = 1e6
 """Damping with which second moments are a multiple of the unit matrix, up to rounding."""
 
@@ -54,37 +68,80 @@ class _Refiner:
 
     def __call__(self, visit: Visit) -> None:
         layer, config = visit.layer, self.config
-        _check_finite(visit)
-        # The low-rank branch reads the input before rounding. The matrix must give the rest of the
-        # output, and so corrects the errors of the branch too.
-        wanted = -layer.add_branch(visit.inputs, -visit.outputs)
-        moments = layer_moments(
-            layer,
-            layer.quantize_input(visit.inputs).float(),
-            wanted.float(),
-            most=config.positions,
-            generator=self.generator,
-        )
-        matrix = as_matrix(layer, layer.weight.float())
         centred = visit.name in self.biased and layer.bias is not None
-        second, upper, damping = _damped_factor(moments.second(centred=centred), config.damping)
-        if damping > config.damping:
-            self.damped[visit.name] = damping
-        if config.match_inputs:
-            matrix = matched_matrix(matrix, moments, upper, centred=centred)
-        matrix = self._rounded(matrix, second, upper, layer)
+        matrix = as_matrix(layer, layer.weight.float())
+        draws = self.generator.get_state()
+        for columns in _column_parts(matrix):
+            self.generator.set_state(draws)
+            moments = layer_moments(
+                layer,
+                _targets(visit, centred=centred),
+                visit.rows,
+                select=_without_others(matrix, columns),
+                most=config.positions,
+                generator=self.generator,
+            )
+            means = moments.input_mean, moments.output_mean
+            part = self._corrected(matrix[..., columns], moments, visit, centred=centred)
+            matrix = torch.cat(
+                [matrix[..., : columns.start], part, matrix[..., columns.stop :]], dim=-1
+            )
         layer.weight = _parameter(matrix, layer.weight)
         if centred:
-            layer.bias = _parameter(matched_bias(matrix, moments), layer.bias)
+            layer.bias = _parameter(matched_bias(part, *means), layer.bias)
         self.refined.add(visit.name)
+        release_memory()
         self.done(1)
 
-    def _rounded(
-        self, matrix: torch.Tensor, second: torch.Tensor, upper: torch.Tensor, layer: TrainableLayer
+    def _corrected(
+        self, matrix: torch.Tensor, moments: Moments, visit: Visit, *, centred: bool
     ) -> torch.Tensor:
-        fmt = layer.weight_quantizer.format
+        """Return some columns of the matrix, corrected and rounded; the moments are used up."""
+        layer, config = visit.layer, self.config
+        residual = moments.residual(matrix, centred=centred) if config.match_inputs else None
+        upper, damping = _damped_factor(moments, config.damping, centred=centred)
+        if damping > config.damping:
+            self.damped[visit.name] = max(damping, self.damped.get(visit.name, 0))
+        if residual is not None:
+            matrix = matched_matrix(matrix, residual, upper)
         scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
-        return ROUNDINGS[self.config.rounding](matrix, second, fmt, scale, upper=upper)
+        return ROUNDINGS[config.rounding](matrix, layer.weight_quantizer.format, scale, upper=upper)
+
+
+def _targets(visit: Visit, *, centred: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the quantized inputs of a layer, and what its matrix should make of them.
+
+    The low-rank branch reads the input before rounding. The matrix must give the rest of the
+    output, and so corrects the errors of the branch too. A bias that stays is not its task.
+    """
+    layer = visit.layer
+    for inputs, outputs in visit.parts():
+        _check_finite(visit.name, inputs, outputs)
+        wanted = -layer.add_branch(inputs, -outputs)
+        if layer.bias is not None and not centred:
+            axis = layer.kind.channel_axis(wanted)
+            wanted = wanted - layer.bias.view(-1, *(1,) * (wanted.dim() - 1 - axis))
+        yield layer.quantize_input(inputs).float(), wanted.float()
+
+
+def _column_parts(matrix: torch.Tensor) -> list[slice]:
+    """Return the columns of a matrix in parts whose second moments fit the memory."""
+    columns = matrix.shape[-1]
+    size = -(-columns // -(-columns // MOST_COLUMNS))
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+def _without_others(matrix: torch.Tensor, columns: slice) -> Column | None:
+    """Return a function that leaves some columns, and what they have to give besides the others."""
+    before, after = matrix[..., : columns.start], matrix[..., columns.stop :]
+    if not before.shape[-1] + after.shape[-1]:
+        return None
+
+    def select(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        others = before @ x[:, : columns.start] + after @ x[:, columns.stop :]
+        return x[:, columns], y - others
+
+    return select
 
 
 def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
@@ -93,28 +150,31 @@ def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 
 
 def _damped_factor(
-    second: torch.Tensor, damping: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return damped second moments, their upper factor, and the damping.
+    moments: Moments, damping: float, *, centred: bool
+) -> tuple[torch.Tensor, float]:
+    """Return the upper factor of the damped second moments, and the damping.
 
     Where features depend on each other, rounding errors need a larger damping than the given one.
+    The moments are used up, since those of a wide layer fill much of the memory.
     """
+    flipped = moments.take_second(centred=centred).flip(-2, -1)
+    diagonal = flipped.diagonal(dim1=-2, dim2=-1).clone()
     while True:
-        moments = damped(second, damping)
+        damp_(flipped, diagonal, damping)
         try:
-            return moments, upper_factor(moments), damping
+            return factor_of_flipped(flipped), damping
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if damping > MOST_DAMPING:
                 raise
             damping *= 10
 
 
-def _check_finite(visit: Visit) -> None:
+def _check_finite(name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
     """Raise InputError unless the inputs and outputs of a layer are finite."""
-    for what, x in (("input", visit.inputs), ("output", visit.outputs)):
+    for what, x in (("input", inputs), ("output", outputs)):
         if not x.isfinite().all():
             raise InputError(
-                f"the {what} of layer {visit.name!r} is not finite: check that the pipeline "
+                f"the {what} of layer {name!r} is not finite: check that the pipeline "
                 "generates correct images in this dtype"
             )
 
@@ -124,6 +184,7 @@ def refine(
     config: RefinementConfig | None = None,
     *,
     trajectories: Trajectories,
+    offload: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> list[str]:
     """Round the weights of a quantized denoiser again and correct them, in place, without training.
@@ -138,6 +199,8 @@ def refine(
         config: What is corrected and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser. Samples are drawn evenly from all
             timesteps.
+        offload: A folder on a disk for samples that wait between layers and for full-precision
+            weights that are not needed again; None keeps both in memory.
         progress: Called after each layer.
 
     Returns:
@@ -156,8 +219,6 @@ def refine(
     check_type("trajectories", trajectories, Trajectories)
     layers = untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
-    if not isinstance(trajectories, WholeForwards) and halves_are_mixed(denoiser, trajectories):
-        trajectories = as_whole(trajectories)
     if config.branch_rank:
         add_branches(denoiser, config.branch_rank)
     if config.split_inputs:
@@ -167,7 +228,8 @@ def refine(
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
     refiner = _Refiner(config, biased, len(layers), progress)
-    visit_layers(denoiser, trajectories, step, row, refiner)
+    pages = None if offload is None else PageFolder(offload)
+    visit_layers(denoiser, trajectories, step, row, refiner, pages=pages)
     idle = [name for name in layers if name not in refiner.refined]
     if idle:
         refiner.done(len(idle))
@@ -204,7 +266,4 @@ def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementC
         return set()
     if config.correct_bias == "all":
         return set(untrained_layers(denoiser))
-    visited: list[str] = []
-    first = torch.zeros(1, dtype=torch.int64)
-    visit_layers(denoiser, trajectories, first, first, lambda visit: visited.append(visit.name))
-    return set(visited[-1:])
+    return set(dependent_layers(denoiser, trajectories)[-1:])

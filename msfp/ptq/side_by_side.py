@@ -1,74 +1,44 @@
-"""One forward pass of a denoiser, in full precision and quantized side by side.
+"""A denoiser's recorded samples in full precision and quantized, side by side.
 
-The batch contains each sample twice. Each layer computes the first half in full precision, and the
-second half quantized. At each layer, both its full-precision outputs and its inputs from quantized
-predecessors are therefore available. A visitor may change the layer before its quantized half is
-computed. One forward pass thus corrects all layers in the order in which they run, each with inputs
-from corrected predecessors. Between quantized layers a denoiser processes samples independently, so
-the halves do not mix.
+Samples run in forwards of a fixed size, in full precision and quantized. At each layer, both its
+full-precision outputs and its inputs from quantized predecessors are therefore available. A visitor
+may change the layer before its quantized runs. One pass thus corrects all layers in the order in
+which they run, each with inputs from corrected predecessors.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from msfp.layers.trainable import TrainableLayer, untrained_layers
+from msfp.layers.trainable import TrainableLayer, full_precision, untrained_layers
 from msfp.pipelines.trajectories import Trajectories, WholeForwards
-from msfp.ptq.lockstep import one_batch, run_in_lockstep
+from msfp.ptq.lockstep import Visitor, run_in_lockstep
 from msfp.support.hooks import hooked
+from msfp.support.paging import PageFolder
+from msfp.support.trees import mapped
+
+TOGETHER = 2**16
+"""Numbers of the samples that run in one forward, if a sample does not have more."""
 
 
-@dataclass(frozen=True)
-class Visit:
-    """A layer after its full-precision half and before its quantized half.
+def forwards_of(trajectories: Trajectories, step: torch.Tensor) -> list[slice]:
+    """Return which of some chosen samples run in one forward.
 
-    Attributes:
-        name: Dotted name of the layer in the denoiser.
-        layer: The trainable layer; its weight and bias are still those of full precision.
-        inputs: Its inputs from quantized predecessors, before its input quantizer.
-        outputs: Its full-precision outputs, bias and low-rank branch included.
+    It depends on nothing but the samples, so that results do not either.
+
+    Args:
+        trajectories: The recorded samples.
+        step: Indices of sampler steps, one for each chosen sample.
     """
-
-    name: str
-    layer: TrainableLayer
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-
-
-Visitor = Callable[[Visit], None]
-
-
-class _Halves:
-    """A layer that is applied to both halves of a batch, and may be changed in between.
-
-    A layer may run more than once, such as the first time embedding of DiT. It is visited only
-    once. The full-precision half always uses its original weight and bias.
-    """
-
-    def __init__(self, name: str, layer: TrainableLayer, visitor: Visitor, batch: int) -> None:
-        self.name, self.layer, self.visitor, self.batch = name, layer, visitor, batch
-        self.weight, self.bias = layer.weight, layer.bias
-        self.visited = False
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
-        """Compute both halves; this replaces the forward method of the layer."""
-        layer, x = self.layer, input
-        if len(x) % (2 * self.batch):  # not of the samples: learned queries, or one row for all
-            return type(layer).forward(layer, x)
-        full, quantized = x.chunk(2)
-        outputs = layer.add_branch(full, layer.compute(full, self.weight, self.bias))
-        # As outputs of the quantized half lie in memory, so that later sums have the same order.
-        outputs = layer.kind.channels_last(outputs)
-        if not self.visited:
-            self.visited = True
-            self.visitor(Visit(self.name, layer, quantized, outputs))
-        return torch.cat([outputs, type(layer).forward(layer, quantized)])
+    numbers = trajectories.samples[0, 0].numel()
+    whole = isinstance(trajectories, WholeForwards)
+    size = 1 if whole else max(1, TOGETHER // max(1, numbers))
+    return [slice(start, start + size) for start in range(0, len(step), size)]
 
 
 @torch.no_grad()
@@ -78,16 +48,20 @@ def visit_layers(
     step: torch.Tensor,
     row: torch.Tensor,
     visitor: Visitor,
+    *,
+    pages: PageFolder | None = None,
 ) -> torch.Tensor:
-    """Run recorded samples through a denoiser in full precision and quantized, in one forward pass.
+    """Run recorded samples through a denoiser in full precision and quantized, layer by layer.
 
     Args:
         denoiser: Quantized by `quantize`, trainable and without LoRAs.
         trajectories: Recorded from the full-precision denoiser.
         step: Indices of sampler steps, shape (batch,).
         row: Indices of rows, shape (batch,).
-        visitor: Called at each layer, the first time that the layer runs. Its changes to the layer
-            affect only the quantized half.
+        visitor: Called at each layer whose input depends on the samples, the first time that it
+            runs. Its changes to the layer affect only the quantized runs.
+        pages: Where the numbers of waiting forwards go, and full-precision weights after the visit;
+            None keeps them in memory.
 
     Returns:
         The full-precision predictions, followed by those of the quantized denoiser.
@@ -96,83 +70,69 @@ def visit_layers(
         InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
-    if isinstance(trajectories, WholeForwards):
-        return _visit_whole(denoiser, layers, trajectories, step, row, visitor)
-    for name, layer in layers.items():
-        # Set on the instance, where nn.Module looks first. The class keeps its own method.
-        layer.forward = _Halves(name, layer, visitor, len(step)).forward  # type: ignore[method-assign]
-    try:
-        return trajectories.predict(denoiser, step.repeat(2), row.repeat(2))
-    finally:
-        for layer in layers.values():
-            del layer.forward
+    dependent = dependent_layers(denoiser, trajectories)
 
+    def forward(part: slice) -> torch.Tensor:
+        return trajectories.predict(denoiser, step[part], row[part])
 
-MIXED = 0.05
-"""Relative error of full-precision predictions from which on the halves must have been mixed."""
+    forwards = [functools.partial(forward, part) for part in forwards_of(trajectories, step)]
+    visited = {name: layers[name] for name in dependent}
+    full, quantized = run_in_lockstep(denoiser, visited, forwards, visitor, pages)
+    return torch.cat(full + quantized)
 
 
 @torch.no_grad()
-def halves_are_mixed(denoiser: nn.Module, trajectories: Trajectories) -> bool:
-    """Return whether layers of a denoiser cannot be visited with both halves in one batch.
+def dependent_layers(denoiser: nn.Module, trajectories: Trajectories) -> list[str]:
+    """Return the quantized layers whose input depends on the samples, in the order of their runs.
 
-    A network may have its samples on another axis inside than on the first one. The halves are then
-    mixed, which changes the full-precision predictions, or layers that depend on the sample are not
-    visited. Two forwards of one sample each are tried.
+    The first recorded sample runs alone, and so does the last one with noise in all arguments. A
+    layer that reads the same numbers in both forwards, such as learned queries, has nothing to be
+    refined by.
     """
-    layers, visited = untrained_layers(denoiser), set()
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    last = torch.tensor([n - 1 for n in trajectories.samples.shape[:2]])
+    layers = untrained_layers(denoiser)
+    first = torch.zeros(1, dtype=torch.int64)
+    last = torch.tensor([[n - 1] for n in trajectories.samples.shape[:2]])
+    with full_precision(denoiser):
+        one = _inputs(denoiser, layers, trajectories, first, first)
+        with hooked([denoiser.register_forward_pre_hook(_add_noise, with_kwargs=True)]):
+            other = _inputs(denoiser, layers, trajectories, *last)
+    return [name for name in one | other if one.get(name) != other.get(name)]
+
+
+def _add_noise(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add noise to all arguments that are floating-point tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            return x
+        return x + torch.randn(x.shape, generator=generator).to(x)
+
+    return mapped(args, noisy), mapped(kwargs, noisy)
+
+
+def _inputs(
+    denoiser: nn.Module,
+    layers: dict[str, TrainableLayer],
+    trajectories: Trajectories,
+    step: torch.Tensor,
+    row: torch.Tensor,
+) -> dict[str, list[Any]]:
+    """Return what identifies the inputs of each layer in a forward, in the order of runs."""
+    found: dict[str, list[Any]] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name].append((args[0] if args else kwargs["input"]).detach())
+            x: torch.Tensor = args[0] if args else kwargs["input"]
+            sums = (x.sum(dtype=torch.float64), x.abs().sum(dtype=torch.float64))
+            found.setdefault(name, []).append((tuple(x.shape), *(each.item() for each in sums)))
 
         return hook
 
-    for step, row in (torch.zeros(2, dtype=torch.int64)[:, None], last[:, None]):
-        hooks = [
-            layer.register_forward_pre_hook(note(name), with_kwargs=True)
-            for name, layer in layers.items()
-        ]
-        with hooked(hooks):
-            found = visit_layers(
-                denoiser, trajectories, step, row, lambda visit: visited.add(visit.name)
-            )
-        wanted = trajectories.predictions[step, row].float()
-        error = (found[:1].float() - wanted).square().sum()
-        if not error <= MIXED**2 * wanted.square().sum():
-            return True
-    return any(_differ(inputs[name]) for name in layers if name not in visited)
-
-
-def _differ(inputs: list[torch.Tensor]) -> bool:
-    """Return whether the inputs of a layer in the second half of its runs are others."""
-    half = len(inputs) // 2
-    pairs = zip(inputs[:half], inputs[half:], strict=False)
-    return any(one.shape != other.shape or not torch.equal(one, other) for one, other in pairs)
-
-
-def _visit_whole(
-    denoiser: nn.Module,
-    layers: dict[str, TrainableLayer],
-    trajectories: WholeForwards,
-    step: torch.Tensor,
-    row: torch.Tensor,
-    visitor: Visitor,
-) -> torch.Tensor:
-    """Visit the layers with forwards that run one by one, as `visit_layers` does with one batch."""
-
-    def forward(index: int) -> torch.Tensor:
-        return trajectories.predict(denoiser, step[index, None], row[index, None])
-
-    def visit(
-        name: str, layer: TrainableLayer, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
-    ) -> None:
-        batch = one_batch(layer, inputs, outputs)
-        if batch is not None:
-            visitor(Visit(name, layer, *batch))
-
-    forwards = [functools.partial(forward, index) for index in range(len(step))]
-    full, quantized = run_in_lockstep(layers, forwards, visit)
-    return torch.cat(full + quantized)
+    hooks = (
+        layer.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, layer in layers.items()
+    )
+    with hooked(hooks):
+        trajectories.predict(denoiser, step, row)
+    return found

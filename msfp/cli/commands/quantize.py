@@ -33,6 +33,10 @@ def add(commands: Any) -> None:
         help="a .safetensors file for the calibration, or one for each of several denoisers; if it "
         "exists, calibration resumes from it",
     )  # fmt: skip
+    quantize.add_argument(
+        "--offload", type=Path, metavar="FOLDER",
+        help="a folder on a disk for samples and weights that need not be in memory",
+    )  # fmt: skip
     options.add_report(quantize)
     quantize.add_argument(
         "--components", nargs="+", metavar="NAME",
@@ -153,8 +157,9 @@ def _quantized(
     for name, part in parts.items():
         calibration, trajectories = seen.pop(name)
         found = quantize(
-            part, config, calibration=calibration, trajectories=trajectories, progress=told[name]
-        )
+            part, config, calibration=calibration, trajectories=trajectories,
+            offload=arguments.offload, progress=told[name],
+        )  # fmt: skip
         layers += [replace(each, name=named(name, each.name, names)) for each in found]
         if calibration is not None:
             inputs |= {named(name, key, names): each for key, each in calibration.inputs.items()}

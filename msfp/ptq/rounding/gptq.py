@@ -26,10 +26,22 @@ def damped(second: torch.Tensor, damping: float) -> torch.Tensor:
         second: Shape (groups, columns, columns).
         damping: The fraction. If the mean is 0, the diagonal becomes 1.
     """
-    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    second = second.clone()
+    damp_(second, second.diagonal(dim1=-2, dim2=-1).clone(), damping)
+    return second
+
+
+def damp_(second: torch.Tensor, diagonal: torch.Tensor, damping: float) -> None:
+    """Set the diagonal of second moments in place, as `damped` does.
+
+    Args:
+        second: Shape (groups, columns, columns).
+        diagonal: Its diagonal before, shape (groups, columns).
+        damping: As for `damped`.
+    """
     mean = diagonal.mean(dim=-1, keepdim=True)
     added = torch.where(mean > 0, damping * mean, 1.0)
-    return second + torch.diag_embed(added.expand_as(diagonal))
+    second.diagonal(dim1=-2, dim2=-1).copy_(diagonal + added)
 
 
 def upper_factor(second: torch.Tensor) -> torch.Tensor:
@@ -46,7 +58,12 @@ def upper_factor(second: torch.Tensor) -> torch.Tensor:
         tensor([[2., 1.],
                 [0., 2.]])
     """
-    factor: torch.Tensor = torch.linalg.cholesky(second.flip(-2, -1)).flip(-2, -1)
+    return factor_of_flipped(second.flip(-2, -1))
+
+
+def factor_of_flipped(flipped: torch.Tensor) -> torch.Tensor:
+    """Return the `upper_factor` of moments, given with rows and columns in reverse order."""
+    factor: torch.Tensor = torch.linalg.cholesky(flipped).flip(-2, -1)
     return factor
 
 
@@ -94,29 +111,20 @@ class _Columns:
 
 
 def gptq(
-    matrix: torch.Tensor,
-    second: torch.Tensor,
-    fmt: FloatFormat,
-    scale: torch.Tensor,
-    *,
-    upper: torch.Tensor | None = None,
+    matrix: torch.Tensor, fmt: FloatFormat, scale: torch.Tensor, *, upper: torch.Tensor
 ) -> torch.Tensor:
     """Round a matrix to the values of a format times a scale, with a small error of its output.
 
     Args:
         matrix: The wanted weights, shape (groups, rows, columns).
-        second: Second moments of the columns that it multiplies, shape (groups, columns, columns).
-            They are of dequantized values, which include the zero point, and positive definite
-            (see `damped`).
         fmt: Any format.
         scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
-        upper: The `upper_factor` of the moments, if it is known already.
+        upper: The `upper_factor` of the second moments of the columns that it multiplies, shape
+            (groups, columns, columns). They are of dequantized values, which include the zero
+            point, and positive definite (see `damped`).
 
     Returns:
         The rounded matrix, shape and dtype of `matrix`.
-
-    Raises:
-        torch.linalg.LinAlgError: If the moments are not positive definite.
 
     Example:
         If both columns multiply the same input, the second weight compensates the error of the
@@ -124,10 +132,9 @@ def gptq(
 
         >>> from fpformats import E2M1
         >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), damped(torch.ones(1, 2, 2), 0.001)
-        >>> gptq(matrix, second, E2M1, torch.tensor(1.0))
+        >>> gptq(matrix, E2M1, torch.tensor(1.0), upper=upper_factor(second))
         tensor([[[1.0000, 1.5000]]])
     """
-    upper = upper_factor(second) if upper is None else upper
     columns = _Columns(matrix, fmt, scale)
     columns.feed_forward(upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
     return columns.rounded.mT.contiguous()

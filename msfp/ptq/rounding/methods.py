@@ -20,7 +20,6 @@ class RoundMatrix(Protocol):
     def __call__(
         self,
         matrix: torch.Tensor,
-        second: torch.Tensor,
         fmt: FloatFormat,
         scale: torch.Tensor,
         *,
@@ -30,24 +29,22 @@ class RoundMatrix(Protocol):
 
         Args:
             matrix: The wanted weights, shape (groups, rows, columns).
-            second: Damped second moments of the columns that it multiplies, shape (groups,
-                columns, columns).
             fmt: Any format.
             scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
-            upper: The `upper_factor` of the moments.
+            upper: The `upper_factor` of the damped second moments of the columns that it
+                multiplies, shape (groups, columns, columns).
         """
 
 
 def nearest(
     matrix: torch.Tensor,
-    second: torch.Tensor,
     fmt: FloatFormat,
     scale: torch.Tensor,
     *,
     upper: torch.Tensor,
 ) -> torch.Tensor:
     """Round each weight to the nearest value, without using the moments."""
-    del second, upper
+    del upper
     rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
     return rounded
 

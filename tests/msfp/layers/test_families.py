@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fpformats import E2M1, parse
+from fpformats import E2M1, Histogram, parse
 from msfp import InputError, QuantizationConfig, quantize
 from msfp.layers.block import BlockLayer
 from msfp.layers.fake_quantizer import Quantizer
@@ -51,9 +51,9 @@ LOOK_UPS = {
     "quantize_layer": lambda: quantize_layer("a", TRANSPOSED, SETTINGS, None),
     "quantize_layer in blocks": lambda: quantize_layer("a", TRANSPOSED, IN_BLOCKS, None),
     "pack_layer": lambda: pack_layer("a", TRANSPOSED, TRANSPOSED.weight, SETTINGS),
-    "split_quantizer": lambda: split_quantizer(TRANSPOSED, torch.ones(1, 2, 1, 1), [1, 1], [E2M1]),
+    "split_quantizer": lambda: split_quantizer(TRANSPOSED, {0: Histogram()}, [E2M1]),
     "layer_moments": lambda: layer_moments(
-        TRANSPOSED, torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1)
+        TRANSPOSED, [(torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1))], 1
     ),
 }
 

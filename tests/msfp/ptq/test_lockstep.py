@@ -10,10 +10,9 @@ from msfp import QuantizationConfig, quantize, record_trajectories
 from msfp.config import RefinementConfig
 from msfp.evaluation.prediction_errors import noise_errors
 from msfp.layers.trainable import trainable_layers
-from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import WholeForwards, as_vector
 from msfp.ptq.refinement import refine
-from msfp.ptq.side_by_side import halves_are_mixed, visit_layers
+from msfp.ptq.side_by_side import visit_layers
 
 
 def whole(paths, denoiser):
@@ -42,14 +41,16 @@ def test_layers_are_visited_with_the_same_numbers_as_in_one_batch():
     visits, results = [], []
     for path in (paths, alone):
         visits.append([])
-        found = visit_layers(denoiser, path, step, row, visits[-1].append)
-        results.append(found.flatten(1))
+
+        def look(visit):
+            x, y = (torch.cat(each) for each in zip(*visit.parts(), strict=True))
+            visits[-1].append((visit.name, x, y))
+
+        results.append(visit_layers(denoiser, path, step, row, look).flatten(1))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
-    assert [visit.name for visit in visits[0]] == [visit.name for visit in visits[1]]
-    for one, other in zip(*visits, strict=True):
-        torch.testing.assert_close(
-            one.outputs.flatten(), other.outputs.flatten(), rtol=1e-3, atol=1e-3
-        )
+    assert [name for name, *_ in visits[0]] == [name for name, *_ in visits[1]]
+    for (_, _, one), (_, _, other) in zip(*visits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert not any("forward" in vars(layer) for layer in trainable_layers(denoiser).values())
 
 
@@ -124,16 +125,7 @@ def test_layers_with_samples_on_another_axis_are_refined_all_the_same(tokens):
     for refinement in (None, RefinementConfig(branch_rank=2)):
         network = SequenceFirst()
         quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
-        assert halves_are_mixed(network, paths)
         if refinement is not None:
             assert refine(network, refinement, trajectories=paths) == ["inner", "out"]
         errors.append(statistics.mean(noise_errors(network, trajectories=paths)))
     assert errors[1] < 0.8 * errors[0]
-
-
-@pytest.mark.parametrize("family", ["unet", "dit"])
-def test_the_halves_of_usual_denoisers_are_not_mixed(family, tmp_path):
-    pipe = families.pipeline(family, tmp_path)
-    paths = record_trajectories(pipe, calls=families.images)
-    quantize(pipe, QuantizationConfig(refine=None), calibration=families.images)
-    assert not halves_are_mixed(denoiser_of(pipe), paths)

@@ -51,9 +51,9 @@ def test_a_layer_is_its_matrix_times_its_columns(name):
 def test_moments_are_those_of_the_columns_however_they_are_chunked(name, monkeypatch):
     layer, x = LAYERS[name].double(), inputs_of(name)
     y = layer(x)
-    whole = layer_moments(layer, x, y)
+    whole = layer_moments(layer, [(x, y)], len(x))
     monkeypatch.setattr("msfp.ptq.moments.MAX_CHUNK", 1)
-    parts = layer_moments(layer, x, y)
+    parts = layer_moments(layer, zip(x.split(2), y.split(2), strict=True), len(x))
     columns, rows = kind_of(layer).columns(layer, x), kind_of(layer).rows(layer, y)
     for group, (a, b) in enumerate(zip(columns, rows, strict=True)):
         joint = torch.cov(torch.cat([a, b]), correction=0)
@@ -74,18 +74,38 @@ def test_a_draw_of_positions_is_seeded_and_estimates_the_whole():
     x = torch.randn(16, 4, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = layer(x)
     draws = [
-        layer_moments(layer, x, y, most=4000, generator=torch.Generator().manual_seed(2))
+        layer_moments(
+            layer, [(x, y)], len(x), most=4000, generator=torch.Generator().manual_seed(2)
+        )
         for _ in range(2)
     ]
     assert draws[0].positions == 4000
     assert torch.equal(draws[0].second(centred=True), draws[1].second(centred=True))
-    whole = layer_moments(layer, x, y).second(centred=True)
+    whole = layer_moments(layer, [(x, y)], len(x)).second(centred=True)
     assert (draws[0].second(centred=True) - whole).norm() < 0.2 * whole.norm()
+
+
+@torch.no_grad()
+def test_what_is_selected_is_added():
+    layer = nn.Linear(4, 3)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    y = layer(x)
+    moments = layer_moments(layer, [(x, y)], 5, select=lambda a, b: (a[:, 1:], 2 * b))
+    alone = Moments(1, 3, 3)
+    alone.add(x.mT[None, 1:], 2 * y.mT[None])
+    assert torch.equal(moments.second(centred=True), alone.second(centred=True))
+    assert torch.equal(moments.cross(centred=False), alone.cross(centred=False))
+
+
+def test_taken_moments_are_those_that_were_there():
+    moments = moments_of(random(2, 6, 50), random(2, 4, 50, seed=1))
+    expected = moments.second(centred=True)
+    assert torch.equal(moments.take_second(centred=True), expected)
 
 
 def test_fewer_positions_than_asked_for_are_all_used():
     layer = nn.Linear(2, 3)
-    moments = layer_moments(layer, torch.ones(5, 2), torch.ones(5, 3), most=100)
+    moments = layer_moments(layer, [(torch.ones(5, 2), torch.ones(5, 3))], 5, most=100)
     assert moments.positions == 5
     assert isinstance(moments, Moments)
 
@@ -102,7 +122,7 @@ def moments_of(x, y):
 
 def matched(matrix, moments, damping, centred):
     upper = upper_factor(damped(moments.second(centred=centred), damping))
-    return matched_matrix(matrix, moments, upper, centred=centred)
+    return matched_matrix(matrix, moments.residual(matrix, centred=centred), upper)
 
 
 @pytest.fixture
@@ -118,7 +138,7 @@ def test_without_damping_it_is_least_squares_with_an_intercept(example):
     _, read, matrix, wanted = example
     moments = moments_of(read, wanted)
     found = matched(matrix, moments, damping=0, centred=True)
-    bias = matched_bias(found, moments).view(2, 4)
+    bias = matched_bias(found, moments.input_mean, moments.output_mean).view(2, 4)
     for group in range(2):
         columns = torch.cat([read[group], torch.ones(1, 500, dtype=torch.float64)])
         solution = torch.linalg.lstsq(columns.T, wanted[group].T).solution.T
@@ -143,13 +163,15 @@ def test_inputs_without_error_leave_the_matrix_and_the_bias_alone(example, dampi
     moments = moments_of(full, wanted)
     found = matched(matrix, moments, damping=damping, centred=True)
     torch.testing.assert_close(found, matrix)
-    torch.testing.assert_close(matched_bias(found, moments), torch.full((8,), 0.7).double())
+    bias = matched_bias(found, moments.input_mean, moments.output_mean)
+    torch.testing.assert_close(bias, torch.full((8,), 0.7).double())
 
 
 def test_the_mean_output_is_the_wanted_one_for_any_matrix(example):
     _, read, _, wanted = example
     rounded = random(2, 4, 6, seed=9)
-    bias = matched_bias(rounded, moments_of(read, wanted)).view(2, 4, 1)
+    moments = moments_of(read, wanted)
+    bias = matched_bias(rounded, moments.input_mean, moments.output_mean).view(2, 4, 1)
     torch.testing.assert_close((rounded @ read + bias).mean(-1), wanted.mean(-1))
 
 

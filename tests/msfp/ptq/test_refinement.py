@@ -23,11 +23,12 @@ from msfp.layers.base import quantized_layers
 from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
-from msfp.ptq.refinement import refine
+from msfp.ptq.refinement import _column_parts, refine
 from msfp.ptq.rounding.methods import ROUNDINGS
 from msfp.ptq.side_by_side import visit_layers
 
 CALIBRATING = ("calibrating", 1, 1)
+PURE = {"split_inputs": False, "branch_rank": 0}
 SMALL = {"samples": 16, "positions": 2048, "split_inputs": False, "branch_rank": 0}
 
 
@@ -101,7 +102,7 @@ def test_each_step_lowers_the_noise_error(quantized, trajectories):
     ):
         pipe, _ = quantized(include=["down_blocks"], first_layers=[], last_layers=[])
         if config is not None:
-            refine(pipe, RefinementConfig(**SMALL | config), trajectories=trajectories)
+            refine(pipe, RefinementConfig(**PURE | config), trajectories=trajectories)
         errors.append(mean_error(pipe.unet, trajectories))
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.85 * errors[1]
@@ -170,7 +171,7 @@ def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, tra
     full, inputs = {}, {}
 
     def note(visit):
-        full[visit.name], inputs[visit.name] = visit.outputs, visit.inputs
+        ((inputs[visit.name], full[visit.name]),) = visit.parts()
 
     generator = torch.Generator().manual_seed(config.seed)
     step, row = spread_batch(*trajectories.samples.shape[:2], config.samples, generator)
@@ -335,11 +336,100 @@ def test_as_many_samples_are_used_as_their_size_allows(shape, most, tiny, monkey
     rows = torch.zeros(1).expand(2, 200, *shape)
     given = Trajectories(torch.tensor([9, 1]), rows, rows)
     used = []
-    monkeypatch.setattr("msfp.ptq.refinement.halves_are_mixed", lambda *_: False)
     monkeypatch.setattr(
-        "msfp.ptq.refinement.visit_layers", lambda *words: used.append(len(words[2]))
+        "msfp.ptq.refinement.visit_layers", lambda *words, **_: used.append(len(words[2]))
     )
     config = RefinementConfig(branch_rank=0, split_inputs=False)
     refine(tiny(), config, trajectories=given)
     refine(tiny(), replace(config, samples=5), trajectories=given)
     assert used == [most, 5]
+
+
+class Shifted(nn.Module):
+    """Two layers, the second of which adds much."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out = nn.Linear(6, 32), nn.Linear(32, 6)
+        with torch.no_grad():
+            self.out.bias += 5
+
+    def forward(self, x):
+        return self.out(self.inner(x).relu())
+
+
+def shifted_call(network):
+    return network(torch.randn(64, 8, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def refined_shifted(**refine):
+    network, paths = Shifted(), record_trajectories(Shifted(), calls=shifted_call)
+    config = QuantizationConfig(end_bits=4, refine=RefinementConfig(branch_rank=0, **refine))
+    quantize(network, config, calibration=shifted_call, trajectories=paths)
+    return network, statistics.mean(noise_errors(network, trajectories=paths))
+
+
+def test_a_bias_that_stays_is_not_added_by_the_weights_again():
+    errors = {each: refined_shifted(correct_bias=each)[1] for each in ("all", "last", "none")}
+    assert errors["none"] < 1.1 * errors["all"]
+    assert errors["last"] < 1.1 * errors["all"]
+
+
+def test_columns_in_parts_are_refined_about_as_well_as_together(monkeypatch):
+    together, error = refined_shifted()
+    monkeypatch.setattr("msfp.ptq.refinement.MOST_COLUMNS", 12)
+    parts, error_in_parts = refined_shifted()
+    assert [part.stop for part in _column_parts(torch.zeros(1, 6, 32))] == [11, 22, 32]
+    assert not torch.equal(together.out.weight, parts.out.weight)
+    nearest = Shifted()
+    quantize(nearest, QuantizationConfig(end_bits=4, refine=None), calibration=shifted_call)
+    paths = record_trajectories(Shifted(), calls=shifted_call)
+    error_of_nearest = statistics.mean(noise_errors(nearest, trajectories=paths))
+    assert error_in_parts - error < 0.2 * (error_of_nearest - error)
+
+
+def test_offloading_changes_no_bit(tmp_path, monkeypatch, paths):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 64)
+    states = []
+    for offload in (None, tmp_path / "new"):
+        pipe = families.pipeline("unet", None)
+        config = QuantizationConfig(refine=RefinementConfig(samples=16))
+        quantize(pipe, config, calibration=families.images, trajectories=paths, offload=offload)
+        pack(pipe)
+        states.append(pipe.unet.state_dict())
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_an_error_with_offloaded_weights_leaves_the_denoiser_as_it_was(
+    tmp_path, monkeypatch, paths
+):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 64)
+    pipe = families.pipeline("unet", None)
+    before = copy.deepcopy(pipe.unet.state_dict())
+
+    def fail(stage, done, _total, _note="", /):
+        if (stage, done) == ("refining", 20):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(
+            pipe, calibration=families.images, trajectories=paths, offload=tmp_path, progress=fail
+        )
+    after = pipe.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work_starts(tmp_path, paths):
+    file = tmp_path / "file"
+    file.touch()
+    pipe = families.pipeline("unet", None)
+    for given, text in (
+        (file / "below", "offload .* must be a folder"),
+        (3, "offload must be a path"),
+    ):
+        with pytest.raises(InputError, match=text):
+            quantize(pipe, calibration=families.images, trajectories=paths, offload=given)
+    assert not quantized_layers(pipe.unet)

@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 
-from msfp import InputError, pack
+from msfp import InputError, QuantizationConfig, pack, quantize, record_trajectories
 from msfp.layers.base import quantized_layers
-from msfp.ptq.side_by_side import visit_layers
+from msfp.pipelines.trajectories import Trajectories
+from msfp.ptq.side_by_side import dependent_layers, forwards_of, visit_layers
+from msfp.support.paging import PageFolder
 
 STEP, ROW = torch.tensor([0, 1, 3]).repeat_interleave(3), torch.arange(3).repeat(3)
 
@@ -38,7 +40,7 @@ def test_every_layer_is_visited_once_in_running_order_with_its_own_inputs_and_ou
     quantized, reference, trajectories, batch
 ):
     denoiser = quantized()[0].unet
-    seen, outputs, visits = {}, {}, []
+    seen, outputs, visits = {}, {}, {}
 
     def read(name):
         return lambda _module, args: seen.setdefault(name, args[0])
@@ -55,14 +57,103 @@ def test_every_layer_is_visited_once_in_running_order_with_its_own_inputs_and_ou
         plain(*batch)
     for layer in quantized_layers(denoiser).values():
         layer._forward_pre_hooks.clear()
-    doubled(denoiser, trajectories, visits.append)
-    assert sorted(visit.name for visit in visits) == sorted(quantized_layers(denoiser))
-    assert visits[0].name == "time_embedding.linear_1"
-    assert visits[-1].name == "conv_out"
-    for visit in visits:
-        inputs = seen[visit.name]
-        assert (visit.inputs - inputs).square().mean() < 0.01 * inputs.square().mean()
-        torch.testing.assert_close(visit.outputs, outputs[visit.name], rtol=1e-3, atol=1e-3)
+    doubled(denoiser, trajectories, lambda visit: visits.setdefault(visit.name, [*visit.parts()]))
+    assert sorted(visits) == sorted(quantized_layers(denoiser))
+    assert next(iter(visits)) == "time_embedding.linear_1"
+    assert next(reversed(visits)) == "conv_out"
+    for name, ((x, y),) in visits.items():
+        inputs = seen[name]
+        assert (x - inputs).square().mean() < 0.01 * inputs.square().mean()
+        torch.testing.assert_close(y, outputs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_samples_run_together_as_far_as_they_are_small():
+    for shape, size in (
+        ((1, 16, 16), 256),
+        ((3, 32, 32), 21),
+        ((4, 64, 64), 4),
+        ((16, 128, 128), 1),
+    ):
+        samples = torch.zeros(1).expand(2, 200, *shape)
+        parts = forwards_of(Trajectories(torch.zeros(2), samples, samples), torch.zeros(300))
+        assert [part.stop - part.start for part in parts] == [size] * len(parts)
+        assert parts[0].start == 0
+        assert parts[-1].start < 300 <= parts[-1].stop
+
+
+@pytest.fixture
+def few_together(monkeypatch):
+    monkeypatch.setattr("msfp.ptq.side_by_side.TOGETHER", 2 * 256)
+
+
+@pytest.mark.usefixtures("few_together")
+def test_parts_are_those_of_one_forward(quantized, trajectories):
+    denoiser, read = quantized()[0].unet, {}
+    found = doubled(
+        denoiser, trajectories, lambda visit: read.setdefault(visit.name, [*visit.parts()])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msfp.ptq.side_by_side.TOGETHER", 2**16)
+        whole = doubled(
+            denoiser, trajectories, lambda visit: read[visit.name].append(*visit.parts())
+        )
+    for one, other in zip(found, whole, strict=True):
+        assert (one - other).square().mean() < 1e-3 * other.square().mean()
+    for *parts, (x, y) in read.values():
+        assert len(parts) == 5
+        inputs, outputs = (torch.cat(each) for each in zip(*parts, strict=True))
+        assert (inputs - x).square().mean() < 0.01 * x.square().mean()
+        torch.testing.assert_close(outputs, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("few_together")
+def test_files_change_no_bit(quantized, trajectories, tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 1)
+    results = []
+    for pages in (None, PageFolder(tmp_path)):
+        denoiser = quantized()[0].unet
+        plain = {name: layer.weight for name, layer in quantized_layers(denoiser).items()}
+        values = {name: weight.clone() for name, weight in plain.items()}
+        read = {}
+
+        def double(visit, read=read):
+            read[visit.name] = [x.clone() for part in visit.parts() for x in part]
+            visit.layer.weight = torch.nn.Parameter(2 * visit.layer.weight, requires_grad=False)
+
+        found = visit_layers(denoiser, trajectories, STEP, ROW, double, pages=pages)
+        results.append([found, *(x for parts in read.values() for x in parts)])
+        assert all(torch.equal(plain[name], value) for name, value in values.items())
+    assert all(map(torch.equal, *results))
+    assert pages.written > sum(weight.nbytes for weight in plain.values())
+    assert all(map(pages.holds, plain.values()))
+    assert not list(tmp_path.iterdir())
+
+
+class Queries(torch.nn.Module):
+    """A network that reads learned queries besides its samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.inner = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.read, self.unused = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.register_buffer("learned", torch.randn(1, 4, 6))
+
+    def forward(self, x):
+        return self.read(self.inner(x).relu() + self.queries(self.learned).sum(1, keepdim=True))
+
+
+def test_layers_that_read_the_same_in_all_samples_are_not_visited():
+    def call(network):
+        return network(torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1)))
+
+    network, paths, visits = Queries(), record_trajectories(Queries(), calls=call), []
+    with pytest.warns(UserWarning, match="unused"):
+        quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+    assert dependent_layers(network, paths) == ["inner", "read"]
+    step, row = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    visit_layers(network, paths, step, row, lambda visit: visits.append(visit.name))
+    assert visits == ["inner", "read"]
 
 
 def test_what_a_visit_changes_holds_for_the_quantized_half_alone(quantized, trajectories):

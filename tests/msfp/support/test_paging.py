@@ -1,0 +1,68 @@
+import gc
+
+import pytest
+import torch
+
+from msfp.support.paging import SMALL, PageFolder
+
+NUMBERS = SMALL // 4
+
+
+def tensors():
+    torch.manual_seed(0)
+    image = torch.randn(4, 32, 32, 16).to(memory_format=torch.channels_last)
+    return {
+        "vector": torch.randn(NUMBERS),
+        "half": torch.randn(300, 300).bfloat16(),
+        "codes": torch.randint(0, 255, (SMALL,), dtype=torch.uint8),
+        "channels last": image,
+        "parameter": torch.nn.Parameter(torch.randn(200, 200), requires_grad=False),
+    }
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_a_tensor_in_a_file_is_the_same(name, tmp_path):
+    pages, x = PageFolder(tmp_path), tensors()[name]
+    before, kind = x.clone(), type(x)
+    assert pages.put(x)
+    assert pages.holds(x)
+    for _ in range(2):
+        assert torch.equal(x, before)
+        assert (x.stride(), type(x), x.dtype) == (before.stride(), kind, before.dtype)
+        pages.drop(x)
+    x.zero_()
+    pages.drop(x)
+    assert not x.any()
+    assert pages.written == before.nbytes
+    assert not list(tmp_path.iterdir())  # a file without a name
+
+
+def test_what_is_small_or_has_other_users_stays_in_memory(tmp_path):
+    pages, small, shared = PageFolder(tmp_path), torch.ones(NUMBERS - 1), torch.ones(NUMBERS)
+    view = shared[1:]
+    assert not pages.put(small)
+    assert not pages.put(shared)
+    assert not pages.put(view)
+    view.zero_()
+    assert shared.sum() == 1
+    pages.drop(shared)  # does nothing to what is not in a file
+    assert shared.sum() == 1
+    del view
+    assert pages.put(shared)
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_one_in_a_file(tmp_path):
+    pages, x = PageFolder(tmp_path), torch.ones(NUMBERS)
+    pages.put(x)
+    x.data = torch.ones(NUMBERS)
+    assert not pages.holds(x)
+    pages.drop(x)
+    assert x.sum() == NUMBERS
+    del x
+    gc.collect()
+    assert not pages._files
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_of_other_devices_stay_there(tmp_path):
+    assert not PageFolder(tmp_path).put(torch.ones(NUMBERS, device="cuda"))
