@@ -162,6 +162,29 @@ def add_state(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_resume(command: argparse.ArgumentParser) -> None:
+    """Add the option that resumes an interrupted run."""
+    command.add_argument("--resume", action="store_true", help="resume a run that was interrupted")
+
+
+def state_folder(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the state of a run, which is beside the output.
+
+    Raises:
+        InputError: If it exists and the run does not resume, or the other way round.
+    """
+    output: Path = arguments.output.absolute()
+    folder = output.with_name(f"{output.name}.state")
+    arguments.state = folder  # named in the message of an interruption
+    if folder.exists() and not arguments.resume:
+        raise InputError(
+            f"{folder} belongs to an interrupted run: give --resume, or delete the folder"
+        )
+    if arguments.resume and not folder.is_dir():
+        raise InputError(f"there is nothing to resume: {folder} does not exist")
+    return folder
+
+
 def check_files(arguments: argparse.Namespace, **suffixes: str) -> None:
     """Check the files that a command will write, where the arguments name them.
 

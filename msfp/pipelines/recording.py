@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.pipelines.denoiser import denoiser_of, timestep_or_none
+from msfp.pipelines.forward_files import load_forwards, save_forwards
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import (
     Arguments,
@@ -86,10 +88,16 @@ class _Recorder:
         """Copy the output."""
         del args, kwargs
         args, kwargs = self._given.pop()
-        bound = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-        timesteps = timestep_or_none(module, args, kwargs)
         output = mapped(output, lambda x: x.detach().clone())
-        self.forwards.append(_Forward((args, kwargs), bound, timesteps, output))
+        self.forwards.append(_forward(module, args, kwargs, output))
+
+
+def _forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> _Forward:
+    """Return a forward call of a module."""
+    bound = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    return _Forward((args, kwargs), bound, timestep_or_none(module, args, kwargs), output)
 
 
 @contextmanager
@@ -109,6 +117,8 @@ class Recording:
 
     Args:
         calls: One or more functions that run the model, as for `record_trajectories`.
+        folder: A folder that keeps the recordings, so that calls need not be made again; or None.
+        fingerprint: Facts that must be equal for recordings in the folder to be used.
 
     Attributes:
         calls: The same functions, with recording added.
@@ -121,18 +131,39 @@ class Recording:
         (2, 8, 1, 16, 16)
     """
 
-    def __init__(self, calls: PipelineCall | Sequence[PipelineCall]) -> None:
+    def __init__(
+        self,
+        calls: PipelineCall | Sequence[PipelineCall],
+        folder: Path | None = None,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
         given = check_calls("calls", calls)
         self.calls = [self._recorded(index, call) for index, call in enumerate(given)]
         self._forwards: dict[int, list[_Forward]] = {}
+        self._folder, self._fingerprint = folder, {"calls": len(given)} | (fingerprint or {})
 
     def _recorded(self, index: int, call: PipelineCall) -> PipelineCall:
         def make(model: DiffusionPipeline | nn.Module) -> None:
             with recorded(denoiser_of(model)) as forwards, torch.no_grad():
                 call(model)
             self._forwards[index] = forwards
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                calls = [(*each.arguments, each.output) for each in forwards]
+                save_forwards(self._file(index), calls, self._fingerprint | {"call": index})
 
         return make
+
+    def _file(self, index: int) -> Path:
+        return (self._folder or Path()) / f"{index:05}.safetensors"
+
+    def _read(self, denoiser: nn.Module) -> None:
+        """Read the recordings in the folder of calls that were not made."""
+        for index in range(len(self.calls)):
+            if self._folder is None or index in self._forwards or not self._file(index).exists():
+                continue
+            calls = load_forwards(self._file(index), self._fingerprint | {"call": index})
+            self._forwards[index] = [_forward(denoiser, *call) for call in calls]
 
     def trajectories(
         self, model: DiffusionPipeline | nn.Module, progress: Progress = no_progress
@@ -141,6 +172,7 @@ class Recording:
 
         The recordings of the single calls are then released.
         """
+        self._read(denoiser_of(model))
         missing = [call for index, call in enumerate(self.calls) if index not in self._forwards]
         done = counted(progress, "recording", len(missing))
         for call in missing:

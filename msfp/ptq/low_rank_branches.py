@@ -14,13 +14,19 @@ from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer_state
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_whole
 
+BRANCHES = "branches"
+"""Stage of the state."""
+
 
 @torch.no_grad()
-def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
+def add_branches(
+    model: DiffusionPipeline | nn.Module, rank: int, state: QuantizationState | None = None
+) -> list[str]:
     """Move the largest singular values of weights into low-rank branches, in place.
 
     The remaining weight has fewer outliers, and its smaller values amplify errors of the input less
@@ -32,6 +38,7 @@ def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
             branches.
         rank: Rank of each low-rank branch. A layer gets no branch if the branch would have as many
             weights as the layer, or if the layer has 8 bits.
+        state: Keeps each branch, so that a killed run resumes; None keeps nothing.
 
     Returns:
         The names of the layers that got a low-rank branch.
@@ -50,7 +57,9 @@ def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
         rows, columns = layer.weight.flatten(1).shape
         narrow = layer.weight_quantizer.format.bits < MAX_BITS
         if narrow and rank * (rows + columns) < rows * columns:
-            _add_branch(layer, rank)
+            if not _restored(name, layer, state):
+                _add_branch(layer, rank)
+                _keep(name, layer, state)
             names.append(name)
     attach_again(denoiser)
     return names
@@ -68,6 +77,29 @@ def _add_branch(layer: TrainableLayer, rank: int) -> None:
     rest = (matrix - up.float() @ down.float()).view_as(layer.weight)
     layer.weight = nn.Parameter(rest.to(dtype), requires_grad=False)
     layer.weight_quantizer = _searched(rest, layer.weight_quantizer)
+
+
+def _restored(name: str, layer: TrainableLayer, state: QuantizationState | None) -> bool:
+    """Give a layer the branch that was kept of it, if any; return whether there was one."""
+    kept = None if state is None else state.load(BRANCHES, name)
+    if kept is None:
+        return False
+    facts, tensors = kept[0], on_device(kept[1], layer.weight)
+    down, up = tensors["down"], tensors["up"]
+    layer.branch_down, layer.branch_up = (nn.Parameter(f, requires_grad=False) for f in (down, up))
+    layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+    found = quantizer_of("quantizer", facts, tensors)
+    layer.weight_quantizer = layer.weight_quantizer if found is None else found
+    return True
+
+
+def _keep(name: str, layer: TrainableLayer, state: QuantizationState | None) -> None:
+    """Keep the branch of a layer, and the rest of its weight."""
+    if state is None or layer.branch_down is None or layer.branch_up is None:
+        return
+    facts, tensors = quantizer_state("quantizer", layer.weight_quantizer)
+    tensors |= {"down": layer.branch_down, "up": layer.branch_up, "weight": layer.weight}
+    state.save(BRANCHES, name, facts, tensors)
 
 
 def _searched(weight: torch.Tensor, old: Quantizer) -> Quantizer:

@@ -31,13 +31,19 @@ from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
 from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine
+from msfp.ptq.state import (
+    QuantizationState,
+    calibration_digest,
+    searched_layer,
+    state_of,
+    trajectories_digest,
+)
 from msfp.search.calibration import Calibration
 from msfp.search.coverage import Coverage
-from msfp.search.layer_search import quantize_layer
 from msfp.search.observers import calibrate
 from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.search.summary import LayerSummary
-from msfp.support.checks import check_path, check_type
+from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
 from msfp.support.progress import Progress, counted, no_progress, of_part
@@ -52,7 +58,8 @@ def quantize(
     *,
     calibration: Calibration | PipelineCall | Sequence[PipelineCall] | None = None,
     trajectories: Trajectories | None = None,
-    offload: str | Path | None = None,
+    state: str | Path | None = None,
+    offload: bool = False,
     progress: Progress = no_progress,
 ) -> list[LayerSummary]:
     """Quantize the denoisers of a pipeline, or a network, in place.
@@ -69,9 +76,13 @@ def quantize(
             calibrate with. Not needed if inputs are not quantized, or use block formats.
         trajectories: The result of `record_trajectories` for the same denoiser, to refine weights
             with. Not needed if `calibration` is calls: these are recorded while they run.
-        offload: A folder on a disk for what refinement need not have in memory: samples that wait,
-            and full-precision weights that are not needed again. The bits of the result are the
-            same. None keeps all in memory.
+        state: A folder that keeps what is done: recorded calls, calibration, and the layers that
+            were searched and refined. If the process is killed, the same call of this function
+            with the same model resumes from it, and gives the same bits. Calls must be the same
+            then. None keeps nothing.
+        offload: Whether refinement has in files what need not be in memory: samples that wait, and
+            full-precision weights that are not needed again. The files are in the state folder, or
+            in that for temporary files. The bits of the result are the same.
         progress: Called as each stage advances.
 
     Returns:
@@ -98,8 +109,9 @@ def quantize(
     """
     config = QuantizationConfig() if config is None else config
     check_type("config", config, QuantizationConfig)
-    if offload is not None:
-        check_folder("offload", check_path("offload", offload))
+    check_truth("offload", offload)
+    if state is not None:
+        check_folder("state", check_path("state", state))
     if trajectories is not None:
         check_type("trajectories", trajectories, Trajectories)
     if not isinstance(calibration, Calibration | None):
@@ -113,12 +125,15 @@ def quantize(
     ]
     for part in parts:  # errors are raised before anything runs
         part.check(calibration, trajectories)
+    if state is not None:
+        for name, part in zip(denoisers, parts, strict=True):
+            part.keep_in(Path(state, name) if len(denoisers) > 1 else Path(state))
     for name, part in zip(denoisers, parts, strict=True):
         part.observe(calibration, trajectories, _of_part(progress, name, denoisers))
     summaries: list[LayerSummary] = []
     try:
         for name, part in zip(denoisers, parts, strict=True):
-            found = part.quantize(_of_part(progress, name, denoisers), offload)
+            found = part.quantize(_of_part(progress, name, denoisers), offload=offload)
             summaries += [replace(each, name=named(name, each.name, denoisers)) for each in found]
     except BaseException:
         for part in parts:
@@ -147,8 +162,13 @@ class _Quantization:
         self.refinement: RefinementConfig | None = None
         self.seen: Calibration | None = None
         self.trajectories: Trajectories | None = None
+        self.state: QuantizationState | None = None
         self.swapped: dict[nn.Module, nn.Module] = {}
         self.attached = False
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep what is done in a folder."""
+        self.state = state_of(folder, self.denoiser, self.config)
 
     def check(
         self,
@@ -184,15 +204,22 @@ class _Quantization:
         if calibration is None or isinstance(calibration, Calibration):
             self.seen = calibration
         elif trajectories is None and (self.refinement or self.config.attention_bits):
-            recording = Recording(calibration)
-            self.seen = calibrate(self.model, calls=recording.calls, progress=progress)
+            folder, facts = None, {}
+            if self.state is not None:
+                folder, facts = self.state.calls, self.state.fingerprint
+            recording = Recording(calibration, folder, facts)
+            self.seen = self._calibrated(recording.calls, progress)
             self.trajectories = _recorded(self.model, recording, self.config)
         else:
-            self.seen = calibrate(self.model, calls=calibration, progress=progress)
+            self.seen = self._calibrated(calibration, progress)
         if self.trajectories is None:
             self.refinement = None
 
-    def quantize(self, progress: Progress, offload: str | Path | None) -> list[LayerSummary]:
+    def _calibrated(self, calls: Sequence[PipelineCall], progress: Progress) -> Calibration:
+        file = None if self.state is None else self.state.calibration
+        return calibrate(self.model, calls=calls, file=file, progress=progress)
+
+    def quantize(self, progress: Progress, *, offload: bool) -> list[LayerSummary]:
         """Search each layer, replace the layers, and refine; return their summaries.
 
         Args:
@@ -203,15 +230,22 @@ class _Quantization:
         counts = None if self.seen is None else self.seen.multiply_adds
         coverage = Coverage.of(self.denoiser, counts or None)
         done = counted(progress, "searching", len(settings))
+        if self.state is not None:
+            self.state = self.state.with_facts(
+                calibration=calibration_digest(self.seen),
+                trajectories=trajectories_digest(self.trajectories),
+            )
         layers, summaries = {}, []
         for name, each in settings.items():
-            layers[name], summary = quantize_layer(name, self.plain[name], each, self.seen)
+            layers[name], summary = searched_layer(
+                name, self.plain[name], each, self.seen, self.state
+            )
             summaries.append(summary)
             release_memory()
             done(1)
         self.swapped = {self.plain[name]: layer for name, layer in layers.items()}
         replace_layers(self.denoiser, self.swapped)
-        self._refine(progress, offload)
+        self._refine(progress, offload=offload)
         found = [
             summary.with_formats(layer.formats)
             for layer, summary in zip(layers.values(), summaries, strict=True)
@@ -223,7 +257,7 @@ class _Quantization:
         self.attached = True
         return found
 
-    def _refine(self, progress: Progress, offload: str | Path | None) -> None:
+    def _refine(self, progress: Progress, *, offload: bool) -> None:
         """Refine the weights and quantize the products of attention, where the config says so."""
         paths, bits = self.trajectories, self.config.attention_bits
         if paths is not None and self.refinement is not None:
@@ -231,6 +265,7 @@ class _Quantization:
                 self.denoiser,
                 self.refinement,
                 trajectories=paths,
+                state=self.state,
                 offload=offload,
                 progress=progress,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from msfp.ptq.moments import (
 from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
 from msfp.ptq.side_by_side import dependent_layers, visit_layers
+from msfp.ptq.state import QuantizationState
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
 from msfp.support.paging import PageFolder
@@ -37,6 +39,8 @@ from msfp.support.progress import Progress, counted, no_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
 """Bounds of the default number of samples in one forward pass, and the most numbers in all."""
+REFINED = "refined"
+"""Stage of the state."""
 MOST_COLUMNS = 12288
 """Columns of a matrix whose second moments are in memory at once: 600 MB."""
 MOST_DAMPING = 1e6
@@ -51,6 +55,7 @@ class _Refiner:
         biased: Names of the layers whose bias is corrected.
         layers: Number of layers to refine.
         progress: Called after each layer.
+        state: Keeps each refined layer; or None.
 
     Attributes:
         refined: Names of the layers refined so far.
@@ -58,15 +63,52 @@ class _Refiner:
     """
 
     def __init__(
-        self, config: RefinementConfig, biased: set[str], layers: int, progress: Progress
+        self,
+        config: RefinementConfig,
+        biased: set[str],
+        layers: int,
+        progress: Progress,
+        state: QuantizationState | None,
     ) -> None:
-        self.config, self.biased = config, biased
+        self.config, self.biased, self.state = config, biased, state
         self.refined: set[str] = set()
         self.damped: dict[str, float] = {}
         self.done = counted(progress, "refining", layers)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, visit: Visit) -> None:
+        if not self._restore(visit):
+            self._refine(visit)
+            self._keep(visit)
+        self.refined.add(visit.name)
+        self.done(1)
+
+    def _restore(self, visit: Visit) -> bool:
+        """Set a layer to what was kept of it, if anything; return whether it was."""
+        kept = None if self.state is None else self.state.load(REFINED, visit.name)
+        if kept is None:
+            return False
+        (facts, tensors), layer = kept, visit.layer
+        layer.weight = _parameter(tensors["weight"].to(layer.weight.device), layer.weight)
+        if "bias" in tensors and layer.bias is not None:
+            layer.bias = _parameter(tensors["bias"].to(layer.bias.device), layer.bias)
+        self.generator.set_state(tensors["generator"])
+        if facts["damping"] is not None:
+            self.damped[visit.name] = facts["damping"]
+        return True
+
+    def _keep(self, visit: Visit) -> None:
+        """Keep a refined layer."""
+        if self.state is None:
+            return
+        layer = visit.layer
+        tensors = {"weight": layer.weight.detach(), "generator": self.generator.get_state()}
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias.detach()
+        facts = {"damping": self.damped.get(visit.name)}
+        self.state.save(REFINED, visit.name, facts, tensors)
+
+    def _refine(self, visit: Visit) -> None:
         layer, config = visit.layer, self.config
         centred = visit.name in self.biased and layer.bias is not None
         matrix = as_matrix(layer, layer.weight.float())
@@ -89,9 +131,7 @@ class _Refiner:
         layer.weight = _parameter(matrix, layer.weight)
         if centred:
             layer.bias = _parameter(matched_bias(part, *means), layer.bias)
-        self.refined.add(visit.name)
         release_memory()
-        self.done(1)
 
     def _corrected(
         self, matrix: torch.Tensor, moments: Moments, visit: Visit, *, centred: bool
@@ -184,7 +224,8 @@ def refine(
     config: RefinementConfig | None = None,
     *,
     trajectories: Trajectories,
-    offload: str | Path | None = None,
+    state: QuantizationState | None = None,
+    offload: bool = False,
     progress: Progress = no_progress,
 ) -> list[str]:
     """Round the weights of a quantized denoiser again and correct them, in place, without training.
@@ -199,8 +240,9 @@ def refine(
         config: What is corrected and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser. Samples are drawn evenly from all
             timesteps.
-        offload: A folder on a disk for samples that wait between layers and for full-precision
-            weights that are not needed again; None keeps both in memory.
+        state: Keeps what is done of each layer, so that a killed run resumes; None keeps nothing.
+        offload: Whether samples that wait between layers, and full-precision weights that are not
+            needed again, are in files, in the state's folder or that for temporary files.
         progress: Called after each layer.
 
     Returns:
@@ -220,15 +262,16 @@ def refine(
     layers = untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
-        add_branches(denoiser, config.branch_rank)
+        add_branches(denoiser, config.branch_rank, state)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     steps, rows = trajectories.samples.shape[:2]
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
-    refiner = _Refiner(config, biased, len(layers), progress)
-    pages = None if offload is None else PageFolder(offload)
+    refiner = _Refiner(config, biased, len(layers), progress, state)
+    folder = Path(tempfile.gettempdir()) if state is None else state.folder
+    pages = PageFolder(folder) if offload else None
     visit_layers(denoiser, trajectories, step, row, refiner, pages=pages)
     idle = [name for name in layers if name not in refiner.refined]
     if idle:

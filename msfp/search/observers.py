@@ -232,6 +232,7 @@ def calibrate(
 def _resumed(calibration: Calibration, file: Path) -> Calibration:
     """Return the state in a file, or save and return the new calibration if there is no file."""
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(file)
         return calibration
     saved = Calibration.load(file)

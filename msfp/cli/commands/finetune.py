@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from msfp.cli import options
 from msfp.cli.config_options import add_config, config_from
 from msfp.cli.loading import NAMED, load_checkpoint, load_pipeline
-from msfp.errors import InputError
 from msfp.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def add(commands: Any) -> None:
         help=f"the full-precision pipeline folder, or {NAMED}",
     )  # fmt: skip
     finetune.add_argument("--output", type=Path, required=True, help="a new folder")
-    finetune.add_argument("--resume", action="store_true", help="resume a run that was interrupted")
+    options.add_resume(finetune)
     finetune.add_argument(
         "--compare", action="store_true",
         help="also train simpler configs, for an ablation table",
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = _checked(arguments)
     sampler = options.check_sampling(arguments)
-    folder = _state_folder(arguments)
+    folder = options.state_folder(arguments)
     _place_process(arguments)
     original = load_pipeline(arguments.original, arguments)
     quantized = load_checkpoint(arguments.checkpoint, arguments)
@@ -132,20 +131,6 @@ def _checked(arguments: argparse.Namespace) -> FinetuneConfig:
     if arguments.data is not None:
         image_files(arguments.data)
     return config
-
-
-def _state_folder(arguments: argparse.Namespace) -> Path:
-    """Return the folder of the training state, which is beside the output."""
-    output: Path = arguments.output.absolute()
-    folder = output.with_name(f"{output.name}.state")
-    arguments.state = folder  # named in the message of an interruption
-    if folder.exists() and not arguments.resume:
-        raise InputError(
-            f"{folder} belongs to an interrupted run: give --resume, or delete the folder"
-        )
-    if arguments.resume and not folder.is_dir():
-        raise InputError(f"there is nothing to resume: {folder} does not exist")
-    return folder
 
 
 def _record(

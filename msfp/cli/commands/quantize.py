@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +36,10 @@ def add(commands: Any) -> None:
         "exists, calibration resumes from it",
     )  # fmt: skip
     quantize.add_argument(
-        "--offload", type=Path, metavar="FOLDER",
-        help="a folder on a disk for samples and weights that need not be in memory",
+        "--offload", action="store_true",
+        help="have in files what need not be in memory during refinement",
     )  # fmt: skip
+    options.add_resume(quantize)
     options.add_report(quantize)
     quantize.add_argument(
         "--components", nargs="+", metavar="NAME",
@@ -62,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_calibration(arguments.calibration)
     config = config_from(arguments, QuantizationConfig)
     sampler = options.check_sampling(arguments)
+    options.state_folder(arguments)
     pipe = load_pipeline(arguments.model, arguments)
     if arguments.components is not None:
         pipe = select_denoisers(pipe, arguments.components)
@@ -72,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         layers, inputs = _quantized(pipe, config, sampler, arguments, progress)
     pack(pipe)
     save(pipe, arguments.output)
+    shutil.rmtree(arguments.state, ignore_errors=True)
     unsigned = sum(layer.unsigned for layer in layers)
     print(f"{len(layers)} layers quantized, {unsigned} with unsigned inputs: {arguments.output}")
     coverage = inspect_coverage(pipe)
@@ -149,7 +154,9 @@ def _quantized(
     parts = {name: select_denoisers(pipe, name) for name in names}
     told = {name: of_part(progress, name) if len(names) > 1 else progress for name in names}
     seen = {
-        name: _observed(part, config, sampler, arguments, told[name])
+        name: _observed(
+            part, config, sampler, arguments, told[name], _folder(arguments, name, names)
+        )
         for name, part in parts.items()
     }
     layers: list[LayerSummary] = []
@@ -158,12 +165,18 @@ def _quantized(
         calibration, trajectories = seen.pop(name)
         found = quantize(
             part, config, calibration=calibration, trajectories=trajectories,
-            offload=arguments.offload, progress=told[name],
+            state=_folder(arguments, name, names), offload=arguments.offload, progress=told[name],
         )  # fmt: skip
         layers += [replace(each, name=named(name, each.name, names)) for each in found]
         if calibration is not None:
             inputs |= {named(name, key, names): each for key, each in calibration.inputs.items()}
     return layers, inputs
+
+
+def _folder(arguments: argparse.Namespace, name: str, names: Collection[str]) -> Path:
+    """Return the state folder of one of the denoisers."""
+    folder: Path = arguments.state
+    return folder / name if len(names) > 1 else folder
 
 
 def _observed(
@@ -172,6 +185,7 @@ def _observed(
     sampler: Sampler,
     arguments: argparse.Namespace,
     progress: Progress,
+    folder: Path,
 ) -> tuple[Calibration | None, Trajectories | None]:
     """Calibrate and record one denoiser with the same calls, as far as the config needs it.
 
@@ -181,6 +195,7 @@ def _observed(
     from msfp.pipelines.denoiser import denoiser_of
     from msfp.pipelines.recording import Recording
     from msfp.ptq.quantization import refinement_of
+    from msfp.ptq.state import state_of
     from msfp.search.observers import calibrate
 
     denoiser = denoiser_of(pipe)
@@ -191,13 +206,17 @@ def _observed(
     if needs_calibration or needs_recording:
         sampler.arguments(pipe)
     calls = sampler.calls(arguments.count, arguments.seed)
-    recording = Recording(calls) if needs_recording else None
+    told = _description(pipe, sampler, arguments)
+    state = state_of(folder, denoiser, config)
+    recording = None
+    if needs_recording:
+        recording = Recording(calls, state.calls, state.fingerprint | {"description": told})
     calibration = trajectories = None
     if needs_calibration:
         calibration = calibrate(
             pipe, calls=calls if recording is None else recording.calls,
-            file=_calibration_file(pipe, arguments.calibration), progress=progress,
-            description=_description(pipe, sampler, arguments),
+            file=_calibration_file(pipe, arguments.calibration) or state.calibration,
+            progress=progress, description=told,
         )  # fmt: skip
     if recording is not None:  # makes the calls if the calibration was read from its file
         trajectories = recording.trajectories(pipe, progress)

@@ -276,12 +276,55 @@ def test_an_interrupted_calibration_resumes_from_its_file(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "c.safetensors is saved" in stderr
+    assert "c.safetensors are saved" in stderr
     assert "Traceback" not in stderr
     kept = Calibration.load(state)
     assert kept.total == 200
     assert 0 < len(kept.calls) < 200
-    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {"c.safetensors", "model.state"}
+
+
+@pytest.mark.slow
+def test_a_quantization_that_is_killed_again_and_again_ends_with_the_same_file(tmp_path):
+    words = ["quantize", "digits", "--steps", 3, "--count", 32, "--batch", 4, "--offload"]
+    command = [sys.executable, "-m", "msfp.cli.main", *map(str, words), "--output"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)  # noqa: S603
+    assert [file.name for file in tmp_path.iterdir()] == ["whole"]
+    output, more, kills = tmp_path / "killed", [], 0
+    while not output.exists():
+        process = subprocess.Popen(  # noqa: S603
+            [*command, str(output), *more], stderr=subprocess.PIPE
+        )
+        started, kept = time.monotonic(), count_files(tmp_path)
+        while process.poll() is None and time.monotonic() < started + 240:
+            # Killed after some more files, at a moment that differs from run to run.
+            if count_files(tmp_path) > kept + 25:
+                process.kill()
+                kills += 1
+            time.sleep(0.05)
+        process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL)
+        more = ["--resume"]
+    assert kills > 2
+    assert {file.name for file in tmp_path.iterdir()} == {"whole", "killed"}
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, other = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def count_files(folder):
+    names = (name for _, _, names in os.walk(folder / "killed.state") for name in names)
+    return sum(name.endswith(".safetensors") for name in names)
+
+
+def test_a_state_needs_a_word_to_resume_from_it_and_a_run_to_have_left_it(tmp_path, capsys):
+    words = ["quantize", "digits", *QUICK, "--output", tmp_path / "new"]
+    assert msfp(*words, "--resume") == 2
+    assert "there is nothing to resume" in capsys.readouterr().err
+    (tmp_path / "new.state").mkdir()
+    assert msfp(*words) == 2
+    assert "give --resume, or delete the folder" in capsys.readouterr().err
 
 
 def test_calls_that_a_file_has_seen_are_recorded_all_the_same(tmp_path):
