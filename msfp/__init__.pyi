@@ -26,7 +26,7 @@ from .search.calibration import Calibration
 from .search.coverage import Coverage
 from .search.observers import calibrate
 from .search.summary import LayerSummary
-from .support.progress import progress_bars
+from .support.progress import progress_bars, show_progress
 from .training.config import FinetuneConfig, LearningRates
 from .training.data.noised_images import data_trajectories
 from .training.finetuning import finetune
@@ -81,6 +81,7 @@ __all__ = [
     "save",
     "save_calls",
     "select_denoisers",
+    "show_progress",
     "split_inputs",
     "timestep_weights",
     "unpack",

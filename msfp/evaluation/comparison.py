@@ -22,7 +22,7 @@ from msfp.pipelines.denoiser import select_denoisers
 from msfp.pipelines.sampler import Sampler
 from msfp.support.autosave import Autosave
 from msfp.support.checks import MAX_SEED, check_callable, check_path, check_type, check_whole
-from msfp.support.progress import Progress, counted, no_progress, of_part
+from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare(
     features_name: str | None = None,
     statistics: DatasetStatistics | None = None,
     state: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Comparison:
     """Compare a quantized pipeline with its original: images from equal noise, and predictions.
 

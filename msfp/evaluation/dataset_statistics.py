@@ -15,7 +15,7 @@ from msfp.support.autosave import Autosave, run_as_fingerprint
 from msfp.support.checks import check_callable, check_choice, check_path, check_whole
 from msfp.support.container import FileKind, Header, read, write
 from msfp.support.image_files import Resize, image_files, listed, read_batches
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, shown_progress
 from msfp.version import __version__
 
 
@@ -121,7 +121,7 @@ def dataset_statistics(
     size: int,
     resize: Resize = "bicubic",
     state: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> DatasetStatistics:
     """Return the statistics of all images of a folder.
 

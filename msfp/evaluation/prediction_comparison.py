@@ -21,7 +21,7 @@ from msfp.pipelines.trajectories import Trajectories
 from msfp.search.observers import calibrate
 from msfp.support.decibels import sqnr
 from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, shown_progress
 
 Pairs = dict[str, tuple[nn.Module, nn.Module]]
 """Full-precision and quantized networks by component."""
@@ -84,7 +84,7 @@ def compare_predictions(
     *,
     sampler: Sampler,
     seed: int,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> PredictionComparison:
     """Compare the predictions of a pair of denoisers on full-precision trajectories.
 

@@ -25,7 +25,7 @@ from msfp.pipelines.trajectories import (
     as_vector,
 )
 from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, no_progress, shown_progress
 from msfp.support.trees import Copies, mapped, tensors_in
 
 FEW_ROWS = 3
@@ -186,7 +186,7 @@ def record_trajectories(
     model: DiffusionPipeline | nn.Module,
     *,
     calls: PipelineCall | Sequence[PipelineCall],
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Trajectories:
     """Make calls of a pipeline and return the path of its denoiser's inputs and outputs.
 

@@ -23,10 +23,7 @@ BRANCHES = "branches"
 """Stage of the state."""
 
 
-@torch.no_grad()
-def add_branches(
-    model: DiffusionPipeline | nn.Module, rank: int, state: QuantizationState | None = None
-) -> list[str]:
+def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
     """Move the largest singular values of weights into low-rank branches, in place.
 
     The remaining weight has fewer outliers, and its smaller values amplify errors of the input less
@@ -38,16 +35,20 @@ def add_branches(
             branches.
         rank: Rank of each low-rank branch. A layer gets no branch if the branch would have as many
             weights as the layer, or if the layer has 8 bits.
-        state: Keeps each branch, so that a killed run resumes; None keeps nothing.
 
     Returns:
         The names of the layers that got a low-rank branch.
 
     Raises:
-        InputError: If the denoiser has no quantized layer, has one that is packed or has LoRAs, or
+        InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs,
             has low-rank branches already, or the rank is below 1.
     """
-    denoiser = denoiser_of(model)
+    return add_kept_branches(denoiser_of(model), rank, None)
+
+
+@torch.no_grad()
+def add_kept_branches(denoiser: nn.Module, rank: int, state: QuantizationState | None) -> list[str]:
+    """Add branches as `add_branches` does, and keep each in a state, from which a run resumes."""
     check_whole("rank", rank, 1, MAX_RANK)
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):

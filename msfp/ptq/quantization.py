@@ -30,7 +30,7 @@ from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
 from msfp.ptq.measured import measured_on
-from msfp.ptq.refinement import refine
+from msfp.ptq.refinement import refine_kept
 from msfp.ptq.state import (
     QuantizationState,
     calibration_digest,
@@ -46,7 +46,7 @@ from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
-from msfp.support.progress import Progress, counted, no_progress, of_part
+from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 SHOWN = 5
 """Number of layers that a warning names."""
@@ -60,7 +60,7 @@ def quantize(
     trajectories: Trajectories | None = None,
     state: str | Path | None = None,
     offload: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> list[LayerSummary]:
     """Quantize the denoisers of a pipeline, or a network, in place.
 
@@ -261,14 +261,10 @@ class _Quantization:
         """Refine the weights and quantize the products of attention, where the config says so."""
         paths, bits = self.trajectories, self.config.attention_bits
         if paths is not None and self.refinement is not None:
-            refine(
-                self.denoiser,
-                self.refinement,
-                trajectories=paths,
-                state=self.state,
-                offload=offload,
+            refine_kept(
+                self.denoiser, self.refinement, paths, self.state, offload=offload,
                 progress=progress,
-            )
+            )  # fmt: skip
         if paths is not None and bits is not None:
             quantize_attention(self.denoiser, bits, trajectories=paths)
 

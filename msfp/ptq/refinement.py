@@ -19,7 +19,7 @@ from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.concatenations import split_inputs
 from msfp.ptq.lockstep import Visit
-from msfp.ptq.low_rank_branches import add_branches
+from msfp.ptq.low_rank_branches import add_kept_branches
 from msfp.ptq.moments import (
     Column,
     Moments,
@@ -35,7 +35,7 @@ from msfp.ptq.state import QuantizationState
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
 from msfp.support.paging import PageFolder
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, shown_progress
 
 FEWEST_SAMPLES, MOST_SAMPLES, MOST_NUMBERS = 64, 256, 2**20
 """Bounds of the default number of samples in one forward pass, and the most numbers in all."""
@@ -224,9 +224,7 @@ def refine(
     config: RefinementConfig | None = None,
     *,
     trajectories: Trajectories,
-    state: QuantizationState | None = None,
-    offload: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> list[str]:
     """Round the weights of a quantized denoiser again and correct them, in place, without training.
 
@@ -240,9 +238,6 @@ def refine(
         config: What is corrected and how; None for the defaults.
         trajectories: Recorded from the full-precision denoiser. Samples are drawn evenly from all
             timesteps.
-        state: Keeps what is done of each layer, so that a killed run resumes; None keeps nothing.
-        offload: Whether samples that wait between layers, and full-precision weights that are not
-            needed again, are in files, in the state's folder or that for temporary files.
         progress: Called after each layer.
 
     Returns:
@@ -259,10 +254,33 @@ def refine(
     config = RefinementConfig() if config is None else config
     check_type("config", config, RefinementConfig)
     check_type("trajectories", trajectories, Trajectories)
+    return refine_kept(denoiser, config, trajectories, None, offload=False, progress=progress)
+
+
+def refine_kept(
+    denoiser: nn.Module,
+    config: RefinementConfig,
+    trajectories: Trajectories,
+    state: QuantizationState | None,
+    *,
+    offload: bool,
+    progress: Progress,
+) -> list[str]:
+    """Refine as `refine` does, and keep each layer in a state, from which a run resumes.
+
+    Args:
+        denoiser: As for `refine`, like `config`, `trajectories` and `progress`.
+        config: What is corrected and how.
+        trajectories: Of the full-precision denoiser.
+        state: Keeps what is done; None keeps nothing.
+        offload: Whether samples that wait between layers, and full-precision weights that are not
+            needed again, are in files, in the state's folder or that for temporary files.
+        progress: Called after each layer.
+    """
     layers = untrained_layers(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
-        add_branches(denoiser, config.branch_rank, state)
+        add_kept_branches(denoiser, config.branch_rank, state)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)

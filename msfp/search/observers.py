@@ -28,7 +28,7 @@ from msfp.search.product_trace import ProductTrace
 from msfp.search.sample_probe import SampleProbe
 from msfp.support.checks import check_path
 from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, shown_progress
 
 SAMPLES_PER_CALL = 4096
 """Numbers drawn from a layer input that has more; its minimum and maximum are added to them."""
@@ -155,7 +155,7 @@ def calibrate(
     factors: dict[float, float] | None = None,
     file: str | Path | None = None,
     description: Mapping[str, Any] | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Calibration:
     """Run calls of a pipeline, and make a histogram of the input of each quantizable layer.
 

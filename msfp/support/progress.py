@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from msfp.support.checks import check_truth
 
 
 class Progress(Protocol):
@@ -16,6 +21,45 @@ class Progress(Protocol):
 
 def no_progress(_stage: str, _done: int, _total: int, _note: str = "", /) -> None:
     """Ignore the progress."""
+
+
+_bars: dict[str, tqdm[Any]] = {}
+_shows = True
+
+
+def show_progress(enabled: bool) -> None:
+    """Show bars while long functions run, as they do by default in terminals and notebooks, or not.
+
+    Args:
+        enabled: Whether to show them. `TQDM_DISABLE=1` in the environment turns them off, too.
+
+    Raises:
+        InputError: If `enabled` is neither True nor False.
+
+    Example:
+        >>> import msfp
+        >>> msfp.show_progress(False)
+    """
+    global _shows
+    check_truth("enabled", enabled)
+    _shows = enabled
+
+
+def shown_progress(stage: str, done: int, total: int, note: str = "", /) -> None:
+    """Draw a bar for each stage, with the time left, where a person may be watching.
+
+    Of several processes, as torchrun starts them, the first one draws.
+    """
+    if not _shows or os.environ.get("RANK", "0") != "0":
+        return
+    bar = _bars.get(stage)
+    if bar is None or bar.total != total or bar.n > done:
+        bar = _bars[stage] = tqdm(total=total, desc=stage, disable=None)  # silent in files
+    bar.set_postfix_str(note, refresh=False)
+    bar.update(done - bar.n)
+    if done >= total:
+        bar.close()
+        del _bars[stage]
 
 
 def counted(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

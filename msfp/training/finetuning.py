@@ -20,7 +20,7 @@ from msfp.ptq.quantization import pack
 from msfp.support.checks import check_factors, check_path, check_type
 from msfp.support.container import check_fingerprint
 from msfp.support.files import check_folder
-from msfp.support.progress import Progress, no_progress
+from msfp.support.progress import Progress, shown_progress
 from msfp.training.config import FinetuneConfig
 from msfp.training.fingerprint import run_fingerprint
 from msfp.training.objective import Objective, loss_weights
@@ -47,7 +47,7 @@ def finetune(
     state: str | Path | None = None,
     resume: bool = False,
     tensorboard: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> History:
     """Train a quantized denoiser towards recorded predictions and pack it, in place.
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from tiny import SAMPLER, SHORT, tiny_pipeline
 
 import msfp
-from msfp.support.progress import no_progress
+from msfp.support.progress import shown_progress
 
 FUNCTIONS = [name for name in msfp.__all__ if inspect.isfunction(getattr(msfp, name))]
 WITHOUT_MODEL = {
@@ -24,6 +24,7 @@ WITHOUT_MODEL = {
     "progress_bars": None,
     "prompt_calls": "conditions",
     "reference_pipeline": "name",
+    "show_progress": "enabled",
     "timestep_weights": "factors",
 }
 """Functions that take no model, and their first argument."""
@@ -71,7 +72,7 @@ def test_progress_is_of_one_kind(name):
     for each in parameters(name):
         assert each.name not in ("advance", "callback")
         if each.name == "progress":
-            assert (each.annotation, each.default) == ("Progress", no_progress)
+            assert (each.annotation, each.default) == ("Progress", shown_progress)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
