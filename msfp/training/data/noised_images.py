@@ -19,7 +19,7 @@ from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
 from msfp.support.checks import check_seed, check_type
 from msfp.support.hooks import hooked
-from msfp.support.progress import Progress, counted, no_progress
+from msfp.support.progress import Progress, counted, shown_progress
 
 OFF_GRID = 4e-3
 """Largest relative difference of a timestep from the scheduler's: the rounding of bfloat16."""
@@ -31,7 +31,7 @@ def data_trajectories(
     calls: PipelineCall | Sequence[PipelineCall],
     images: torch.Tensor,
     seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Trajectories:
     """Record calls of a pipeline with noised images instead of its own samples.
 
