@@ -100,9 +100,7 @@ class _Runner:
         alive = {id(x): x for each in self._seen if (x := each()) is not None}
         self._seen = [weakref.ref(x) for x in alive.values()]
         while alive:
-            _, x = alive.popitem()
-            if self.pages.put(x):
-                self.pages.drop(x)
+            self.pages.put_away(alive.popitem()[1])
 
     def cancel(self) -> None:
         """End the thread, wherever it waits."""
@@ -232,7 +230,7 @@ def run_in_lockstep(
         layers: The trainable layers, by name; visits may change them.
         forwards: Functions that run the denoiser.
         visitor: Called once for each layer that runs.
-        pages: Where the tensors of waiting forwards go, and full-precision weights after the visit;
+        pages: Where the tensors of waiting forwards go, and weights after their layer was visited;
             None keeps them in memory.
 
     Returns:
@@ -263,7 +261,8 @@ def run_in_lockstep(
                     if runner.layer == name:
                         runner.advance()
                 if pages is not None:
-                    pages.put(meetings[name].weight)
+                    for weight in (meetings[name].weight, layers[name].weight):
+                        pages.put_away(weight)
     finally:
         for runner in runners:
             runner.cancel()

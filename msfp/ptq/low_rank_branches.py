@@ -18,6 +18,7 @@ from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_whole
+from msfp.support.paging import PageFolder
 
 BRANCHES = "branches"
 """Stage of the state."""
@@ -47,8 +48,16 @@ def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
 
 
 @torch.no_grad()
-def add_kept_branches(denoiser: nn.Module, rank: int, state: QuantizationState | None) -> list[str]:
-    """Add branches as `add_branches` does, and keep each in a state, from which a run resumes."""
+def add_kept_branches(
+    denoiser: nn.Module,
+    rank: int,
+    state: QuantizationState | None,
+    pages: PageFolder | None = None,
+) -> list[str]:
+    """Add branches as `add_branches` does, and keep each in a state, from which a run resumes.
+
+    The rest of each weight is put into `pages`, where there is such a folder.
+    """
     check_whole("rank", rank, 1, MAX_RANK)
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
@@ -61,6 +70,8 @@ def add_kept_branches(denoiser: nn.Module, rank: int, state: QuantizationState |
             if not _restored(name, layer, state):
                 _add_branch(layer, rank)
                 _keep(name, layer, state)
+            if pages is not None:
+                pages.put_away(layer.weight)
             names.append(name)
     attach_again(denoiser)
     return names

@@ -278,9 +278,11 @@ def refine_kept(
         progress: Called after each layer.
     """
     layers = untrained_layers(denoiser)
+    folder = Path(tempfile.gettempdir()) if state is None else state.folder
+    pages = PageFolder(folder) if offload else None
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
-        add_kept_branches(denoiser, config.branch_rank, state)
+        add_kept_branches(denoiser, config.branch_rank, state, pages)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -288,8 +290,6 @@ def refine_kept(
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
     refiner = _Refiner(config, biased, len(layers), progress, state)
-    folder = Path(tempfile.gettempdir()) if state is None else state.folder
-    pages = PageFolder(folder) if offload else None
     visit_layers(denoiser, trajectories, step, row, refiner, pages=pages)
     idle = [name for name in layers if name not in refiner.refined]
     if idle:

@@ -71,6 +71,11 @@ class PageFolder:
         """Return whether the numbers of a tensor are in a file."""
         return bool(self._files.get(x) == x.untyped_storage().data_ptr())
 
+    def put_away(self, x: torch.Tensor) -> None:
+        """Move the numbers of a tensor to a file, as `put` does, and out of memory."""
+        if self.put(x):
+            self.drop(x)
+
     def drop(self, x: torch.Tensor) -> None:
         """Take the numbers of a tensor out of memory, if they are in a file."""
         if self.holds(x) and platform.system() == "Linux":
