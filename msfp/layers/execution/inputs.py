@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import _C, nn
+
+from msfp.layers.execution.grids import IntegerGrids, whole_steps
+from msfp.layers.execution.protocol import ProductLayer
 
 TYPES = (torch.Tensor, nn.Parameter)
 
@@ -29,3 +32,29 @@ def padded(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.padding_mode == "zeros":
         return x
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+
+
+class InputGrid(NamedTuple):
+    """The grid of some channels of an input.
+
+    Attributes:
+        step: What a whole number counts, float32, shape ().
+        scale: Scale of the format.
+        shift: Zero point, or None.
+        zero: The whole number that stands for zero.
+    """
+
+    step: torch.Tensor
+    scale: float
+    shift: float | None
+    zero: int
+
+
+def input_grid(layer: ProductLayer, grids: IntegerGrids, part: int) -> InputGrid:
+    """Return the grid of the channels of a part."""
+    step, shift = layer.input_step(part).detach(), layer.input_shift
+    scale = step / grids.input.step  # exact: the format's step is a power of two
+    if shift is None:
+        return InputGrid(step, scale.item(), None, 0)
+    zero = whole_steps(grids.input, scale, shift)
+    return InputGrid(step, scale.item(), shift.item(), 0 if zero is None else int(zero))

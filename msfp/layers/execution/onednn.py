@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from fpformats import StepEncoder, encode_steps
 from msfp.layers.execution.definition import is_defined
-from msfp.layers.execution.grids import IntegerGrids, whole_steps
-from msfp.layers.execution.inputs import is_unwatched, padded
+from msfp.layers.execution.grids import IntegerGrids
+from msfp.layers.execution.inputs import input_grid, is_unwatched, padded
 from msfp.layers.execution.operators import Convolution, Product, checked_product, fuses
 from msfp.layers.execution.protocol import ProductLayer
 
@@ -21,6 +21,8 @@ TRACED = "traced"
 """Key of the products that torch.compile has traced."""
 TRACEABLE = (0, 2)
 """Numbers of spatial dimensions that torch.compile knows the operators of."""
+SIGNED_ZERO = 128
+"""The byte of zero in signed formats."""
 SATURATES = 2**15
 """Processors without VNNI add pairs of products in 16 bits."""
 MIN_POSITIONS = 512
@@ -229,17 +231,12 @@ def prepare(
     pieces = (weights,) if len(grids.parts) == 1 else weights.split(grids.parts, 1)
     parts = []
     for part, (piece, channels) in enumerate(zip(pieces, grids.parts, strict=True)):
-        step, shift = layer.input_step(part).detach(), layer.input_shift
-        scale = step / grids.input.step  # exact: the format's step is a power of two
-        zero = 128 if grids.input.signed else 0
-        if shift is not None:
-            found = whole_steps(grids.input, scale, shift)
-            zero = 0 if found is None else int(found)
-        encode = StepEncoder(grids.input, scale.item(), None if shift is None else shift.item())
+        grid, offset = input_grid(layer, grids, part), SIGNED_ZERO if grids.input.signed else 0
+        encode = StepEncoder(grids.input, grid.scale, grid.shift)
         multiply = checked_product(
-            *(piece, layer.weight_step.detach(), step.item(), zero),
+            *(piece, layer.weight_step.detach(), grid.step.item(), grid.zero + offset),
             *((shape[0], channels, *shape[2:]), convolution),
-            largest=grids.input.max_steps + (128 if grids.input.signed else 0),
+            largest=grids.input.max_steps + offset,
             wide=grids.pair >= SATURATES,
         )
         if multiply is None:

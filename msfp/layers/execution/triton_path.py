@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from fpformats import E2M1, FloatFormat, StepEncoder, decode, pack, unpack
 from msfp.layers.execution.definition import is_defined
-from msfp.layers.execution.grids import MAX_SIGNED, IntegerGrids, whole_steps
-from msfp.layers.execution.inputs import is_unwatched, padded
+from msfp.layers.execution.grids import MAX_SIGNED, IntegerGrids
+from msfp.layers.execution.inputs import input_grid, is_unwatched, padded
 from msfp.layers.execution.protocol import ProductLayer
 
 CAPABILITY = (8, 0)
@@ -193,20 +193,14 @@ def prepare(layer: ProductLayer, adapter: int) -> Prepared:
     grids = layer.integer_grids
     if not isinstance(grids, IntegerGrids):
         raise ValueError(grids)
-    step, shift, zero = layer.input_step(0).detach(), layer.input_shift, 0
-    scale = step / grids.input.step  # exact: the format's step is a power of two
-    if shift is not None:
-        found = whole_steps(grids.input, scale, shift)
-        zero = 0 if found is None else int(found)
-    is_wide = grids.input.max_steps > MAX_SIGNED
-    zero -= OFFSET if is_wide else 0
-    shifted = None if shift is None else shift.item()
+    grid, is_wide = input_grid(layer, grids, 0), grids.input.max_steps > MAX_SIGNED
+    zero = grid.zero - (OFFSET if is_wide else 0)
     dtype = "uint8" if is_wide else "int8"
-    encode = StepEncoder(grids.input, scale.item(), shifted, dtype=dtype)
+    encode = StepEncoder(grids.input, grid.scale, grid.shift, dtype=dtype)
     weight = prepare_weight(
         layer.weight_steps(adapter).to(torch.int8), zero, grids.weight, _codes(layer, adapter)
     )
-    return Prepared(encode, zero, weight, step, layer.weight_step.detach().contiguous())
+    return Prepared(encode, zero, weight, grid.step, layer.weight_step.detach().contiguous())
 
 
 def _codes(layer: Any, adapter: int) -> torch.Tensor | None:
