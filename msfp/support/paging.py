@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ class PageFolder:
                 name, shared=True, size=memory.nbytes() // x.itemsize, dtype=x.dtype
             )
         finally:
-            Path(name).unlink()
+            with suppress(PermissionError):  # Windows deletes no file that is in use
+                Path(name).unlink()
         self.written += memory.nbytes()
         x.data = numbers.as_strided(x.shape, x.stride(), x.storage_offset())
         self._files[x] = numbers.data_ptr()
