@@ -38,7 +38,11 @@ def save_forwards(file: Path, calls: Sequence[Call], fingerprint: dict[str, Any]
         return False
     names = {key: str(index) for index, key in enumerate(tensors)}
     named = {names[key]: tensor.detach().cpu() for key, tensor in tensors.items()}
-    facts = {"forwards": trees, "names": {str(key): name for key, name in names.items()}}
+    facts = {
+        "forwards": trees,
+        "names": {str(key): name for key, name in names.items()},
+        "places": {str(key): _place(tensor) for key, tensor in tensors.items()},
+    }
     write(file, FORWARDS, named, facts, fingerprint)
     return True
 
@@ -51,7 +55,11 @@ def load_forwards(file: Path, fingerprint: dict[str, Any]) -> list[Call]:
     """
     facts = check_fingerprint(file, FORWARDS, fingerprint).facts
     tensors = read(file, FORWARDS)[1]
-    named = {key: tensors[name] for key, name in facts["names"].items()}
+    places = facts["places"]
+    named = {
+        key: _laid_out(tensors[name].to(places[key]["device"]), places[key]["stride"])
+        for key, name in facts["names"].items()
+    }
     return [_from_json(tree, named) for tree in facts["forwards"]]
 
 
@@ -59,8 +67,9 @@ def _to_json(tree: Any, tensors: dict[int, torch.Tensor]) -> Any:
     """Return a tree as JSON types, with numbers instead of its tensors, which are collected."""
     if isinstance(tree, torch.Tensor):
         tensors[id(tree)] = tree
-        layout = tree.stride() if tree.layout is torch.strided else None
-        return {"tensor": str(id(tree)), "device": str(tree.device), "stride": layout}
+        if tree.layout is not torch.strided:
+            raise TypeError("a sparse tensor has no form in safetensors")
+        return {"tensor": str(id(tree))}
     if isinstance(tree, PLAIN):
         return tree
     if isinstance(tree, tuple):
@@ -79,18 +88,21 @@ def _from_json(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
-        return _laid_out(tensors[tree["tensor"]].to(tree["device"]), tree["stride"])
+        return tensors[tree["tensor"]]
     if "tuple" in tree:
         return tuple(_from_json(each, tensors) for each in tree["tuple"])
     return {key: _from_json(each, tensors) for key, each in tree["dict"].items()}
 
 
-def _laid_out(x: torch.Tensor, stride: list[int] | None) -> torch.Tensor:
+def _place(x: torch.Tensor) -> dict[str, Any]:
+    """Return the device of a tensor and how it lies in memory."""
+    return {"device": str(x.device), "stride": list(x.stride())}
+
+
+def _laid_out(x: torch.Tensor, stride: list[int]) -> torch.Tensor:
     """Return a copy with the strides that it had, at an address that is aligned as usual.
 
     Matrix products take the order of their sums from both.
     """
-    if stride is None:
-        return x.clone()
     found = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
     return found.copy_(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,15 +151,25 @@ class Recording:
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 calls = [(*each.arguments, each.output) for each in forwards]
-                save_forwards(self._file(index), calls, self._fingerprint | {"call": index})
+                kept = save_forwards(self._file(index), calls, self._fingerprint | {"call": index})
+                if not kept:
+                    warnings.warn(
+                        "calls are not kept in the state folder, and are made again when the run "
+                        "resumes: their arguments are more than tensors and plain values",
+                        stacklevel=2,
+                    )
 
         return make
 
     def _file(self, index: int) -> Path:
         return (self._folder or Path()) / f"{index:05}.safetensors"
 
-    def _read(self, denoiser: nn.Module) -> None:
-        """Read the recordings in the folder of calls that were not made."""
+    def read(self, denoiser: nn.Module) -> None:
+        """Read the recordings in the folder, of calls that were not made.
+
+        Raises:
+            InputError: If they are those of another run.
+        """
         for index in range(len(self.calls)):
             if self._folder is None or index in self._forwards or not self._file(index).exists():
                 continue
@@ -172,7 +183,7 @@ class Recording:
 
         The recordings of the single calls are then released.
         """
-        self._read(denoiser_of(model))
+        self.read(denoiser_of(model))
         missing = [call for index, call in enumerate(self.calls) if index not in self._forwards]
         done = counted(progress, "recording", len(missing))
         for call in missing:

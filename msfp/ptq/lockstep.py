@@ -208,7 +208,9 @@ class Visit:
         full-precision outputs, bias and low-rank branch included.
         """
         for pair in self._pairs:
-            yield pair.part(self._meeting)
+            x, output = pair.part(self._meeting)
+            if output.numel():  # an expert may get no tokens
+                yield x, output
             for runner in pair.runners:
                 runner.put_away()
 
@@ -237,13 +239,16 @@ def run_in_lockstep(
         The results of the forwards in full precision, and of those that are quantized.
     """
     meetings = {name: _Meeting(name, layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        # Set on the instance, where nn.Module looks first. The class keeps its own method.
-        layer.forward = meetings[name].forward  # type: ignore[method-assign]
-    pairs = [_Pair(each, pages) for each in forwards]
-    runners = [runner for pair in pairs for runner in pair.runners]
     modules = [] if pages is None else list(denoiser.modules())
+    pairs: list[_Pair] = []
+    runners: list[_Runner] = []
     try:
+        for name, layer in layers.items():
+            # Set on the instance, where nn.Module looks first. The class keeps its own method.
+            layer.forward = meetings[name].forward  # type: ignore[method-assign]
+        for each in forwards:
+            pairs.append(_Pair(each, pages))
+            runners += pairs[-1].runners
         with hooked(
             hook
             for each in modules
@@ -267,14 +272,15 @@ def run_in_lockstep(
         for runner in runners:
             runner.cancel()
         for layer in layers.values():
-            del layer.forward
+            vars(layer).pop("forward", None)
     return [_result(pair.full) for pair in pairs], [_result(pair.quantized) for pair in pairs]
 
 
 def _visit(meeting: _Meeting, pairs: list[_Pair], visitor: Visitor) -> None:
     """Visit a layer with the pairs of runs that wait at it."""
     meeting.visited = True
-    rows = sum(len(pair.part(meeting)[0]) for pair in pairs)
+    read = (pair.quantized.input for pair in pairs)
+    rows = sum(len(x) if x.dim() > 1 else 1 for x in read if x.numel())
     if rows:
         visitor(Visit(meeting.name, meeting.layer, rows, meeting, pairs))
 

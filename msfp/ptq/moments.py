@@ -74,7 +74,7 @@ class Moments:
 
     def take_second(self, *, centred: bool) -> torch.Tensor:
         """Return what `second` returns and forget it, because it may be large."""
-        second, self._second = self._second, self._second[:0]
+        second, self._second = self._second, self._second.new_empty(0)
         return self._averaged(second, self.input_mean, centred)
 
     def cross(self, *, centred: bool) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
 from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine_kept
+from msfp.ptq.side_by_side import SharedValuesError
 from msfp.ptq.state import (
     QuantizationState,
     calibration_digest,
@@ -46,6 +48,7 @@ from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
+from msfp.support.paging import PageFolder
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 SHOWN = 5
@@ -208,6 +211,7 @@ class _Quantization:
             if self.state is not None:
                 folder, facts = self.state.calls, self.state.fingerprint
             recording = Recording(calibration, folder, facts)
+            recording.read(self.denoiser)
             self.seen = self._calibrated(recording.calls, progress)
             self.trajectories = _recorded(self.model, recording, self.config)
         else:
@@ -216,8 +220,10 @@ class _Quantization:
             self.refinement = None
 
     def _calibrated(self, calls: Sequence[PipelineCall], progress: Progress) -> Calibration:
-        file = None if self.state is None else self.state.calibration
-        return calibrate(self.model, calls=calls, file=file, progress=progress)
+        file, facts = None, None
+        if self.state is not None:
+            file, facts = self.state.calibration, self.state.fingerprint
+        return calibrate(self.model, calls=calls, file=file, description=facts, progress=progress)
 
     def quantize(self, progress: Progress, *, offload: bool) -> list[LayerSummary]:
         """Search each layer, replace the layers, and refine; return their summaries.
@@ -235,17 +241,20 @@ class _Quantization:
                 calibration=calibration_digest(self.seen),
                 trajectories=trajectories_digest(self.trajectories),
             )
+        pages = self._offloaded() if offload else None
         layers, summaries = {}, []
         for name, each in settings.items():
             layers[name], summary = searched_layer(
                 name, self.plain[name], each, self.seen, self.state
             )
             summaries.append(summary)
+            if pages is not None:
+                pages.drop(self.plain[name].weight)
             release_memory()
             done(1)
         self.swapped = {self.plain[name]: layer for name, layer in layers.items()}
         replace_layers(self.denoiser, self.swapped)
-        self._refine(progress, offload=offload)
+        self._refine(progress, pages)
         found = [
             summary.with_formats(layer.formats)
             for layer, summary in zip(layers.values(), summaries, strict=True)
@@ -257,14 +266,27 @@ class _Quantization:
         self.attached = True
         return found
 
-    def _refine(self, progress: Progress, *, offload: bool) -> None:
+    def _offloaded(self) -> PageFolder:
+        """Put the weights of the denoiser into files, and return the folder."""
+        folder = Path(tempfile.gettempdir()) if self.state is None else self.state.folder
+        pages = PageFolder(folder)
+        for weight in self.denoiser.parameters():
+            # Weights that were loaded share one memory, which is free when the last one has gone.
+            weight.data = weight.data.clone()
+            pages.put_away(weight)
+        return pages
+
+    def _refine(self, progress: Progress, pages: PageFolder | None) -> None:
         """Refine the weights and quantize the products of attention, where the config says so."""
         paths, bits = self.trajectories, self.config.attention_bits
         if paths is not None and self.refinement is not None:
-            refine_kept(
-                self.denoiser, self.refinement, paths, self.state, offload=offload,
-                progress=progress,
-            )  # fmt: skip
+            try:
+                refine_kept(self.denoiser, self.refinement, paths, self.state, pages, progress)
+            except SharedValuesError as error:  # before anything was changed
+                if self.config.refine != "auto":
+                    raise
+                warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=4)
+                self.refinement = None
         if paths is not None and bits is not None:
             quantize_attention(self.denoiser, bits, trajectories=paths)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,7 +28,7 @@ from msfp.ptq.moments import (
 )
 from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
-from msfp.ptq.side_by_side import dependent_layers, visit_layers
+from msfp.ptq.side_by_side import check_forwards, probed_layers, visit_layers
 from msfp.ptq.state import QuantizationState
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
@@ -254,7 +252,7 @@ def refine(
     config = RefinementConfig() if config is None else config
     check_type("config", config, RefinementConfig)
     check_type("trajectories", trajectories, Trajectories)
-    return refine_kept(denoiser, config, trajectories, None, offload=False, progress=progress)
+    return refine_kept(denoiser, config, trajectories, None, None, progress)
 
 
 def refine_kept(
@@ -262,8 +260,7 @@ def refine_kept(
     config: RefinementConfig,
     trajectories: Trajectories,
     state: QuantizationState | None,
-    *,
-    offload: bool,
+    pages: PageFolder | None,
     progress: Progress,
 ) -> list[str]:
     """Refine as `refine` does, and keep each layer in a state, from which a run resumes.
@@ -273,18 +270,19 @@ def refine_kept(
         config: What is corrected and how.
         trajectories: Of the full-precision denoiser.
         state: Keeps what is done; None keeps nothing.
-        offload: Whether samples that wait between layers, and full-precision weights that are not
-            needed again, are in files, in the state's folder or that for temporary files.
+        pages: Where samples wait between layers, and weights that are not needed now; None keeps
+            them in memory.
         progress: Called after each layer.
     """
     layers = untrained_layers(denoiser)
-    folder = Path(tempfile.gettempdir()) if state is None else state.folder
-    pages = PageFolder(folder) if offload else None
+    check_forwards(denoiser, trajectories)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
         add_kept_branches(denoiser, config.branch_rank, state, pages)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
+    if pages is not None:
+        pages.drop_all(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
     steps, rows = trajectories.samples.shape[:2]
     step, row = spread_batch(steps, rows, samples, generator)
@@ -327,4 +325,5 @@ def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementC
         return set()
     if config.correct_bias == "all":
         return set(untrained_layers(denoiser))
-    return set(dependent_layers(denoiser, trajectories)[-1:])
+    ran, constant = probed_layers(denoiser, trajectories)
+    return set([name for name in ran if name not in constant][-1:])

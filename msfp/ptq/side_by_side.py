@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from msfp.errors import InputError
 from msfp.layers.trainable import TrainableLayer, full_precision, untrained_layers
 from msfp.pipelines.trajectories import Trajectories, WholeForwards
 from msfp.ptq.lockstep import Visitor, run_in_lockstep
@@ -22,6 +23,8 @@ from msfp.support.hooks import hooked
 from msfp.support.paging import PageFolder
 from msfp.support.trees import mapped
 
+MOST_ERROR = 0.05
+"""Largest relative difference of full-precision predictions, with and without waiting."""
 TOGETHER = 2**16
 """Numbers of the samples that run in one forward, if a sample does not have more."""
 
@@ -70,33 +73,68 @@ def visit_layers(
         InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs.
     """
     layers = untrained_layers(denoiser)
-    dependent = dependent_layers(denoiser, trajectories)
-
-    def forward(part: slice) -> torch.Tensor:
-        return trajectories.predict(denoiser, step[part], row[part])
-
-    forwards = [functools.partial(forward, part) for part in forwards_of(trajectories, step)]
-    visited = {name: layers[name] for name in dependent}
+    _, constant = probed_layers(denoiser, trajectories)
+    visited = {name: layer for name, layer in layers.items() if name not in constant}
+    forwards = [
+        functools.partial(_predict, denoiser, trajectories, step[part], row[part])
+        for part in forwards_of(trajectories, step)
+    ]
     full, quantized = run_in_lockstep(denoiser, visited, forwards, visitor, pages)
     return torch.cat(full + quantized)
 
 
+def _predict(
+    denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
+) -> torch.Tensor:
+    return trajectories.predict(denoiser, step, row)
+
+
+class SharedValuesError(InputError):
+    """Forwards of a denoiser cannot wait for each other."""
+
+
 @torch.no_grad()
-def dependent_layers(denoiser: nn.Module, trajectories: Trajectories) -> list[str]:
-    """Return the quantized layers whose input depends on the samples, in the order of their runs.
+def check_forwards(denoiser: nn.Module, trajectories: Trajectories) -> None:
+    """Raise SharedValuesError unless forwards can wait for each other at each layer.
+
+    They cannot if modules keep values of a forward for a later layer of it. The first and the last
+    recorded sample are tried.
+    """
+    layers, last = untrained_layers(denoiser), _last(trajectories)
+    chosen = [torch.zeros_like(last), last]
+    forwards = [functools.partial(_predict, denoiser, trajectories, *each) for each in chosen]
+    full, _ = run_in_lockstep(denoiser, layers, forwards, lambda _visit: None)
+    with full_precision(denoiser):
+        alone = [forward() for forward in forwards]
+    for one, other in zip(full, alone, strict=True):
+        found, wanted = (each.double().nan_to_num() for each in (one, other))
+        if (found - wanted).norm() > MOST_ERROR * wanted.norm():
+            raise SharedValuesError(
+                f"{type(denoiser).__name__} cannot be refined: its modules keep values of a "
+                "forward for later layers, so that forwards cannot wait for each other; give "
+                "refine=None"
+            )
+
+
+@torch.no_grad()
+def probed_layers(denoiser: nn.Module, trajectories: Trajectories) -> tuple[list[str], set[str]]:
+    """Return which quantized layers ran, in their order, and which of them read constants.
 
     The first recorded sample runs alone, and so does the last one with noise in all arguments. A
     layer that reads the same numbers in both forwards, such as learned queries, has nothing to be
-    refined by.
+    refined by. Experts may run in neither.
     """
-    layers = untrained_layers(denoiser)
-    first = torch.zeros(1, dtype=torch.int64)
-    last = torch.tensor([[n - 1] for n in trajectories.samples.shape[:2]])
+    layers, last = untrained_layers(denoiser), _last(trajectories)
     with full_precision(denoiser):
-        one = _inputs(denoiser, layers, trajectories, first, first)
+        one = _inputs(denoiser, layers, trajectories, *torch.zeros_like(last))
         with hooked([denoiser.register_forward_pre_hook(_add_noise, with_kwargs=True)]):
             other = _inputs(denoiser, layers, trajectories, *last)
-    return [name for name in one | other if one.get(name) != other.get(name)]
+    return list(one | other), {name for name in one if one[name] == other.get(name)}
+
+
+def _last(trajectories: Trajectories) -> torch.Tensor:
+    """Return the step and the row of the last recorded sample, shape (2, 1)."""
+    return torch.tensor([[n - 1] for n in trajectories.samples.shape[:2]])
 
 
 def _add_noise(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,6 +162,8 @@ def _inputs(
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: torch.Tensor = args[0] if args else kwargs["input"]
+            if not x.numel():  # an expert without tokens
+                return
             sums = (x.sum(dtype=torch.float64), x.abs().sum(dtype=torch.float64))
             found.setdefault(name, []).append((tuple(x.shape), *(each.item() for each in sums)))
 

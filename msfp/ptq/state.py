@@ -13,6 +13,7 @@ from torch import nn
 
 from fpformats import parse
 from msfp.config import LayerSettings, QuantizationConfig
+from msfp.errors import InputError
 from msfp.layers.block import BlockLayer
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
@@ -94,9 +95,18 @@ def state_of(
     folder: str | Path, denoiser: nn.Module, config: QuantizationConfig
 ) -> QuantizationState:
     """Return the state of the quantization of a full-precision denoiser in a folder."""
-    weights = digest(denoiser.state_dict().items())
-    facts = {"config": json.loads(json.dumps(config.to_dict())), "weights": weights}
-    return QuantizationState(folder, {"denoiser": type(denoiser).__name__} | facts)
+    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
+    offloaded = next((name for name, value in tensors if value.is_meta), None)
+    if offloaded is not None:
+        raise InputError(f"{offloaded} is offloaded: quantize before offloading")
+    settings = getattr(denoiser, "config", None)
+    facts = {
+        "denoiser": type(denoiser).__name__,
+        "settings": None if settings is None else json.dumps(dict(settings), default=str),
+        "config": json.dumps(config.to_dict()),  # with the order of its overrides
+        "weights": digest(tensors),
+    }
+    return QuantizationState(folder, facts)
 
 
 def calibration_digest(calibration: Calibration | None) -> str | None:

@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 SMALL = 1 << 16
 """Bytes below which a tensor stays in memory."""
 _MADV_DONTNEED = 4
+_LINUX = platform.system() == "Linux"
 
 
 class PageFolder:
@@ -48,6 +50,8 @@ class PageFolder:
         The tensor remains what it is for all that use it. Small tensors and those on other devices
         stay in memory, and so do those whose memory others use too.
         """
+        if x.layout is not torch.strided:
+            return False
         if self.holds(x):
             return True
         memory = x.untyped_storage()
@@ -55,13 +59,15 @@ class PageFolder:
             return False
         source = torch.empty(0, dtype=torch.uint8).set_(memory)
         handle, name = tempfile.mkstemp(dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                source.numpy().tofile(file)
-            numbers = torch.from_file(
-                name, shared=True, size=memory.nbytes() // x.itemsize, dtype=x.dtype
-            )
-        finally:
+        with os.fdopen(handle, "wb") as file:
+            if _LINUX:  # without a name already while it is written, if the process is killed
+                Path(name).unlink()
+                name = f"/proc/self/fd/{handle}"
+            source.numpy().tofile(file)
+            file.flush()
+            count = memory.nbytes() // x.itemsize
+            numbers = torch.from_file(name, shared=True, size=count, dtype=x.dtype)
+        if not _LINUX:
             with suppress(PermissionError):  # Windows deletes no file that is in use
                 Path(name).unlink()
         self.written += memory.nbytes()
@@ -71,16 +77,23 @@ class PageFolder:
 
     def holds(self, x: torch.Tensor) -> bool:
         """Return whether the numbers of a tensor are in a file."""
-        return bool(self._files.get(x) == x.untyped_storage().data_ptr())
+        return x.layout is torch.strided and bool(
+            self._files.get(x) == x.untyped_storage().data_ptr()
+        )
 
     def put_away(self, x: torch.Tensor) -> None:
         """Move the numbers of a tensor to a file, as `put` does, and out of memory."""
         if self.put(x):
             self.drop(x)
 
+    def drop_all(self, network: nn.Module) -> None:
+        """Take the parameters of a network out of memory that are in files."""
+        for parameter in network.parameters():
+            self.drop(parameter)
+
     def drop(self, x: torch.Tensor) -> None:
         """Take the numbers of a tensor out of memory, if they are in a file."""
-        if self.holds(x) and platform.system() == "Linux":
+        if self.holds(x) and _LINUX:
             memory = x.untyped_storage()
             address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes())
             ctypes.CDLL(None).madvise(address, size, _MADV_DONTNEED)

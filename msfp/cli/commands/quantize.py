@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
@@ -192,7 +193,7 @@ def _observed(
     Quantization of weights alone, without refinement, needs neither.
     """
     from msfp.layers.selection import quantizable_layers, settings_by_layer
-    from msfp.pipelines.denoiser import denoiser_of
+    from msfp.pipelines.denoiser import denoiser_of, scheduler_of
     from msfp.pipelines.recording import Recording
     from msfp.ptq.quantization import refinement_of
     from msfp.ptq.state import state_of
@@ -208,15 +209,22 @@ def _observed(
     calls = sampler.calls(arguments.count, arguments.seed)
     told = _description(pipe, sampler, arguments)
     state = state_of(folder, denoiser, config)
+    facts = told | {
+        "count": arguments.count,
+        "scheduler": json.dumps(dict(scheduler_of(pipe).config), default=str),
+        "components": sorted(pipe.components),
+    }
     recording = None
     if needs_recording:
-        recording = Recording(calls, state.calls, state.fingerprint | {"description": told})
+        recording = Recording(calls, state.calls, state.fingerprint | facts)
+        recording.read(denoiser)
     calibration = trajectories = None
     if needs_calibration:
+        given = _calibration_file(pipe, arguments.calibration)
         calibration = calibrate(
             pipe, calls=calls if recording is None else recording.calls,
-            file=_calibration_file(pipe, arguments.calibration) or state.calibration,
-            progress=progress, description=told,
+            file=given or state.calibration, progress=progress,
+            description=told if given else state.fingerprint | facts,
         )  # fmt: skip
     if recording is not None:  # makes the calls if the calibration was read from its file
         trajectories = recording.trajectories(pipe, progress)

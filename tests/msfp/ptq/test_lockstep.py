@@ -1,12 +1,13 @@
 import copy
 import statistics
+import threading
 
 import families
 import pytest
 import torch
 from torch import nn
 
-from msfp import QuantizationConfig, quantize, record_trajectories
+from msfp import InputError, QuantizationConfig, quantize, record_trajectories
 from msfp.config import RefinementConfig
 from msfp.evaluation.prediction_errors import noise_errors
 from msfp.layers.trainable import trainable_layers
@@ -129,3 +130,83 @@ def test_layers_with_samples_on_another_axis_are_refined_all_the_same(tokens):
             assert refine(network, refinement, trajectories=paths) == ["inner", "out"]
         errors.append(statistics.mean(noise_errors(network, trajectories=paths)))
     assert errors[1] < 0.8 * errors[0]
+
+
+class Experts(nn.Module):
+    """A network with a table of experts for rows, of which some get no token in many forwards."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x):
+        tokens = self.inner(x).relu()
+        chosen = tokens[..., :6].argmax(-1)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            out[chosen == index] = expert(tokens[chosen == index])
+        return self.out(out.relu())
+
+
+def test_experts_without_tokens_in_some_forwards_are_refined(monkeypatch):
+    def call(network):
+        return network(torch.randn(16, 3, 6, generator=torch.Generator().manual_seed(1)))
+
+    monkeypatch.setattr("msfp.ptq.side_by_side.TOGETHER", 1)
+    paths, network = record_trajectories(Experts(), calls=call), Experts()
+    quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+    with torch.no_grad():
+        chosen = network.inner(paths.samples[0]).relu()[..., :6].argmax(-1).flatten().tolist()
+    used = [f"experts.{index}" for index in sorted(set(chosen))]
+    assert len(used) > 3
+    refined = refine(network, RefinementConfig(branch_rank=0), trajectories=paths)
+    assert [name for name in refined if "experts" in name] == used
+
+
+class Keeps(nn.Module):
+    """A network that keeps a value of its forward in a module."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        self.skip = self.a(x)
+        return self.c((self.b(self.skip.relu()) + self.skip).relu())
+
+
+def test_a_network_that_keeps_values_in_its_modules_is_not_refined_by_wrong_ones():
+    def call(network):
+        return network(torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(1)))
+
+    network = Keeps()
+    with pytest.warns(UserWarning, match="rounded to nearest: Keeps cannot be refined: its modul"):
+        quantize(network, QuantizationConfig(end_bits=4), calibration=call)
+    assert torch.equal(network.a.weight, Keeps().a.weight)
+    network = Keeps()
+    config = QuantizationConfig(end_bits=4, refine=RefinementConfig(branch_rank=1))
+    with pytest.raises(InputError, match="keep values of a forward for later layers"):
+        quantize(network, config, calibration=call)
+    assert type(network.a) is nn.Linear
+
+
+def test_threads_that_cannot_start_leave_the_layers_as_they_were(monkeypatch):
+    network, paths = Lists(), record_trajectories(Lists(), calls=[call, call])
+    quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
+    start, started = threading.Thread.start, []
+
+    def fail(thread):
+        started.append(thread)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    row = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="can't start"):
+        visit_layers(network, paths, torch.zeros_like(row), row, lambda _visit: None)
+    assert not any("forward" in vars(layer) for layer in trainable_layers(network).values())
+    assert not any(thread.is_alive() for thread in started[:2])

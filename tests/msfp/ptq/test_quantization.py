@@ -74,12 +74,20 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
         if summary.name.endswith(("net.2", "to_out.0")) and family == "conditional_unet":
             assert summary.activation is None
     # Two steps to calibrate and record, of which the first runs again with another sample; rows
-    # that are put together otherwise; all that was recorded, to look for concatenations; two single
+    # that are put together otherwise; two single samples three times, to see that they can wait
+    # for each other; all that was recorded, to look for concatenations; two single
     # samples, to see which layers depend on them; all in full precision and quantized, to refine
     # by; and up to eight samples, to measure.
     rows = GUIDED.get(family, 1)
     tried = [1, rows + 1] if rows < 3 else [1]
-    assert batches == [rows] * 3 + tried + [2 * rows, 1, 1, 2 * rows, 2 * rows, min(8, 2 * rows)]
+    assert batches == [rows] * 3 + tried + [1] * 6 + [
+        2 * rows,
+        1,
+        1,
+        2 * rows,
+        2 * rows,
+        min(8, 2 * rows),
+    ]
     assert [summary.name for summary in summaries] == list(plain)
     assert quantized_layers(denoiser).keys() == plain.keys()
     pack(denoiser)

@@ -336,6 +336,7 @@ def test_as_many_samples_are_used_as_their_size_allows(shape, most, tiny, monkey
     rows = torch.zeros(1).expand(2, 200, *shape)
     given = Trajectories(torch.tensor([9, 1]), rows, rows)
     used = []
+    monkeypatch.setattr("msfp.ptq.refinement.check_forwards", lambda *_: None)
     monkeypatch.setattr(
         "msfp.ptq.refinement.visit_layers", lambda *words, **_: used.append(len(words[2]))
     )

@@ -6,7 +6,7 @@ import torch
 from msfp import InputError, QuantizationConfig, pack, quantize, record_trajectories
 from msfp.layers.base import quantized_layers
 from msfp.pipelines.trajectories import Trajectories
-from msfp.ptq.side_by_side import dependent_layers, forwards_of, visit_layers
+from msfp.ptq.side_by_side import forwards_of, probed_layers, visit_layers
 from msfp.support.paging import PageFolder
 
 STEP, ROW = torch.tensor([0, 1, 3]).repeat_interleave(3), torch.arange(3).repeat(3)
@@ -150,7 +150,7 @@ def test_layers_that_read_the_same_in_all_samples_are_not_visited():
     network, paths, visits = Queries(), record_trajectories(Queries(), calls=call), []
     with pytest.warns(UserWarning, match="unused"):
         quantize(network, QuantizationConfig(refine=None, end_bits=4), calibration=call)
-    assert dependent_layers(network, paths) == ["inner", "read"]
+    assert probed_layers(network, paths) == (["inner", "queries", "read"], {"queries"})
     step, row = torch.zeros(2, dtype=torch.int64), torch.arange(2)
     visit_layers(network, paths, step, row, lambda visit: visits.append(visit.name))
     assert visits == ["inner", "read"]

@@ -98,6 +98,39 @@ def test_the_state_of_another_run_is_refused(change, text, tmp_path):
     assert not quantized_layers(pipe.unet)
 
 
+@pytest.mark.parametrize("refine", ["auto", None])
+def test_the_calls_of_another_model_are_refused(refine, tmp_path):
+    config = QuantizationConfig(refine=refine)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            families.pipeline("unet", None), tmp_path, config, progress=interrupt_at("searching", 1)
+        )
+    shutil.rmtree(tmp_path / "searched")
+    pipe = other_weights()
+    with pytest.raises(InputError, match="weights"):
+        run(pipe, tmp_path, config)
+    assert not quantized_layers(pipe.unet)
+
+
+def test_overrides_in_another_order_are_another_run(tmp_path):
+    overrides = {"*": {"weight_bits": 5}, "conv_in": {"weight_bits": 8}}
+    config = replace(CONFIG, overrides=overrides)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            families.pipeline("unet", None), tmp_path, config, progress=interrupt_at("searching", 9)
+        )
+    other = replace(CONFIG, overrides=dict(reversed(overrides.items())))
+    with pytest.raises(InputError, match="of another run: its config is"):
+        run(families.pipeline("unet", None), tmp_path, other)
+
+
+def test_offloaded_weights_are_named():
+    pipe = families.pipeline("unet", None)
+    pipe.unet.conv_in.to("meta")
+    with pytest.raises(InputError, match=r"conv_in\.weight is offloaded: quantize before"):
+        quantize(pipe, CONFIG, calibration=CALLS, state="unused")
+
+
 def test_a_state_that_cannot_be_written_is_refused_before_work_starts(tmp_path):
     file = tmp_path / "file"
     file.touch()
