@@ -113,7 +113,7 @@ class WholeForwards(Trajectories):
         denoiser, numbers = denoiser_of(model), self.predictions.shape[-1]
         outputs = []
         for which, forward in zip(step.tolist(), row.tolist(), strict=True):
-            args, kwargs = mapped(self.arguments[which][forward], lambda x: x)
+            args, kwargs = mapped(self.arguments[which][forward], torch.clone)  # it may change them
             outputs.append(as_vector(denoiser(*args, **kwargs), numbers))
         return torch.stack(outputs)
 
@@ -155,7 +155,7 @@ def _at(value: Any, step: torch.Tensor, row: torch.Tensor) -> Any:
         return {key: _at(each, step, row) for key, each in value.items()}
     if isinstance(value, list):
         return [_at(each, step, row) for each in value]
-    return value
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def draw_batch(

@@ -33,9 +33,8 @@ class PageFolder:
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     x = torch.arange(2.0**15)
-        ...     PageFolder(folder).put(x)
-        ...     x.sum().item(), os.listdir(folder)
-        (536854528.0, [])
+        ...     PageFolder(folder).put(x), x.sum().item(), os.listdir(folder)
+        (True, 536854528.0, [])
     """
 
     def __init__(self, folder: str | Path) -> None:

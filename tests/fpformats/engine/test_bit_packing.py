@@ -50,6 +50,7 @@ def test_wide_unsigned_tensors_pack():
     assert torch.equal(unpack(pack(codes, 16), 16, shape=3), codes)
 
 
+@pytest.mark.slow
 def test_packing_compiles():
     codes = torch.arange(48, dtype=torch.uint8).reshape(6, 8) % 8
     compiled = torch.compile(lambda c: unpack(pack(c, 3), 3, shape=c.shape), fullgraph=True)

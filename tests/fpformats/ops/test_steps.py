@@ -261,11 +261,13 @@ def test_a_prepared_encoder_refuses_what_cannot_be_counted():
         StepEncoder("E4M0U", 1)
 
 
+@pytest.mark.slow
 def test_a_prepared_encoder_can_be_compiled():
     x, encoder = torch.linspace(-3, 3, 100), StepEncoder("E2M2U", 0.3, -0.7)
     assert torch.equal(torch.compile(encoder, fullgraph=True)(x), encoder(x))
 
 
+@pytest.mark.slow
 def test_channels_last_can_be_compiled():
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     x = x.to(memory_format=torch.channels_last)

@@ -175,6 +175,7 @@ def test_a_run_of_0_2_0_is_resumed_where_it_was_and_ends_as_it_would_have(old, m
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_of_0_2_0_that_is_interrupted_again_is_resumed_from_the_new_record(old, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

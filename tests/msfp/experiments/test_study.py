@@ -275,6 +275,7 @@ def test_records_of_retired_recipes_are_kept_and_rendered_with_the_version_they_
     assert "until" not in page.replace("(until 0.2.0)", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_run_once_and_again_when_their_settings_change(tmp_path, monkeypatch):
     rows = [row(FULL_PRECISION), row("matched"), row("dfa-1"), row("nvfp4")]

@@ -210,3 +210,28 @@ def test_threads_that_cannot_start_leave_the_layers_as_they_were(monkeypatch):
         visit_layers(network, paths, torch.zeros_like(row), row, lambda _visit: None)
     assert not any("forward" in vars(layer) for layer in trainable_layers(network).values())
     assert not any(thread.is_alive() for thread in started[:2])
+
+
+class Halves(nn.Module):
+    """A network that changes its input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x, shift):
+        return [self.out(each.mul_(0.5) + shift.mul_(0.5)) for each in x]
+
+
+def test_what_a_forward_does_to_its_arguments_changes_no_recording():
+    def call(network):
+        draw = torch.Generator().manual_seed(0)
+        x = [torch.randn(rows, 6, generator=draw) for rows in (4, 3)]
+        return network(x, torch.ones(6))
+
+    network, paths = Halves(), record_trajectories(Halves(), calls=call)
+    with torch.no_grad():
+        found = [paths.predict(network, *torch.zeros(2, 1, dtype=torch.int64)) for _ in range(2)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][0], paths.predictions[0, 0])

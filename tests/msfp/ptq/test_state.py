@@ -68,6 +68,7 @@ def test_calls_and_layers_that_are_done_are_not_done_again(tmp_path, expected, m
     assert same(run(families.pipeline("unet", None), tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_one_stage_that_is_lost_is_done_again(tmp_path, expected):
     run(families.pipeline("unet", None), tmp_path)
     for lost in ("refined", "branches", "searched", "calls"):
