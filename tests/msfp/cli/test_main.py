@@ -142,6 +142,7 @@ def test_the_demo_leaves_a_checkpoint_that_samples(demo, tmp_path):
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_writes_nothing(tmp_path, monkeypatch, capsys):
     search, interrupts = bench.quantize, iter([signal.SIGTERM])
 

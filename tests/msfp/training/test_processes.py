@@ -13,6 +13,7 @@ def same_files(one, other):
     return all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     """Killed without warning as soon as there is a state, with everything on that has a state."""
     whole = Script(tmp_path / "whole")
