@@ -67,10 +67,12 @@ def add_kept_branches(
         rows, columns = layer.weight.flatten(1).shape
         narrow = layer.weight_quantizer.format.bits < MAX_BITS
         if narrow and rank * (rows + columns) < rows * columns:
+            whole = layer.weight
             if not _restored(name, layer, state):
                 _add_branch(layer, rank)
                 _keep(name, layer, state)
             if pages is not None:
+                pages.drop(whole)
                 pages.put_away(layer.weight)
             names.append(name)
     attach_again(denoiser)

@@ -276,6 +276,8 @@ def refine_kept(
     """
     layers = untrained_layers(denoiser)
     check_forwards(denoiser, trajectories)
+    if pages is not None:
+        pages.drop_all(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
         add_kept_branches(denoiser, config.branch_rank, state, pages)
