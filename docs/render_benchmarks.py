@@ -76,30 +76,6 @@ def searches(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def denoisers(run: dict[str, Any]) -> str:
-    """Return the time of a forward of whole denoisers as ratios to float32, by contender."""
-    records = by_table(run, "denoisers")
-    names = list(dict.fromkeys(name for record in records for name in record["ratios"]))
-    lines = ["| | " + " | ".join(names) + " |", "|---" + "|--:" * len(names) + "|"]
-    for record in records:
-        ratios = record["ratios"]
-        cells = [f"{ratios[name]:.2f}" if name in ratios else "" for name in names]
-        lines.append(f"| {record['title']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def memory(run: dict[str, Any]) -> str:
-    """Return the peak memory of a forward of whole denoisers in megabytes, by contender."""
-    records = by_table(run, "memory")
-    names = list(dict.fromkeys(name for record in records for name in record["megabytes"]))
-    lines = ["| | " + " | ".join(names) + " |", "|---" + "|--:" * len(names) + "|"]
-    for record in records:
-        found = record["megabytes"]
-        cells = [str(found[name][1]) if name in found else "" for name in names]
-        lines.append(f"| {record['title']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def picture(run: dict[str, Any]) -> None:
     """Draw the ratios of all libraries, on a logarithmic axis."""
     records = [record for record in by_table(run, "peers") if record["size"] == 1_000_000]
@@ -135,7 +111,6 @@ def main() -> None:
     run = json.loads(Path(sys.argv[1]).read_text())
     text = PAGE.read_text()
     tables = {"call": calls, "passes": passes, "peers": peers, "search": searches}
-    tables |= {"denoisers": denoisers, "memory": memory}
     for make in (machine, *(make for name, make in tables.items() if by_table(run, name))):
         pattern = rf"(?<=<!-- {make.__name__} -->\n).*?(?=<!-- end -->)"
         content = f"{make(run)}\n".replace("\\", r"\\")

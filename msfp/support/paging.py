@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from msfp.errors import InputError
+
 SMALL = 1 << 16
 """Bytes below which a tensor stays in memory."""
 _MADV_DONTNEED = 4
@@ -48,6 +50,9 @@ class PageFolder:
 
         The tensor remains what it is for all that use it. Small tensors and those on other devices
         stay in memory, and so do those whose memory others use too.
+
+        Raises:
+            InputError: If the file cannot be written, as on a full disk.
         """
         if x.layout is not torch.strided:
             return False
@@ -56,6 +61,20 @@ class PageFolder:
         memory = x.untyped_storage()
         if x.device.type != "cpu" or memory.nbytes() < SMALL or not _is_alone(x):
             return False
+        try:
+            numbers = self._written(memory, x.dtype)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot hold {memory.nbytes():,} bytes more of what is offloaded: "
+                f"{error}"
+            ) from error
+        self.written += memory.nbytes()
+        x.data = numbers.as_strided(x.shape, x.stride(), x.storage_offset())
+        self._files[x] = numbers.data_ptr()
+        return True
+
+    def _written(self, memory: torch.UntypedStorage, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers of some memory in a file without a name."""
         source = torch.empty(0, dtype=torch.uint8).set_(memory)
         handle, name = tempfile.mkstemp(dir=self.folder)
         with os.fdopen(handle, "wb") as file:
@@ -64,15 +83,12 @@ class PageFolder:
                 name = f"/proc/self/fd/{handle}"
             source.numpy().tofile(file)
             file.flush()
-            count = memory.nbytes() // x.itemsize
-            numbers = torch.from_file(name, shared=True, size=count, dtype=x.dtype)
+            count = memory.nbytes() // dtype.itemsize
+            numbers = torch.from_file(name, shared=True, size=count, dtype=dtype)
         if not _LINUX:
             with suppress(PermissionError):  # Windows deletes no file that is in use
                 Path(name).unlink()
-        self.written += memory.nbytes()
-        x.data = numbers.as_strided(x.shape, x.stride(), x.storage_offset())
-        self._files[x] = numbers.data_ptr()
-        return True
+        return numbers
 
     def holds(self, x: torch.Tensor) -> bool:
         """Return whether the numbers of a tensor are in a file."""

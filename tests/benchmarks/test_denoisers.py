@@ -115,8 +115,10 @@ class Model(NamedTuple):
 
 MODELS = {
     "digits_unet": Model(functools.partial(shipped, "digits-ddpm"), "unet", image, branches=True),
-    "digits_transformer": Model(functools.partial(shipped, "digits-dit"), "dit", image_of_class),
-    "photographs": Model(functools.partial(shipped, "colour-ddpm"), "unet", image),
+    "digits_transformer": Model(
+        functools.partial(shipped, "digits-dit"), "dit", image_of_class, branches=True
+    ),
+    "photographs": Model(functools.partial(shipped, "colour-ddpm"), "unet", image, branches=True),
     "stable_diffusion": Model(
         functools.partial(random_weights, UNet2DConditionModel, STABLE_DIFFUSION),
         "conditional_unet",

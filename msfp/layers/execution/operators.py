@@ -260,11 +260,6 @@ def fuses(*, wide: bool) -> bool | None:
     return _checked(wide)
 
 
-def agrees(*, wide: bool) -> bool:
-    """Return whether the operators give exact sums on this machine; arguments as in `fuses`."""
-    return fuses(wide=wide) is not None
-
-
 @functools.cache
 def _checked(wide: bool) -> bool | None:
     why = "other bits than defined"

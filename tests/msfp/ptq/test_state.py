@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from msfp import InputError, QuantizationConfig, pack, quantize, record_trajectories
+from msfp import InputError, QuantizationConfig, pack, quantize
 from msfp.config import RefinementConfig
 from msfp.layers.base import quantized_layers
 from msfp.pipelines.denoiser import denoiser_of
@@ -175,12 +175,3 @@ def test_whole_forwards_and_block_formats_resume_too(tmp_path):
     for _ in range(2):
         config = QuantizationConfig(scheme="mx", end_bits=4)
         quantize(Lists(), config, calibration=[lists], state=tmp_path / "b")
-
-
-def test_recorded_forwards_are_those_that_were_made(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(families.pipeline("flux", None), tmp_path, progress=interrupt_at("searching", 1))
-    recorded = record_trajectories(families.pipeline("flux", None), calls=CALLS)
-    quantize(families.pipeline("flux", None), CONFIG, calibration=CALLS, state=tmp_path)
-    again = record_trajectories(families.pipeline("flux", None), calls=CALLS)
-    assert torch.equal(recorded.predictions, again.predictions)

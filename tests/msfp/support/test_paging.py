@@ -1,8 +1,10 @@
+import errno
 import gc
 
 import pytest
 import torch
 
+from msfp import InputError
 from msfp.support.paging import SMALL, PageFolder
 
 NUMBERS = SMALL // 4
@@ -61,6 +63,19 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_one_in_a_file(tmp_p
     del x
     gc.collect()
     assert not pages._files
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_tensor_as_it_was(tmp_path, monkeypatch):
+    def full(*_args, **_words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pages, x = PageFolder(tmp_path), torch.ones(NUMBERS)
+    monkeypatch.setattr("msfp.support.paging.torch.from_file", full)
+    with pytest.raises(InputError, match=r"cannot hold 65,536 bytes more .* No space left"):
+        pages.put(x)
+    assert x.sum() == NUMBERS
+    assert not pages.holds(x)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
