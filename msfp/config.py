@@ -81,8 +81,11 @@ class RefinementConfig:
         correct_bias: Which biases correct the mean error of the output: those of "all" layers, only
             that of the "last" layer, or "none". "last" removes the mean shift of the prediction.
         split_inputs: Whether an input that is a concatenation gets one scale for each of its parts.
-        branch_rank: Rank of the full-precision low-rank branch beside each layer of less than 8
-            bits; 0 for no branch.
+        branch_rank: Rank of the low-rank branch beside each layer of less than 8 bits; 0 for no
+            branch.
+        branch_bits: Bits of the inputs and of the first factor of branches: 8, which integer units
+            compute, where that is accurate enough for the input of the layer; or 16 for full
+            precision everywhere.
         damping: Value added to the diagonal of the second moments, in units of the mean of that
             diagonal. A larger value keeps the weights closer to full precision.
         samples: Largest number of noisy samples in the forward pass. The batch is twice as large.
@@ -97,7 +100,7 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            branch_rank=0, damping=0.03, samples=None, positions=16384, seed=0)
+            branch_rank=0, branch_bits=8, damping=0.03, samples=None, positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -105,6 +108,7 @@ class RefinementConfig:
     correct_bias: BiasCorrection = "all"
     split_inputs: bool = True
     branch_rank: int = 16
+    branch_bits: Literal[8, 16] = 8
     damping: float = 0.03
     samples: int | None = None
     positions: int = 16384
@@ -116,6 +120,7 @@ class RefinementConfig:
         for name in ("match_inputs", "split_inputs"):
             check_truth(name, getattr(self, name))
         check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
+        check_choice("branch_bits", self.branch_bits, (8, 16))
         check_number("damping", self.damping, 1e-6, 1e3)
         if self.samples is not None:
             check_whole("samples", self.samples, 1, 10**6)

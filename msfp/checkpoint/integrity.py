@@ -29,6 +29,8 @@ DTYPES = {
     "weight_scale": torch.int32,
     "input_scale": torch.int32,
     "input_zero_point": torch.int32,
+    "branch_input_scale": torch.int32,
+    "branch_input_zero_point": torch.int32,
     "tensor_scale": torch.int32,
 }
 """The tensors of a quantized layer; int32 tensors hold the bits of float32 numbers."""
@@ -145,7 +147,7 @@ def _check_layer(
             raise InputError(f"{key} must be {dtype}, not {tensors[key].dtype}")
         if dtype == torch.int32:
             numbers = tensors[key].view(torch.float32)
-            _check_numbers(key, numbers, positive=leaf != "input_zero_point")
+            _check_numbers(key, numbers, positive="zero_point" not in leaf)
         elif leaf == "weight_scale" and isinstance(formats, BlockFormats):
             # The scale of a block may be zero if other blocks have much larger numbers.
             scales = decode(tensors[key], formats.weight_blocks.scale)

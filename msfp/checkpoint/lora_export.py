@@ -25,6 +25,7 @@ from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import remove_router
 from msfp.layers.packed import PackedLayer, packed_layers
+from msfp.layers.scaled import ScaledLayer
 from msfp.pipelines.denoiser import denoiser_name, denoiser_of
 from msfp.support.checks import check_path, check_type
 from msfp.support.files import atomic_folder
@@ -82,9 +83,8 @@ def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
     tensors = lora_tensors(model)
     bare = copy.deepcopy(denoiser_of(model))
     for layer in packed_layers(bare).values():
-        if isinstance(layer.formats, LayerFormats):
-            layer.formats = replace(layer.formats, branch_rank=0)
-            layer.branch_down = layer.branch_up = None
+        if isinstance(layer, ScaledLayer):
+            layer.remove_branch()
     attach_again(bare)
     folder = check_path("folder", folder)
     with atomic_folder(folder) as partial:

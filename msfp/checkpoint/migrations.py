@@ -52,6 +52,7 @@ def request_of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
         }
         if refine.get("rounding") == "adaround":
             retired["rounding"] = refine.pop("rounding")
+        refine.setdefault("branch_bits", 16)
         current["refine"] = refine
         if retired:
             current["retired"] = retired

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.errors import InputError
+from msfp.layers.branch_factor import BranchFactor
 from msfp.layers.execution.backends import product
 from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.formats import BlockFormats, LayerFormats
@@ -48,6 +49,11 @@ class QuantizedLayer(nn.Module, ABC):
         super().__init_subclass__(**kwargs)
         if any(issubclass(cls, plain) for plain in KINDS):
             cls.kind = KINDS[plain_class(cls)]
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module with the attributes of the plain layer, such as its stride."""
+        return self
 
     @property
     def choices(self) -> int:
@@ -129,21 +135,46 @@ class QuantizedLayer(nn.Module, ABC):
         # A layer without formats is a plain layer, without the attributes of low-rank branches.
         if self.formats is None or self.branch_down is None or self.branch_up is None:
             return y
-        return y + self.branches(x, self.branch_down, self.branch_up)
+        return self.add_branches(x, y, self.branch_down, self.branch_up)
 
-    def branches(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return the output of the low-rank branch, or of the one that each sample is routed to.
+    def add_branches(
+        self, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        """Return an output plus that of the low-rank branch that each sample is routed to.
 
         Args:
             x: The input before rounding.
+            y: The output, which may be overwritten.
             down: Factor (rank, columns), or (adapters, rank, columns).
             up: Factor (rows, rank), or (adapters, rows, rank).
         """
-        if down.dim() == 2:
+        if down.dim() > 2:
+            return y + self._by_adapter(
+                x, lambda part, adapter: self._branch(part, down[adapter], up[adapter], adapter)
+            )
+        factor = self.branch_factor(down, 0)
+        if factor is None or torch.is_autocast_enabled(x.device.type):
+            return y + self._branch(x, down, up, 0)
+        return self.kind.add_mixed(y, product(factor, x, 0), up)
+
+    def _branch(
+        self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, adapter: int
+    ) -> torch.Tensor:
+        """Return the output of a low-rank branch."""
+        factor = self.branch_factor(down, adapter)
+        if factor is None:
             return self.low_rank(x, down, up)
-        return self._by_adapter(
-            x, lambda part, adapter: self.low_rank(part, down[adapter], up[adapter])
-        )
+        return self.kind.mix(product(factor, x, 0), up)
+
+    def branch_factor(self, down: torch.Tensor, adapter: int) -> BranchFactor | None:
+        """Return the first factor of a low-rank branch in 8 bits; None in full precision.
+
+        Args:
+            down: The factor (rank, columns).
+            adapter: Its number, where the routing chooses, else 0.
+        """
+        del down, adapter
+        return None
 
     @property
     def winners(self) -> torch.Tensor:

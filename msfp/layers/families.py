@@ -8,7 +8,7 @@ from torch import nn
 
 from msfp.layers.block import BlockLayer
 from msfp.layers.kinds import plain_class
-from msfp.layers.packed import ScaledLayer
+from msfp.layers.scaled import ScaledLayer
 from msfp.layers.trainable import TrainableLayer
 
 

@@ -11,6 +11,7 @@ from fpformats import FloatFormat, parse
 from fpformats.ops.blocks import PRESETS, BlockFormat
 from msfp.config import BLOCK_SCHEMES
 from msfp.errors import InputError
+from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.support.checks import check_choice
 
@@ -22,6 +23,8 @@ KEYS = {
 """Keys of a layer in a checkpoint's config."""
 BRANCH_ADAPTERS = "branch_adapters"
 """An additional key of layers with several low-rank branches."""
+BRANCH_INPUT = "branch_input_format"
+"""An additional key of layers with a low-rank branch in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class LayerFormats:
             quantized.
         input_granularity: "tensor" for one scale of the inputs, "channel" for one scale of each
             input channel.
-        branch_rank: Rank of the full-precision low-rank branch, 0 for no branch.
+        branch_rank: Rank of the low-rank branch, 0 for no branch.
         branch_adapters: Number of low-rank branches, of which the routing chooses one.
+        branch_input: Format of the input of the low-rank branch, whose first factor is then rounded
+            to 8 bits too. None for a branch in full precision.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
@@ -50,6 +55,7 @@ class LayerFormats:
     input_granularity: str = TENSOR
     branch_rank: int = 0
     branch_adapters: int = 1
+    branch_input: FloatFormat | None = None
 
     @property
     def bits(self) -> int:
@@ -64,11 +70,17 @@ class LayerFormats:
             parts.append(f"branch_rank={self.branch_rank}")
         if self.branch_adapters > 1:
             parts.append(f"branch_adapters={self.branch_adapters}")
+        if self.branch_input is not None:
+            parts.append(f"branch_input={self.branch_input}")
         return ", ".join(parts)
 
     @classmethod
     def of(
-        cls, weights: Quantizer, inputs: Quantizer | None, branch_up: torch.Tensor | None
+        cls,
+        weights: Quantizer,
+        inputs: Quantizer | None,
+        branch_up: torch.Tensor | None,
+        branch_inputs: Quantizer | None = None,
     ) -> Self:
         """Return the formats of a layer from its quantizers and a factor of its low-rank branch."""
         return cls(
@@ -77,11 +89,13 @@ class LayerFormats:
             CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR,
             0 if branch_up is None else branch_up.shape[-1],
             len(branch_up) if branch_up is not None and branch_up.dim() > 2 else 1,
+            None if branch_inputs is None else branch_inputs.format,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
         several = {BRANCH_ADAPTERS: self.branch_adapters} if self.branch_adapters > 1 else {}
+        narrow = {} if self.branch_input is None else {BRANCH_INPUT: str(self.branch_input)}
         return {
             "weight_format": str(self.weight),
             "weight_granularity": CHANNEL,
@@ -89,6 +103,7 @@ class LayerFormats:
             "input_granularity": self.input_granularity,
             "branch_rank": self.branch_rank,
             **several,
+            **narrow,
         }
 
 
@@ -147,7 +162,7 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
         InputError: If a key is missing or unknown, a format is unknown or has more than 8 bits, or
             a granularity, a rank or a number of low-rank branches is invalid.
     """
-    if not isinstance(names, dict) or set(names) - {BRANCH_ADAPTERS} != KEYS:
+    if not isinstance(names, dict) or set(names) - {BRANCH_ADAPTERS, BRANCH_INPUT} != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
     check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
     rank = names["branch_rank"]
@@ -159,6 +174,8 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
             f"{BRANCH_ADAPTERS} must be a whole number from 2 on where branch_rank is above 0, and "
             f"absent elsewhere, not {adapters!r}"
         )
+    if BRANCH_INPUT in names:
+        check_choice(BRANCH_INPUT, names[BRANCH_INPUT], (str(INPUT_FORMAT),) if rank else ())
     in_blocks = names["weight_granularity"] == BLOCK
     allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
     check_choice("input_granularity", names["input_granularity"], allowed)
@@ -173,6 +190,7 @@ def _layer_formats(names: dict[str, Any]) -> LayerFormats:
         names["input_granularity"],
         names["branch_rank"],
         names.get(BRANCH_ADAPTERS) or 1,
+        INPUT_FORMAT if BRANCH_INPUT in names else None,
     )
 
 

@@ -38,6 +38,22 @@ class LayerKind(ABC):
     def mix(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Apply a matrix (rows, columns) to the channels, or features, at each position."""
 
+    def add_mixed(self, y: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return `y + mix(x, matrix)`, each number rounded once; y is overwritten if possible.
+
+        It is not overwritten if gradients are recorded.
+        """
+        axis = self.channel_axis(y)
+        rows = y.movedim(axis, -1)
+        flat = rows.reshape(-1, rows.shape[-1])
+        terms = x.movedim(axis, -1).reshape(-1, x.shape[axis])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not rows.is_contiguous():
+            total = torch.addmm(flat, terms, matrix.t())
+        else:
+            total = flat.addmm_(terms, matrix.t())
+        summed: torch.Tensor = total.view(rows.shape).movedim(-1, axis)
+        return summed.contiguous() if self.places == 1 else summed
+
     @abstractmethod
     def channel_axis(self, x: torch.Tensor) -> int:
         """Return the channel, or feature, axis of an input or output."""

@@ -12,12 +12,14 @@ from torch.nn.utils import parametrize
 
 from msfp.errors import InputError
 from msfp.layers.base import QuantizedLayer
+from msfp.layers.branch_factor import BranchFactor
 from msfp.layers.execution.grids import IntegerGrids, integer_grids
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import LoRAHub
-from msfp.layers.packed import PackedLayer, ScaledLayer, adopt
+from msfp.layers.packed import PackedLayer, adopt
+from msfp.layers.scaled import ScaledLayer
 
 
 class TrainableLayer(QuantizedLayer):
@@ -28,6 +30,10 @@ class TrainableLayer(QuantizedLayer):
         weight_quantizer: Quantizer of the weight, with one scale for each output channel.
         input_quantizer: Quantizer of the input, with one scale or one for each channel, and with a
             zero point if the format is unsigned. None leaves inputs unquantized.
+        branch_grid: Scale and zero point of the input of a low-rank branch in 8 bits, if one is
+            added. None if such a branch must be in full precision.
+        branch_input: Quantizer of the input of the low-rank branch in 8 bits; None for a branch in
+            full precision, or for none.
         hub: LoRAs that are added to the weight before it is quantized, or that are beside the
             weight; or None.
         quantizing: Whether to quantize. False computes the plain layer, in full precision.
@@ -37,6 +43,8 @@ class TrainableLayer(QuantizedLayer):
     weight: torch.Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
+    branch_grid: tuple[float, float] | None
+    branch_input: Quantizer | None
     hub: LoRAHub | None
     quantizing: bool = True
 
@@ -49,12 +57,18 @@ class TrainableLayer(QuantizedLayer):
 
     @classmethod
     def wrap(
-        cls, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None
+        cls,
+        layer: nn.Module,
+        weight_quantizer: Quantizer,
+        input_quantizer: Quantizer | None,
+        branch_grid: tuple[float, float] | None = None,
     ) -> Self:
         """Return a trainable layer that shares the parameters of a plain one."""
         trainable = adopt(cls, layer)
         trainable.weight_quantizer = weight_quantizer
         trainable.input_quantizer = input_quantizer
+        trainable.branch_grid = branch_grid
+        trainable.register_module("branch_input", None)
         trainable.register_module("hub", None)
         trainable.register_parameter("branch_down", None)
         trainable.register_parameter("branch_up", None)
@@ -63,7 +77,8 @@ class TrainableLayer(QuantizedLayer):
     @property
     def formats(self) -> LayerFormats:  # type: ignore[override]
         """Formats of weight and inputs."""
-        return LayerFormats.of(self.weight_quantizer, self.input_quantizer, self.branch_up)
+        quantizers = self.weight_quantizer, self.input_quantizer
+        return LayerFormats.of(*quantizers, self.branch_up, self.branch_input)
 
     def merged_weight(self, adapter: int = 0) -> torch.Tensor:
         """Return the weight plus the correction of an adapter of the hub, before rounding."""
@@ -135,7 +150,16 @@ class TrainableLayer(QuantizedLayer):
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.quantizing:
             return super().forward(x)
-        return super().add_branch(x, self.compute(x, self.weight, self.bias))
+        return self.in_full_precision(x, self.weight, self.bias)
+
+    def in_full_precision(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the output of the plain layer and its low-rank branch, with nothing rounded."""
+        y = self.compute(x, weight, bias)
+        if self.branch_down is None or self.branch_up is None:
+            return y
+        return y + self.low_rank(x, self.branch_down, self.branch_up)
 
     @property
     def weights_are_routed(self) -> bool:
@@ -151,7 +175,7 @@ class TrainableLayer(QuantizedLayer):
         down, up = self._beside()
         if down is None or up is None:
             return y
-        y = y + self.branches(x, down, up)
+        y = self.add_branches(x, y, down, up)
         return self._chosen(y, x) if self._hub_is_beside else y
 
     def _beside(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -165,6 +189,13 @@ class TrainableLayer(QuantizedLayer):
         own_down = self.branch_down.expand(*down.shape[:-2], -1, -1)
         own_up = self.branch_up.expand(*up.shape[:-2], -1, -1)
         return torch.cat([own_down, down], dim=-2), torch.cat([own_up, up], dim=-1)
+
+    def branch_factor(self, down: torch.Tensor, adapter: int) -> BranchFactor | None:
+        """Return the first factor of a low-rank branch in 8 bits; None in full precision."""
+        del adapter
+        if self.branch_input is None:
+            return None
+        return BranchFactor(self, self.kind, down, self.branch_input, keeps=False)
 
     @torch.no_grad()
     def pack(self) -> PackedLayer:
@@ -181,7 +212,11 @@ class TrainableLayer(QuantizedLayer):
             kept = None if factor is None else nn.Parameter(factor, requires_grad=False)
             layer.register_parameter(name, kept)
         return self.packed_class.of_weights(
-            layer, weights, self.weight_quantizer, self.input_quantizer
+            layer,
+            weights,
+            self.weight_quantizer,
+            self.input_quantizer,
+            self.branch_input,
         )
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class _Meeting:
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer in full precision."""
         layer = self.layer
-        output = layer.add_branch(x, layer.compute(x, self.weight, self.bias))
+        output = layer.in_full_precision(x, self.weight, self.bias)
         # As outputs of the quantized half lie in memory, so that later sums have the same order.
         return layer.kind.channels_last(output)
 

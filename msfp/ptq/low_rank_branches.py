@@ -1,6 +1,8 @@
-"""Full-precision low-rank branches beside quantized layers, for the largest part of weights."""
+"""Low-rank branches beside quantized layers, for the largest part of weights."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,21 +12,25 @@ from fpformats import search
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import MAX_BITS, MAX_RANK
 from msfp.errors import InputError
+from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.kinds import groups_of
 from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer_state
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
-from msfp.support.checks import check_whole
+from msfp.support.checks import check_choice, check_whole
 from msfp.support.paging import PageFolder
 
 BRANCHES = "branches"
 """Stage of the state."""
 
 
-def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
+def add_branches(
+    model: DiffusionPipeline | nn.Module, rank: int, *, bits: Literal[8, 16] = 8
+) -> list[str]:
     """Move the largest singular values of weights into low-rank branches, in place.
 
     The remaining weight has fewer outliers, and its smaller values amplify errors of the input less
@@ -36,21 +42,24 @@ def add_branches(model: DiffusionPipeline | nn.Module, rank: int) -> list[str]:
             branches.
         rank: Rank of each low-rank branch. A layer gets no branch if the branch would have as many
             weights as the layer, or if the layer has 8 bits.
+        bits: Bits of the inputs and first factors of branches, as `RefinementConfig.branch_bits`.
 
     Returns:
         The names of the layers that got a low-rank branch.
 
     Raises:
         InputError: If the denoiser has no quantized layer, or has one that is packed or has LoRAs,
-            has low-rank branches already, or the rank is below 1.
+            has low-rank branches already, or the rank is below 1 or the bits are not 8 or 16.
     """
-    return add_kept_branches(denoiser_of(model), rank, None)
+    check_choice("bits", bits, (8, 16))
+    return add_kept_branches(denoiser_of(model), rank, bits, None)
 
 
 @torch.no_grad()
 def add_kept_branches(
     denoiser: nn.Module,
     rank: int,
+    bits: Literal[8, 16],
     state: QuantizationState | None,
     pages: PageFolder | None = None,
 ) -> list[str]:
@@ -71,6 +80,14 @@ def add_kept_branches(
             if not _restored(name, layer, state):
                 _add_branch(layer, rank)
                 _keep(name, layer, state)
+            if (
+                bits == INPUT_FORMAT.bits
+                and groups_of(layer) == 1
+                and layer.branch_grid is not None
+            ):
+                scale, zero = (torch.tensor(each) for each in layer.branch_grid)
+                inputs = Quantizer(INPUT_FORMAT, scale, zero)
+                layer.branch_input = inputs.to(layer.weight.device)
             if pages is not None:
                 pages.drop(whole)
                 pages.put_away(layer.weight)

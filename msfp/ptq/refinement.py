@@ -280,7 +280,7 @@ def refine_kept(
         pages.drop_all(denoiser)
     samples = config.samples or _samples(trajectories)
     if config.branch_rank:
-        add_kept_branches(denoiser, config.branch_rank, state, pages)
+        add_kept_branches(denoiser, config.branch_rank, config.branch_bits, state, pages)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     if pages is not None:

@@ -165,8 +165,9 @@ def searched_layer(
         facts, tensors = kept[0], on_device(kept[1], layer.weight)
         weight = quantizer_of("weight", facts, tensors)
         if weight is not None:
-            trainable = family_of(layer).trainable
-            wrapped = trainable.wrap(layer, weight, quantizer_of("input", facts, tensors))
+            inputs, branch = quantizer_of("input", facts, tensors), facts["branch_grid"]
+            grids = weight, inputs, None if branch is None else tuple(branch)
+            wrapped = family_of(layer).trainable.wrap(layer, *grids)
             return wrapped, LayerSummary.from_dict(facts["summary"])
     found, summary = quantize_layer(name, layer, settings, calibration)
     if state is not None and isinstance(found, TrainableLayer):
@@ -174,5 +175,6 @@ def searched_layer(
         if found.input_quantizer is not None:
             more, others = quantizer_state("input", found.input_quantizer)
             facts, tensors = facts | more, tensors | others
+        facts["branch_grid"] = found.branch_grid
         state.save(SEARCHED, name, facts | {"summary": summary.to_dict()}, tensors)
     return found, summary

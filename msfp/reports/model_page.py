@@ -24,7 +24,8 @@ from msfp.checkpoint.facts import (
 from msfp.evaluation.comparison import Comparison
 from msfp.layers.base import quantized_networks
 from msfp.layers.formats import TENSOR
-from msfp.layers.packed import ScaledLayer, packed_layers
+from msfp.layers.packed import packed_layers
+from msfp.layers.scaled import ScaledLayer
 from msfp.pipelines.denoiser import by_name
 from msfp.reports import figures, html
 from msfp.reports.layer_table import COLUMNS, PRODUCT_COLUMNS, cells, product_cells

@@ -12,9 +12,10 @@ from torch import nn
 
 from fpformats import Choice, FloatFormat, Histogram, search
 from fpformats.fitting.search import RATIOS, ZERO_POINTS
-from msfp.config import BLOCK_SCHEMES, LayerSettings, Scheme
+from msfp.config import BLOCK_SCHEMES, MAX_BITS, LayerSettings, Scheme
 from msfp.errors import InputError
 from msfp.layers.block import BlockLayer
+from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.execution.grids import fits_byte
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
@@ -43,6 +44,13 @@ MAX_EXCESS = 1.02
 """A format that fits a byte in steps is preferred up to this multiple of the least error.
 
 Such layers run on integer units.
+"""
+
+
+MIN_BRANCH_SQNR = 34.0
+"""Least SQNR in dB of the input of a branch in 8 bits.
+
+Without it, the error of the photographs' noise predictions rises by half. With it, by 0.5 %.
 """
 
 
@@ -78,6 +86,22 @@ def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Ch
     )
     signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
     return _for_integer_units(choice), min(signed, key=lambda each: each.squared_error)
+
+
+def search_branch_grid(inputs: Histogram) -> tuple[float, float] | None:
+    """Return scale and zero point of the input of a low-rank branch in 8 bits.
+
+    It is None if the SQNR of the input would be below `MIN_BRANCH_SQNR`: a branch has the largest
+    part of a weight, and passes on the error of its input.
+
+    Args:
+        inputs: Histogram of the layer's input.
+    """
+    choice = search(inputs, [INPUT_FORMAT], zero_points=ZERO_POINTS, whole_zero_points=True)
+    signal = float(inputs.bins().squares.sum())
+    if sqnr(signal, choice.squared_error) < MIN_BRANCH_SQNR:
+        return None
+    return float(choice.scale), float(choice.zero_point)
 
 
 def search_weight(
@@ -153,14 +177,17 @@ def quantize_layer(
     if isinstance(SCHEMES[settings.scheme], BlockScheme):
         return _block_layer(name, layer, weight, settings)
     weight_quantizer, summary = _searched(name, weight, settings)
-    input_quantizer = None
+    input_quantizer = branch_grid = None
     if settings.activation_bits is not None and calibration is not None:
         inputs = calibration.inputs[name]
         choice, signed = search_input(inputs, settings.activation_bits, settings.scheme)
         input_quantizer = _input_quantizer(choice).to(weight.device)
+        if max(settings.weight_bits, settings.activation_bits) < MAX_BITS:
+            branch_grid = search_branch_grid(inputs)
         activation = calibration.activations.get(name)
         summary = replace(summary, activation=activation, **_facts(inputs, choice, signed))
-    return family_of(layer).trainable.wrap(layer, weight_quantizer, input_quantizer), summary
+    grids = weight_quantizer, input_quantizer, branch_grid
+    return family_of(layer).trainable.wrap(layer, *grids), summary
 
 
 def pack_layer(

@@ -42,7 +42,7 @@ def check_truth(name: str, value: Any) -> None:
         raise InputError(f"{name} must be True or False, not {value!r}")
 
 
-def check_choice(name: str, value: Any, allowed: Iterable[str | None]) -> None:
+def check_choice(name: str, value: Any, allowed: Iterable[str | int | None]) -> None:
     """Raise InputError unless a value is one of the allowed values."""
     if value not in tuple(allowed):
         raise InputError(f"{name} must be one of {tuple(allowed)}, not {value!r}")

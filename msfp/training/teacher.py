@@ -56,7 +56,7 @@ class Teacher:
     def keep(self, names: Iterable[str]) -> None:
         """Keep copies of parameters that are about to be trained."""
         parameters = dict(self.denoiser.named_parameters())
-        new_parts = ("hub", "weight_quantizer", "input_quantizer", "router")
+        new_parts = ("hub", "weight_quantizer", "input_quantizer", "branch_input", "router")
         for name in names:
             if name not in self._kept and not set(name.split(".")) & set(new_parts):
                 self._kept[name] = parameters[name].detach().clone()

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from msfp.errors import InputError
-from msfp.layers.packed import ScaledLayer, packed_layers
+from msfp.layers.packed import packed_layers
+from msfp.layers.scaled import ScaledLayer
 
 MAX_CAST = 0.02
 """Largest relative error of a weight that is not quantized; casts cause a tenth of it."""

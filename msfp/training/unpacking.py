@@ -10,7 +10,8 @@ from msfp.errors import InputError
 from msfp.layers.block import refuse_block_layers
 from msfp.layers.families import family_of
 from msfp.layers.kinds import KINDS
-from msfp.layers.packed import ScaledLayer, packed_layers
+from msfp.layers.packed import packed_layers
+from msfp.layers.scaled import ScaledLayer
 from msfp.layers.selection import replace_layers
 from msfp.layers.trainable import TrainableLayer
 from msfp.pipelines.denoiser import denoiser_of
@@ -98,6 +99,7 @@ def _trainable(layer: ScaledLayer, plain: nn.Module) -> TrainableLayer:
     """Return the trainable layer of a packed one."""
     weight_quantizer, input_quantizer = layer.quantizers()
     trainable = family_of(plain).trainable.wrap(plain, weight_quantizer, input_quantizer)
+    trainable.branch_input = layer.branch_quantizer()
     packed = layer.quantized_weight()
     weight = trainable.weight.to(packed)
     if layer.branch_down is not None and layer.branch_up is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,12 @@ def is_unwatched(x: torch.Tensor) -> bool:
     )
 
 
-def padded(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def padded(layer: ProductLayer, x: torch.Tensor) -> torch.Tensor:
     """Return an input with the padding of a convolution that does not pad with zeros."""
-    if layer.padding_mode == "zeros":
+    plain = layer.plain
+    if plain.padding_mode == "zeros":
         return x
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    return F.pad(x, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
 
 
 class InputGrid(NamedTuple):

@@ -245,29 +245,31 @@ def prepare(
     return parts
 
 
-def _convolution(layer: Any) -> Convolution | None:
+def _convolution(layer: ProductLayer) -> Convolution | None:
     """Return how a layer moves if it is a convolution; without padding that is added before."""
     if not layer.kind.places:
         return None
-    padding = tuple(layer._reversed_padding_repeated_twice[::-2])
-    if layer.padding_mode != "zeros" or _explicit_padding(layer) is not None:
+    plain = layer.plain
+    padding = tuple(plain._reversed_padding_repeated_twice[::-2])
+    if plain.padding_mode != "zeros" or _explicit_padding(layer) is not None:
         padding = (0,) * layer.kind.places
-    return Convolution(layer.stride, padding, layer.dilation, layer.groups)
+    return Convolution(plain.stride, padding, plain.dilation, plain.groups)
 
 
-def _explicit_padding(layer: Any) -> list[int] | None:
+def _explicit_padding(layer: ProductLayer) -> list[int] | None:
     """Return the padding of bytes before a convolution, for F.pad; None if it pads itself.
 
     Its operator pads all ends of an axis alike. With groups, or where a kernel lies in the padding
     as a whole, it has read beyond the memory of its operands.
     """
-    if not layer.kind.places or layer.padding_mode != "zeros":
+    plain = layer.plain
+    if not layer.kind.places or plain.padding_mode != "zeros":
         return None
-    amounts: list[int] = layer._reversed_padding_repeated_twice
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    amounts: list[int] = plain._reversed_padding_repeated_twice
+    reach = [d * (k - 1) for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
     beyond = any(amount > most for amount, most in zip(amounts[::2], reversed(reach), strict=True))
     alike = amounts[::2] == amounts[1::2]
-    if not any(amounts) or (alike and layer.groups == 1 and not beyond):
+    if not any(amounts) or (alike and plain.groups == 1 and not beyond):
         return None
     return amounts
 

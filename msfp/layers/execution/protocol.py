@@ -16,6 +16,10 @@ class ProductLayer(Protocol):
     bias: torch.Tensor | None
 
     @property
+    def plain(self) -> Any:
+        """The module with the attributes of the plain layer, such as its stride."""
+
+    @property
     def kind(self) -> LayerKind:
         """The computation of the plain layer."""
 

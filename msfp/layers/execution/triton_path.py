@@ -147,12 +147,12 @@ class TritonPath:
         return convolve(prepared, numbers, _moves(layer), layer.bias, x.dtype)
 
 
-def _has_kernel(layer: Any, x: torch.Tensor) -> bool:
+def _has_kernel(layer: ProductLayer, x: torch.Tensor) -> bool:
     """Return whether there is a kernel for a kind of layer, and the input has a shape for it."""
     if layer.kind.places:
         is_image = layer.kind.places == IMAGES and x.dim() == IMAGES + 2
-        return is_image and layer.groups == 1 and x.shape[1] == layer.in_channels
-    return x.dim() > 0 and x.shape[-1] == layer.in_features
+        return is_image and layer.plain.groups == 1 and x.shape[1] == layer.plain.in_channels
+    return x.dim() > 0 and x.shape[-1] == layer.plain.in_features
 
 
 @functools.cache
@@ -261,12 +261,13 @@ def _pixels(encode: StepEncoder, x: torch.Tensor) -> torch.Tensor:
     return _numbers(encode, x).permute(0, 2, 3, 1).contiguous()
 
 
-def _moves(layer: Any) -> Moves:
+def _moves(layer: ProductLayer) -> Moves:
     """Return how a convolution moves; without padding that has been added before."""
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    if layer.padding_mode != "zeros":
+    plain = layer.plain
+    left, right, top, bottom = plain._reversed_padding_repeated_twice
+    if plain.padding_mode != "zeros":
         left = right = top = bottom = 0
-    return Moves(layer.kernel_size, layer.stride, (top, left), (bottom, right), layer.dilation)
+    return Moves(plain.kernel_size, plain.stride, (top, left), (bottom, right), plain.dilation)
 
 
 def multiply(

@@ -33,6 +33,7 @@ from msfp import (
     pack,
     quantize,
 )
+from msfp.checkpoint.integrity import BRANCH
 from msfp.layers.attention import OPERANDS, attention_products
 from msfp.layers.formats import LayerFormats
 from msfp.layers.packed import packed_layers
@@ -140,7 +141,7 @@ def test_branches_are_stored_in_sixteen_bits_and_require_no_gradient(pipelines):
     folder, pipes = pipelines
     saved = denoiser_of(pipes["unet"]).state_dict()
     with safe_open(folder / "unet" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys() if ".branch_" in key}  # noqa: SIM118
+        stored = {key: file.get_tensor(key) for key in file.keys() if key.endswith(BRANCH)}  # noqa: SIM118
     assert {factor.dtype for factor in stored.values()} == {torch.float16}
     loaded = dict(denoiser_of(load_pipeline(folder / "unet")).named_parameters())
     for key, factor in stored.items():

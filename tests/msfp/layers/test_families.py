@@ -9,7 +9,7 @@ from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import FAMILIES, family_of
 from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import KINDS, kind_of, plain_class
-from msfp.layers.packed import ScaledLayer
+from msfp.layers.scaled import ScaledLayer
 from msfp.layers.selection import quantizable_layers
 from msfp.layers.trainable import TrainableLayer
 from msfp.ptq.concatenations import split_quantizer

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from msfp import InputError
+from msfp.checkpoint.integrity import BRANCH
 from msfp.config import RefinementConfig
 from msfp.layers.base import quantized_layers
 from msfp.ptq.low_rank_branches import add_branches
@@ -57,7 +58,7 @@ def test_branches_lower_the_error_before_and_after_refinement(quantized, traject
 def test_branches_are_in_the_state_of_the_denoiser_and_survive_a_copy(quantized, trajectories):
     denoiser = quantized()[0].unet
     add_branches(denoiser, 2)
-    assert sum(".branch_" in key for key in denoiser.state_dict()) == 2 * 63
+    assert sum(key.endswith(BRANCH) for key in denoiser.state_dict()) == 2 * 63
     twin = copy.deepcopy(denoiser)
     with torch.no_grad():
         for layer in quantized_layers(twin).values():

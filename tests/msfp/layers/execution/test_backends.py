@@ -128,7 +128,7 @@ def test_a_back_end_is_shown_the_input_before_it_is_rounded(put):
 
 def test_what_stands_beside_the_weight_is_added_to_the_product(put):
     network = quantized(end_bits=4)
-    add_branches(network, 1)
+    add_branches(network, 1, bits=16)
     pack(network)
     expected = call(network)
     assert network.line.formats.branch_rank == 1
@@ -138,7 +138,7 @@ def test_what_stands_beside_the_weight_is_added_to_the_product(put):
     assert len(own.taken) == 3
     put(Own(nn.Module, factor=0.0))
     layer = network.line
-    branch = layer.branches(SAMPLE, layer.branch_down, layer.branch_up)
+    branch = layer.low_rank(SAMPLE, layer.branch_down, layer.branch_up)
     assert torch.equal(layer(SAMPLE), branch)
 
 
