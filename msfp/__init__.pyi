@@ -18,6 +18,7 @@ from .pipelines.sampler import Sampler, prompt_calls
 from .pipelines.trajectories import Trajectories
 from .ptq.attention_products import quantize_attention
 from .ptq.concatenations import split_inputs
+from .ptq.estimate import Estimate, estimate
 from .ptq.low_rank_branches import add_branches
 from .ptq.quantization import pack, quantize
 from .ptq.refinement import refine
@@ -39,6 +40,7 @@ __all__ = [
     "Comparison",
     "Coverage",
     "DatasetStatistics",
+    "Estimate",
     "FinetuneConfig",
     "History",
     "InputError",
@@ -61,6 +63,7 @@ __all__ = [
     "data_trajectories",
     "dataset_statistics",
     "denoising_factors",
+    "estimate",
     "export_adapters",
     "export_lora",
     "finetune",

@@ -152,19 +152,22 @@ class QuantizedLayer(nn.Module, ABC):
             return y + self._by_adapter(
                 x, lambda part, adapter: self._branch(part, down[adapter], up[adapter], adapter)
             )
-        factor = self.branch_factor(down, 0)
-        if factor is None or torch.is_autocast_enabled(x.device.type):
+        if groups_of(self) > 1 or torch.is_autocast_enabled(x.device.type):
             return y + self._branch(x, down, up, 0)
-        return self.kind.add_mixed(y, product(factor, x, 0), up)
+        return self.kind.add_mixed(y, self._squeezed(x, down, 0), up)
 
     def _branch(
         self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, adapter: int
     ) -> torch.Tensor:
         """Return the output of a low-rank branch."""
-        factor = self.branch_factor(down, adapter)
-        if factor is None:
+        if groups_of(self) > 1:
             return self.low_rank(x, down, up)
-        return self.kind.mix(product(factor, x, 0), up)
+        return self.kind.mix(self._squeezed(x, down, adapter), up)
+
+    def _squeezed(self, x: torch.Tensor, down: torch.Tensor, adapter: int) -> torch.Tensor:
+        """Return the output of the first factor of a low-rank branch."""
+        factor = self.branch_factor(down, adapter)
+        return self.squeeze(x, down) if factor is None else product(factor, x, 0)
 
     def branch_factor(self, down: torch.Tensor, adapter: int) -> BranchFactor | None:
         """Return the first factor of a low-rank branch in 8 bits; None in full precision.

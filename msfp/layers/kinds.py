@@ -43,16 +43,17 @@ class LayerKind(ABC):
 
         It is not overwritten if gradients are recorded.
         """
-        axis = self.channel_axis(y)
-        rows = y.movedim(axis, -1)
-        flat = rows.reshape(-1, rows.shape[-1])
-        terms = x.movedim(axis, -1).reshape(-1, x.shape[axis])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not rows.is_contiguous():
-            total = torch.addmm(flat, terms, matrix.t())
+        if self.places:
+            axis = self.channel_axis(y)
+            x, y = x.movedim(axis, -1), y.movedim(axis, -1)
+        flat, terms = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not y.is_contiguous():
+            y = torch.addmm(flat, terms, matrix.t()).view(y.shape)
         else:
-            total = flat.addmm_(terms, matrix.t())
-        summed: torch.Tensor = total.view(rows.shape).movedim(-1, axis)
-        return summed.contiguous() if self.places == 1 else summed
+            flat.addmm_(terms, matrix.t())
+        if self.places:
+            y = y.movedim(-1, axis)
+        return y.contiguous() if self.places == 1 else y
 
     @abstractmethod
     def channel_axis(self, x: torch.Tensor) -> int:

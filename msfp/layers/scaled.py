@@ -274,12 +274,12 @@ class ScaledLayer(PackedLayer):
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _keep_branch_factor(layer: ScaledLayer, adapter: int) -> bool:
     """Keep a factor of a branch in 8 bits in `layer._factors`, unless it is there and the same."""
-    down = layer.branch_down
-    tensors = (down, layer.branch_input_scale, layer.branch_input_zero_point)
-    before, version = layer._factors_of, versions(*tensors)
-    same = before and all(one is other for one, other in zip(before[:-1], tensors, strict=True))
-    if not same or before[-1] != version:
-        layer._factors, layer._factors_of = {}, (*tensors, version)
+    down, of = layer._parameters["branch_down"], layer._factors_of
+    scale, zero = (layer._buffers[f"branch_input_{each}"] for each in ("scale", "zero_point"))
+    version = versions(down, scale, zero)
+    # Written out, because every product of every branch passes here.
+    if not (of and of[0] is down and of[1] is scale and of[2] is zero and of[3] == version):
+        layer._factors, layer._factors_of = {}, (down, scale, zero, version)
     if adapter not in layer._factors and down is not None:
         own = down if down.dim() == 2 else down[adapter]
         layer._factors[adapter] = layer.make_branch_factor(own)

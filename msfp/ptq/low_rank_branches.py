@@ -73,9 +73,8 @@ def add_kept_branches(
         raise InputError("the denoiser has low-rank branches already")
     names = []
     for name, layer in layers.items():
-        rows, columns = layer.weight.flatten(1).shape
         narrow = layer.weight_quantizer.format.bits < MAX_BITS
-        if narrow and rank * (rows + columns) < rows * columns:
+        if narrow and is_smaller(layer.weight, rank):
             whole = layer.weight
             if not _restored(name, layer, state):
                 _add_branch(layer, rank)
@@ -94,6 +93,17 @@ def add_kept_branches(
             names.append(name)
     attach_again(denoiser)
     return names
+
+
+def is_smaller(weight: torch.Tensor, rank: int) -> bool:
+    """Return whether a low-rank branch has fewer numbers than a weight.
+
+    Example:
+        >>> is_smaller(torch.empty(64, 64), 16), is_smaller(torch.empty(64, 64), 32)
+        (True, False)
+    """
+    rows, columns = weight.flatten(1).shape
+    return rank * (rows + columns) < rows * columns
 
 
 def _add_branch(layer: TrainableLayer, rank: int) -> None:

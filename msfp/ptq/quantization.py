@@ -48,11 +48,14 @@ from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
+from msfp.support.memory import free_disk
 from msfp.support.paging import PageFolder
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 SHOWN = 5
 """Number of layers that a warning names."""
+KEPT, PAGED = 2, 2
+"""How often weights are in the state of a run, and in the files of offloading."""
 
 
 def quantize(
@@ -128,6 +131,7 @@ def quantize(
     ]
     for part in parts:  # errors are raised before anything runs
         part.check(calibration, trajectories)
+    _check_disk(parts, state, offload=offload)
     if state is not None:
         for name, part in zip(denoisers, parts, strict=True):
             part.keep_in(Path(state, name) if len(denoisers) > 1 else Path(state))
@@ -143,6 +147,22 @@ def quantize(
             part.undo()
         raise
     return summaries
+
+
+def _check_disk(parts: Sequence[_Quantization], state: str | Path | None, *, offload: bool) -> None:
+    """Raise InputError if the files of refinement do not fit on the disk."""
+    weights = sum(
+        layer.weight.nbytes for part in parts if part.refinement for layer in part.plain.values()
+    )
+    folder = Path(tempfile.gettempdir() if state is None else state)
+    needed = weights * (KEPT * (state is not None) + PAGED * offload)
+    there = sum(file.stat().st_size for file in folder.rglob("*")) if state is not None else 0
+    free = free_disk(folder)
+    if needed > free + there:
+        raise InputError(
+            f"{'state' if state is not None else 'offload'} needs {needed / 1e9:.1f} GB on the "
+            f"disk of {folder}, of which {(free + there) / 1e9:.1f} GB are free"
+        )
 
 
 def _of_part(progress: Progress, name: str, denoisers: Networks) -> Progress:

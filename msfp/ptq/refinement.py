@@ -278,7 +278,7 @@ def refine_kept(
     check_forwards(denoiser, trajectories)
     if pages is not None:
         pages.drop_all(denoiser)
-    samples = config.samples or _samples(trajectories)
+    samples = config.samples or default_samples(trajectories.samples[0, 0].numel())
     if config.branch_rank:
         add_kept_branches(denoiser, config.branch_rank, config.branch_bits, state, pages)
     if config.split_inputs:
@@ -315,10 +315,14 @@ def _note_damping(raised: dict[str, float], damping: float) -> None:
         )
 
 
-def _samples(trajectories: Trajectories) -> int:
-    """Return the default number of samples, which is smaller for large samples."""
-    numbers = max(1, trajectories.samples[0, 0].numel())
-    return max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_NUMBERS // numbers))
+def default_samples(numbers: int) -> int:
+    """Return the default number of samples, which is smaller for samples of many numbers.
+
+    Example:
+        >>> default_samples(256), default_samples(4 * 64 * 64)
+        (256, 64)
+    """
+    return max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_NUMBERS // max(1, numbers)))
 
 
 def _biased(denoiser: nn.Module, trajectories: Trajectories, config: RefinementConfig) -> set[str]:

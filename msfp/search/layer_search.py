@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -182,7 +183,9 @@ def quantize_layer(
         inputs = calibration.inputs[name]
         choice, signed = search_input(inputs, settings.activation_bits, settings.scheme)
         input_quantizer = _input_quantizer(choice).to(weight.device)
-        if max(settings.weight_bits, settings.activation_bits) < MAX_BITS:
+        narrow = max(settings.weight_bits, settings.activation_bits) < MAX_BITS
+        # With the factor of a branch, products of matrices are as fast in floating point.
+        if narrow and math.prod(getattr(layer, "kernel_size", ())) > 1:
             branch_grid = search_branch_grid(inputs)
         activation = calibration.activations.get(name)
         summary = replace(summary, activation=activation, **_facts(inputs, choice, signed))

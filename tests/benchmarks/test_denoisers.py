@@ -25,12 +25,12 @@ from torch import nn
 
 from msfp import QuantizationConfig, pack, quantize, reference_pipeline
 from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS
-from msfp.experiments.study.machine import forget_peak, peak_bytes
 from msfp.layers.base import quantized_layers
 from msfp.layers.execution.backends import floats_only, runs_on_integers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.ptq.low_rank_branches import add_branches
 from msfp.support.malloc import keep_memory, release_memory
+from msfp.support.memory import forget_peak, peak_bytes
 
 RANK = 16
 TINY = (2, 8)

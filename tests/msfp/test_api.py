@@ -131,6 +131,7 @@ CASES = {
     "calibrate": ("plain", {"calls": call}),
     "compare": ("packed", {"original": "plain", "sampler": SAMPLER, "count": 4, "seed": 0}),
     "data_trajectories": ("plain", {"calls": "calls", "images": torch.zeros(2, 1, 8, 8)}),
+    "estimate": ("plain", {"config": CONFIG, "calls": call}),
     "export_adapters": ("hub", {}),
     "export_lora": ("beside", {}),
     "finetune": ("trainable", TRAINED_ON | {"config": msfp.FinetuneConfig(**STEP)}),

@@ -40,6 +40,10 @@ def add(commands: Any) -> None:
         "--offload", action="store_true",
         help="have in files what need not be in memory during refinement",
     )  # fmt: skip
+    quantize.add_argument(
+        "--dry-run", action="store_true",
+        help="run the denoiser once, and print what the command would take",
+    )  # fmt: skip
     options.add_resume(quantize)
     options.add_report(quantize)
     quantize.add_argument(
@@ -71,6 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.components is not None:
         pipe = select_denoisers(pipe, arguments.components)
     denoisers = denoisers_of(pipe)
+    if arguments.dry_run:
+        print(_estimated(pipe, config, sampler, arguments), end="")
+        return
     plain = {} if arguments.report is None else by_name(denoisers, quantizable_layers)
     weights = {name: layer.weight.detach().clone() for name, layer in plain.items()}
     with progress_bars() as progress:
@@ -90,6 +97,27 @@ def run(arguments: argparse.Namespace) -> None:
         report = ModelReport(title, pipe, inputs, weights)
         options.write_text(arguments.report, report.html())
         print(f"Report: {arguments.report}")
+
+
+def _estimated(
+    pipe: DiffusionPipeline,
+    config: QuantizationConfig,
+    sampler: Sampler,
+    arguments: argparse.Namespace,
+) -> str:
+    """Return what the quantization of each denoiser would take, in words."""
+    from msfp.pipelines.denoiser import denoisers_of, select_denoisers
+    from msfp.ptq.estimate import estimate
+    from msfp.reports.estimate import describe
+
+    texts = []
+    for name, denoiser in denoisers_of(pipe).items():
+        part = select_denoisers(pipe, name)
+        sampler.arguments(part)
+        calls = sampler.calls(arguments.count, arguments.seed)
+        found = estimate(part, config, calls=calls, offload=arguments.offload)
+        texts.append(describe(found, type(denoiser).__name__, arguments.output))
+    return "\n".join(texts)
 
 
 def _title(model: str, config: QuantizationConfig) -> str:

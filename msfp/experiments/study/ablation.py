@@ -52,12 +52,13 @@ TUNED: dict[str, Any] = {"steps": 160}
 FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
 TWO_HUBS = TUNED | {"hub": 2}
 FULL_PRECISION = "full-precision"
-DEFAULT = "samples-256"
+DEFAULT = "branch-16-int8"
 """The recipe that `msfp quantize` uses by default."""
 
 
 def _refined(**options: Any) -> dict[str, Any]:
-    return {"refine": {"split_inputs": False, "branch_rank": 0, "samples": 64} | options}
+    basic = {"split_inputs": False, "branch_rank": 0, "branch_bits": 16, "samples": 64}
+    return {"refine": basic | options}
 
 
 def _retired(name: str, label: str, against: tuple[str, ...], *, tuned: bool = False) -> Recipe:
@@ -121,10 +122,16 @@ _ABLATION = (
         against=("branch-4", "mixup"),
     ),
     Recipe(
-        DEFAULT,
+        "samples-256",
         "split + low-rank branch of rank 16, 256 samples",
         _refined(split_inputs=True, branch_rank=16, samples=None),
         against=("branch-16", "mixup", "nvfp4"),
+    ),
+    Recipe(
+        DEFAULT,
+        "split + low-rank branch of rank 16 in 8 bits, 256 samples",
+        _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
+        against=("samples-256", "mixup", "nvfp4"),
     ),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
@@ -207,6 +214,13 @@ _ABLATION = (
         _refined(split_inputs=True, branch_rank=16, samples=None),
         TUNED,
         against=("samples-256", "branch-16-lora", "lora"),
+    ),
+    Recipe(
+        f"{DEFAULT}-lora",
+        "split + low-rank branch of rank 16 in 8 bits, 256 samples + LoRA",
+        _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
+        TUNED,
+        against=(DEFAULT, "samples-256-lora", "lora"),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _ABLATION}

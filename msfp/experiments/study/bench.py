@@ -20,7 +20,7 @@ from msfp.evaluation.prediction_errors import noise_errors
 from msfp.evaluation.whole_sets import FrechetDistance, paired_psnr, paired_sqnr, paired_ssim
 from msfp.experiments.study.ablation import FULL_PRECISION, REVISION, Row
 from msfp.experiments.study.benchmark_models import BENCHMARK_MODELS, full_precision
-from msfp.experiments.study.machine import forget_peak, machine, peak_bytes
+from msfp.experiments.study.machine import machine
 from msfp.experiments.study.store import VERSION, Record
 from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.denoiser import denoiser_of
@@ -30,6 +30,7 @@ from msfp.ptq.quantization import pack, quantize
 from msfp.schedulers.denoising_factors import denoising_factors
 from msfp.search.calibration import Calibration
 from msfp.search.observers import calibrate
+from msfp.support.memory import forget_peak, peak_bytes
 from msfp.training.finetuning import finetune
 
 FORWARDS = 5

@@ -1,8 +1,7 @@
-"""The environment of a row: versions, code, processor, and peak memory."""
+"""The environment of a row: versions, code and processor."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -16,12 +15,8 @@ import torch
 import fpformats
 from msfp.support.versions import versions
 
-STATUS, CLEAR, PROCESSORS = (
-    Path("/proc/self/status"),
-    Path("/proc/self/clear_refs"),
-    Path("/proc/cpuinfo"),
-)
-"""Linux files that give a process's peak memory, reset it, and name the processor."""
+PROCESSORS = Path("/proc/cpuinfo")
+"""The Linux file that names the processor."""
 
 
 def machine() -> dict[str, str]:
@@ -51,25 +46,6 @@ def code() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def forget_peak() -> None:
-    """Reset the peak memory of this process, if the system supports it."""
-    with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
-
-
-def peak_bytes() -> int | None:
-    """Return the peak memory of this process in bytes since the last reset, None if unknown.
-
-    Example:
-        >>> forget_peak()
-        >>> peak = peak_bytes()
-        >>> peak is None or peak > 1e6
-        True
-    """
-    peak = re.search(r"VmHWM:\s*(\d+) kB", _text(STATUS)) if CLEAR.exists() else None
-    return 1024 * int(peak[1]) if peak else None
 
 
 def _text(file: Path) -> str:

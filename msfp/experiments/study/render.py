@@ -87,10 +87,10 @@ SHADES = {
     "nvfp4": DISTINCT[3],
     "mixup": DISTINCT[0],
     "matched": DISTINCT[5],
-    DEFAULT: DISTINCT[2],
+    "samples-256": DISTINCT[2],
     "lora": DISTINCT[4],
     "talora-2": DISTINCT[1],
-    f"{DEFAULT}-lora": INK,
+    "samples-256-lora": INK,
 }
 """Recipes in image strips and in plots over settings and timesteps, with their colours."""
 BITS_NOTE = """The first and the last layer have 8 bits, weights and inputs. In `all` they have 4
@@ -100,7 +100,9 @@ SETTING_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
 """Names of the setting that all recipes are run at; the tests at it have their own table."""
 UNTOLD = ("code", "date")
 """Keys whose values differ between records of one machine."""
-SUMMARY = ("int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", "samples-256-lora")
+SUMMARY = (
+    "int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", DEFAULT, f"{DEFAULT}-lora",
+)  # fmt: skip
 """Recipes of the table at the beginning of the page."""
 NAMED = {
     "int-mse": ("INT, clip", "below"),

@@ -1,0 +1,442 @@
+"""What a quantization will take, before it starts: layers, size, time, memory and disk.
+
+The denoiser runs once. Each stage is then estimated from its arithmetic and from rates that are
+measured on this machine within seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from msfp.config import MAX_BITS, LayerSettings, QuantizationConfig, RefinementConfig
+from msfp.layers.formats import BlockFormats
+from msfp.layers.kinds import PlainLayer, groups_of
+from msfp.layers.lora.low_rank import low_rank
+from msfp.layers.selection import quantizable_layers, settings_by_layer
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.sampler import PipelineCall, check_calls
+from msfp.ptq.low_rank_branches import is_smaller
+from msfp.ptq.quantization import KEPT, PAGED, refinement_of
+from msfp.ptq.refinement import MOST_COLUMNS, default_samples
+from msfp.search.calibration import Calibration
+from msfp.search.layer_search import search_branch_grid, search_input, search_weight
+from msfp.search.observers import calibrate
+from msfp.search.schemes import SCHEMES, BlockScheme
+from msfp.support.checks import check_truth, check_type
+from msfp.support.hooks import hooked
+from msfp.support.memory import forget_peak, peak_bytes, resident_bytes
+from msfp.support.progress import no_progress
+from msfp.support.trees import tensors_in
+
+FLOAT = 4
+"""Bytes of a float32 number, in which refinement computes."""
+SIDE = 1024
+"""Rows and columns of the matrices whose product is timed."""
+TRIED = 2**20
+"""The fewest weights of the layer that is searched to measure the time, if one has as many."""
+FORWARDS = 3
+"""Forwards of a refined sample: one in full precision, and a quantized one that rounds weights."""
+FACTORS = 3
+"""How often the second moments of a layer are in memory while they are factored."""
+FACTORED = 2
+"""Operations for each cube of columns: two factorisations and an inverse."""
+SHARED = 3
+"""Products of a row of the matrix with the moments: residual, matching, rounding."""
+
+
+class Stage(NamedTuple):
+    """A stage of a quantization.
+
+    Attributes:
+        name: What is done.
+        seconds: Estimated time.
+        memory: Estimated peak memory of the process in bytes; None if memory is unknown here.
+    """
+
+    name: str
+    seconds: float
+    memory: int | None
+
+
+class Group(NamedTuple):
+    """Layers with the same settings.
+
+    Attributes:
+        bits: As "W4A4".
+        layers: Number of layers.
+        weights: Number of their weights.
+        weight_formats: Formats that are searched for the weights.
+        input_formats: Formats that are searched for the inputs.
+    """
+
+    bits: str
+    layers: int
+    weights: int
+    weight_formats: tuple[str, ...]
+    input_formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a quantization will take.
+
+    Attributes:
+        groups: The layers that are quantized.
+        full_precision: Number of parameters that stay in full precision.
+        before: Bytes of the parameters of the denoiser.
+        after: Bytes of the quantized denoiser in its file.
+        stages: The stages, in their order.
+        disk: Bytes on disk while it runs: the state folder, and with offloading the pages.
+    """
+
+    groups: tuple[Group, ...]
+    full_precision: int
+    before: int
+    after: int
+    stages: tuple[Stage, ...]
+    disk: int
+
+    @property
+    def seconds(self) -> float:
+        """The time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory(self) -> int | None:
+        """The largest peak of a stage; None if memory is unknown here."""
+        known = [stage.memory for stage in self.stages if stage.memory is not None]
+        return max(known, default=None)
+
+
+def estimate(
+    model: DiffusionPipeline | nn.Module,
+    config: QuantizationConfig | None = None,
+    *,
+    calls: PipelineCall | Sequence[PipelineCall],
+    offload: bool = False,
+) -> Estimate:
+    """Return what `quantize` will take for a denoiser, without changing it.
+
+    One call is made, in which the denoiser runs once; its later forwards return what the first one
+    returned. A layer is searched, and one is factored, to measure the time of both.
+
+    Args:
+        model: A pipeline with one denoiser, or the denoiser, in full precision.
+        config: As for `quantize`.
+        calls: As for `quantize`; the first is made.
+        offload: As for `quantize`.
+
+    Raises:
+        InputError: As `quantize` does, for what can be known before it starts.
+
+    Example:
+        >>> import msfp
+        >>> calls = msfp.Sampler(steps=10, batch=4).calls(8, seed=0)
+        >>> found = estimate(msfp.reference_pipeline(), calls=calls)
+        >>> [group.layers for group in found.groups], found.after < found.before / 3
+        ([63, 2], True)
+    """
+    config = QuantizationConfig() if config is None else config
+    check_type("config", config, QuantizationConfig)
+    check_truth("offload", offload)
+    calls, denoiser = check_calls("calls", calls), denoiser_of(model)
+    plain = quantizable_layers(denoiser)
+    refinement = refinement_of(
+        denoiser, config, settings_by_layer(denoiser, config, plain), recordable=True
+    )
+    call = measured_call(model, calls[0])
+    seen = call.calibration
+    settings = settings_by_layer(denoiser, config, seen.ran, seen.readers, seen.writers)
+    layers = {name: plain[name] for name in settings}
+    rank = 0 if refinement is None else refinement.branch_rank
+    cost = _Cost(denoiser, layers, settings, rank, call, len(calls), offload=offload)
+    return Estimate(
+        tuple(_groups(layers, settings)),
+        sum(p.numel() for p in denoiser.parameters())
+        - sum(layer.weight.numel() for layer in layers.values()),
+        _bytes(denoiser.parameters()),
+        cost.size(),
+        tuple(cost.stages(refinement)),
+        cost.disk(refined=refinement is not None),
+    )
+
+
+def _groups(layers: dict[str, PlainLayer], settings: dict[str, LayerSettings]) -> Iterator[Group]:
+    """Yield the layers by their settings, the most first."""
+    names: dict[LayerSettings, list[str]] = {}
+    for name, each in settings.items():
+        names.setdefault(each, []).append(name)
+    for each, own in sorted(names.items(), key=lambda item: -len(item[1])):
+        weights = sum(layers[name].weight.numel() for name in own)
+        inputs = each.activation_bits
+        bits = f"W{each.weight_bits}" + ("" if inputs is None else f"A{inputs}")
+        formats = _formats(each, each.weight_bits, of_weights=True)
+        yield Group(bits, len(own), weights, formats, _formats(each, inputs, of_weights=False))
+
+
+def _formats(settings: LayerSettings, bits: int | None, *, of_weights: bool) -> tuple[str, ...]:
+    """Return the names of the formats that are searched."""
+    scheme = SCHEMES[settings.scheme]
+    if bits is None:
+        return ()
+    if isinstance(scheme, BlockScheme):
+        return (scheme.formats[bits],)
+    signs = (True,) if of_weights or not scheme.unsigned else (True, False)
+    return tuple(str(fmt) for sign in signs for fmt in scheme.formats(bits, signed=sign))
+
+
+class MeasuredCall(NamedTuple):
+    """A call of a pipeline in which the denoiser ran once.
+
+    Attributes:
+        calibration: What the calibration of this call saw.
+        forward: Seconds of the forward, with calibration.
+        rest: Seconds of the rest of the call.
+        forwards: Number of forwards in the call.
+        rows: Samples in a forward.
+        numbers: Numbers of a sample.
+        recorded: Bytes of the arguments and outputs of a forward.
+        peak: Peak memory of the process during the call, in bytes; None if unknown.
+    """
+
+    calibration: Calibration
+    forward: float
+    rest: float
+    forwards: int
+    rows: int
+    numbers: int
+    recorded: int
+    peak: int | None
+
+
+def measured_call(model: DiffusionPipeline | nn.Module, call: PipelineCall) -> MeasuredCall:
+    """Make a call of a model, but run its denoiser only once."""
+    denoiser = denoiser_of(model)
+    forget_peak()
+    with _one_forward(denoiser) as ran:
+        start = time.perf_counter()
+        calibration = calibrate(model, calls=[call], progress=no_progress)
+        whole = time.perf_counter() - start
+    given = list(tensors_in((ran.given, ran.output)))
+    first = next(tensors_in(ran.given))
+    return MeasuredCall(
+        calibration, ran.times[0], max(0.0, whole - sum(ran.times)), ran.calls, len(first),
+        max(1, first[0].numel()), sum(x.numel() * x.element_size() for x in given), peak_bytes(),
+    )  # fmt: skip
+
+
+class _Forward:
+    """Runs the forward of a network in its first call, and then returns copies of its output.
+
+    Attributes:
+        calls: Number of calls.
+        times: Seconds of the forwards of the first call; calibration repeats the forward in it.
+        given: The arguments of the first forward.
+        output: What it returned.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward, self.calls = forward, 0
+        self.times: list[float] = []
+        self.given: Any = None
+        self.output: Any = None
+        self.__signature__ = inspect.signature(forward)
+
+    def count(self, *_: Any) -> None:
+        """Count a call, before its forward."""
+        self.calls += 1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.calls > 1:
+            return copy.deepcopy(self.output)  # a sampler may change it
+        start = time.perf_counter()
+        with torch.no_grad():
+            output = self.forward(*args, **kwargs)
+        self.times.append(time.perf_counter() - start)
+        if len(self.times) == 1:
+            self.given, self.output = (args, kwargs), output
+        return copy.deepcopy(output)
+
+
+@contextmanager
+def _one_forward(denoiser: nn.Module) -> Iterator[_Forward]:
+    """Let a network compute only its first forward inside the block."""
+    ran = _Forward(denoiser.forward)
+    denoiser.forward = ran
+    try:
+        with hooked([denoiser.register_forward_pre_hook(ran.count)]):
+            yield ran
+    finally:
+        del denoiser.forward
+
+
+class _Cost:
+    """Estimates the stages of the quantization of one denoiser."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layers: dict[str, PlainLayer],
+        settings: dict[str, LayerSettings],
+        rank: int,
+        call: MeasuredCall,
+        calls: int,
+        *,
+        offload: bool,
+    ) -> None:
+        self.denoiser, self.layers, self.settings = denoiser, layers, settings
+        self.rank, self.call, self.calls, self.offload = rank, call, calls, offload
+        self.weights = _bytes(layer.weight for layer in layers.values())
+        self.shapes = {name: _shape(layer) for name, layer in layers.items()}
+
+    def branched(self, name: str) -> bool:
+        """Return whether a layer gets a low-rank branch."""
+        narrow = self.settings[name].weight_bits < MAX_BITS
+        return bool(self.rank) and narrow and is_smaller(self.layers[name].weight, self.rank)
+
+    def size(self) -> int:
+        """Return the bytes of the quantized denoiser in its file."""
+        total = _bytes(self.denoiser.parameters()) - self.weights
+        for name, layer in self.layers.items():
+            groups, rows, columns = self.shapes[name]
+            each = self.settings[name]
+            total += layer.weight.numel() * each.weight_bits // 8 + FLOAT * (groups * rows + 2)
+            if isinstance(SCHEMES[each.scheme], BlockScheme):
+                blocks = BlockFormats(_formats(each, each.weight_bits, of_weights=True)[0])
+                total += layer.weight.numel() // blocks.weight_blocks.size
+            if self.branched(name):
+                total += 2 * self.rank * (groups * rows + columns)
+        return total
+
+    def stages(self, refinement: RefinementConfig | None) -> Iterator[Stage]:
+        """Yield the stages in their order."""
+        call, loaded = self.call, resident_bytes()
+        recorded = self._recorded() if refinement is not None else 0
+
+        def memory(more: float) -> int | None:
+            return None if loaded is None else int(loaded + more)
+
+        seconds = self.calls * (call.rest + call.forwards * call.forward)
+        peak = None if call.peak is None else call.peak + recorded
+        yield Stage("calls", seconds, peak)
+        yield Stage("search", self._search(), memory(recorded + 4 * self._widest()))
+        if refinement is None:
+            return
+        kept = recorded + (0 if self.offload else self.weights)
+        if self.rank:
+            yield Stage("branches", self._branches(), memory(kept + 4 * self._widest()))
+        loss = self.weights if self.offload and loaded is not None else 0
+        forward = 2 * max(0, (call.peak or 0) - (loaded or 0)) + FACTORS * self._moments()
+        yield Stage("refinement", self._refinement(refinement), memory(kept - loss + forward))
+
+    def disk(self, *, refined: bool) -> int:
+        """Return the bytes on disk while it runs, and of the result."""
+        if not refined:
+            return self.size()
+        copies = KEPT + (PAGED if self.offload else 0)
+        return self.size() + self._recorded() + copies * self.weights
+
+    def _recorded(self) -> int:
+        return self.calls * self.call.forwards * self.call.recorded
+
+    def _widest(self) -> int:
+        """Return the float32 bytes of the largest weight."""
+        return max(FLOAT * layer.weight.numel() for layer in self.layers.values())
+
+    def _moments(self) -> int:
+        """Return the bytes of the largest second moments."""
+        return max(
+            FLOAT * groups * min(columns, MOST_COLUMNS) ** 2
+            for groups, _, columns in self.shapes.values()
+        )
+
+    def _tried(self) -> str:
+        """Return the name of the smallest layer that is large enough to measure its search."""
+        sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        ordered = sorted(sizes, key=sizes.__getitem__)
+        return next((name for name in ordered if sizes[name] >= TRIED), ordered[-1])
+
+    def _search(self) -> float:
+        """Return the seconds of the search, from that of one layer."""
+        name = self._tried()
+        weight, settings = self.layers[name].weight.detach().float(), self.settings[name]
+        if isinstance(SCHEMES[settings.scheme], BlockScheme):
+            return 0.0
+        seconds = _timed(lambda: search_weight(weight, settings))
+        numbers = sum(each.weight.numel() for each in self.layers.values())
+        return seconds * numbers / weight.numel() + self._input_search(name) * len(self.layers)
+
+    def _input_search(self, name: str) -> float:
+        """Return the seconds of the search for the input of a layer."""
+        settings, inputs = self.settings[name], self.call.calibration.inputs[name]
+        bits = settings.activation_bits
+        if bits is None or not inputs.count:
+            return 0.0
+        seconds = _timed(lambda: search_input(inputs, bits, settings.scheme))
+        return seconds + (_timed(lambda: search_branch_grid(inputs)) if bits < MAX_BITS else 0.0)
+
+    def _branches(self) -> float:
+        """Return the seconds of all low-rank branches, from that of one layer; and of searches."""
+        matrix = self.layers[self._tried()].weight.detach().float().flatten(1)
+        seconds = _timed(lambda: low_rank(matrix, self.rank))
+        names = [name for name in self.layers if self.branched(name)]
+        total = sum(_svd(*self.layers[name].weight.flatten(1).shape) for name in names)
+        share = sum(self.layers[name].weight.numel() for name in names) / max(
+            1, self.weights // FLOAT
+        )
+        return seconds * total / _svd(*matrix.shape) + self._search() * share
+
+    def _refinement(self, config: RefinementConfig) -> float:
+        """Return the seconds of forwards, moments, factorisations and rounding."""
+        samples = config.samples or default_samples(self.call.numbers)
+        forwards = FORWARDS * samples * self.call.forward / self.call.rows
+        square = torch.rand(SIDE, SIDE)
+        rate = 2 * SIDE**3 / _timed(lambda: square @ square)
+        operations = sum(_operations(*shape, config) for shape in self.shapes.values())
+        return forwards + operations / rate
+
+
+def _operations(groups: int, rows: int, columns: int, config: RefinementConfig) -> float:
+    """Return the number of additions and multiplications to refine a layer."""
+    parts = -(-columns // MOST_COLUMNS)
+    width = columns / parts
+    moments = 2 * config.positions * width * (width + rows)
+    return groups * parts * (moments + 2 * SHARED * rows * width**2 + 2 * FACTORED * width**3)
+
+
+def _svd(rows: int, columns: int) -> float:
+    """Return a number in proportion to the time of a low-rank branch."""
+    short, long = sorted((rows, columns))
+    return 2 * short**2 * long + 9 * short**3
+
+
+def _shape(layer: PlainLayer) -> tuple[int, int, int]:
+    """Return the groups, rows and columns of a layer's matrices."""
+    groups, weight = groups_of(layer), layer.weight
+    return groups, len(weight) // groups, weight[0].numel()
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    """Return the seconds of a call, the second one if the first was short."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            break
+    return seconds
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)

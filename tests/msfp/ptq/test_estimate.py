@@ -1,0 +1,139 @@
+"""Estimates, against what the same quantization then took."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import msfp
+from msfp import InputError, QuantizationConfig, RefinementConfig
+from msfp.pipelines.denoiser import denoiser_of
+from msfp.ptq import quantization
+from msfp.ptq.estimate import estimate, measured_call
+from msfp.reports.estimate import describe
+
+CONFIG = QuantizationConfig(refine=RefinementConfig(samples=16))
+
+
+@pytest.fixture
+def calls():
+    return msfp.Sampler(steps=4, batch=4).calls(8, seed=0)
+
+
+@pytest.fixture
+def pipe(reference):
+    return copy.deepcopy(reference)
+
+
+def test_one_forward_runs_and_is_repeated_by_calibration_and_later_ones_are_counted(pipe, calls):
+    ran = []
+    pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
+    call = measured_call(pipe, calls[0])
+    assert (len(ran), call.forwards, call.rows, call.numbers) == (2, 4, 4, 256)
+    assert call.recorded >= 2 * 4 * 4 * 256
+    assert call.forward > 0
+    assert "forward" not in vars(pipe.unet)
+    assert call.calibration.readers == ["conv_in"]
+
+
+def test_the_size_is_that_of_the_file(pipe, calls, tmp_path):
+    found = estimate(pipe, CONFIG, calls=calls)
+    msfp.quantize(pipe, CONFIG, calibration=calls)
+    msfp.pack(pipe)
+    msfp.save(pipe, tmp_path / "packed")
+    file = tmp_path / "packed" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size == pytest.approx(found.after, rel=0.05)
+
+
+def test_layers_are_grouped_by_bits_with_the_formats_that_are_tried(pipe, calls):
+    found = estimate(pipe, CONFIG, calls=calls)
+    narrow, ends = found.groups
+    assert (narrow.bits, narrow.layers, ends.bits, ends.layers) == ("W4A4", 63, "W8A8", 2)
+    assert narrow.weight_formats == ("E1M2", "E2M1", "E3M0")
+    assert narrow.input_formats[3:] == ("E1M3U", "E2M2U", "E3M1U", "E4M0U")
+    total = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    assert narrow.weights + ends.weights + found.full_precision == total
+    assert [stage.name for stage in found.stages] == ["calls", "search", "branches", "refinement"]
+
+
+def test_nothing_is_changed_and_the_same_calls_still_run(pipe, calls):
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    estimate(pipe, CONFIG, calls=calls)
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    msfp.quantize(pipe, QuantizationConfig(refine=None), calibration=calls)
+
+
+@pytest.mark.parametrize("config", [
+    QuantizationConfig(refine=None),
+    QuantizationConfig(scheme="nvfp4", end_bits=4),
+    QuantizationConfig(activation_bits=None, refine=None),
+], ids=["nearest", "blocks", "weights"])  # fmt: skip
+def test_without_refinement_there_are_only_calls_and_a_search(config, pipe, calls):
+    found = estimate(pipe, config, calls=calls)
+    assert [stage.name for stage in found.stages] == ["calls", "search"]
+    assert found.disk == found.after < found.before / 3
+
+
+def test_offloading_takes_memory_to_the_disk(pipe, calls):
+    here, away = (estimate(pipe, CONFIG, calls=calls, offload=each) for each in (False, True))
+    assert away.disk > here.disk
+    weights = away.disk - here.disk
+    assert weights == pytest.approx(2 * here.before, rel=0.1)
+
+
+def test_a_config_that_does_not_suit_is_refused_before_anything_runs(pipe):
+    def refuse(_pipe):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="matches no layer"):
+        estimate(pipe, QuantizationConfig(include=["nothing"]), calls=refuse)
+    with pytest.raises(InputError, match="did not run"):
+        estimate(pipe, CONFIG, calls=lambda _pipe: None)
+
+
+def test_the_description_fits_80_columns_and_says_what_is_needed(pipe, calls, tmp_path):
+    text = describe(estimate(pipe, CONFIG, calls=calls), "UNet2DModel", tmp_path / "new")
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("65 layers", "W4A4", "E2M2U", "search", "refinement", "in all", "are free"):
+        assert part in text
+
+
+def test_too_little_room_is_said(pipe, calls, tmp_path, monkeypatch):
+    found = estimate(pipe, CONFIG, calls=calls)
+    monkeypatch.setattr("msfp.reports.estimate.free_disk", lambda _: 1000)
+    monkeypatch.setattr("msfp.reports.estimate.available_bytes", lambda: 1000)
+    text = describe(found, "UNet2DModel", tmp_path)
+    assert "1 kB are free. This" not in text
+    assert "larger disk" in text
+    if found.memory is not None:
+        assert "--offload" in text
+
+
+def test_a_full_disk_is_refused_before_the_calls(pipe, tmp_path, monkeypatch):
+    def refuse(_pipe):
+        raise AssertionError
+
+    monkeypatch.setattr(quantization, "free_disk", lambda _: 1000)
+    with pytest.raises(InputError, match=r"state needs 0\.\d GB on the disk of .* 0\.0 GB are"):
+        msfp.quantize(pipe, CONFIG, calibration=refuse, state=tmp_path / "state")
+    with pytest.raises(InputError, match=r"offload needs 0\.\d GB"):
+        msfp.quantize(pipe, CONFIG, calibration=refuse, offload=True)
+
+
+@pytest.mark.slow
+def test_the_time_is_about_right(pipe, calls):
+    found = estimate(pipe, CONFIG, calls=calls)
+    start = time.perf_counter()
+    msfp.quantize(pipe, CONFIG, calibration=calls)
+    assert 0.2 < found.seconds / (time.perf_counter() - start) < 5
+
+
+def test_networks_of_all_kinds_are_estimated():
+    network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+    found = estimate(network, calls=lambda each: each(torch.ones(4, 8)))
+    assert sum(group.layers for group in found.groups) == 2
+    assert denoiser_of(network) is network
