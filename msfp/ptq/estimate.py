@@ -398,8 +398,10 @@ class _Cost:
 
     def _refinement(self, config: RefinementConfig) -> float:
         """Return the seconds of forwards, moments, factorisations and rounding."""
-        samples = config.samples or default_samples(self.call.numbers)
-        forwards = FORWARDS * samples * self.call.forward / self.call.rows
+        call = self.call
+        recorded = self.calls * call.forwards * call.rows
+        samples = min(recorded, config.samples or default_samples(call.numbers))
+        forwards = FORWARDS * samples * call.forward / call.rows
         square = torch.rand(SIDE, SIDE)
         rate = 2 * SIDE**3 / _timed(lambda: square @ square)
         operations = sum(_operations(*shape, config) for shape in self.shapes.values())
