@@ -1,5 +1,6 @@
 from .checkpoint.diffusers_config import MSFPConfig
-from .checkpoint.facts import LayerFacts, inspect_coverage, inspect_layers
+from .checkpoint.facts import LayerFacts
+from .checkpoint.inspection import inspect_coverage, inspect_layers
 from .checkpoint.io import load, save
 from .checkpoint.lora_export import export_adapters, export_lora
 from .config import QuantizationConfig, RefinementConfig

@@ -13,14 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fpformats import Histogram
-from msfp.checkpoint.facts import (
-    LayerFacts,
-    execution,
-    inspect_coverage,
-    inspect_layers,
-    inspect_products,
-    overview,
-)
+from msfp.checkpoint.facts import LayerFacts, execution, overview
+from msfp.checkpoint.inspection import inspect_coverage, inspect_layers, inspect_products
 from msfp.evaluation.comparison import Comparison
 from msfp.layers.base import quantized_networks
 from msfp.layers.formats import TENSOR

@@ -155,7 +155,7 @@ def _record(
 
 def _digest(checkpoint: Path) -> str:
     """Return a short hash of a checkpoint's config, which holds checksums of all tensors."""
-    from msfp.checkpoint.facts import network_folders
+    from msfp.checkpoint.inspection import network_folders
     from msfp.checkpoint.io import CONFIG_FILE
 
     found = hashlib.sha256()

@@ -44,12 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
         ProductFacts,
         execution,
         in_order,
-        inspect_coverage,
-        inspect_layers,
-        inspect_products,
         matching,
         overview,
     )
+    from msfp.checkpoint.inspection import inspect_coverage, inspect_layers, inspect_products
     from msfp.reports.layer_table import COLUMNS, PRODUCT_COLUMNS, cells, product_cells
 
     if arguments.json == arguments.csv == options.STANDARD_OUTPUT:

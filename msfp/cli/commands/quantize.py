@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Calibrate, search, and write a packed checkpoint."""
-    from msfp.checkpoint.facts import inspect_coverage
+    from msfp.checkpoint.inspection import inspect_coverage
     from msfp.checkpoint.io import save
     from msfp.layers.selection import quantizable_layers
     from msfp.pipelines.denoiser import by_name, denoisers_of, select_denoisers

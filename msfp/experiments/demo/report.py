@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from msfp.checkpoint.facts import LayerFacts, inspect_layers
+from msfp.checkpoint.facts import LayerFacts
+from msfp.checkpoint.inspection import inspect_layers
 from msfp.checkpoint.io import save
 from msfp.experiments.demo.results import FULL_PRECISION, Results, Row, findings
 from msfp.reports import figures, html

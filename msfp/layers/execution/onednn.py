@@ -12,7 +12,13 @@ from fpformats import StepEncoder, encode_steps
 from msfp.layers.execution.definition import is_defined
 from msfp.layers.execution.grids import IntegerGrids
 from msfp.layers.execution.inputs import input_grid, is_unwatched, padded
-from msfp.layers.execution.operators import Convolution, Product, checked_product, fuses
+from msfp.layers.execution.operators import (
+    Convolution,
+    Operands,
+    Product,
+    checked_product,
+    fuses,
+)
 from msfp.layers.execution.protocol import ProductLayer
 
 SUPPORTED = "supported"
@@ -233,9 +239,11 @@ def prepare(
     for part, (piece, channels) in enumerate(zip(pieces, grids.parts, strict=True)):
         grid, offset = input_grid(layer, grids, part), SIGNED_ZERO if grids.input.signed else 0
         encode = StepEncoder(grids.input, grid.scale, grid.shift)
+        step, zero = layer.weight_step.detach(), grid.zero + offset
         multiply = checked_product(
-            *(piece, layer.weight_step.detach(), grid.step.item(), grid.zero + offset),
-            *((shape[0], channels, *shape[2:]), convolution),
+            Operands(piece, step, grid.step.item(), zero),
+            (shape[0], channels, *shape[2:]),
+            convolution,
             largest=grids.input.max_steps + offset,
             wide=grids.pair >= SATURATES,
         )

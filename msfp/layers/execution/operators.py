@@ -29,23 +29,34 @@ class Convolution(NamedTuple):
     groups: int
 
 
+class Operands(NamedTuple):
+    """What is multiplied: whole numbers, and what they count.
+
+    Attributes:
+        weight: Int8, output channels first.
+        step: What its numbers count: one float32 number for each output channel.
+        input_step: What a byte of the input counts.
+        zero: The byte of zero.
+    """
+
+    weight: torch.Tensor
+    step: torch.Tensor
+    input_step: float
+    zero: int
+
+
 class Product(ABC):
     """The product of bytes of one shape and a weight of whole numbers, prepared.
 
     Calling it gives the defined product in float32 or bfloat16, to which it is rounded.
 
     Args:
-        weight: Int8, output channels first.
-        step: What its numbers count: one float32 number for each output channel.
-        input_step: What a byte counts.
-        zero: The byte of zero.
+        operands: The weight, and what its numbers and bytes count.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int
-    ) -> None:
-        self.step, self.input_step, self.zero = step, input_step, zero
-        self.no_zeros = torch.zeros(len(weight), dtype=torch.int32)
+    def __init__(self, operands: Operands) -> None:
+        self.step, self.input_step, self.zero = operands[1:]
+        self.no_zeros = torch.zeros(len(operands.weight), dtype=torch.int32)
 
     @abstractmethod
     def __call__(
@@ -63,13 +74,11 @@ class Product(ABC):
 class SmallMatrix(Product):
     """A product of matrices with few results, by an operator that starts quickly."""
 
-    def __init__(
-        self, weight: torch.Tensor, step: torch.Tensor, input_step: float, zero: int
-    ) -> None:
-        super().__init__(weight, step, input_step, zero)
-        self.weight = weight.t().contiguous()
-        self.sums = zero * weight.sum(1, dtype=torch.int32)
-        self.factor = torch.tensor(input_step)
+    def __init__(self, operands: Operands) -> None:
+        super().__init__(operands)
+        self.weight = operands.weight.t().contiguous()
+        self.sums = self.zero * operands.weight.sum(1, dtype=torch.int32)
+        self.factor = torch.tensor(self.input_step)
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
@@ -92,31 +101,27 @@ class LargeProduct(Product):
 
     def __init__(
         self,
-        weight: torch.Tensor,
-        step: torch.Tensor,
-        input_step: float,
-        zero: int,
+        operands: Operands,
         shape: tuple[int, ...],
         convolution: Convolution | None,
         *,
         fused: bool,
     ) -> None:
-        super().__init__(weight, step, input_step, zero)
+        super().__init__(operands)
         self.fused = fused
         self.row: tuple[int, ...] = (-1,)
         self.moves: tuple[Any, ...] = ()
         # A weight that is laid out for another shape is laid out anew in every call.
         if convolution is None:
             self.operator = _operator("qlinear_pointwise")
-            self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), list(shape))
+            weight = operands.weight.contiguous()
+            self.weight = torch.ops.onednn.qlinear_prepack(weight, list(shape))
             return
         stride, padding, dilation, groups = convolution
         self.operator = _operator(f"qconv{len(stride)}d_pointwise")
         self.row = (-1, *(1,) * len(stride))
         self.moves = (list(stride), list(padding), list(dilation), groups)
-        self.weight = torch.ops.onednn.qconv_prepack(
-            weight, step, input_step, zero, *self.moves, list(shape)
-        )
+        self.weight = torch.ops.onednn.qconv_prepack(*operands, *self.moves, list(shape))
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
@@ -147,19 +152,16 @@ class LargeProduct(Product):
 
 
 def prepare_product(
-    weight: torch.Tensor,
-    step: torch.Tensor,
-    input_step: float,
-    zero: int,
+    operands: Operands,
     shape: tuple[int, ...],
     convolution: Convolution | None,
     *,
     fused: bool,
 ) -> Product:
-    """Return the product of bytes of a shape and a weight; the other arguments as in `Product`."""
-    if convolution is None and shape[0] * len(weight) <= FEW:
-        return SmallMatrix(weight, step, input_step, zero)
-    return LargeProduct(weight, step, input_step, zero, shape, convolution, fused=fused)
+    """Return the product of bytes of a shape and a weight."""
+    if convolution is None and shape[0] * len(operands.weight) <= FEW:
+        return SmallMatrix(operands)
+    return LargeProduct(operands, shape, convolution, fused=fused)
 
 
 @functools.cache
@@ -172,10 +174,7 @@ _modes: dict[tuple[Any, ...], bool | None] = {}
 
 
 def checked_product(
-    weight: torch.Tensor,
-    step: torch.Tensor,
-    input_step: float,
-    zero: int,
+    operands: Operands,
     shape: tuple[int, ...],
     convolution: Convolution | None,
     *,
@@ -188,17 +187,14 @@ def checked_product(
     the definition once.
 
     Args:
-        weight: As in `Product`, like the next three.
-        step: What the weight counts.
-        input_step: What a byte counts.
-        zero: The byte of zero.
+        operands: The weight, and what its numbers and bytes count.
         shape: Shape of the bytes.
         convolution: How it moves, or None for a product of matrices.
         largest: The largest byte.
         wide: Whether pairs of products need more than 16 bits.
     """
-    key = (tuple(weight.shape), shape, convolution, zero == 0, wide)
-    given = (weight, step, input_step, zero, shape, convolution)
+    key = (tuple(operands.weight.shape), shape, convolution, operands.zero == 0, wide)
+    given = (operands, shape, convolution)
     if key not in _modes:
         fused = fuses(wide=wide)
         modes = () if fused is None else (True, False) if fused else (False,)
@@ -216,24 +212,21 @@ def checked_product(
 
 
 def _is_right(
-    weight: torch.Tensor,
-    step: torch.Tensor,
-    input_step: float,
-    zero: int,
+    operands: Operands,
     shape: tuple[int, ...],
     convolution: Convolution | None,
     largest: int,
     fused: bool,
 ) -> bool:
     """Compare a product with its definition, on random bytes."""
-    multiply = prepare_product(weight, step, input_step, zero, shape, convolution, fused=fused)
+    multiply = prepare_product(operands, shape, convolution, fused=fused)
     generator = torch.Generator().manual_seed(0)
     shape = (max(shape[0], 1), *shape[1:])
-    bias = torch.randn(len(weight), generator=generator)
+    bias = torch.randn(len(operands.weight), generator=generator)
     compared = 0
     while compared < COMPARED:
         x = torch.randint(0, largest + 1, shape, generator=generator, dtype=torch.uint8)
-        wanted = _defined(x, zero, weight, step, bias, convolution, input_step)
+        wanted = _defined(x, operands, bias, convolution)
         try:
             if not torch.equal(multiply(x, bias, torch.float32), wanted):
                 return False
@@ -303,11 +296,10 @@ def _agrees(wide: bool, convolution: Convolution | None, fused: bool) -> bool:
         x = x.to(torch.uint8)
         x[0] = byte
         for zero, given in ((0, None), (0, bias), (3, bias), (128, None)):
-            multiply = prepare_product(
-                weight, step, 0.3, zero, tuple(x.shape), convolution, fused=fused
-            )
+            operands = Operands(weight, step, 0.3, zero)
+            multiply = prepare_product(operands, tuple(x.shape), convolution, fused=fused)
             for dtype in (torch.float32, torch.bfloat16):
-                wanted = _defined(x, zero, weight, step, given, convolution, 0.3).to(dtype)
+                wanted = _defined(x, operands, given, convolution).to(dtype)
                 if not torch.equal(multiply(x, given, dtype), wanted):
                     return False
     return True
@@ -315,14 +307,12 @@ def _agrees(wide: bool, convolution: Convolution | None, fused: bool) -> bool:
 
 def _defined(
     x: torch.Tensor,
-    zero: int,
-    weight: torch.Tensor,
-    step: torch.Tensor,
+    operands: Operands,
     bias: torch.Tensor | None,
     convolution: Convolution | None,
-    input_step: float,
 ) -> torch.Tensor:
     """Return the product by its definition, in a float dtype in which sums are exact."""
+    weight, step, input_step, zero = operands
     most = int(weight.abs().amax()) * weight[0].numel() * 255
     dtype = torch.float32 if most < EXACT else torch.float64
     n, m = x.to(dtype) - zero, weight.to(dtype)

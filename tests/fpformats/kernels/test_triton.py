@@ -119,7 +119,7 @@ def check_steps(fmt, x, scaling=None, scales=1.0, shifts=None):
     assert torch.equal(steps.cpu(), fpformats.encode_steps(x, fmt, scales, shifts))
 
 
-@pytest.mark.parametrize("bits", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("bits", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_small_formats_round_encode_and_decode_as_defined(bits):
     for index, fmt in enumerate(every_format(bits)):
         if fmt.magnitude_bits == bits:

@@ -17,7 +17,7 @@ from refusals import assert_refused
 from safetensors.torch import load_file, save_file
 
 from msfp import Calibration, InputError, inspect_layers, load
-from msfp.checkpoint.facts import inspect_products
+from msfp.checkpoint.inspection import inspect_products
 from msfp.cli.main import main
 from msfp.evaluation.image_metrics import ImageMetrics
 from msfp.layers.attention import OPERANDS

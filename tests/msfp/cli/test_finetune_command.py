@@ -203,6 +203,7 @@ def compared(folders, tmp_path_factory):
     return output, configs
 
 
+@pytest.mark.slow
 def test_comparing_trains_without_each_ingredient(compared):
     output, configs = compared
     rows = numbers(output)["rows"]

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from msfp.checkpoint.facts import inspect_layers
+from msfp.checkpoint.inspection import inspect_layers
 from msfp.evaluation.comparison import compare
 from msfp.evaluation.features import pixels
 from msfp.layers.selection import quantizable_layers
