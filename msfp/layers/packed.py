@@ -174,6 +174,7 @@ class PackedLayer(QuantizedLayer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         empty = torch.empty(0, dtype=self.dtype, device=self.codes.device)
         self.dtype = fn(empty).dtype
+        self._factors, self._factors_of = {}, ()  # a cast rounds branches
         if self.codes.device != device:
             self.forget()
         # Weights are dequantized again for the cache, because a cast would round them twice.

@@ -48,8 +48,8 @@ FORWARDS = 3
 """Forwards of a refined sample: one in full precision, and a quantized one that rounds weights."""
 FACTORS = 3
 """How often the second moments of a layer are in memory while they are factored."""
-FACTORED = 2
-"""Operations for each cube of columns: two factorisations and an inverse."""
+FACTORED = 0.5
+"""Operations for each cube of columns: a Cholesky factorisation, which is slower than a product."""
 SHARED = 3
 """Products of a row of the matrix with the moments: residual, matching, rounding."""
 
@@ -335,9 +335,8 @@ class _Cost:
         kept = recorded + (0 if self.offload else self.weights)
         if self.rank:
             yield Stage("branches", self._branches(), memory(kept + 4 * self._widest()))
-        loss = self.weights if self.offload and loaded is not None else 0
         forward = 2 * max(0, (call.peak or 0) - (loaded or 0)) + FACTORS * self._moments()
-        yield Stage("refinement", self._refinement(refinement), memory(kept - loss + forward))
+        yield Stage("refinement", self._refinement(refinement), memory(kept + forward))
 
     def disk(self, *, refined: bool) -> int:
         """Return the bytes on disk while it runs, and of the result."""
@@ -390,11 +389,11 @@ class _Cost:
         matrix = self.layers[self._tried()].weight.detach().float().flatten(1)
         seconds = _timed(lambda: low_rank(matrix, self.rank))
         names = [name for name in self.layers if self.branched(name)]
-        total = sum(_svd(*self.layers[name].weight.flatten(1).shape) for name in names)
+        total = sum(svd_cost(*self.layers[name].weight.flatten(1).shape) for name in names)
         share = sum(self.layers[name].weight.numel() for name in names) / max(
             1, self.weights // FLOAT
         )
-        return seconds * total / _svd(*matrix.shape) + self._search() * share
+        return seconds * total / svd_cost(*matrix.shape) + self._search() * share
 
     def _refinement(self, config: RefinementConfig) -> float:
         """Return the seconds of forwards, moments, factorisations and rounding."""
@@ -404,19 +403,30 @@ class _Cost:
         forwards = FORWARDS * samples * call.forward / call.rows
         square = torch.rand(SIDE, SIDE)
         rate = 2 * SIDE**3 / _timed(lambda: square @ square)
-        operations = sum(_operations(*shape, config) for shape in self.shapes.values())
+        operations = sum(
+            operations_of(*shape, self._positions(name, samples, config.positions))
+            for name, shape in self.shapes.items()
+        )
         return forwards + operations / rate
 
+    def _positions(self, name: str, samples: int, most: int) -> float:
+        """Return how many columns a layer multiplies in refinement."""
+        adds = self.call.calibration.multiply_adds.get(f"{name}.weight")
+        if adds is None:
+            return most
+        each = adds / self.layers[name].weight.numel() / self.call.rows
+        return min(most, samples * each)
 
-def _operations(groups: int, rows: int, columns: int, config: RefinementConfig) -> float:
+
+def operations_of(groups: int, rows: int, columns: int, positions: float) -> float:
     """Return the number of additions and multiplications to refine a layer."""
     parts = -(-columns // MOST_COLUMNS)
     width = columns / parts
-    moments = 2 * config.positions * width * (width + rows)
-    return groups * parts * (moments + 2 * SHARED * rows * width**2 + 2 * FACTORED * width**3)
+    moments = 2 * positions * width * (width + rows)
+    return groups * parts * (moments + 2 * SHARED * rows * width**2 + FACTORED * width**3)
 
 
-def _svd(rows: int, columns: int) -> float:
+def svd_cost(rows: int, columns: int) -> float:
     """Return a number in proportion to the time of a low-rank branch."""
     short, long = sorted((rows, columns))
     return 2 * short**2 * long + 9 * short**3

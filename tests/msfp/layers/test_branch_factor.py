@@ -203,6 +203,8 @@ def test_what_is_kept_is_made_anew_when_the_branch_changes():
         assert not torch.equal(twice, other(x))
         packed.branch_down = nn.Parameter(packed.branch_down / 2, requires_grad=False)
         assert torch.equal(packed(x), other(x))
+        half = copy.deepcopy(other).half()
+        assert torch.equal(other.half()(x.half()), half(x.half()))
 
 
 def test_gradients_pass_both_factors_and_the_input():
