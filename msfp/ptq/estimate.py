@@ -29,7 +29,7 @@ from msfp.ptq.low_rank_branches import is_smaller
 from msfp.ptq.quantization import KEPT, PAGED, refinement_of
 from msfp.ptq.refinement import MOST_COLUMNS, default_samples
 from msfp.search.calibration import Calibration
-from msfp.search.layer_search import search_branch_grid, search_input, search_weight
+from msfp.search.layer_search import grid_of_branch, search_input, search_weight
 from msfp.search.observers import calibrate
 from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.support.checks import check_truth, check_type
@@ -382,7 +382,7 @@ class _Cost:
         if bits is None or not inputs.count:
             return 0.0
         seconds = _timed(lambda: search_input(inputs, bits, settings.scheme))
-        return seconds + (_timed(lambda: search_branch_grid(inputs)) if bits < MAX_BITS else 0.0)
+        return seconds + (_timed(lambda: grid_of_branch(inputs)) if bits < MAX_BITS else 0.0)
 
     def _branches(self) -> float:
         """Return the seconds of all low-rank branches, from that of one layer; and of searches."""

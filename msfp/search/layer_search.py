@@ -89,8 +89,8 @@ def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Ch
     return _for_integer_units(choice), min(signed, key=lambda each: each.squared_error)
 
 
-def search_branch_grid(inputs: Histogram) -> tuple[float, float] | None:
-    """Return scale and zero point of the input of a low-rank branch in 8 bits.
+def grid_of_branch(inputs: Histogram) -> tuple[float, float] | None:
+    """Return scale and zero point of the input of a low-rank branch in 8 bits, which clips nothing.
 
     It is None if the SQNR of the input would be below `MIN_BRANCH_SQNR`: a branch has the largest
     part of a weight, and passes on the error of its input.
@@ -98,7 +98,14 @@ def search_branch_grid(inputs: Histogram) -> tuple[float, float] | None:
     Args:
         inputs: Histogram of the layer's input.
     """
-    choice = search(inputs, [INPUT_FORMAT], zero_points=ZERO_POINTS, whole_zero_points=True)
+    choice = search(
+        inputs,
+        [INPUT_FORMAT],
+        ratios=NO_CLIP,
+        zero_points=NO_CLIP,
+        refine=False,
+        whole_zero_points=True,
+    )
     signal = float(inputs.bins().squares.sum())
     if sqnr(signal, choice.squared_error) < MIN_BRANCH_SQNR:
         return None
@@ -186,7 +193,7 @@ def quantize_layer(
         narrow = max(settings.weight_bits, settings.activation_bits) < MAX_BITS
         # With the factor of a branch, products of matrices are as fast in floating point.
         if narrow and math.prod(getattr(layer, "kernel_size", ())) > 1:
-            branch_grid = search_branch_grid(inputs)
+            branch_grid = grid_of_branch(inputs)
         activation = calibration.activations.get(name)
         summary = replace(summary, activation=activation, **_facts(inputs, choice, signed))
     grids = weight_quantizer, input_quantizer, branch_grid
