@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
     "matched", "matched-sweeps", "matched-adaround", "split", "branch-4", "branch-16",
-    "samples-256",
+    "samples-256", "branch-16-int8",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
