@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import pytest
 from pages import script
 
 PAGE = Path(__file__).parents[2] / "docs" / "large-models.md"
 
 
+@pytest.mark.slow
 def test_a_network_of_public_size_is_estimated_without_its_memory():
     module = script("estimate_large_models")
     name, parameters, file, *others = module.row("Stable Diffusion 1.5, 512x512")
