@@ -203,6 +203,14 @@ def execution(facts: Sequence[LayerFacts]) -> list[str]:
         named = ", ".join(layers[:NAMED])
         more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
         sentences.append(f"In floating point: {named}{more} ({why}).")
+    branches = [
+        each.formats.branch_input is not None
+        for each in facts
+        if isinstance(each.formats, LayerFormats) and each.formats.branch_rank
+    ]
+    if branches:
+        narrow = f"{sum(branches)} of {len(branches)}"
+        sentences.append(f"Low-rank branches: {narrow} in 8 bits, the others in floating point.")
     return sentences
 
 

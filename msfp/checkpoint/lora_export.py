@@ -66,7 +66,8 @@ def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
     Read the checkpoint with `pipe = msfp.load(folder)`, then the LoRA with
     `pipe.load_lora_weights(folder)`. The pipelines of Stable Diffusion and Flux have that method.
     `DDIMPipeline`, `DiTPipeline`, PixArt's pipelines and msfp's own do not have it: use PEFT to add
-    the LoRA to their denoiser (docs/fine-tuning.md shows how).
+    the LoRA to their denoiser (docs/fine-tuning.md shows how). Where a branch has 8 bits, outputs
+    with the LoRA differ a little, because a LoRA is computed in full precision.
 
     Args:
         model: A pipeline whose denoiser has low-rank branches beside its weights, and is packed.

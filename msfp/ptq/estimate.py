@@ -1,7 +1,7 @@
 """What a quantization will take, before it starts: layers, size, time, memory and disk.
 
-The denoiser runs once. Each stage is then estimated from its arithmetic and from rates that are
-measured on this machine within seconds.
+One forward of the denoiser is measured. Each stage is then estimated from its arithmetic, and from
+rates that are measured on this machine within seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FACTORS = 3
 """How often the second moments of a layer are in memory while they are factored."""
 FACTORED = 0.5
 """Operations for each cube of columns: a Cholesky factorisation, which is slower than a product."""
-SHARED = 3
+PRODUCTS = 3
 """Products of a row of the matrix with the moments: residual, matching, rounding."""
 
 
@@ -127,8 +127,10 @@ def estimate(
 ) -> Estimate:
     """Return what `quantize` will take for a denoiser, without changing it.
 
-    One call is made, in which the denoiser runs once; its later forwards return what the first one
-    returned. A layer is searched, and one is factored, to measure the time of both.
+    One call is made. Its first forward is computed, and repeated as calibration does; the later
+    ones return what the first one returned. One layer is searched and gets a branch, and a product
+    of matrices is computed, to measure their times. Products of attention that `attention_bits`
+    quantizes are not counted.
 
     Args:
         model: A pipeline with one denoiser, or the denoiser, in full precision.
@@ -220,7 +222,7 @@ class MeasuredCall(NamedTuple):
 
 
 def measured_call(model: DiffusionPipeline | nn.Module, call: PipelineCall) -> MeasuredCall:
-    """Make a call of a model, but run its denoiser only once."""
+    """Make a call of a model, but compute only the first forward of its denoiser."""
     denoiser = denoiser_of(model)
     forget_peak()
     with _one_forward(denoiser) as ran:
@@ -271,13 +273,15 @@ class _Forward:
 @contextmanager
 def _one_forward(denoiser: nn.Module) -> Iterator[_Forward]:
     """Let a network compute only its first forward inside the block."""
-    ran = _Forward(denoiser.forward)
+    ran, own = _Forward(denoiser.forward), vars(denoiser).get("forward")
     denoiser.forward = ran
     try:
         with hooked([denoiser.register_forward_pre_hook(ran.count)]):
             yield ran
     finally:
         del denoiser.forward
+        if own is not None:  # as of Accelerate's hooks
+            denoiser.forward = own
 
 
 class _Cost:
@@ -320,7 +324,7 @@ class _Cost:
 
     def stages(self, refinement: RefinementConfig | None) -> Iterator[Stage]:
         """Yield the stages in their order."""
-        call, loaded = self.call, resident_bytes()
+        call, loaded, search = self.call, resident_bytes(), self._search()
         recorded = self._recorded() if refinement is not None else 0
 
         def memory(more: float) -> int | None:
@@ -329,12 +333,12 @@ class _Cost:
         seconds = self.calls * (call.rest + call.forwards * call.forward)
         peak = None if call.peak is None else call.peak + recorded
         yield Stage("calls", seconds, peak)
-        yield Stage("search", self._search(), memory(recorded + 4 * self._widest()))
+        yield Stage("search", search, memory(recorded + 4 * self._widest()))
         if refinement is None:
             return
         kept = recorded + (0 if self.offload else self.weights)
         if self.rank:
-            yield Stage("branches", self._branches(), memory(kept + 4 * self._widest()))
+            yield Stage("branches", self._branches(search), memory(kept + 4 * self._widest()))
         forward = 2 * max(0, (call.peak or 0) - (loaded or 0)) + FACTORS * self._moments()
         yield Stage("refinement", self._refinement(refinement), memory(kept + forward))
 
@@ -384,8 +388,8 @@ class _Cost:
         seconds = _timed(lambda: search_input(inputs, bits, settings.scheme))
         return seconds + (_timed(lambda: grid_of_branch(inputs)) if bits < MAX_BITS else 0.0)
 
-    def _branches(self) -> float:
-        """Return the seconds of all low-rank branches, from that of one layer; and of searches."""
+    def _branches(self, search: float) -> float:
+        """Return the seconds of all low-rank branches, from that of one, and of a second search."""
         matrix = self.layers[self._tried()].weight.detach().float().flatten(1)
         seconds = _timed(lambda: low_rank(matrix, self.rank))
         names = [name for name in self.layers if self.branched(name)]
@@ -393,7 +397,7 @@ class _Cost:
         share = sum(self.layers[name].weight.numel() for name in names) / max(
             1, self.weights // FLOAT
         )
-        return seconds * total / svd_cost(*matrix.shape) + self._search() * share
+        return seconds * total / svd_cost(*matrix.shape) + search * share
 
     def _refinement(self, config: RefinementConfig) -> float:
         """Return the seconds of forwards, moments, factorisations and rounding."""
@@ -423,7 +427,7 @@ def operations_of(groups: int, rows: int, columns: int, positions: float) -> flo
     parts = -(-columns // MOST_COLUMNS)
     width = columns / parts
     moments = 2 * positions * width * (width + rows)
-    return groups * parts * (moments + 2 * SHARED * rows * width**2 + FACTORED * width**3)
+    return groups * parts * (moments + 2 * PRODUCTS * rows * width**2 + FACTORED * width**3)
 
 
 def svd_cost(rows: int, columns: int) -> float:

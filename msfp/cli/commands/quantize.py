@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     quantize.add_argument(
         "--dry-run", action="store_true",
-        help="run the denoiser once, and print what the command would take",
+        help="measure one forward, and print what the command would take",
     )  # fmt: skip
     options.add_resume(quantize)
     options.add_report(quantize)

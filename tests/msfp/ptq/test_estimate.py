@@ -71,6 +71,13 @@ def test_nothing_is_changed_and_the_same_calls_still_run(pipe, calls):
     msfp.quantize(pipe, QuantizationConfig(refine=None), calibration=calls)
 
 
+def test_a_forward_of_the_denoiser_itself_stays(pipe, calls):
+    own = pipe.unet.forward
+    pipe.unet.forward = own  # as Accelerate's hooks do
+    measured_call(pipe, calls[0])
+    assert vars(pipe.unet)["forward"] is own
+
+
 @pytest.mark.parametrize("config", [
     QuantizationConfig(refine=None),
     QuantizationConfig(scheme="nvfp4", end_bits=4),
