@@ -18,6 +18,7 @@ from msfp.layers.execution.onednn import OneDNN
 from msfp.layers.execution.triton_path import TritonPath
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.lora.routers import SegmentRouter
+from msfp.layers.lora.talora import LoRAHub
 from msfp.layers.packed import add_router
 from tests.msfp.layers.execution.test_definition import (
     DTYPES,
@@ -230,3 +231,22 @@ def test_compiling_without_a_graph_break_gives_the_defined_bits(name):
         expected = layer(x)
         compiled = torch.compile(nn.Sequential(layer), fullgraph=True, dynamic=False)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_loras_beside_a_branch_in_8_bits_are_packed_to_the_same_bits(adapters):
+    layer = branched("conv2d")
+    rows, columns = layer.weight.flatten(1).shape
+    draw = torch.Generator().manual_seed(2)
+    layer.hub = LoRAHub(rows, columns, adapters, 2, torch.tensor(0.1), draw, beside=True)
+    layer.hub.up.data.normal_(generator=draw)
+    if adapters > 1:
+        add_router(nn.Sequential(layer), SegmentRouter(1, adapters, torch.tensor([500.0])))
+        layer.routing.winners = torch.tensor([[0], [1]])
+    x = inputs_of(layer, spread=60.0)
+    with torch.no_grad():
+        expected = layer(x)
+        packed = layer.pack()
+        packed.routing, packed.index = layer.routing, layer.index
+        assert packed.formats.branch_input == INPUT_FORMAT
+        assert torch.equal(packed(x), expected)
