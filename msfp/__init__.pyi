@@ -18,6 +18,7 @@ from .pipelines.recording import record_trajectories
 from .pipelines.sampler import Sampler, prompt_calls
 from .pipelines.trajectories import Trajectories
 from .ptq.attention_products import quantize_attention
+from .ptq.bit_allocation import Allocation, allocate_bits
 from .ptq.concatenations import split_inputs
 from .ptq.estimate import Estimate, estimate
 from .ptq.low_rank_branches import add_branches
@@ -37,6 +38,7 @@ from .training.unpacking import unpack
 from .version import __version__
 
 __all__ = [
+    "Allocation",
     "Calibration",
     "Comparison",
     "Coverage",
@@ -58,6 +60,7 @@ __all__ = [
     "Trajectories",
     "__version__",
     "add_branches",
+    "allocate_bits",
     "cache_weights",
     "calibrate",
     "compare",

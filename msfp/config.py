@@ -18,6 +18,7 @@ from msfp.support.checks import (
     check_truth,
     check_whole,
 )
+from msfp.support.sizes import parse_size
 
 Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point", "mx", "nvfp4"]
 """Keys of `msfp.search.schemes.SCHEMES`."""
@@ -32,6 +33,8 @@ BLOCK_SCHEMES: dict[str, dict[int, str]] = {
 }
 """The formats of each block scheme by bit width; blocks of elements share a scale."""
 MAX_RANK = 256
+MAX_BUDGET = 32
+"""Most bits for each weight, which is full precision."""
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in")
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2")
 """Names of the input layer and of the output layer in diffusers' denoisers."""
@@ -44,6 +47,7 @@ class LayerSettings(NamedTuple):
     activation_bits: int | None
     scheme: Scheme
     granularity: Granularity
+    branch_rank: int | None = None  # None for that of the refinement
 
     @property
     def needs_calibration(self) -> bool:
@@ -57,6 +61,8 @@ class LayerSettings(NamedTuple):
         check_bits("weight_bits", self.weight_bits, self.scheme)
         if self.activation_bits is not None:
             check_bits("activation_bits", self.activation_bits, self.scheme)
+        if self.branch_rank is not None:
+            check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
 
 
 def check_bits(name: str, bits: Any, scheme: str) -> None:
@@ -157,9 +163,16 @@ class QuantizationConfig:
             or else the last layer whose input changes with the sample.
         granularity: Which weights share a scale: those of each output "channel", or those of the
             whole "tensor". Block formats have one scale for each block.
-        overrides: Other values of `weight_bits`, `activation_bits`, `scheme` or `granularity` for
-            some layers, by glob as in `include`. They take precedence over `end_bits`, and later
-            globs over earlier ones.
+        overrides: Other values of `weight_bits`, `activation_bits`, `scheme`, `granularity` or
+            `branch_rank` for some layers, by glob as in `include`. They take precedence over
+            `end_bits`, and later globs over earlier ones.
+        budget: What quantized layers may have in the file: bits for each of their weights, scales
+            of weights and low-rank branches included, as in 4.5; or the size of the denoiser's
+            tensors, as in "500MB". Scales of inputs, which are few, are not counted.
+            Each layer then gets the bits of its weights (3, 4, 6 or 8) and the rank of its branch
+            (up to 64) that give the least error of the prediction. First and last layers, and
+            layers whose `weight_bits` or `branch_rank` is in `overrides`, keep theirs. None gives
+            all layers the same.
         refine: How weights are corrected after the search. "auto" applies the defaults of
             `RefinementConfig` if the scheme is "mixup" or "signed" and there are calls to record.
             None rounds each weight to the nearest value, as the paper does.
@@ -184,6 +197,7 @@ class QuantizationConfig:
     last_layers: tuple[str, ...] = LAST_LAYERS
     granularity: Granularity = "channel"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budget: float | str | None = None
     refine: RefinementConfig | Literal["auto"] | None = "auto"
     attention_bits: int | None = None
 
@@ -193,6 +207,7 @@ class QuantizationConfig:
         for name in ("include", "exclude", "first_layers", "last_layers"):
             object.__setattr__(self, name, check_names(name, getattr(self, name)))
         check_overrides(self.overrides)
+        _check_budget(self.budget, self.scheme)
         object.__setattr__(self, "refine", _refinement(self.refine))
         if self.attention_bits is not None:
             check_whole("attention_bits", self.attention_bits, MIN_BITS, MAX_BITS)
@@ -210,6 +225,18 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dataclasses.asdict(self)
+
+
+def _check_budget(budget: Any, scheme: str) -> None:
+    """Raise InputError unless a budget is bits for each weight, a size, or None."""
+    if budget is None:
+        return
+    if scheme in BLOCK_SCHEMES:
+        raise InputError(f"budget must be None with scheme {scheme!r}, not {budget!r}")
+    if isinstance(budget, str):
+        parse_size("budget", budget)
+    else:
+        check_number("budget", budget, MIN_BITS, MAX_BUDGET)
 
 
 def _refinement(refine: Any) -> RefinementConfig | Literal["auto"] | None:

@@ -25,9 +25,12 @@ from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.selection import quantizable_layers, settings_by_layer
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.sampler import PipelineCall, check_calls
-from msfp.ptq.low_rank_branches import is_smaller
-from msfp.ptq.quantization import KEPT, PAGED, refinement_of
+from msfp.ptq.bit_allocation import budget_bytes, check_budget, rank_of
+from msfp.ptq.quantization import KEPT, PAGED
 from msfp.ptq.refinement import MOST_COLUMNS, default_samples
+from msfp.ptq.request import refinement_of
+from msfp.ptq.sensitivity import RANKS, ROWS, SAMPLES, WIDTHS
+from msfp.ptq.stored_size import FACTOR, layer_bytes
 from msfp.search.calibration import Calibration
 from msfp.search.layer_search import grid_of_branch, search_input, search_weight
 from msfp.search.observers import calibrate
@@ -46,6 +49,8 @@ TRIED = 2**20
 """The fewest weights of the layer that is searched to measure the time, if one has as many."""
 FORWARDS = 3
 """Forwards of a refined sample: one in full precision, and a quantized one that rounds weights."""
+BACKWARD = 4
+"""Forwards that the forward and backward of a measured sample take."""
 FACTORS = 3
 """How often the second moments of a layer are in memory while they are factored."""
 FACTORED = 0.5
@@ -161,7 +166,9 @@ def estimate(
     settings = settings_by_layer(denoiser, config, seen.ran, seen.readers, seen.writers)
     layers = {name: plain[name] for name in settings}
     rank = 0 if refinement is None else refinement.branch_rank
-    cost = _Cost(denoiser, layers, settings, rank, call, len(calls), offload=offload)
+    if config.budget is not None:
+        check_budget(denoiser, config, settings, rank)
+    cost = _Cost(denoiser, layers, settings, rank, config.budget, call, len(calls), offload=offload)
     return Estimate(
         tuple(_groups(layers, settings)),
         sum(p.numel() for p in denoiser.parameters())
@@ -293,33 +300,33 @@ class _Cost:
         layers: dict[str, PlainLayer],
         settings: dict[str, LayerSettings],
         rank: int,
+        budget: float | str | None,
         call: MeasuredCall,
         calls: int,
         *,
         offload: bool,
     ) -> None:
         self.denoiser, self.layers, self.settings = denoiser, layers, settings
-        self.rank, self.call, self.calls, self.offload = rank, call, calls, offload
+        self.rank, self.budget = rank, budget
+        self.call, self.calls, self.offload = call, calls, offload
         self.weights = _bytes(layer.weight for layer in layers.values())
         self.shapes = {name: _shape(layer) for name, layer in layers.items()}
 
     def branched(self, name: str) -> bool:
         """Return whether a layer gets a low-rank branch."""
-        narrow = self.settings[name].weight_bits < MAX_BITS
-        return bool(self.rank) and narrow and is_smaller(self.layers[name].weight, self.rank)
+        return bool(rank_of(self.layers[name], self.settings[name], self.rank))
 
     def size(self) -> int:
         """Return the bytes of the quantized denoiser in its file."""
         total = _bytes(self.denoiser.parameters()) - self.weights
+        if self.budget is not None:
+            return total + int(budget_bytes(self.budget, self.denoiser, self.layers))
         for name, layer in self.layers.items():
-            groups, rows, columns = self.shapes[name]
             each = self.settings[name]
-            total += layer.weight.numel() * each.weight_bits // 8 + FLOAT * (groups * rows + 2)
+            total += layer_bytes(layer, each.weight_bits, rank_of(layer, each, self.rank))
             if isinstance(SCHEMES[each.scheme], BlockScheme):
                 blocks = BlockFormats(_formats(each, each.weight_bits, of_weights=True)[0])
                 total += layer.weight.numel() // blocks.weight_blocks.size
-            if self.branched(name):
-                total += 2 * self.rank * (groups * rows + columns)
         return total
 
     def stages(self, refinement: RefinementConfig | None) -> Iterator[Stage]:
@@ -333,6 +340,8 @@ class _Cost:
         seconds = self.calls * (call.rest + call.forwards * call.forward)
         peak = None if call.peak is None else call.peak + recorded
         yield Stage("calls", seconds, peak)
+        if self.budget is not None:
+            yield Stage("budget", self._measurement(search), memory(recorded + self._factors()))
         yield Stage("search", search, memory(recorded + 4 * self._widest()))
         if refinement is None:
             return
@@ -398,6 +407,27 @@ class _Cost:
             1, self.weights // FLOAT
         )
         return seconds * total / svd_cost(*matrix.shape) + search * share
+
+    def _measurement(self, search: float) -> float:
+        """Return the seconds to measure what rounding each layer costs."""
+        matrix = self.layers[self._tried()].weight.detach().float().flatten(1)
+        seconds = _timed(lambda: low_rank(matrix, RANKS[-1])) / svd_cost(*matrix.shape)
+        shapes = [layer.weight.flatten(1).shape for layer in self.layers.values()]
+        rows = sum(min(ROWS, len(each.weight)) for each in self.layers.values())
+        all_rows = sum(len(each.weight) for each in self.layers.values())
+        samples = min(SAMPLES, self.calls * self.call.forwards * self.call.rows)
+        return (
+            seconds * sum(svd_cost(*shape) for shape in shapes)
+            + search * len(WIDTHS) * rows / all_rows
+            + BACKWARD * samples * self.call.forward / self.call.rows
+        )
+
+    def _factors(self) -> int:
+        """Return the bytes of the factors of all layers, from which ranks are measured."""
+        return sum(
+            FACTOR * min(RANKS[-1], rows, columns) * (rows + columns)
+            for _, rows, columns in self.shapes.values()
+        )
 
     def _refinement(self, config: RefinementConfig) -> float:
         """Return the seconds of forwards, moments, factorisations and rounding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -52,29 +53,31 @@ def add_branches(
             has low-rank branches already, or the rank is below 1 or the bits are not 8 or 16.
     """
     check_choice("bits", bits, (8, 16))
-    return add_kept_branches(denoiser_of(model), rank, bits, None)
+    check_whole("rank", rank, 1, MAX_RANK)
+    denoiser = denoiser_of(model)
+    return add_kept_branches(denoiser, dict.fromkeys(untrained_layers(denoiser), rank), bits, None)
 
 
 @torch.no_grad()
 def add_kept_branches(
     denoiser: nn.Module,
-    rank: int,
+    ranks: Mapping[str, int],
     bits: Literal[8, 16],
     state: QuantizationState | None,
     pages: PageFolder | None = None,
 ) -> list[str]:
     """Add branches as `add_branches` does, and keep each in a state, from which a run resumes.
 
-    The rest of each weight is put into `pages`, where there is such a folder.
+    Each layer has a rank, 0 for no branch. The rest of each weight is put into `pages`, where there
+    is such a folder.
     """
-    check_whole("rank", rank, 1, MAX_RANK)
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
         raise InputError("the denoiser has low-rank branches already")
     names = []
     for name, layer in layers.items():
-        narrow = layer.weight_quantizer.format.bits < MAX_BITS
-        if narrow and is_smaller(layer.weight, rank):
+        rank, narrow = ranks[name], layer.weight_quantizer.format.bits < MAX_BITS
+        if rank and narrow and is_smaller(layer.weight, rank):
             whole = layer.weight
             if not _restored(name, layer, state):
                 _add_branch(layer, rank)

@@ -14,7 +14,6 @@ from torch import nn
 from msfp.checkpoint.diffusers_quantizer import attach, attach_again, detach
 from msfp.config import LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
-from msfp.layers.attention import attention_modules
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers, replace_layers, settings_by_layer
 from msfp.layers.trainable import trainable_layers
@@ -30,20 +29,19 @@ from msfp.pipelines.recording import Recording
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.attention_products import quantize_attention
+from msfp.ptq.bit_allocation import allocate, check_budget
 from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine_kept
+from msfp.ptq.request import needs_trajectories, refinement_of, settings_of
 from msfp.ptq.side_by_side import SharedValuesError
 from msfp.ptq.state import (
     QuantizationState,
-    calibration_digest,
     searched_layer,
     state_of,
-    trajectories_digest,
 )
 from msfp.search.calibration import Calibration
 from msfp.search.coverage import Coverage
 from msfp.search.observers import calibrate
-from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
@@ -52,8 +50,6 @@ from msfp.support.memory import free_disk
 from msfp.support.paging import PageFolder
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
-SHOWN = 5
-"""Number of layers that a warning names."""
 KEPT, PAGED = 2, 2
 """How often weights are in the state of a run, and in the files of offloading."""
 
@@ -209,6 +205,9 @@ class _Quantization:
         self.refinement = refinement_of(
             self.denoiser, self.config, settings, recordable=calls or trajectories is not None
         )
+        if self.config.budget is not None:
+            rank = 0 if self.refinement is None else self.refinement.branch_rank
+            check_budget(self.denoiser, self.config, settings, rank)
 
     def observe(
         self,
@@ -226,7 +225,7 @@ class _Quantization:
         self.trajectories = trajectories
         if calibration is None or isinstance(calibration, Calibration):
             self.seen = calibration
-        elif trajectories is None and (self.refinement or self.config.attention_bits):
+        elif trajectories is None and needs_trajectories(self.config, self.refinement):
             folder, facts = None, {}
             if self.state is not None:
                 folder, facts = self.state.calls, self.state.fingerprint
@@ -252,15 +251,13 @@ class _Quantization:
             progress: Called as each stage advances.
             offload: As for `quantize`.
         """
-        settings = _settings(self.denoiser, self.config, self.seen)
+        settings = settings_of(self.denoiser, self.config, self.seen)
         counts = None if self.seen is None else self.seen.multiply_adds
         coverage = Coverage.of(self.denoiser, counts or None)
         done = counted(progress, "searching", len(settings))
         if self.state is not None:
-            self.state = self.state.with_facts(
-                calibration=calibration_digest(self.seen),
-                trajectories=trajectories_digest(self.trajectories),
-            )
+            self.state = self.state.of_data(self.seen, self.trajectories)
+        settings = self._within_budget(settings, progress)
         pages = self._offloaded() if offload else None
         layers, summaries = {}, []
         for name, each in settings.items():
@@ -274,7 +271,8 @@ class _Quantization:
             done(1)
         self.swapped = {self.plain[name]: layer for name, layer in layers.items()}
         replace_layers(self.denoiser, self.swapped)
-        self._refine(progress, pages)
+        ranks = {n: s.branch_rank for n, s in settings.items() if s.branch_rank is not None}
+        self._refine(ranks, progress, pages)
         found = [
             summary.with_formats(layer.formats)
             for layer, summary in zip(layers.values(), summaries, strict=True)
@@ -296,12 +294,28 @@ class _Quantization:
             pages.put_away(weight)
         return pages
 
-    def _refine(self, progress: Progress, pages: PageFolder | None) -> None:
+    def _within_budget(
+        self, settings: dict[str, LayerSettings], progress: Progress
+    ) -> dict[str, LayerSettings]:
+        """Return the settings of all layers with what the budget, if any, chooses for some."""
+        paths = self.trajectories
+        if self.config.budget is None or paths is None:
+            return settings
+        found = allocate(
+            self.denoiser, self.config, settings, self.refinement, self.seen, paths, self.state,
+            progress,
+        )  # fmt: skip
+        self.config = found.apply(self.config)
+        return found.settings(settings)
+
+    def _refine(self, ranks: dict[str, int], progress: Progress, pages: PageFolder | None) -> None:
         """Refine the weights and quantize the products of attention, where the config says so."""
         paths, bits = self.trajectories, self.config.attention_bits
         if paths is not None and self.refinement is not None:
             try:
-                refine_kept(self.denoiser, self.refinement, paths, self.state, pages, progress)
+                refine_kept(
+                    self.denoiser, self.refinement, paths, self.state, pages, progress, ranks
+                )
             except SharedValuesError as error:  # before anything was changed
                 if self.config.refine != "auto":
                     raise
@@ -318,42 +332,6 @@ class _Quantization:
             del self.denoiser.hf_quantizer
 
 
-def refinement_of(
-    denoiser: nn.Module,
-    config: QuantizationConfig,
-    settings: dict[str, LayerSettings],
-    *,
-    recordable: bool,
-) -> RefinementConfig | None:
-    """Return how to refine weights; raise InputError if the request cannot be met.
-
-    Args:
-        denoiser: The full-precision network.
-        config: The request.
-        settings: The search settings of each layer.
-        recordable: Whether calls or trajectories are given.
-    """
-    in_blocks = any(isinstance(SCHEMES[each.scheme], BlockScheme) for each in settings.values())
-    for name in ("refine", "attention_bits"):
-        if getattr(config, name) in ("auto", None):
-            continue
-        if in_blocks:
-            raise InputError(f"{name} must be None where layers are in block formats")
-        if not recordable:
-            raise InputError(
-                f"{name} needs calls of the pipeline as calibration, or trajectories that "
-                "msfp.record_trajectories recorded"
-            )
-    if config.attention_bits is not None and not attention_modules(denoiser):
-        raise InputError(
-            f"attention_bits must be None: {type(denoiser).__name__} has no attention module"
-        )
-    if config.refine != "auto":
-        return config.refine
-    suited = SCHEMES[config.scheme].refined and not in_blocks
-    return RefinementConfig() if suited and recordable else None
-
-
 def _recorded(
     model: DiffusionPipeline | nn.Module, recording: Recording, config: QuantizationConfig
 ) -> Trajectories | None:
@@ -361,55 +339,10 @@ def _recorded(
     try:
         return recording.trajectories(model)
     except InputError as error:
-        if config.refine != "auto" or config.attention_bits is not None:
+        if config.refine != "auto" or needs_trajectories(config, None):
             raise
         warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
         return None
-
-
-def _settings(
-    denoiser: nn.Module, config: QuantizationConfig, calibration: Calibration | None
-) -> dict[str, LayerSettings]:
-    """Return the search settings of each layer, without layers that calibration did not run."""
-    if calibration is None:
-        settings = settings_by_layer(denoiser, config)
-        if any(each.needs_calibration for each in settings.values()):
-            raise InputError(
-                "calibration must be given, such as a function that calls the pipeline or what "
-                "msfp.calibrate returned, or activation_bits be None"
-            )
-        return settings
-    settings = settings_by_layer(
-        denoiser, config, calibration.ran, calibration.readers, calibration.writers
-    )
-    for name, each in settings.items():
-        if each.needs_calibration:
-            _check_input(name, calibration)
-    ran = set(calibration.ran)
-    idle = [name for name, each in settings.items() if each.needs_calibration and name not in ran]
-    if idle:
-        more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
-        warnings.warn(
-            "layers that never ran during calibration stay in full precision: "
-            f"{', '.join(idle[:SHOWN])}{more}",
-            stacklevel=3,
-        )
-    return {name: each for name, each in settings.items() if name not in idle}
-
-
-def _check_input(name: str, calibration: Calibration) -> None:
-    """Raise InputError unless a calibration contains a layer, with finite inputs only."""
-    if name not in calibration.inputs:
-        raise InputError(
-            f"calibration has no inputs for the layer {name!r}: it must be made with the denoiser "
-            "that is quantized"
-        )
-    nonfinite = calibration.inputs[name].nonfinite
-    if nonfinite:
-        raise InputError(
-            f"the input of layer {name!r} had {nonfinite} numbers that are NaN or infinite "
-            "during calibration: check that the pipeline generates correct images in this dtype"
-        )
 
 
 def pack(model: DiffusionPipeline | nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import DiffusionPipeline
@@ -262,6 +262,7 @@ def refine_kept(
     state: QuantizationState | None,
     pages: PageFolder | None,
     progress: Progress,
+    ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Refine as `refine` does, and keep each layer in a state, from which a run resumes.
 
@@ -273,14 +274,16 @@ def refine_kept(
         pages: Where samples wait between layers, and weights that are not needed now; None keeps
             them in memory.
         progress: Called after each layer.
+        ranks: Ranks of the branches of layers that have another than the config's.
     """
     layers = untrained_layers(denoiser)
     check_forwards(denoiser, trajectories)
     if pages is not None:
         pages.drop_all(denoiser)
     samples = config.samples or default_samples(trajectories.samples[0, 0].numel())
-    if config.branch_rank:
-        add_kept_branches(denoiser, config.branch_rank, config.branch_bits, state, pages)
+    branches = dict.fromkeys(layers, config.branch_rank) | dict(ranks or {})
+    if any(branches.values()):
+        add_kept_branches(denoiser, branches, config.branch_bits, state, pages)
     if config.split_inputs:
         split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
     if pages is not None:

@@ -49,8 +49,14 @@ class QuantizationState:
         self.folder, self.fingerprint = check_path("state", folder), fingerprint
         check_folder("state", self.folder)
 
-    def with_facts(self, **facts: Any) -> QuantizationState:
-        """Return the same state, whose files must have further facts in common."""
+    def of_data(
+        self, calibration: Calibration | None, trajectories: Trajectories | None
+    ) -> QuantizationState:
+        """Return the same state, whose files must be of the same calibration and trajectories."""
+        facts = {
+            "calibration": calibration_digest(calibration),
+            "trajectories": trajectories_digest(trajectories),
+        }
         return QuantizationState(self.folder, self.fingerprint | facts)
 
     @property

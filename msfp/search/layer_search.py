@@ -189,7 +189,7 @@ def quantize_layer(
     if settings.activation_bits is not None and calibration is not None:
         inputs = calibration.inputs[name]
         choice, signed = search_input(inputs, settings.activation_bits, settings.scheme)
-        input_quantizer = _input_quantizer(choice).to(weight.device)
+        input_quantizer = quantizer_of_input(choice).to(weight.device)
         narrow = max(settings.weight_bits, settings.activation_bits) < MAX_BITS
         # With the factor of a branch, products of matrices are as fast in floating point.
         if narrow and math.prod(getattr(layer, "kernel_size", ())) > 1:
@@ -244,7 +244,8 @@ def _block_layer(
     return blocks, LayerSummary(name, formats.weight, quality, {formats.weight: quality}, inputs)
 
 
-def _input_quantizer(choice: Choice) -> Quantizer:
+def quantizer_of_input(choice: Choice) -> Quantizer:
+    """Return the quantizer with the grid that was found for an input."""
     zero = None if choice.zero_point is None else torch.tensor(choice.zero_point)
     return Quantizer(choice.format, torch.tensor(choice.scale), zero)
 

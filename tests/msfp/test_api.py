@@ -127,6 +127,10 @@ def call(denoiser):
 TRAINED_ON = {"trajectories": "path"}
 CASES = {
     "add_branches": ("trainable", {"rank": 1}),
+    "allocate_bits": (
+        "plain",
+        TRAINED_ON | {"config": msfp.QuantizationConfig(budget=8), "calibration": "calibration"},
+    ),
     "cache_weights": ("packed", {}),
     "calibrate": ("plain", {"calls": call}),
     "compare": ("packed", {"original": "plain", "sampler": SAMPLER, "count": 4, "seed": 0}),

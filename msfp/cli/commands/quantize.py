@@ -50,9 +50,25 @@ def add(commands: Any) -> None:
         "--components", nargs="+", metavar="NAME",
         help="networks of the pipeline to quantize (default: all its denoisers)",
     )  # fmt: skip
-    add_config(quantize, QuantizationConfig, "what is quantized, and how")
+    add_config(quantize, QuantizationConfig, "what is quantized, and how", skip={"budget"})
+    _add_budget(quantize)
     options.add_sampling(quantize, count=64)
     quantize.set_defaults(run=run)
+
+
+def _add_budget(quantize: argparse.ArgumentParser) -> None:
+    """Add the two ways to give the budget of the config."""
+    budget = quantize.add_argument_group(
+        "budget", "bits and branches where they are worth most, at a given size"
+    ).add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bits-per-weight", dest="budget", type=float, metavar="X",
+        help="bits for each weight of quantized layers, scales and branches included",
+    )  # fmt: skip
+    budget.add_argument(
+        "--max-size", dest="budget", metavar="SIZE",
+        help="size of each denoiser's tensors in the file, such as 500MB",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -68,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     options.check_files(arguments, report=".html")
     _check_calibration(arguments.calibration)
-    config = config_from(arguments, QuantizationConfig)
+    config = config_from(arguments, QuantizationConfig, budget=arguments.budget)
     sampler = options.check_sampling(arguments)
     options.state_folder(arguments)
     pipe = load_pipeline(arguments.model, arguments)
@@ -176,7 +192,9 @@ def _quantized(
         The summaries of the layers, and histograms of their inputs, which may be empty.
     """
     from msfp.pipelines.denoiser import denoisers_of, named, select_denoisers
+    from msfp.ptq.bit_allocation import allocate_bits
     from msfp.ptq.quantization import quantize
+    from msfp.reports.bit_allocation import describe
     from msfp.support.progress import of_part
 
     names = denoisers_of(pipe)
@@ -192,8 +210,17 @@ def _quantized(
     inputs: dict[str, Histogram] = {}
     for name, part in parts.items():
         calibration, trajectories = seen.pop(name)
+        own = config
+        if config.budget is not None and trajectories is not None:
+            allocation = allocate_bits(
+                part, config, calibration=calibration, trajectories=trajectories,
+                state=_folder(arguments, name, names), progress=told[name],
+            )  # fmt: skip
+            own = allocation.apply(config)
+            if allocation.chosen:
+                print(describe(allocation))
         found = quantize(
-            part, config, calibration=calibration, trajectories=trajectories,
+            part, own, calibration=calibration, trajectories=trajectories,
             state=_folder(arguments, name, names), offload=arguments.offload, progress=told[name],
         )  # fmt: skip
         layers += [replace(each, name=named(name, each.name, names)) for each in found]
@@ -223,7 +250,7 @@ def _observed(
     from msfp.layers.selection import quantizable_layers, settings_by_layer
     from msfp.pipelines.denoiser import denoiser_of, scheduler_of
     from msfp.pipelines.recording import Recording
-    from msfp.ptq.quantization import refinement_of
+    from msfp.ptq.request import needs_trajectories, refinement_of
     from msfp.ptq.state import state_of
     from msfp.search.observers import calibrate
 
@@ -231,7 +258,7 @@ def _observed(
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
     needs_calibration = any(each.needs_calibration for each in settings.values())
     refinement = refinement_of(denoiser, config, settings, recordable=True)
-    needs_recording = refinement is not None or config.attention_bits is not None
+    needs_recording = needs_trajectories(config, refinement)
     if needs_calibration or needs_recording:
         sampler.arguments(pipe)
     calls = sampler.calls(arguments.count, arguments.seed)

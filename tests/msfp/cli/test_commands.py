@@ -57,7 +57,7 @@ def test_a_pipeline_is_taken_all_the_way(family, words, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     pipeline(family, tmp_path / "vocabulary").save_pretrained("plain")
     (tmp_path / "prompts.txt").write_text("a\n\na a a\n")
-    refine = () if family == "dit" else ("--refine", "none")
+    refine = ("--bits-per-weight", 9) if family == "dit" else ("--refine", "none")
     assert msfp("quantize", "plain", *QUICK, *words, *refine, "--output", "packed") == 0
     assert msfp("sample", "packed", *QUICK, *words, "--output", "grid.png") == 0
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
@@ -65,7 +65,9 @@ def test_a_pipeline_is_taken_all_the_way(family, words, tmp_path, monkeypatch, c
     code = msfp("evaluate", "packed", "--original", "plain", *QUICK, *words, "--json", "e.json",
                 *report)  # fmt: skip
     assert code == 0
-    assert "Frechet distance (pixels)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Frechet distance (pixels)" in told
+    assert ("<- budget" in told) is (family == "dit")
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["count"] == 4
     assert found["noise_error"] > 0

@@ -62,6 +62,15 @@ def test_layers_are_grouped_by_bits_with_the_formats_that_are_tried(found, pipe)
     assert [stage.name for stage in found.stages] == ["calls", "search", "branches", "refinement"]
 
 
+def test_a_budget_is_the_size_and_its_measurement_is_a_stage(pipe, calls):
+    found = estimate(pipe, QuantizationConfig(budget="1.2MB"), calls=calls)
+    assert found.after == pytest.approx(1_200_000, abs=1)
+    assert [stage.name for stage in found.stages][:2] == ["calls", "budget"]
+    assert found.stages[1].seconds > 0
+    with pytest.raises(InputError, match="budget must be at least .* MB for this denoiser"):
+        estimate(pipe, QuantizationConfig(budget="100kB"), calls=calls)
+
+
 def test_nothing_is_changed_and_the_same_calls_still_run(pipe, calls):
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     estimate(pipe, CONFIG, calls=calls)
