@@ -15,7 +15,7 @@ TABLE_WIDTH = 100
 """Columns that the table needs; a narrower terminal wraps its lines."""
 NOT_HERE = (
     "scheme", "include", "exclude", "first_layers", "last_layers", "granularity", "overrides",
-    "refine", "attention_bits",
+    "refine", "attention_bits", "budget",
 )  # fmt: skip
 """Config fields without an option: the methods set them, or this model does not need them."""
 

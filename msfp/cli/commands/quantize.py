@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     options.check_files(arguments, report=".html")
     _check_calibration(arguments.calibration)
-    config = config_from(arguments, QuantizationConfig, budget=arguments.budget)
+    config = config_from(arguments, QuantizationConfig)
     sampler = options.check_sampling(arguments)
     options.state_folder(arguments)
     pipe = load_pipeline(arguments.model, arguments)

@@ -21,6 +21,8 @@ COMMANDS = {
     ),
 }
 """By name: the command, the config that gives its options, and the fewest words that it takes."""
+OTHERWISE = {("finetune", "seed"), ("quantize", "budget")}
+"""Given in another way: by the seed of the sampler, by --bits-per-weight or --max-size."""
 PARTS = {"refine": RefinementConfig, "rates": LearningRates}
 """Fields that are configs themselves."""
 
@@ -71,7 +73,7 @@ def test_every_field_has_an_option_unless_the_command_says_that_it_has_none(name
     for each in names(config):
         flags = {each} if each != "rates" else set()
         flags |= {f"{each}_{part}" for part in names(PARTS[each])} if each in PARTS else set()
-        if each in skipped[name] - {"seed"}:  # where the sampler's seed is that of the training
+        if each in skipped[name] and (name, each) not in OTHERWISE:
             assert not flags & options.keys()
         else:
             assert flags <= options.keys()
@@ -80,7 +82,7 @@ def test_every_field_has_an_option_unless_the_command_says_that_it_has_none(name
 def test_quantize_and_finetune_leave_out_what_the_pipeline_tells_alone(skipped):
     for name in ("quantize", "finetune"):
         actions(name)
-    assert skipped["quantize"] == set()
+    assert skipped["quantize"] == {"budget"}
     assert skipped["finetune"] == {"seed", "guidance_branches", "guidance_rows"}
 
 
@@ -88,7 +90,7 @@ def test_an_empty_command_line_gives_the_default_config():
     assert given("quantize") == QuantizationConfig()
     assert given("demo") == QuantizationConfig()
     assert given("finetune") == FinetuneConfig(seed=100, evaluate_every=40)
-    for config in (QuantizationConfig, RefinementConfig, LearningRates):
+    for config in (RefinementConfig, LearningRates):
         assert taken(config) == config()
 
 
@@ -170,6 +172,9 @@ def test_values_of_fine_tuning_are_parsed():
         ),
         (["--overrides", '{"*": {"first": 4}}'], r"msfp: overrides of '*' has no 'first'"),
         (["--overrides", "[]"], "msfp: overrides must be a table of settings by glob, not []"),
+        (["--max-size", "5"], "msfp: budget must be a size such as '500MB' or '1.5GB', not '5'"),
+        (["--bits-per-weight", "2"], "msfp: budget must be between 3 and 32, not 2.0"),
+        (["--max-size", "5MB", "--bits-per-weight", "4"], "not allowed with argument --max-size"),
         (["--weight-bits", "9"], "msfp: weight_bits must be between 3 and 8, not 9"),
     ],
 )
@@ -192,6 +197,11 @@ def shown(value):
     return "none" if value in (None, {}) else str(value)
 
 
+def test_a_budget_is_given_as_bits_or_as_a_size():
+    assert given("quantize", "--bits-per-weight", 4.5).budget == 4.5
+    assert given("quantize", "--max-size", "500MB").budget == "500MB"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_the_documentation_of_the_fields_with_their_defaults(name):
     options, config = actions(name), COMMANDS[name][1]
@@ -204,6 +214,8 @@ def test_help_is_the_documentation_of_the_fields_with_their_defaults(name):
     if name == "finetune":
         told["evaluate_every"] = told["evaluate_every"][0], 40
         del told["seed"]
+    if name == "quantize":
+        del told["budget"]
     for each in told.keys() & options.keys():
         text, value = told[each]
         assert options[each].help == f"{text} (default: {shown(value)})"
