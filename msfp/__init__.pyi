@@ -33,6 +33,7 @@ from .support.progress import progress_bars, show_progress
 from .training.config import FinetuneConfig, LearningRates
 from .training.data.noised_images import data_trajectories
 from .training.finetuning import finetune
+from .training.lora_fusion import fuse_lora
 from .training.state import History
 from .training.unpacking import unpack
 from .version import __version__
@@ -71,6 +72,7 @@ __all__ = [
     "export_adapters",
     "export_lora",
     "finetune",
+    "fuse_lora",
     "inspect_coverage",
     "inspect_layers",
     "load",

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from msfp.checkpoint.diffusers_config import MSFPConfig, MSFPMethod
 from msfp.checkpoint.diffusers_quantizer import attach
@@ -23,6 +24,7 @@ from msfp.checkpoint.integrity import as_stored, check_names, verify
 from msfp.checkpoint.model_card import CardFacts, model_card
 from msfp.checkpoint.placeholders import make_room
 from msfp.errors import InputError
+from msfp.layers.adapters import refuse_adapters
 from msfp.layers.attention import make_room_for_products
 from msfp.layers.base import quantized_networks, refuse_quantized
 from msfp.layers.trainable import trainable_layers
@@ -50,8 +52,8 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
             and how, and the measured error.
 
     Raises:
-        InputError: If the folder exists and is not empty, or the denoiser is not packed. Nothing
-            is written then.
+        InputError: If the folder exists and is not empty, the denoiser is not packed, or a LoRA is
+            loaded. Nothing is written then.
     """
     networks = quantized_networks(model).values()
     if not networks:
@@ -60,6 +62,9 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
         if trainable_layers(network):
             name = next(iter(trainable_layers(network)))
             raise InputError(f"layer {name} is trainable: call msfp.pack before it is saved")
+    for name, part in getattr(model, "components", {}).items():
+        if isinstance(part, PreTrainedModel):  # transformers would write its LoRAs alone
+            refuse_adapters(name, part)
     folder = check_path("folder", folder)
     with atomic_folder(folder) as partial:
         if isinstance(model, DiffusionPipeline | ModelMixin):

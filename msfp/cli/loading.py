@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -63,6 +64,26 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepared(pipe, arguments)
+
+
+def fuse_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
+    """Fuse LoRAs, each with its weight, with the weights of a pipeline and its text encoders."""
+    from msfp.training.lora_fusion import UNREADABLE
+
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"lora cannot be given: diffusers loads none into {type(pipe).__name__}")
+    for index, (name, weight) in enumerate(loras):
+        try:
+            pipe.load_lora_weights(name, adapter_name=f"lora-{index}")
+            pipe.set_adapters(f"lora-{index}", weight)
+        except UNREADABLE as error:
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"lora {name} cannot be loaded: {line}") from error
+        parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None)]
+        pipe.fuse_lora(parts)
+        pipe.unload_lora_weights()
 
 
 def check_model(model: str) -> None:

@@ -42,6 +42,15 @@ def guidance(text: str) -> float:
     return number
 
 
+def lora(text: str) -> tuple[str, float]:
+    """Parse a LoRA, and its weight after an equals sign, which is 1 if there is none."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 seed = whole(0, 2**32 - 1)
 
 

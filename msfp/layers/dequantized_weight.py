@@ -39,5 +39,6 @@ class WeightDescription(torch.Tensor):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         raise InputError(
             "the weight of a quantized layer is packed: nothing can be merged into it or fused "
-            "with it; keep LoRAs beside it, or call dequantize() on the denoiser first"
+            "with it; keep LoRAs beside it, call msfp.fuse_lora, or call dequantize() on the "
+            "denoiser first"
         )

@@ -12,7 +12,7 @@ from msfp.errors import InputError
 from msfp.layers.kinds import KINDS, PlainLayer
 from msfp.support.globs import matches
 
-ADDED = {"base_layer", "processor"}
+ADDED = {"base_layer", "modules_to_save", "processor"}
 """Modules around the layers of PEFT and of IP-Adapters."""
 
 

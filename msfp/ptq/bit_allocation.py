@@ -20,6 +20,7 @@ from torch import nn
 
 from msfp.config import MAX_BITS, LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
+from msfp.layers.adapters import merged_adapters
 from msfp.layers.base import refuse_quantized
 from msfp.layers.kinds import PlainLayer
 from msfp.layers.selection import quantizable_layers
@@ -191,14 +192,15 @@ def allocate_bits(
         raise InputError("config must have a budget, such as QuantizationConfig(budget=4.5)")
     denoiser = denoiser_of(model)
     refuse_quantized("the denoiser", denoiser)
-    settings = settings_of(denoiser, config, calibration)
-    refinement = refinement_of(denoiser, config, settings, recordable=True)
-    kept = None
-    if state is not None:
-        kept = state_of(state, denoiser, config).of_data(calibration, trajectories)
-    return allocate(
-        denoiser, config, settings, refinement, calibration, trajectories, kept, progress
-    )
+    with merged_adapters(denoiser):
+        settings = settings_of(denoiser, config, calibration)
+        refinement = refinement_of(denoiser, config, settings, recordable=True)
+        kept = None
+        if state is not None:
+            kept = state_of(state, denoiser, config).of_data(calibration, trajectories)
+        return allocate(
+            denoiser, config, settings, refinement, calibration, trajectories, kept, progress
+        )
 
 
 def allocate(

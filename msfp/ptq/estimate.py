@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp.config import MAX_BITS, LayerSettings, QuantizationConfig, RefinementConfig
+from msfp.layers.adapters import merged_adapters
 from msfp.layers.formats import BlockFormats
 from msfp.layers.kinds import PlainLayer, groups_of
 from msfp.layers.lora.low_rank import low_rank
@@ -157,27 +158,30 @@ def estimate(
     check_type("config", config, QuantizationConfig)
     check_truth("offload", offload)
     calls, denoiser = check_calls("calls", calls), denoiser_of(model)
-    plain = quantizable_layers(denoiser)
-    refinement = refinement_of(
-        denoiser, config, settings_by_layer(denoiser, config, plain), recordable=True
-    )
-    call = measured_call(model, calls[0])
-    seen = call.calibration
-    settings = settings_by_layer(denoiser, config, seen.ran, seen.readers, seen.writers)
-    layers = {name: plain[name] for name in settings}
-    rank = 0 if refinement is None else refinement.branch_rank
-    if config.budget is not None:
-        check_budget(denoiser, config, settings, rank)
-    cost = _Cost(denoiser, layers, settings, rank, config.budget, call, len(calls), offload=offload)
-    return Estimate(
-        tuple(_groups(layers, settings)),
-        sum(p.numel() for p in denoiser.parameters())
-        - sum(layer.weight.numel() for layer in layers.values()),
-        _bytes(denoiser.parameters()),
-        cost.size(),
-        tuple(cost.stages(refinement)),
-        cost.disk(refined=refinement is not None),
-    )
+    with merged_adapters(denoiser):
+        plain = quantizable_layers(denoiser)
+        refinement = refinement_of(
+            denoiser, config, settings_by_layer(denoiser, config, plain), recordable=True
+        )
+        call = measured_call(model, calls[0])
+        seen = call.calibration
+        settings = settings_by_layer(denoiser, config, seen.ran, seen.readers, seen.writers)
+        layers = {name: plain[name] for name in settings}
+        rank = 0 if refinement is None else refinement.branch_rank
+        if config.budget is not None:
+            check_budget(denoiser, config, settings, rank)
+        cost = _Cost(
+            denoiser, layers, settings, rank, config.budget, call, len(calls), offload=offload
+        )
+        return Estimate(
+            tuple(_groups(layers, settings)),
+            sum(p.numel() for p in denoiser.parameters())
+            - sum(layer.weight.numel() for layer in layers.values()),
+            _bytes(denoiser.parameters()),
+            cost.size(),
+            tuple(cost.stages(refinement)),
+            cost.disk(refined=refinement is not None),
+        )
 
 
 def _groups(layers: dict[str, PlainLayer], settings: dict[str, LayerSettings]) -> Iterator[Group]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from msfp.checkpoint.diffusers_quantizer import attach, attach_again, detach
 from msfp.config import LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
+from msfp.layers.adapters import merge_adapters, merged_names
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers, replace_layers, settings_by_layer
 from msfp.layers.trainable import trainable_layers
@@ -71,7 +73,9 @@ def quantize(
 
     Args:
         model: A pipeline or its denoiser, in full precision. All denoisers of a pipeline are
-            quantized, each as its own calls show it; `select_denoisers` selects some.
+            quantized, each as its own calls show it; `select_denoisers` selects some. LoRAs that
+            are loaded into a denoiser, or fused with it, are merged into its weights as they are in
+            use, with their scales. They are then no longer loaded; those of text encoders stay.
         config: Bit widths, scheme, selection of layers, and refinement of weights; None for the
             defaults.
         calibration: The result of `calibrate` for the same denoiser, or calls of the pipeline to
@@ -96,12 +100,13 @@ def quantize(
             itself, calls do not run it, an argument has the wrong type, no first or last layer is
             found although these have other bits, a glob matches nothing, the calibration is missing
             or belongs to another denoiser, the config asks for refinement without calls or
-            trajectories, a weight or an input is not finite, or a weight is offloaded. The
-            denoisers are then unchanged.
+            trajectories, a weight or an input is not finite, a weight is offloaded, or PEFT cannot
+            merge a LoRA. The denoisers are then unchanged.
 
     Warns:
         UserWarning: If layers never ran during calibration; they stay in full precision. Also if
-            the calls cannot be recorded; weights are then rounded to the nearest value.
+            the calls cannot be recorded; weights are then rounded to the nearest value. Also of the
+            LoRAs that were merged, and of those that were not in use and are gone.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
@@ -121,6 +126,38 @@ def quantize(
     denoisers = denoisers_of(model)
     if trajectories is not None or isinstance(calibration, Calibration):
         denoiser_of(model)  # they are of one denoiser
+    names = {name: merged_names(each) for name, each in denoisers.items()}
+    with ExitStack() as undo:
+        for each in denoisers.values():
+            undo.callback(merge_adapters(each))
+        summaries = _quantized(
+            model, config, denoisers, calibration, trajectories, state, progress, offload=offload
+        )
+        undo.pop_all()
+    for name, each in denoisers.items():
+        _tell_of_adapters(type(each).__name__, *names[name])
+    return summaries
+
+
+def _tell_of_adapters(kind: str, merged: Sequence[str], left_out: Sequence[str]) -> None:
+    """Warn that a network has lost its adapters."""
+    for names, what in ((merged, "merged into its weights"), (left_out, "removed: not in use")):
+        if names:
+            warnings.warn(f"LoRAs of {kind} were {what}: {', '.join(names)}", stacklevel=3)
+
+
+def _quantized(
+    model: DiffusionPipeline | nn.Module,
+    config: QuantizationConfig,
+    denoisers: Networks,
+    calibration: Calibration | Sequence[PipelineCall] | None,
+    trajectories: Trajectories | None,
+    state: str | Path | None,
+    progress: Progress,
+    *,
+    offload: bool,
+) -> list[LayerSummary]:
+    """Quantize denoisers without adapters, as `quantize` does."""
     parts = [
         _Quantization(model if len(denoisers) == 1 else select_denoisers(model, name), config)
         for name in denoisers

@@ -17,6 +17,7 @@ from torch import nn
 
 from fpformats import Histogram
 from msfp.errors import InputError
+from msfp.layers.adapters import merged_adapters
 from msfp.layers.base import refuse_quantized
 from msfp.layers.selection import quantizable_layers
 from msfp.pipelines.denoiser import denoiser_name, denoiser_of, timestep_or_none
@@ -164,7 +165,8 @@ def calibrate(
     result, bit for bit, as a single process with all calls.
 
     Args:
-        model: A pipeline with a full-precision denoiser, or any network to be quantized.
+        model: A pipeline with a full-precision denoiser, or any network to be quantized. LoRAs that
+            are loaded are merged into its weights meanwhile.
         calls: A function of `model`, or several functions, each of which sets its own seed.
             `Sampler.calls`, `prompt_calls` and `load_calls` make them. All timesteps that they
             visit count, and all samples of a batch, such as both guidance branches of
@@ -197,36 +199,39 @@ def calibrate(
     denoiser = denoiser_of(model)
     refuse_quantized("the denoiser", denoiser)
     calls = check_calls("calls", calls)
-    calibration = Calibration(
-        {name: Histogram() for name in quantizable_layers(denoiser)},
-        weights=None if factors is None else integer_weights(factors),
-        total=len(calls),
-        # Converted to JSON and back, as if read from the file.
-        description=json.loads(json.dumps(dict(description or {}))),
-    )
-    shared = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-    if file is not None:
-        file = check_path("file", file)
-        file = file.with_stem(f"{file.stem}-{rank}-of-{processes}") if shared else file
-        calibration = _resumed(calibration, file)
-    saved = time.monotonic()
-    done = counted(progress, "calibrating", len(range(rank, len(calls), processes)))
-    try:
-        for index in range(rank, len(calls), processes):
-            if index not in calibration.calls:
-                probe = None if calibration.sample_path else SampleProbe()
-                calibration.merge(_seen(model, denoiser, calls[index], index, calibration, probe))
-            done(1)
-            if file is not None and time.monotonic() > saved + SAVE_INTERVAL:
-                calibration.save(file)
-                saved = time.monotonic()
-    finally:
+    with merged_adapters(denoiser):
+        calibration = Calibration(
+            {name: Histogram() for name in quantizable_layers(denoiser)},
+            weights=None if factors is None else integer_weights(factors),
+            total=len(calls),
+            # Converted to JSON and back, as if read from the file.
+            description=json.loads(json.dumps(dict(description or {}))),
+        )
+        shared = dist.is_available() and dist.is_initialized()
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         if file is not None:
-            calibration.save(file)
-    if shared:
-        calibration.all_reduce()
-    return calibration
+            file = check_path("file", file)
+            file = file.with_stem(f"{file.stem}-{rank}-of-{processes}") if shared else file
+            calibration = _resumed(calibration, file)
+        saved = time.monotonic()
+        done = counted(progress, "calibrating", len(range(rank, len(calls), processes)))
+        try:
+            for index in range(rank, len(calls), processes):
+                if index not in calibration.calls:
+                    probe = None if calibration.sample_path else SampleProbe()
+                    calibration.merge(
+                        _seen(model, denoiser, calls[index], index, calibration, probe)
+                    )
+                done(1)
+                if file is not None and time.monotonic() > saved + SAVE_INTERVAL:
+                    calibration.save(file)
+                    saved = time.monotonic()
+        finally:
+            if file is not None:
+                calibration.save(file)
+        if shared:
+            calibration.all_reduce()
+        return calibration
 
 
 def _resumed(calibration: Calibration, file: Path) -> Calibration:

@@ -29,7 +29,7 @@ of half the weights' standard deviation causes a fifth.
 
 
 @torch.no_grad()
-def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
+def check_weights(denoiser: nn.Module, original: nn.Module, argument: str = "original") -> None:
     """Raise InputError unless a denoiser was made from the weights of the full-precision original.
 
     Weights that are not quantized must be equal. A low-rank branch that is an SVD must be that of
@@ -39,6 +39,7 @@ def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
     Args:
         denoiser: Quantized and packed.
         original: The full-precision denoiser, of the same architecture.
+        argument: Its name in error messages.
     """
     layers = {n: e for n, e in packed_layers(denoiser).items() if isinstance(e, ScaledLayer)}
     own = dict(denoiser.named_parameters())
@@ -46,21 +47,23 @@ def check_weights(denoiser: nn.Module, original: nn.Module) -> None:
     for name, value in original.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None and name.endswith(".weight"):
-            _check_branch(name, layer, value)
+            _check_branch(name, layer, value, argument)
             excess[name] = _excess(layer, value)
         elif value.dim() > 1 and name in own and own[name].shape == value.shape:
             off = _relative(own[name].to(value.device).float() - value, value)
             if off > MAX_CAST:
-                raise _other(name, f"is {100 * off:.1f} % off")
+                raise _other(argument, name, f"is {100 * off:.1f} % off")
             excess[name] = 0.0
     nearest = min(excess, key=lambda name: excess[name], default="")
     if nearest and not excess[nearest] <= MAX_EXCESS:
-        raise _other(nearest, f"is {100 * excess[nearest]:.0f} % off, those of other layers more")
+        raise _other(
+            argument, nearest, f"is {100 * excess[nearest]:.0f} % off, those of other layers more"
+        )
 
 
-def _other(name: str, how: str) -> InputError:
+def _other(argument: str, name: str, how: str) -> InputError:
     return InputError(
-        f"original must be the model that was quantized, but its weights differ: {name} {how}"
+        f"{argument} must be the model that was quantized, but its weights differ: {name} {how}"
     )
 
 
@@ -71,7 +74,7 @@ def _relative(off: torch.Tensor, value: torch.Tensor) -> float:
     return norm / max(whole, 1e-30)
 
 
-def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor) -> None:
+def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor, argument: str) -> None:
     """Raise InputError if a layer's low-rank branch is the SVD of another weight."""
     if layer.branch_down is None or layer.branch_up is None:
         return
@@ -83,7 +86,9 @@ def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor) -> None:
     left = torch.linalg.qr(up).Q.mT @ (matrix - up @ down)
     leak = _relative(left, matrix)
     if not leak <= MAX_LEAK:
-        raise _other(name, f"has {100 * leak:.1f} % where its branch has taken everything")
+        raise _other(
+            argument, name, f"has {100 * leak:.1f} % where its branch has taken everything"
+        )
 
 
 def _excess(layer: ScaledLayer, value: torch.Tensor) -> float:

@@ -28,18 +28,19 @@ WITHOUT_MODEL = {
     "timestep_weights": "factors",
 }
 """Functions that take no model, and their first argument."""
-SECOND = {"config", "folder", "bits", "names", "rank"}
+SECOND = {"config", "folder", "bits", "lora", "names", "rank"}
 """What may be given by position after the model."""
 CHANGES = {
-    "add_branches", "cache_weights", "finetune", "pack", "quantize", "quantize_attention",
-    "refine", "split_inputs", "unpack",
+    "add_branches", "cache_weights", "finetune", "fuse_lora", "pack", "quantize",
+    "quantize_attention", "refine", "split_inputs", "unpack",
 }  # fmt: skip
 """Functions that change their model."""
-NAMES_OF_LAYERS = CHANGES - {"cache_weights", "finetune", "quantize"}
+NAMES_OF_LAYERS = CHANGES - {"cache_weights", "finetune", "fuse_lora", "quantize"}
 """Functions that change layers and return the names of those."""
 CONFIG = msfp.QuantizationConfig(refine=None)
 STEP = SHORT | {"steps": 1}
-OF_MODELS = [name for name in FUNCTIONS if name not in WITHOUT_MODEL]
+OF_MODELS = [name for name in FUNCTIONS if name not in {*WITHOUT_MODEL, "fuse_lora"}]
+"""Functions that are tried here; diffusers loads no LoRAs into the denoiser of these tests."""
 
 
 def parameters(name):

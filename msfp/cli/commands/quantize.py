@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msfp.cli import options
 from msfp.cli.config_options import add_config, config_from
-from msfp.cli.loading import NAMED, load_pipeline
+from msfp.cli.loading import NAMED, fuse_loras, load_pipeline
 from msfp.config import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ def add(commands: Any) -> None:
     """Describe the command."""
     quantize = commands.add_parser("quantize", help="quantize a pipeline folder, without training")
     quantize.add_argument("model", help=f"a diffusers pipeline folder, or {NAMED}")
+    quantize.add_argument(
+        "--lora", type=options.lora, action="append", default=[], metavar="LORA[=WEIGHT]",
+        help="a LoRA file, or a name on the hub, to fuse with the weights first; may be repeated",
+    )  # fmt: skip
     quantize.add_argument("--output", type=Path, required=True, help="a new folder")
     quantize.add_argument(
         "--calibration", type=Path, metavar="FILE",
@@ -88,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = options.check_sampling(arguments)
     options.state_folder(arguments)
     pipe = load_pipeline(arguments.model, arguments)
+    fuse_loras(pipe, arguments.lora)
     if arguments.components is not None:
         pipe = select_denoisers(pipe, arguments.components)
     denoisers = denoisers_of(pipe)
@@ -102,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
     save(pipe, arguments.output)
     shutil.rmtree(arguments.state, ignore_errors=True)
     unsigned = sum(layer.unsigned for layer in layers)
+    for name, weight in arguments.lora:
+        print(f"The LoRA {name} is in the weights, times {weight:g}")
     print(f"{len(layers)} layers quantized, {unsigned} with unsigned inputs: {arguments.output}")
     coverage = inspect_coverage(pipe)
     for sentence in [] if coverage is None else coverage.sentences():
@@ -176,6 +183,7 @@ def _description(
         "batch": sampler.batch,
         "guidance scale": sampler.guidance_scale,
         **({"call": sampler.to_dict()["extra"]} if sampler.extra else {}),
+        **({"loras": arguments.lora} if arguments.lora else {}),
     }
 
 

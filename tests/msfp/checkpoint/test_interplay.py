@@ -587,9 +587,11 @@ def test_a_backend_without_scaled_dot_product_attention_is_refused_with_products
 
 @pytest.mark.parametrize("add", [
     lambda unet: unet.fuse_qkv_projections(),
-    lambda unet: unet.add_adapter(LoraConfig(r=2, target_modules=TARGETS)),
+    lambda unet: unet.add_adapter(
+        LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["conv_out"])
+    ),
     lambda unet: unet._load_ip_adapter_weights([ip_adapter(unet)]),
-], ids=["fused projections", "LoRA", "IP-Adapter"])  # fmt: skip
+], ids=["fused projections", "a LoRA with whole layers", "IP-Adapter"])  # fmt: skip
 def test_what_was_added_to_a_denoiser_is_not_quantized(add):
     denoiser = make("conditional_unet")
     add(denoiser)

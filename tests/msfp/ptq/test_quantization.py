@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from tiny import tiny_pipeline
 from torch import nn
 
@@ -22,6 +23,7 @@ from msfp import (
     Trajectories,
     cache_weights,
     calibrate,
+    estimate,
     finetune,
     inspect_coverage,
     load,
@@ -510,3 +512,76 @@ def test_layers_that_torch_fuses_are_quantized_refined_and_saved(tmp_path):
     assert torch.equal(load(tmp_path / "packed", into=Encoder().eval())(x), after)
     names = {each.kind for each in inspect_coverage(network).left().values()}
     assert names == {"MultiheadAttention", "NonDynamicallyQuantizableLinear"}
+
+
+@pytest.fixture(scope="module")
+def with_loras(tmp_path_factory):
+    """A pipeline with three LoRAs loaded, of which two are in use."""
+    pipe = families.pipeline("conditional_unet", tmp_path_factory.mktemp("text"))
+    torch.manual_seed(1)
+    for name, targets in (("a", ["to_q", "conv1"]), ("b", ["to_k", "to_q"]), ("c", ["to_v"])):
+        lora = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+        pipe.unet.add_adapter(lora, adapter_name=name)
+    pipe.unet.set_adapters(["a", "b"], [1.0, 0.5])
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def of_fused_weights(with_loras):
+    """The prediction of the pipeline that is fused by diffusers before it is quantized."""
+    pipe = copy.deepcopy(with_loras)
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    return families.call(families.quantized(pipe.unet))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_pipeline_with_loras_is_quantized_as_it_stands(with_loras, of_fused_weights, fused):
+    pipe = copy.deepcopy(with_loras)
+    if fused:
+        pipe.fuse_lora(components=["unet"])
+    nearest = QuantizationConfig(refine=None)
+    with pytest.warns(UserWarning) as told:
+        quantize(pipe, nearest, calibration=lambda pipe: families.call(pipe.unet))
+    assert {str(each.message) for each in told} >= {
+        "LoRAs of UNet2DConditionModel were merged into its weights: a, b",
+        "LoRAs of UNet2DConditionModel were removed: not in use: c",
+    }
+    assert pipe.get_list_adapters() == {}
+    pack(pipe)
+    assert torch.equal(families.call(pipe.unet), of_fused_weights)
+
+
+def test_a_calibration_with_loras_is_one_of_their_network(with_loras, of_fused_weights):
+    unet = copy.deepcopy(with_loras.unet)
+    calibration = calibrate(unet, calls=families.call)
+    found = estimate(unet, QuantizationConfig(refine=None), calls=families.call)
+    assert sum(group.layers for group in found.groups) == len(calibration.inputs)
+    assert torch.equal(families.call(unet), families.call(with_loras.unet))
+    quantize(unet, QuantizationConfig(refine=None), calibration=calibration)
+    pack(unet)
+    assert torch.equal(families.call(unet), of_fused_weights)
+
+
+def test_loras_stay_where_a_quantization_fails(with_loras):
+    pipe = copy.deepcopy(with_loras)
+    before = families.call(pipe.unet)
+    with pytest.raises(InputError, match="calibration must be given"):
+        quantize(pipe, QuantizationConfig(refine=None))
+    assert pipe.get_list_adapters() == {"unet": ["a", "b", "c"]}
+    assert pipe.get_active_adapters() == ["a", "b"]
+    assert torch.equal(families.call(pipe.unet), before)
+
+
+def test_a_state_is_that_of_the_weights_with_their_loras(with_loras, of_fused_weights, tmp_path):
+    nearest = QuantizationConfig(refine=None)
+    for _ in range(2):
+        unet = copy.deepcopy(with_loras.unet)
+        quantize(unet, nearest, calibration=families.call, state=tmp_path)
+        pack(unet)
+        assert torch.equal(families.call(unet), of_fused_weights)
+    other = copy.deepcopy(with_loras.unet)
+    other.set_adapters(["a"])
+    with pytest.raises(InputError, match="weights"):
+        quantize(other, nearest, calibration=families.call, state=tmp_path)
+    assert other.active_adapters() == ["a"]

@@ -1,3 +1,12 @@
+import copy
+
+import pytest
+import torch
+from families import call, pipeline
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from refusals import assert_refused
+
+from msfp import QuantizationConfig, load, pack, quantize
 from msfp.cli.main import main
 
 QUICK = ("--steps", "2", "--count", "4", "--batch", "4")
@@ -17,3 +26,38 @@ def test_a_dry_run_of_rounding_alone_has_no_refinement(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "search" in text
     assert "refinement" not in text
+
+
+def test_loras_are_fused_with_the_weights_before_they_are_quantized(tmp_path, capsys):
+    pipe = pipeline("conditional_unet", tmp_path / "text")
+    pipe.save_pretrained(tmp_path / "plain")
+    files = []
+    for name, targets in (("a", ["to_q"]), ("b", ["to_k", "to_q"])):
+        unet = copy.deepcopy(pipe.unet)
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        inject_adapter_in_model(config, unet)
+        files.append(tmp_path / name / "pytorch_lora_weights.safetensors")
+        pipe.save_lora_weights(tmp_path / name, get_peft_model_state_dict(unet))
+    for file, weight in zip(files, (1.0, 0.5), strict=True):
+        pipe.load_lora_weights(file)
+        pipe.fuse_lora(lora_scale=weight)
+        pipe.unload_lora_weights()
+    quantize(pipe, QuantizationConfig(activation_bits=None, refine=None))
+    pack(pipe)
+    words = ["--lora", str(files[0]), "--lora", f"{files[1]}=0.5", "--output", tmp_path / "q"]
+    words += ["--activation-bits", "none", "--refine", "none", "--dtype", "float32"]
+    assert main([str(word) for word in ("quantize", tmp_path / "plain", *words)]) == 0
+    assert f"The LoRA {files[1]} is in the weights, times 0.5" in capsys.readouterr().out
+    assert torch.equal(call(load(tmp_path / "q").unet), call(pipe.unet))
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("plain", r"lora no\.bin=x cannot be loaded: "),
+    ("digits", "lora cannot be given: diffusers loads none into DDIMPipeline"),
+])  # fmt: skip
+def test_a_lora_that_cannot_be_loaded_is_refused(model, message, tmp_path, capsys):
+    if model == "plain":
+        pipeline("conditional_unet", tmp_path / "text").save_pretrained(tmp_path / model)
+        model = tmp_path / model
+    words = ["quantize", model, "--lora", "no.bin=x", "--output", tmp_path / "q"]
+    assert_refused(words, message, tmp_path, capsys)
