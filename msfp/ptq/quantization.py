@@ -33,6 +33,7 @@ from msfp.ptq.attention_products import quantize_attention
 from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine_kept
 from msfp.ptq.side_by_side import SharedValuesError
+from msfp.ptq.space import check_disk, check_memory
 from msfp.ptq.state import (
     QuantizationState,
     calibration_digest,
@@ -48,16 +49,15 @@ from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
-from msfp.support.memory import free_disk
+from msfp.support.offloading import at_work, with_weights, work_device
 from msfp.support.paging import PageFolder
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 SHOWN = 5
 """Number of layers that a warning names."""
-KEPT, PAGED = 2, 2
-"""How often weights are in the state of a run, and in the files of offloading."""
 
 
+@with_weights(denoisers_of)
 def quantize(
     model: DiffusionPipeline | nn.Module,
     config: QuantizationConfig | None = None,
@@ -72,6 +72,11 @@ def quantize(
 
     Trainable quantized layers replace the layers that the config selects, and share their
     parameters. With block schemes, packed layers replace them, as in `msfp.layers.block`.
+
+    Denoisers may be offloaded by Accelerate (`cpu_offload`, `disk_offload`, a device map) or
+    diffusers (`enable_sequential_cpu_offload`, `enable_group_offload`). Their hooks are off while
+    the function runs, and on again after it. Each layer is then on the device of the hooks while
+    it is searched, refined or runs, and else on the host.
 
     Args:
         model: A pipeline or its denoiser, in full precision. All denoisers of a pipeline are
@@ -100,8 +105,8 @@ def quantize(
             itself, calls do not run it, an argument has the wrong type, no first or last layer is
             found although these have other bits, a glob matches nothing, the calibration is missing
             or belongs to another denoiser, the config asks for refinement without calls or
-            trajectories, a weight or an input is not finite, or a weight is offloaded. The
-            denoisers are then unchanged.
+            trajectories, a weight or an input is not finite, or a weight is on the meta device
+            although no hook has its numbers. The denoisers are then unchanged.
 
     Warns:
         UserWarning: If layers never ran during calibration; they stay in full precision. Also if
@@ -131,7 +136,7 @@ def quantize(
     ]
     for part in parts:  # errors are raised before anything runs
         part.check(calibration, trajectories)
-    _check_disk(parts, state, offload=offload)
+    _check_space(parts, state, offload=offload)
     if state is not None:
         for name, part in zip(denoisers, parts, strict=True):
             part.keep_in(Path(state, name) if len(denoisers) > 1 else Path(state))
@@ -149,20 +154,16 @@ def quantize(
     return summaries
 
 
-def _check_disk(parts: Sequence[_Quantization], state: str | Path | None, *, offload: bool) -> None:
-    """Raise InputError if the files of refinement do not fit on the disk."""
-    weights = sum(
-        layer.weight.nbytes for part in parts if part.refinement for layer in part.plain.values()
-    )
-    folder = Path(tempfile.gettempdir() if state is None else state)
-    needed = weights * (KEPT * (state is not None) + PAGED * offload)
-    there = sum(file.stat().st_size for file in folder.rglob("*")) if state is not None else 0
-    free = free_disk(folder)
-    if needed > free + there:
-        raise InputError(
-            f"{'state' if state is not None else 'offload'} needs {needed / 1e9:.1f} GB on the "
-            f"disk of {folder}, of which {(free + there) / 1e9:.1f} GB are free"
-        )
+def _check_space(
+    parts: Sequence[_Quantization], state: str | Path | None, *, offload: bool
+) -> None:
+    """Raise InputError if a quantization does not fit the memory or the disk."""
+    refined = [layer for part in parts if part.refinement for layer in part.plain.values()]
+    check_disk(sum(layer.weight.nbytes for layer in refined), state, offload=offload)
+    for part in parts:
+        if work_device(part.denoiser).type == "cpu":
+            layers = list(part.plain.values())
+            check_memory(layers, refined=part.refinement is not None, offload=offload)
 
 
 def _of_part(progress: Progress, name: str, denoisers: Networks) -> Progress:
@@ -305,7 +306,7 @@ class _Quantization:
             except SharedValuesError as error:  # before anything was changed
                 if self.config.refine != "auto":
                     raise
-                warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=4)
+                warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=5)
                 self.refinement = None
         if paths is not None and bits is not None:
             quantize_attention(self.denoiser, bits, trajectories=paths)
@@ -363,7 +364,7 @@ def _recorded(
     except InputError as error:
         if config.refine != "auto" or config.attention_bits is not None:
             raise
-        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
+        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=4)
         return None
 
 
@@ -392,7 +393,7 @@ def _settings(
         warnings.warn(
             "layers that never ran during calibration stay in full precision: "
             f"{', '.join(idle[:SHOWN])}{more}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return {name: each for name, each in settings.items() if name not in idle}
 
@@ -412,6 +413,13 @@ def _check_input(name: str, calibration: Calibration) -> None:
         )
 
 
+def _trained(model: DiffusionPipeline | nn.Module) -> Networks:
+    """Return the networks of a model that have trainable layers, by component."""
+    denoisers_of(model)
+    return {name: each for name, each in networks_of(model).items() if trainable_layers(each)}
+
+
+@with_weights(_trained)
 def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
     """Replace trainable layers by packed ones, in place; the denoisers can then be saved.
 
@@ -424,9 +432,7 @@ def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
     Raises:
         InputError: If the pipeline has no denoiser.
     """
-    denoisers_of(model)
-    networks = networks_of(model)
-    trained = {k: each for k, each in networks.items() if trainable_layers(each)}
+    trained = _trained(model)
     return [named(k, layer, trained) for k, each in trained.items() for layer in _pack(each)]
 
 
@@ -437,6 +443,7 @@ def _pack(denoiser: nn.Module) -> list[str]:
     del trainable
     while layers:  # one by one, to free each full-precision weight early
         layer = layers.pop()
-        replace_layers(denoiser, {layer: layer.pack()})
+        with at_work(layer):
+            replace_layers(denoiser, {layer: layer.pack()})
     attach_again(denoiser, same_outputs=True)
     return names
