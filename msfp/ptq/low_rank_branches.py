@@ -22,6 +22,7 @@ from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_choice, check_whole
+from msfp.support.malloc import release_memory
 from msfp.support.offloading import at_work
 from msfp.support.paging import PageFolder
 
@@ -92,6 +93,7 @@ def add_kept_branches(
             if pages is not None:
                 pages.drop(whole)
                 pages.put_away(layer.weight)
+                release_memory()
             names.append(name)
     attach_again(denoiser)
     return names

@@ -295,6 +295,7 @@ class _Quantization:
             # Weights that were loaded share one memory, which is free when the last one has gone.
             weight.data = weight.data.clone()
             pages.put_away(weight)
+            release_memory()
         return pages
 
     def _refine(self, progress: Progress, pages: PageFolder | None) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from msfp.errors import InputError
+from msfp.support.malloc import release_memory
 
 SMALL = 1 << 16
 """Bytes below which a tensor stays in memory."""
@@ -148,6 +149,7 @@ class _Casts(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
             self.pages.put_away(made)
+            release_memory()
         return made
 
 

@@ -1,3 +1,7 @@
+import torch
+from tiny import tiny_pipeline
+
+import msfp
 from msfp.cli.main import main
 
 QUICK = ("--steps", "2", "--count", "4", "--batch", "4")
@@ -17,3 +21,31 @@ def test_a_dry_run_of_rounding_alone_has_no_refinement(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "search" in text
     assert "refinement" not in text
+
+
+def test_shards_are_read_and_offloading_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 64)
+    tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "pipe", max_shard_size="20KB")
+    few = [
+        "--include",
+        "conv_in",
+        "--include",
+        "conv_out",
+        "--include",
+        "*.conv1",
+        "--refine-samples",
+        "4",
+    ]
+    words = ["quantize", str(tmp_path / "pipe"), *few, *QUICK, "--output"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    assert main([*words, str(tmp_path / "away"), "--offload"]) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, other = (tmp_path / folder / name for folder in ("plain", "away"))
+    assert one.read_bytes() == other.read_bytes()
+    assert {each.name for each in tmp_path.iterdir()} == {"pipe", "plain", "away"}
+    pipe = msfp.load(tmp_path / "away")
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("shards/unet/*.safetensors"))) > 1
+    found, tensors = msfp.load(tmp_path / "shards").unet.state_dict(), pipe.unet.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[key]) for key, value in found.items())
