@@ -365,7 +365,7 @@ def _recorded(
     except InputError as error:
         if config.refine != "auto" or config.attention_bits is not None:
             raise
-        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=4)
+        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=5)
         return None
 
 
@@ -394,7 +394,7 @@ def _settings(
         warnings.warn(
             "layers that never ran during calibration stay in full precision: "
             f"{', '.join(idle[:SHOWN])}{more}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {name: each for name, each in settings.items() if name not in idle}
 

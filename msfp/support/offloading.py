@@ -236,7 +236,7 @@ class _Mover:
         if self._runs[module]:
             return
         del self._runs[module]
-        for x, numbers in self._host.pop(module, []):
+        for x, numbers in reversed(self._host.pop(module, [])):
             x.data = numbers
         for x in _own(module):
             x.data = x.data.to(HOST)

@@ -11,6 +11,7 @@ from msfp import InputError, QuantizationConfig, load, pack, quantize, save
 from msfp.config import RefinementConfig
 from msfp.layers.base import quantized_layers
 from msfp.layers.trainable import trainable_layers
+from msfp.support import offloading
 
 CPU = torch.device("cpu")
 CONFIG = QuantizationConfig(refine=RefinementConfig(samples=8, branch_rank=2), end_bits=4)
@@ -90,6 +91,47 @@ def test_offloading_of_the_denoiser_changes_no_bit(way, expected, tmp_path):
     found = tensors(network, tmp_path / "packed")
     assert found.keys() == expected[0].keys()
     assert all(torch.equal(value, expected[0][name]) for name, value in found.items())
+
+
+def test_layers_that_are_moved_while_they_run_get_the_same_bits(expected, tmp_path):
+    network, moved = Network().eval(), []
+
+    def tell(_stage, _done, _total, _note="", /):
+        moved.append(len(mover._host))
+
+    # Moves copy the tensors, as those to another device do.
+    with offloading._moved(network, torch.device("cpu", 0)):
+        mover = offloading._mover_of(network.out)
+        quantize(network, CONFIG, calibration=call, progress=tell)
+        pack(network)
+    assert max(moved) == 2  # the network, with a parameter of its own, and one layer
+    assert not any(each._forward_pre_hooks or each._forward_hooks for each in network.modules())
+    assert torch.equal(call(network), expected[1])
+    found = tensors(network, tmp_path / "packed")
+    assert all(torch.equal(value, expected[0][name]) for name, value in found.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_one_layer_at_a_time_is_there():
+    plain, away = Network().eval().to("cuda"), Network().eval()
+    accelerate.cpu_offload(away, torch.device("cuda", 0))
+    there = []
+
+    def call_there(network):
+        return network(torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).to("cuda"))
+
+    def tell(stage, _done, _total, _note="", /):
+        if stage in ("searching", "refining"):
+            weights = (p for name, p in away.named_parameters() if name.endswith(".weight"))
+            there.append(sum(weight.is_cuda for weight in weights))
+
+    quantize(plain, CONFIG, calibration=call_there)
+    quantize(away, CONFIG, calibration=call_there, progress=tell)
+    assert max(there) == 1
+    for network in (plain, away):
+        pack(network)
+    assert away.out.codes.is_meta
+    assert torch.equal(call_there(away), call_there(plain))
 
 
 def test_an_error_leaves_an_offloaded_denoiser_as_it_was(tmp_path):

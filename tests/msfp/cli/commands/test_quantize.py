@@ -26,17 +26,8 @@ def test_a_dry_run_of_rounding_alone_has_no_refinement(tmp_path, capsys):
 def test_shards_are_read_and_offloading_writes_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("msfp.support.paging.SMALL", 64)
     tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "pipe", max_shard_size="20KB")
-    few = [
-        "--include",
-        "conv_in",
-        "--include",
-        "conv_out",
-        "--include",
-        "*.conv1",
-        "--refine-samples",
-        "4",
-    ]
-    words = ["quantize", str(tmp_path / "pipe"), *few, *QUICK, "--output"]
+    few = [f"--include={glob}" for glob in ("conv_in", "conv_out", "*.conv1")]
+    words = ["quantize", str(tmp_path / "pipe"), "--refine-samples=4", *few, *QUICK, "--output"]
     assert main([*words, str(tmp_path / "plain")]) == 0
     assert main([*words, str(tmp_path / "away"), "--offload"]) == 0
     name = "unet/diffusion_pytorch_model.safetensors"
