@@ -150,6 +150,14 @@ def test_an_error_leaves_an_offloaded_denoiser_as_it_was(tmp_path):
     assert torch.equal(call(network), before)
 
 
+def test_hooks_that_were_removed_leave_nothing_behind(expected):
+    network = accelerate.cpu_offload(Network().eval(), CPU)
+    accelerate.hooks.remove_hook_from_submodules(network)
+    quantize(network, CONFIG, calibration=call)
+    pack(network)
+    assert torch.equal(call(network), expected[1])
+
+
 def test_a_pipeline_is_quantized_with_all_its_components_offloaded():
     plain, pipe = (families.pipeline("unet", None) for _ in range(2))
     accelerate.cpu_offload(pipe.unet, CPU)
