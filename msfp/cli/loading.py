@@ -14,6 +14,8 @@ from msfp.pipelines.packages import HUB_NAME
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from msfp.support.paging import PageFolder
+
 REFERENCES = get_args(ReferenceName)
 NAMED = f"{', '.join(REFERENCES[:-1])} or {REFERENCES[-1]}"
 """The models that ship, as the help text lists them."""
@@ -37,25 +39,22 @@ def device(arguments: argparse.Namespace) -> str:
 
 
 def load_pipeline(
-    model: str, arguments: argparse.Namespace, offload: Path | None = None
+    model: str, arguments: argparse.Namespace, pages: PageFolder | None = None
 ) -> DiffusionPipeline:
     """Return the full-precision pipeline in a folder, or a model that ships.
 
     Args:
         model: The folder, a name on the hub, or the name of a model that ships.
         arguments: Those of the command.
-        offload: A folder for files without a name, in which weights are that loading casts; on
-            another device than the CPU, they are there while they are used. None has all weights
-            on the device.
+        pages: Where the weights are that loading casts. They are on another device than the CPU
+            while they are used, then. None has all weights on the device.
     """
-    from msfp.support.paging import PageFolder
-
-    if offload is None:
-        return _loaded(model, arguments, offload)
+    if pages is None:
+        return _loaded(model, arguments, None)
     # transformers casts in other threads otherwise.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    with PageFolder(offload).taking_casts():
-        return _loaded(model, arguments, offload)
+    with pages.taking_casts():
+        return _loaded(model, arguments, pages.folder)
 
 
 def _loaded(model: str, arguments: argparse.Namespace, offload: Path | None) -> DiffusionPipeline:

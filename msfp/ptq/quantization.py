@@ -50,7 +50,7 @@ from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
 from msfp.support.offloading import at_work, with_weights, work_device
-from msfp.support.paging import PageFolder
+from msfp.support.paging import PageFolder, is_unaligned, settle
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
 SHOWN = 5
@@ -141,11 +141,12 @@ def quantize(
         for name, part in zip(denoisers, parts, strict=True):
             part.keep_in(Path(state, name) if len(denoisers) > 1 else Path(state))
     for name, part in zip(denoisers, parts, strict=True):
+        part.settle(offload=offload)
         part.observe(calibration, trajectories, _of_part(progress, name, denoisers))
     summaries: list[LayerSummary] = []
     try:
         for name, part in zip(denoisers, parts, strict=True):
-            found = part.quantize(_of_part(progress, name, denoisers), offload=offload)
+            found = part.quantize(_of_part(progress, name, denoisers))
             summaries += [replace(each, name=named(name, each.name, denoisers)) for each in found]
     except BaseException:
         for part in parts:
@@ -163,7 +164,9 @@ def _check_space(
     for part in parts:
         if work_device(part.denoiser).type == "cpu":
             layers = list(part.plain.values())
-            check_memory(layers, refined=part.refinement is not None, offload=offload)
+            copied = sum(p.nbytes for p in part.denoiser.parameters() if is_unaligned(p))
+            refine = part.refinement is not None
+            check_memory(layers, refined=refine, offload=offload, copied=copied)
 
 
 def _of_part(progress: Progress, name: str, denoisers: Networks) -> Progress:
@@ -187,12 +190,19 @@ class _Quantization:
         self.seen: Calibration | None = None
         self.trajectories: Trajectories | None = None
         self.state: QuantizationState | None = None
+        self.pages: PageFolder | None = None
         self.swapped: dict[nn.Module, nn.Module] = {}
         self.attached = False
 
     def keep_in(self, folder: Path) -> None:
         """Keep what is done in a folder."""
         self.state = state_of(folder, self.denoiser, self.config)
+
+    def settle(self, *, offload: bool) -> None:
+        """Have the weights in files or in memory, before the calls."""
+        folder = Path(tempfile.gettempdir()) if self.state is None else self.state.folder
+        self.pages = PageFolder(folder) if offload else None
+        settle(self.denoiser, self.pages)
 
     def check(
         self,
@@ -246,12 +256,11 @@ class _Quantization:
             file, facts = self.state.calibration, self.state.fingerprint
         return calibrate(self.model, calls=calls, file=file, description=facts, progress=progress)
 
-    def quantize(self, progress: Progress, *, offload: bool) -> list[LayerSummary]:
+    def quantize(self, progress: Progress) -> list[LayerSummary]:
         """Search each layer, replace the layers, and refine; return their summaries.
 
         Args:
             progress: Called as each stage advances.
-            offload: As for `quantize`.
         """
         settings = _settings(self.denoiser, self.config, self.seen)
         counts = None if self.seen is None else self.seen.multiply_adds
@@ -262,7 +271,7 @@ class _Quantization:
                 calibration=calibration_digest(self.seen),
                 trajectories=trajectories_digest(self.trajectories),
             )
-        pages = self._offloaded() if offload else None
+        pages = self.pages
         layers, summaries = {}, []
         for name, each in settings.items():
             layers[name], summary = searched_layer(
@@ -286,17 +295,6 @@ class _Quantization:
         attach(self.denoiser, request, summaries=found, coverage=coverage, measured=measured)
         self.attached = True
         return found
-
-    def _offloaded(self) -> PageFolder:
-        """Put the weights of the denoiser into files, and return the folder."""
-        folder = Path(tempfile.gettempdir()) if self.state is None else self.state.folder
-        pages = PageFolder(folder)
-        for weight in self.denoiser.parameters():
-            # Weights that were loaded share one memory, which is free when the last one has gone.
-            weight.data = weight.data.clone()
-            pages.put_away(weight)
-            release_memory()
-        return pages
 
     def _refine(self, progress: Progress, pages: PageFolder | None) -> None:
         """Refine the weights and quantize the products of attention, where the config says so."""

@@ -38,13 +38,16 @@ def widest_bytes(layers: Iterable[PlainLayer]) -> int:
     return max(FLOAT * layer.weight.numel() for layer in layers)
 
 
-def check_memory(layers: Sequence[PlainLayer], *, refined: bool, offload: bool) -> None:
+def check_memory(
+    layers: Sequence[PlainLayer], *, refined: bool, offload: bool, copied: int = 0
+) -> None:
     """Raise InputError if what is computed beside the loaded model does not fit the memory.
 
     Args:
         layers: The layers that are quantized, of the largest denoiser.
         refined: Whether weights are refined.
         offload: Whether weights that wait are in files.
+        copied: Bytes of parameters that are copied to memory, unless they are offloaded.
     """
     free = available_bytes()
     if free is None or not layers:
@@ -52,7 +55,9 @@ def check_memory(layers: Sequence[PlainLayer], *, refined: bool, offload: bool) 
     least = SEARCHED * widest_bytes(layers)
     if refined:
         least = max(least, FACTORS * moment_bytes(layers))
-    needed = least + sum(layer.weight.nbytes for layer in layers) * (refined and not offload)
+    needed = least
+    if not offload:
+        needed += copied + refined * sum(layer.weight.nbytes for layer in layers)
     if needed > free:
         fits = least <= free < needed
         advice = f": give offload=True, which needs {least / 1e9:.1f} GB" if fits else ""

@@ -136,7 +136,8 @@ def _bring(group: Any) -> None:
     if group.offload_to_disk_path is not None:
         there = load_file(group.safetensors_file_path)
         for name, tensor in group.key_to_tensor.items():
-            tensor.data = there[name]
+            tensor.data = there.pop(name)
+            PageFolder(group.offload_to_disk_path).put_away(tensor)
         return
     tensors = [*group.parameters, *group.buffers]
     for module in group.modules:

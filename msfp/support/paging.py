@@ -21,6 +21,10 @@ from msfp.support.malloc import release_memory
 
 SMALL = 1 << 16
 """Bytes below which a tensor stays in memory."""
+ALIGNED = 64
+"""Addresses of tensors are multiples of it, unless they are read from a mapped file."""
+_in_files = WeakIdKeyDictionary()
+"""The memory of tensors that is in files of any folder."""
 _MADV_DONTNEED = 4
 _LINUX = platform.system() == "Linux"
 
@@ -47,7 +51,6 @@ class PageFolder:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.written = 0
-        self._files = WeakIdKeyDictionary()
 
     def put(self, *tensors: torch.Tensor) -> bool:
         """Move the numbers of tensors to a file, in place; return whether they are there now.
@@ -63,25 +66,24 @@ class PageFolder:
         """
         if any(x.layout is not torch.strided for x in tensors):
             return False
+        if self.holds(tensors[0]):
+            return True
         memory = tensors[0].untyped_storage()
-        if not any(self.holds(x) for x in tensors):
-            in_memory = tensors[0].device.type == "cpu" and memory.nbytes() >= SMALL
-            if not in_memory or _users(memory) > len(tensors):
-                return False
-            try:
-                numbers = self._written(memory)
-            except OSError as error:
-                raise InputError(
-                    f"{self.folder} cannot hold {memory.nbytes():,} bytes more of what is "
-                    f"offloaded: {error}"
-                ) from error
-            self.written += memory.nbytes()
-            for x in tensors:
-                place = numbers, x.storage_offset(), x.shape, x.stride()
-                x.data = torch.empty(0, dtype=x.dtype).set_(*place)
-            memory = numbers
+        movable = tensors[0].device.type == "cpu" and memory.nbytes() >= SMALL
+        if not movable or _users(memory) > len(tensors):
+            return False
+        try:
+            numbers = self._written(memory)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot hold {memory.nbytes():,} bytes more of what is offloaded: "
+                f"{error}"
+            ) from error
+        self.written += memory.nbytes()
         for x in tensors:
-            self._files[x] = memory.data_ptr()
+            place = numbers, x.storage_offset(), x.shape, x.stride()
+            x.data = torch.empty(0, dtype=x.dtype).set_(*place)
+        _in_files[numbers] = True
         return True
 
     def _written(self, memory: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -102,9 +104,7 @@ class PageFolder:
 
     def holds(self, x: torch.Tensor) -> bool:
         """Return whether the numbers of a tensor are in a file."""
-        return x.layout is torch.strided and bool(
-            self._files.get(x) == x.untyped_storage().data_ptr()
-        )
+        return x.layout is torch.strided and x.untyped_storage() in _in_files
 
     def put_away(self, *tensors: torch.Tensor) -> None:
         """Move the numbers of tensors to a file, as `put` does, and out of memory."""
@@ -134,6 +134,38 @@ class PageFolder:
             memory = x.untyped_storage()
             address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes())
             ctypes.CDLL(None).madvise(address, size, _MADV_DONTNEED)
+
+
+def settle(network: nn.Module, pages: PageFolder | None) -> None:
+    """Have each weight of a network in a file, or in memory at an aligned address.
+
+    Those that are read from a mapped file have any address, which can change the order of sums.
+
+    Args:
+        network: The network.
+        pages: The folder of the files; None for memory.
+
+    Example:
+        >>> layer = nn.Linear(3, 4)
+        >>> layer.weight.data = torch.arange(13.0)[1:].view(4, 3)
+        >>> settle(layer, None)
+        >>> layer.weight.data_ptr() % ALIGNED, layer.weight[0].tolist()
+        (0, [1.0, 2.0, 3.0])
+    """
+    for weight in network.parameters():
+        if weight.device.type != "cpu" or (pages is not None and pages.holds(weight)):
+            continue
+        if pages is not None or is_unaligned(weight):
+            # Weights that were loaded may share one memory, which is free when the last has gone.
+            weight.data = weight.data.clone()
+        if pages is not None:
+            pages.put_away(weight)
+            release_memory()
+
+
+def is_unaligned(x: torch.Tensor) -> bool:
+    """Return whether the address of a tensor is not as torch allocates it."""
+    return x.device.type == "cpu" and x.layout is torch.strided and x.data_ptr() % ALIGNED != 0
 
 
 class _Casts(TorchDispatchMode):

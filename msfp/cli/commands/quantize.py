@@ -61,10 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.checkpoint.inspection import inspect_coverage
     from msfp.checkpoint.io import save
     from msfp.layers.selection import quantizable_layers
-    from msfp.pipelines.denoiser import by_name, denoisers_of, select_denoisers
+    from msfp.pipelines.denoiser import by_name, denoisers_of, networks_of, select_denoisers
     from msfp.ptq.quantization import pack
     from msfp.support.files import check_output, existing_folder
     from msfp.support.offloading import at_hand
+    from msfp.support.paging import PageFolder, settle
     from msfp.support.progress import progress_bars
 
     check_output(arguments.output)
@@ -73,8 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_from(arguments, QuantizationConfig)
     sampler = options.check_sampling(arguments)
     options.state_folder(arguments)
-    folder = existing_folder(arguments.output) if arguments.offload else None
-    pipe = load_pipeline(arguments.model, arguments, folder)
+    pages = PageFolder(existing_folder(arguments.output)) if arguments.offload else None
+    pipe = load_pipeline(arguments.model, arguments, pages)
+    for network in networks_of(pipe).values():  # before the first call, for the same bits
+        settle(network, pages)
     if arguments.components is not None:
         pipe = select_denoisers(pipe, arguments.components)
     denoisers = denoisers_of(pipe)

@@ -51,7 +51,7 @@ def test_an_offloaded_pipeline_has_in_files_what_loading_casts(tmp_path, monkeyp
     arguments = argparse.Namespace(dtype="float32", local_files_only=True, **words)
     plain = load_pipeline(str(model), arguments).unet.state_dict()
     assert not written
-    away = load_pipeline(str(model), arguments, tmp_path).unet.state_dict()
+    away = load_pipeline(str(model), arguments, PageFolder(tmp_path)).unet.state_dict()
     assert sum(written) >= sum(value.nbytes for value in away.values())
     assert all(torch.equal(value, away[name]) for name, value in plain.items())
     assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
@@ -65,7 +65,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(tmp_path,
     )
     with pytest.raises(InputError, match=r"GB of memory are free: give --offload"):
         load_pipeline(str(model), arguments)
-    load_pipeline(str(model), arguments, tmp_path)
+    load_pipeline(str(model), arguments, PageFolder(tmp_path))
     monkeypatch.setattr("msfp.support.memory.free_disk", lambda _: 100_000)
     with pytest.raises(InputError, match=r"GB of the disk of .* are free$"):
-        load_pipeline(str(model), arguments, tmp_path)
+        load_pipeline(str(model), arguments, PageFolder(tmp_path))

@@ -1,5 +1,4 @@
 import errno
-import gc
 
 import pytest
 import torch
@@ -68,9 +67,6 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_one_in_a_file(tmp_p
     assert not pages.holds(x)
     pages.drop(x)
     assert x.sum() == NUMBERS
-    del x
-    gc.collect()
-    assert not pages._files
 
 
 def test_casts_inside_a_block_are_in_files(tmp_path):
