@@ -87,6 +87,7 @@ def at_hand(network: nn.Module) -> Iterator[None]:
             if taken.device is not None:
                 stack.callback(taken.put_back)
                 taken.take_off()
+                stack.enter_context(_entered(network, taken.device))
                 if taken.device != HOST:
                     stack.enter_context(_moved(network, taken.device))
         yield
@@ -171,13 +172,9 @@ class _Aligned:
             for part in _parts(hook):
                 _fill(module, part)
             _free_forward(module)
-        # Pipelines look here for the device of their calls.
-        add_hook_to_module(self.network, AlignDevicesHook(self.device, io_same_device=True))
 
     def put_back(self) -> None:
         """Add the hooks again, for the tensors and modules of now."""
-        remove_hook_from_module(self.network)
-        _free_forward(self.network)
         for name, hook in self.hooks.items():
             module = self.network.get_submodule(name)
             for part in _parts(hook):
@@ -213,6 +210,20 @@ def _free_forward(module: nn.Module) -> None:
     own = vars(module).get("forward")
     if getattr(own, "__func__", None) is type(module).forward:
         del module.forward
+
+
+@contextmanager
+def _entered(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have what a network reads on a device, and its outputs where its inputs were.
+
+    Pipelines find the device of their calls at this hook.
+    """
+    add_hook_to_module(network, AlignDevicesHook(device, io_same_device=True))
+    try:
+        yield
+    finally:
+        remove_hook_from_module(network)
+        _free_forward(network)
 
 
 class _Mover:

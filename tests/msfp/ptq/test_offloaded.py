@@ -112,9 +112,13 @@ def test_layers_that_are_moved_while_they_run_get_the_same_bits(expected, tmp_pa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_one_layer_at_a_time_is_there():
-    plain, away = Network().eval().to("cuda"), Network().eval()
-    accelerate.cpu_offload(away, torch.device("cuda", 0))
+@pytest.mark.parametrize("grouped", [False, True])
+def test_on_a_gpu_one_layer_at_a_time_is_there(grouped):
+    plain, away, gpu = Network().eval().to("cuda"), Network().eval(), torch.device("cuda", 0)
+    if grouped:
+        apply_group_offloading(away, gpu, CPU, "leaf_level")
+    else:
+        accelerate.cpu_offload(away, gpu)
     there = []
 
     def call_there(network):
@@ -130,7 +134,7 @@ def test_on_a_gpu_one_layer_at_a_time_is_there():
     assert max(there) == 1
     for network in (plain, away):
         pack(network)
-    assert away.out.codes.is_meta
+    assert not away.out.codes.is_cuda
     assert torch.equal(call_there(away), call_there(plain))
 
 
