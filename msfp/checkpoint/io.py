@@ -29,10 +29,13 @@ from msfp.layers.attention import make_room_for_products
 from msfp.layers.base import quantized_networks, refuse_quantized
 from msfp.layers.trainable import trainable_layers
 from msfp.pipelines.class_conditional import pipeline_class
+from msfp.pipelines.denoiser import networks_of
 from msfp.pipelines.packages import HUB_NAME, is_of_diffusers, libraries, variant_of
 from msfp.schedulers.samplers import restore_sampler
 from msfp.support.checks import check_path, check_type
+from msfp.support.container import sort_metadata
 from msfp.support.files import atomic_folder
+from msfp.support.offloading import with_weights
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CARD_FILE = "README.md"
@@ -43,6 +46,7 @@ def packed_size(denoiser: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in as_stored(denoiser.state_dict()).values())
 
 
+@with_weights(networks_of)
 def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
     """Write a pipeline with a packed denoiser, or a packed network, to a folder, atomically.
 
@@ -71,6 +75,8 @@ def save(model: DiffusionPipeline | nn.Module, folder: str | Path) -> None:
             model.save_pretrained(partial)
         else:
             _save_network(model, partial)
+        for file in partial.rglob("*.safetensors"):
+            sort_metadata(file)
         (partial / CARD_FILE).write_text(_card(model, folder), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,6 +14,8 @@ from msfp.pipelines.packages import HUB_NAME
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from msfp.support.paging import PageFolder
 
 REFERENCES = get_args(ReferenceName)
 NAMED = f"{', '.join(REFERENCES[:-1])} or {REFERENCES[-1]}"
@@ -36,8 +39,26 @@ def device(arguments: argparse.Namespace) -> str:
     return name
 
 
-def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipeline:
-    """Return the full-precision pipeline in a folder, or a model that ships."""
+def load_pipeline(
+    model: str, arguments: argparse.Namespace, pages: PageFolder | None = None
+) -> DiffusionPipeline:
+    """Return the full-precision pipeline in a folder, or a model that ships.
+
+    Args:
+        model: The folder, a name on the hub, or the name of a model that ships.
+        arguments: Those of the command.
+        pages: Where the weights are that loading casts. They are on another device than the CPU
+            while they are used, then. None has all weights on the device.
+    """
+    if pages is None:
+        return _loaded(model, arguments, None)
+    # transformers casts in other threads otherwise.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    with pages.taking_casts():
+        return _loaded(model, arguments, pages.folder)
+
+
+def _loaded(model: str, arguments: argparse.Namespace, offload: Path | None) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -47,7 +68,7 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
     from msfp.pipelines.packages import check_packages, variant_of
 
     if model in REFERENCES:
-        return prepared(reference_pipeline(model), arguments)
+        return prepared(reference_pipeline(model), arguments, offload=offload is not None)
     folder, kind, variant = Path(model), DiffusionPipeline, None
     check_model(model)
     if folder.is_dir():
@@ -55,6 +76,7 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
             raise InputError(f"{model} is quantized already: name a full-precision pipeline")
         check_packages(folder)
         kind, variant = pipeline_class(folder), variant_of(folder)
+        _check_space(folder, arguments, offload)
     dtype = getattr(torch, arguments.dtype)
     try:
         pipe = kind.from_pretrained(
@@ -63,7 +85,25 @@ def load_pipeline(model: str, arguments: argparse.Namespace) -> DiffusionPipelin
         )  # fmt: skip
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return prepared(pipe, arguments)
+    return prepared(pipe, arguments, offload=offload is not None)
+
+
+def _check_space(folder: Path, arguments: argparse.Namespace, offload: Path | None) -> None:
+    """Raise InputError if what loading casts does not fit the memory, or the disk if offloaded."""
+    import torch
+
+    from msfp.pipelines.weight_files import cast_bytes
+    from msfp.support.memory import available_bytes, free_disk
+
+    needed = cast_bytes(folder, getattr(torch, arguments.dtype))
+    free = available_bytes() if offload is None else free_disk(offload)
+    if free is not None and needed > free:
+        place = "memory" if offload is None else f"the disk of {offload}"
+        advice = ": give --offload" if offload is None and hasattr(arguments, "offload") else ""
+        raise InputError(
+            f"{folder} needs {needed / 1e9:.1f} GB in {arguments.dtype}, of which "
+            f"{free / 1e9:.1f} GB of {place} are free{advice}"
+        )
 
 
 def fuse_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
@@ -119,8 +159,14 @@ def load_any(model: Path, arguments: argparse.Namespace) -> DiffusionPipeline:
     return load_checkpoint(model, arguments)
 
 
-def prepared(pipe: Any, arguments: argparse.Namespace) -> Any:
-    """Return a pipeline with the dtype, the device and the sampler that were given."""
+def prepared(pipe: Any, arguments: argparse.Namespace, *, offload: bool = False) -> Any:
+    """Return a pipeline with the dtype, the device and the sampler that were given.
+
+    Args:
+        pipe: The pipeline, on the CPU.
+        arguments: Those of the command.
+        offload: Whether its weights are on the device only while they are used.
+    """
     import torch
 
     from msfp.pipelines.sampler import check_dtype
@@ -131,5 +177,8 @@ def prepared(pipe: Any, arguments: argparse.Namespace) -> Any:
     if arguments.sampler is not None:
         use_sampler(pipe, arguments.sampler)
     pipe.set_progress_bar_config(disable=True)
-    pipe = pipe.to(device(arguments))
-    return pipe if pipe.dtype == dtype else pipe.to(dtype)
+    pipe = pipe if pipe.dtype == dtype else pipe.to(dtype)
+    if offload and torch.device(device(arguments)).type != "cpu":
+        pipe.enable_sequential_cpu_offload(device=device(arguments))
+        return pipe
+    return pipe.to(device(arguments))

@@ -224,7 +224,8 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
     """
     adopted = cls.__new__(cls)
     for name, value in vars(layer).items():
-        if name in _nothing_kept():
+        own_forward = name == "forward" and getattr(value, "__func__", None) is type(layer).forward
+        if name in _nothing_kept() or own_forward:  # as removed hooks leave it
             continue
         adopted.__dict__[name] = copy.copy(value) if isinstance(value, dict | set) else value
     adopted._modules, adopted._buffers = {}, {}

@@ -21,6 +21,7 @@ from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.support.checks import check_path
 from msfp.support.container import FileKind, Header, read, write
 from msfp.support.hooks import hooked
+from msfp.support.offloading import work_device
 
 
 def _named_arguments(header: Header) -> Header:
@@ -102,7 +103,7 @@ class _SavedCall:
     def __call__(self, model: DiffusionPipeline | nn.Module) -> None:
         """Run the denoiser of a pipeline on the device of the denoiser."""
         denoiser = denoiser_of(model)
-        header, tensors = read(self.file, KIND, next(denoiser.parameters()).device)
+        header, tensors = read(self.file, KIND, work_device(denoiser))
         try:
             arguments = _restored(header.facts["arguments"], tensors)
         except (LookupError, ValueError, TypeError) as error:

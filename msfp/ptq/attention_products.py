@@ -26,6 +26,7 @@ from msfp.search.layer_search import search_input
 from msfp.search.schemes import float_formats
 from msfp.support.checks import check_seed, check_type, check_whole
 from msfp.support.hooks import hooked
+from msfp.support.offloading import work_device
 
 
 class _Recorder:
@@ -103,7 +104,7 @@ def quantize_attention(
         if not recorder.histograms["query"].count:
             kind = type(modules[name].processor).__name__
             raise InputError(f"{kind} does not call scaled dot-product attention")
-    device = next(denoiser.parameters()).device
+    device = work_device(denoiser)
     for name, recorder in recorders.items():
         recorder.products(bits).to(device).attach(modules[name])
     attach_again(denoiser, attention_bits=bits)

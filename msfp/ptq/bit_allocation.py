@@ -24,7 +24,7 @@ from msfp.layers.adapters import merged_adapters
 from msfp.layers.base import refuse_quantized
 from msfp.layers.kinds import PlainLayer
 from msfp.layers.selection import quantizable_layers
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoiser_of, denoisers_of
 from msfp.pipelines.trajectories import Trajectories
 from msfp.ptq.low_rank_branches import is_smaller
 from msfp.ptq.request import refinement_of, settings_of
@@ -35,6 +35,7 @@ from msfp.search.calibration import Calibration
 from msfp.support.checks import check_type
 from msfp.support.decibels import sqnr
 from msfp.support.globs import matches
+from msfp.support.offloading import with_weights
 from msfp.support.progress import Progress, shown_progress
 from msfp.support.sizes import parse_size
 
@@ -145,6 +146,7 @@ class _Budget:
         return {name: self.options[name][at] for name, at in self.at.items()}
 
 
+@with_weights(denoisers_of)
 def allocate_bits(
     model: DiffusionPipeline | nn.Module,
     config: QuantizationConfig,

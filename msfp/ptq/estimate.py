@@ -21,16 +21,25 @@ from torch import nn
 from msfp.config import MAX_BITS, LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.layers.adapters import merged_adapters
 from msfp.layers.formats import BlockFormats
-from msfp.layers.kinds import PlainLayer, groups_of
+from msfp.layers.kinds import PlainLayer
 from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.selection import quantizable_layers, settings_by_layer
-from msfp.pipelines.denoiser import denoiser_of
+from msfp.pipelines.denoiser import denoiser_of, denoisers_of
 from msfp.pipelines.sampler import PipelineCall, check_calls
 from msfp.ptq.bit_allocation import budget_bytes, check_budget, rank_of
-from msfp.ptq.quantization import KEPT, PAGED
 from msfp.ptq.refinement import MOST_COLUMNS, default_samples
 from msfp.ptq.request import refinement_of
 from msfp.ptq.sensitivity import RANKS, ROWS, SAMPLES, WIDTHS
+from msfp.ptq.space import (
+    FACTORS,
+    FLOAT,
+    KEPT,
+    PAGED,
+    SEARCHED,
+    moment_bytes,
+    shape_of,
+    widest_bytes,
+)
 from msfp.ptq.stored_size import FACTOR, layer_bytes
 from msfp.search.calibration import Calibration
 from msfp.search.layer_search import grid_of_branch, search_input, search_weight
@@ -39,11 +48,10 @@ from msfp.search.schemes import SCHEMES, BlockScheme
 from msfp.support.checks import check_truth, check_type
 from msfp.support.hooks import hooked
 from msfp.support.memory import forget_peak, peak_bytes, resident_bytes
+from msfp.support.offloading import with_weights
 from msfp.support.progress import no_progress
 from msfp.support.trees import tensors_in
 
-FLOAT = 4
-"""Bytes of a float32 number, in which refinement computes."""
 SIDE = 1024
 """Rows and columns of the matrices whose product is timed."""
 TRIED = 2**20
@@ -52,8 +60,6 @@ FORWARDS = 3
 """Forwards of a refined sample: one in full precision, and a quantized one that rounds weights."""
 BACKWARD = 4
 """Forwards that the forward and backward of a measured sample take."""
-FACTORS = 3
-"""How often the second moments of a layer are in memory while they are factored."""
 FACTORED = 0.5
 """Operations for each cube of columns: a Cholesky factorisation, which is slower than a product."""
 PRODUCTS = 3
@@ -124,6 +130,7 @@ class Estimate:
         return max(known, default=None)
 
 
+@with_weights(denoisers_of)
 def estimate(
     model: DiffusionPipeline | nn.Module,
     config: QuantizationConfig | None = None,
@@ -314,7 +321,7 @@ class _Cost:
         self.rank, self.budget = rank, budget
         self.call, self.calls, self.offload = call, calls, offload
         self.weights = _bytes(layer.weight for layer in layers.values())
-        self.shapes = {name: _shape(layer) for name, layer in layers.items()}
+        self.shapes = {name: shape_of(layer) for name, layer in layers.items()}
 
     def branched(self, name: str) -> bool:
         """Return whether a layer gets a low-rank branch."""
@@ -336,6 +343,8 @@ class _Cost:
     def stages(self, refinement: RefinementConfig | None) -> Iterator[Stage]:
         """Yield the stages in their order."""
         call, loaded, search = self.call, resident_bytes(), self._search()
+        layers = self.layers.values()
+        searched = SEARCHED * widest_bytes(layers)
         recorded = self._recorded() if refinement is not None else 0
 
         def memory(more: float) -> int | None:
@@ -346,13 +355,19 @@ class _Cost:
         yield Stage("calls", seconds, peak)
         if self.budget is not None:
             yield Stage("budget", self._measurement(search), memory(recorded + self._factors()))
-        yield Stage("search", search, memory(recorded + 4 * self._widest()))
+        yield Stage("search", search, memory(recorded + searched))
         if refinement is None:
             return
         kept = recorded + (0 if self.offload else self.weights)
         if self.rank:
-            yield Stage("branches", self._branches(search), memory(kept + 4 * self._widest()))
-        forward = 2 * max(0, (call.peak or 0) - (loaded or 0)) + FACTORS * self._moments()
+            yield Stage(
+                "branches",
+                self._branches(search),
+                memory(kept + searched),
+            )
+        forward = 2 * max(0, (call.peak or 0) - (loaded or 0)) + FACTORS * moment_bytes(
+            self.layers.values()
+        )
         yield Stage("refinement", self._refinement(refinement), memory(kept + forward))
 
     def disk(self, *, refined: bool) -> int:
@@ -364,17 +379,6 @@ class _Cost:
 
     def _recorded(self) -> int:
         return self.calls * self.call.forwards * self.call.recorded
-
-    def _widest(self) -> int:
-        """Return the float32 bytes of the largest weight."""
-        return max(FLOAT * layer.weight.numel() for layer in self.layers.values())
-
-    def _moments(self) -> int:
-        """Return the bytes of the largest second moments."""
-        return max(
-            FLOAT * groups * min(columns, MOST_COLUMNS) ** 2
-            for groups, _, columns in self.shapes.values()
-        )
 
     def _tried(self) -> str:
         """Return the name of the smallest layer that is large enough to measure its search."""
@@ -468,12 +472,6 @@ def svd_cost(rows: int, columns: int) -> float:
     """Return a number in proportion to the time of a low-rank branch."""
     short, long = sorted((rows, columns))
     return 2 * short**2 * long + 9 * short**3
-
-
-def _shape(layer: PlainLayer) -> tuple[int, int, int]:
-    """Return the groups, rows and columns of a layer's matrices."""
-    groups, weight = groups_of(layer), layer.weight
-    return groups, len(weight) // groups, weight[0].numel()
 
 
 def _timed(function: Callable[[], Any]) -> float:

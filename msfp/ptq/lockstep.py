@@ -20,6 +20,7 @@ from torch import nn
 
 from msfp.layers.kinds import kind_of
 from msfp.layers.trainable import TrainableLayer
+from msfp.support.frames import tensors_of
 from msfp.support.hooks import hooked
 from msfp.support.paging import PageFolder
 from msfp.support.trees import tensors_in
@@ -97,10 +98,17 @@ class _Runner:
         """Take the tensors of the forward out of memory, if there is a folder for them."""
         if self.pages is None:
             return
-        alive = {id(x): x for each in self._seen if (x := each()) is not None}
-        self._seen = [weakref.ref(x) for x in alive.values()]
-        while alive:
-            self.pages.put_away(alive.popitem()[1])
+        seen = {id(x): x for each in self._seen if (x := each()) is not None}
+        self._seen = [weakref.ref(x) for x in seen.values()]
+        # Those of one memory go together, such as queries that are a view of a layer's output.
+        together: dict[int, dict[int, torch.Tensor]] = {}
+        for x in (*seen.values(), *tensors_of(self._thread)):
+            for each in (x, x._base):
+                if each is not None and each.layout is torch.strided:
+                    memory = each.untyped_storage()._cdata
+                    together.setdefault(memory, {})[id(each)] = each
+        for tensors in together.values():
+            self.pages.put_away(*tensors.values())
 
     def cancel(self) -> None:
         """End the thread, wherever it waits."""
@@ -150,7 +158,8 @@ class _Meeting:
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer in full precision."""
         layer = self.layer
-        output = layer.in_full_precision(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.device)
+        output = layer.in_full_precision(x, self.weight.to(x.device), bias)
         # As outputs of the quantized half lie in memory, so that later sums have the same order.
         return layer.kind.channels_last(output)
 

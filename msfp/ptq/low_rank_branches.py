@@ -23,6 +23,8 @@ from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_choice, check_whole
+from msfp.support.malloc import release_memory
+from msfp.support.offloading import at_work
 from msfp.support.paging import PageFolder
 
 BRANCHES = "branches"
@@ -79,20 +81,22 @@ def add_kept_branches(
         rank, narrow = ranks[name], layer.weight_quantizer.format.bits < MAX_BITS
         if rank and narrow and is_smaller(layer.weight, rank):
             whole = layer.weight
-            if not _restored(name, layer, state):
-                _add_branch(layer, rank)
-                _keep(name, layer, state)
-            if (
-                bits == INPUT_FORMAT.bits
-                and groups_of(layer) == 1
-                and layer.branch_grid is not None
-            ):
-                scale, zero = (torch.tensor(each) for each in layer.branch_grid)
-                inputs = Quantizer(INPUT_FORMAT, scale, zero)
-                layer.branch_input = inputs.to(layer.weight.device)
+            with at_work(layer):
+                if not _restored(name, layer, state):
+                    _add_branch(layer, rank)
+                    _keep(name, layer, state)
+                if (
+                    bits == INPUT_FORMAT.bits
+                    and groups_of(layer) == 1
+                    and layer.branch_grid is not None
+                ):
+                    scale, zero = (torch.tensor(each) for each in layer.branch_grid)
+                    inputs = Quantizer(INPUT_FORMAT, scale, zero)
+                    layer.branch_input = inputs.to(layer.weight.device)
             if pages is not None:
                 pages.drop(whole)
                 pages.put_away(layer.weight)
+                release_memory()
             names.append(name)
     attach_again(denoiser)
     return names

@@ -36,6 +36,7 @@ from msfp.ptq.measured import measured_on
 from msfp.ptq.refinement import refine_kept
 from msfp.ptq.request import needs_trajectories, refinement_of, settings_of
 from msfp.ptq.side_by_side import SharedValuesError
+from msfp.ptq.space import check_disk, check_memory
 from msfp.ptq.state import (
     QuantizationState,
     searched_layer,
@@ -48,14 +49,12 @@ from msfp.search.summary import LayerSummary
 from msfp.support.checks import check_path, check_truth, check_type
 from msfp.support.files import check_folder
 from msfp.support.malloc import release_memory
-from msfp.support.memory import free_disk
-from msfp.support.paging import PageFolder
+from msfp.support.offloading import at_work, with_weights, work_device
+from msfp.support.paging import PageFolder, is_unaligned, settle
 from msfp.support.progress import Progress, counted, of_part, shown_progress
 
-KEPT, PAGED = 2, 2
-"""How often weights are in the state of a run, and in the files of offloading."""
 
-
+@with_weights(denoisers_of)
 def quantize(
     model: DiffusionPipeline | nn.Module,
     config: QuantizationConfig | None = None,
@@ -70,6 +69,11 @@ def quantize(
 
     Trainable quantized layers replace the layers that the config selects, and share their
     parameters. With block schemes, packed layers replace them, as in `msfp.layers.block`.
+
+    Denoisers may be offloaded by Accelerate (`cpu_offload`, `disk_offload`, a device map) or
+    diffusers (`enable_sequential_cpu_offload`, `enable_group_offload`). Their hooks are off while
+    the function runs, and on again after it. Each layer is then on the device of the hooks while
+    it is searched, refined or runs, and else on the host.
 
     Args:
         model: A pipeline or its denoiser, in full precision. All denoisers of a pipeline are
@@ -100,8 +104,9 @@ def quantize(
             itself, calls do not run it, an argument has the wrong type, no first or last layer is
             found although these have other bits, a glob matches nothing, the calibration is missing
             or belongs to another denoiser, the config asks for refinement without calls or
-            trajectories, a weight or an input is not finite, a weight is offloaded, or PEFT cannot
-            merge a LoRA. The denoisers are then unchanged.
+            trajectories, a weight or an input is not finite, a weight is on the meta device
+            although no hook has its numbers, or PEFT cannot merge a LoRA. The denoisers are then
+            unchanged.
 
     Warns:
         UserWarning: If layers never ran during calibration; they stay in full precision. Also if
@@ -143,7 +148,7 @@ def _tell_of_adapters(kind: str, merged: Sequence[str], left_out: Sequence[str])
     """Warn that a network has lost its adapters."""
     for names, what in ((merged, "merged into its weights"), (left_out, "removed: not in use")):
         if names:
-            warnings.warn(f"LoRAs of {kind} were {what}: {', '.join(names)}", stacklevel=3)
+            warnings.warn(f"LoRAs of {kind} were {what}: {', '.join(names)}", stacklevel=4)
 
 
 def _quantized(
@@ -164,16 +169,17 @@ def _quantized(
     ]
     for part in parts:  # errors are raised before anything runs
         part.check(calibration, trajectories)
-    _check_disk(parts, state, offload=offload)
+    _check_space(parts, state, offload=offload)
     if state is not None:
         for name, part in zip(denoisers, parts, strict=True):
             part.keep_in(Path(state, name) if len(denoisers) > 1 else Path(state))
     for name, part in zip(denoisers, parts, strict=True):
+        part.settle(offload=offload)
         part.observe(calibration, trajectories, _of_part(progress, name, denoisers))
     summaries: list[LayerSummary] = []
     try:
         for name, part in zip(denoisers, parts, strict=True):
-            found = part.quantize(_of_part(progress, name, denoisers), offload=offload)
+            found = part.quantize(_of_part(progress, name, denoisers))
             summaries += [replace(each, name=named(name, each.name, denoisers)) for each in found]
     except BaseException:
         for part in parts:
@@ -182,20 +188,18 @@ def _quantized(
     return summaries
 
 
-def _check_disk(parts: Sequence[_Quantization], state: str | Path | None, *, offload: bool) -> None:
-    """Raise InputError if the files of refinement do not fit on the disk."""
-    weights = sum(
-        layer.weight.nbytes for part in parts if part.refinement for layer in part.plain.values()
-    )
-    folder = Path(tempfile.gettempdir() if state is None else state)
-    needed = weights * (KEPT * (state is not None) + PAGED * offload)
-    there = sum(file.stat().st_size for file in folder.rglob("*")) if state is not None else 0
-    free = free_disk(folder)
-    if needed > free + there:
-        raise InputError(
-            f"{'state' if state is not None else 'offload'} needs {needed / 1e9:.1f} GB on the "
-            f"disk of {folder}, of which {(free + there) / 1e9:.1f} GB are free"
-        )
+def _check_space(
+    parts: Sequence[_Quantization], state: str | Path | None, *, offload: bool
+) -> None:
+    """Raise InputError if a quantization does not fit the memory or the disk."""
+    refined = [layer for part in parts if part.refinement for layer in part.plain.values()]
+    check_disk(sum(layer.weight.nbytes for layer in refined), state, offload=offload)
+    for part in parts:
+        if work_device(part.denoiser).type == "cpu":
+            layers = list(part.plain.values())
+            copied = sum(p.nbytes for p in part.denoiser.parameters() if is_unaligned(p))
+            refine = part.refinement is not None
+            check_memory(layers, refined=refine, offload=offload, copied=copied)
 
 
 def _of_part(progress: Progress, name: str, denoisers: Networks) -> Progress:
@@ -219,12 +223,19 @@ class _Quantization:
         self.seen: Calibration | None = None
         self.trajectories: Trajectories | None = None
         self.state: QuantizationState | None = None
+        self.pages: PageFolder | None = None
         self.swapped: dict[nn.Module, nn.Module] = {}
         self.attached = False
 
     def keep_in(self, folder: Path) -> None:
         """Keep what is done in a folder."""
         self.state = state_of(folder, self.denoiser, self.config)
+
+    def settle(self, *, offload: bool) -> None:
+        """Have the weights in files or in memory, before the calls."""
+        folder = Path(tempfile.gettempdir()) if self.state is None else self.state.folder
+        self.pages = PageFolder(folder) if offload else None
+        settle(self.denoiser, self.pages)
 
     def check(
         self,
@@ -281,12 +292,11 @@ class _Quantization:
             file, facts = self.state.calibration, self.state.fingerprint
         return calibrate(self.model, calls=calls, file=file, description=facts, progress=progress)
 
-    def quantize(self, progress: Progress, *, offload: bool) -> list[LayerSummary]:
+    def quantize(self, progress: Progress) -> list[LayerSummary]:
         """Search each layer, replace the layers, and refine; return their summaries.
 
         Args:
             progress: Called as each stage advances.
-            offload: As for `quantize`.
         """
         settings = settings_of(self.denoiser, self.config, self.seen)
         counts = None if self.seen is None else self.seen.multiply_adds
@@ -295,7 +305,7 @@ class _Quantization:
         if self.state is not None:
             self.state = self.state.of_data(self.seen, self.trajectories)
         settings = self._within_budget(settings, progress)
-        pages = self._offloaded() if offload else None
+        pages = self.pages
         layers, summaries = {}, []
         for name, each in settings.items():
             layers[name], summary = searched_layer(
@@ -320,16 +330,6 @@ class _Quantization:
         attach(self.denoiser, request, summaries=found, coverage=coverage, measured=measured)
         self.attached = True
         return found
-
-    def _offloaded(self) -> PageFolder:
-        """Put the weights of the denoiser into files, and return the folder."""
-        folder = Path(tempfile.gettempdir()) if self.state is None else self.state.folder
-        pages = PageFolder(folder)
-        for weight in self.denoiser.parameters():
-            # Weights that were loaded share one memory, which is free when the last one has gone.
-            weight.data = weight.data.clone()
-            pages.put_away(weight)
-        return pages
 
     def _within_budget(
         self, settings: dict[str, LayerSettings], progress: Progress
@@ -356,7 +356,7 @@ class _Quantization:
             except SharedValuesError as error:  # before anything was changed
                 if self.config.refine != "auto":
                     raise
-                warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=4)
+                warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=6)
                 self.refinement = None
         if paths is not None and bits is not None:
             quantize_attention(self.denoiser, bits, trajectories=paths)
@@ -378,10 +378,17 @@ def _recorded(
     except InputError as error:
         if config.refine != "auto" or needs_trajectories(config, None):
             raise
-        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=3)
+        warnings.warn(f"weights are rounded to nearest and not refined: {error}", stacklevel=6)
         return None
 
 
+def _trained(model: DiffusionPipeline | nn.Module) -> Networks:
+    """Return the networks of a model that have trainable layers, by component."""
+    denoisers_of(model)
+    return {name: each for name, each in networks_of(model).items() if trainable_layers(each)}
+
+
+@with_weights(_trained)
 def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
     """Replace trainable layers by packed ones, in place; the denoisers can then be saved.
 
@@ -394,9 +401,7 @@ def pack(model: DiffusionPipeline | nn.Module) -> list[str]:
     Raises:
         InputError: If the pipeline has no denoiser.
     """
-    denoisers_of(model)
-    networks = networks_of(model)
-    trained = {k: each for k, each in networks.items() if trainable_layers(each)}
+    trained = _trained(model)
     return [named(k, layer, trained) for k, each in trained.items() for layer in _pack(each)]
 
 
@@ -407,6 +412,7 @@ def _pack(denoiser: nn.Module) -> list[str]:
     del trainable
     while layers:  # one by one, to free each full-precision weight early
         layer = layers.pop()
-        replace_layers(denoiser, {layer: layer.pack()})
+        with at_work(layer):
+            replace_layers(denoiser, {layer: layer.pack()})
     attach_again(denoiser, same_outputs=True)
     return names

@@ -102,7 +102,7 @@ def settings_of(
         warnings.warn(
             "layers that never ran during calibration stay in full precision: "
             f"{', '.join(idle[:SHOWN])}{more}",
-            stacklevel=3,
+            stacklevel=6,
         )
     return {name: each for name, each in settings.items() if name not in idle}
 

@@ -28,6 +28,7 @@ from msfp.support.checks import check_path
 from msfp.support.container import FileKind, Named, check_fingerprint, read, write
 from msfp.support.files import check_folder
 from msfp.support.fingerprints import digest
+from msfp.support.offloading import at_work
 
 SEARCHED = "searched"
 """Stage of the state."""
@@ -102,9 +103,9 @@ def state_of(
 ) -> QuantizationState:
     """Return the state of the quantization of a full-precision denoiser in a folder."""
     tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    offloaded = next((name for name, value in tensors if value.is_meta), None)
-    if offloaded is not None:
-        raise InputError(f"{offloaded} is offloaded: quantize before offloading")
+    empty = next((name for name, value in tensors if value.is_meta), None)
+    if empty is not None:
+        raise InputError(f"{empty} has no numbers: it is on the meta device")
     settings = getattr(denoiser, "config", None)
     facts = {
         "denoiser": type(denoiser).__name__,
@@ -168,14 +169,16 @@ def searched_layer(
     """
     kept = None if state is None else state.load(SEARCHED, name)
     if kept is not None:
-        facts, tensors = kept[0], on_device(kept[1], layer.weight)
+        with at_work(layer):
+            facts, tensors = kept[0], on_device(kept[1], layer.weight)
         weight = quantizer_of("weight", facts, tensors)
         if weight is not None:
             inputs, branch = quantizer_of("input", facts, tensors), facts["branch_grid"]
             grids = weight, inputs, None if branch is None else tuple(branch)
             wrapped = family_of(layer).trainable.wrap(layer, *grids)
             return wrapped, LayerSummary.from_dict(facts["summary"])
-    found, summary = quantize_layer(name, layer, settings, calibration)
+    with at_work(layer):
+        found, summary = quantize_layer(name, layer, settings, calibration)
     if state is not None and isinstance(found, TrainableLayer):
         facts, tensors = quantizer_state("weight", found.weight_quantizer)
         if found.input_quantizer is not None:

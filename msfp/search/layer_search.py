@@ -159,9 +159,9 @@ def _table(choices: Mapping[FloatFormat, Choice], signal: float) -> dict[str, fl
 
 
 def finite_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return a layer's weight in float32; raise InputError if it is offloaded or not finite."""
+    """Return a layer's weight in float32; raise InputError if it is empty or not finite."""
     if weight.is_meta:
-        raise InputError(f"the weight of layer {name!r} is offloaded: quantize before offloading")
+        raise InputError(f"the weight of layer {name!r} has no numbers: it is on the meta device")
     if not weight.isfinite().all():
         raise InputError(f"the weight of layer {name!r} is not finite")
     return weight.detach().float()

@@ -111,6 +111,21 @@ def write(
     sync_folder(file.parent)
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which is written with them in any order.
+
+    Files of the same tensors and metadata have the same bytes then.
+    """
+    with file.open("rb+") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            opened.seek(8)
+            opened.write(text.ljust(size))
+
+
 def metadata(kind: FileKind, header: Header) -> dict[str, str]:
     """Return the metadata of a safetensors file of a kind."""
     description = {"kind": kind.name, "version": kind.version, **header._asdict()}

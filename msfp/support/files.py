@@ -43,6 +43,16 @@ def _check_new(path: Path) -> None:
     Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent)).rmdir()
 
 
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder above a path that exists.
+
+    Example:
+        >>> existing_folder(Path("not/yet")) == Path.cwd()
+        True
+    """
+    return next(each for each in path.absolute().parents if each.is_dir())
+
+
 def check_folder(argument: str, path: Path) -> None:
     """Raise InputError unless a folder that may exist can be written to, or made.
 

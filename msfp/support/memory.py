@@ -41,12 +41,17 @@ def resident_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Return the memory in bytes that this process can still get, None if unknown."""
+    """Return the memory in bytes that this process can still get, swap included, None if unknown.
+
+    Pages of files, which the system takes back when it needs them, do not count as taken.
+    """
     free = _kilobytes(MACHINE, "MemAvailable")
+    if free is None:
+        return None
+    free += _kilobytes(MACHINE, "SwapFree") or 0
     limit = _text(LIMIT).strip()
-    if free is None or not limit.isdigit():
-        return free
-    return min(free, max(0, int(limit) - (resident_bytes() or 0)))
+    taken = _kilobytes(STATUS, "RssAnon") or 0
+    return min(free, max(0, int(limit) - taken)) if limit.isdigit() else free
 
 
 def free_disk(folder: Path) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     quantize.add_argument(
         "--offload", action="store_true",
-        help="have in files what need not be in memory during refinement",
+        help="have in files what need not be in memory; on a GPU one layer at a time",
     )  # fmt: skip
     quantize.add_argument(
         "--dry-run", action="store_true",
@@ -80,9 +81,11 @@ def run(arguments: argparse.Namespace) -> None:
     from msfp.checkpoint.inspection import inspect_coverage
     from msfp.checkpoint.io import save
     from msfp.layers.selection import quantizable_layers
-    from msfp.pipelines.denoiser import by_name, denoisers_of, select_denoisers
+    from msfp.pipelines.denoiser import by_name, denoisers_of, networks_of, select_denoisers
     from msfp.ptq.quantization import pack
-    from msfp.support.files import check_output
+    from msfp.support.files import check_output, existing_folder
+    from msfp.support.offloading import at_hand
+    from msfp.support.paging import PageFolder, settle
     from msfp.support.progress import progress_bars
 
     check_output(arguments.output)
@@ -91,17 +94,22 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_from(arguments, QuantizationConfig)
     sampler = options.check_sampling(arguments)
     options.state_folder(arguments)
-    pipe = load_pipeline(arguments.model, arguments)
+    pages = PageFolder(existing_folder(arguments.output)) if arguments.offload else None
+    pipe = load_pipeline(arguments.model, arguments, pages)
     fuse_loras(pipe, arguments.lora)
+    for network in networks_of(pipe).values():  # before the first call, for the same bits
+        settle(network, pages)
     if arguments.components is not None:
         pipe = select_denoisers(pipe, arguments.components)
     denoisers = denoisers_of(pipe)
     if arguments.dry_run:
         print(_estimated(pipe, config, sampler, arguments), end="")
         return
-    plain = {} if arguments.report is None else by_name(denoisers, quantizable_layers)
-    weights = {name: layer.weight.detach().clone() for name, layer in plain.items()}
-    with progress_bars() as progress:
+    with progress_bars() as progress, ExitStack() as stack:
+        for denoiser in denoisers.values():
+            stack.enter_context(at_hand(denoiser))
+        plain = {} if arguments.report is None else by_name(denoisers, quantizable_layers)
+        weights = {name: layer.weight.detach().clone() for name, layer in plain.items()}
         layers, inputs = _quantized(pipe, config, sampler, arguments, progress)
     pack(pipe)
     save(pipe, arguments.output)

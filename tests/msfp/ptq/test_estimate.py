@@ -10,7 +10,7 @@ from torch import nn
 import msfp
 from msfp import InputError, QuantizationConfig, RefinementConfig
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.ptq import quantization
+from msfp.ptq import space
 from msfp.ptq.estimate import estimate, measured_call
 from msfp.reports.estimate import describe
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_refused_before_the_calls(pipe, tmp_path, monkeypatch):
     def refuse(_pipe):
         raise AssertionError
 
-    monkeypatch.setattr(quantization, "free_disk", lambda _: 1000)
+    monkeypatch.setattr(space, "free_disk", lambda _: 1000)
     with pytest.raises(InputError, match=r"state needs 0\.\d GB on the disk of .* 0\.0 GB are"):
         msfp.quantize(pipe, CONFIG, calibration=refuse, state=tmp_path / "state")
     with pytest.raises(InputError, match=r"offload needs 0\.\d GB"):

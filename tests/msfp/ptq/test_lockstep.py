@@ -1,6 +1,8 @@
 import copy
+import functools
 import statistics
 import threading
+import weakref
 
 import families
 import pytest
@@ -10,10 +12,12 @@ from torch import nn
 from msfp import InputError, QuantizationConfig, quantize, record_trajectories
 from msfp.config import RefinementConfig
 from msfp.evaluation.prediction_errors import noise_errors
-from msfp.layers.trainable import trainable_layers
+from msfp.layers.trainable import full_precision, trainable_layers
 from msfp.pipelines.trajectories import WholeForwards, as_vector
+from msfp.ptq.lockstep import run_in_lockstep
 from msfp.ptq.refinement import refine
 from msfp.ptq.side_by_side import visit_layers
+from msfp.support.paging import PageFolder
 
 
 def whole(paths, denoiser):
@@ -235,3 +239,41 @@ def test_what_a_forward_does_to_its_arguments_changes_no_recording():
         found = [paths.predict(network, *torch.zeros(2, 1, dtype=torch.int64)) for _ in range(2)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0][0], paths.predictions[0, 0])
+
+
+class Fused(nn.Module):
+    """Queries, keys and values that are views of one output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused, self.query, self.out = nn.Linear(6, 24), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.views = []
+
+    def forward(self, x):
+        q, k, v = self.fused(x).chunk(3, dim=-1)
+        self.views += [weakref.ref(k), weakref.ref(v)]
+        q = self.query(q)
+        return self.out((q * k).softmax(-1) * v)
+
+
+@torch.no_grad()
+def test_views_of_one_memory_wait_in_a_file_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 64)
+    network, pages, seen = Fused(), PageFolder(tmp_path), []
+    samples = torch.randn(3, 4, 6)
+    config = QuantizationConfig(end_bits=4, refine=None)
+    quantize(network, config, calibration=lambda each: each(samples[0]))
+    layers = trainable_layers(network)
+    forwards = [functools.partial(network, x) for x in samples]
+    network.views.clear()
+
+    def look(visit):
+        if visit.name == "query":
+            seen.extend(pages.holds(view()) for view in network.views)
+
+    full, quantized = run_in_lockstep(network, layers, forwards, look, pages)
+    assert seen == [True] * 2 * 2 * len(samples)
+    with full_precision(network):
+        assert all(torch.equal(x, forward()) for x, forward in zip(full, forwards, strict=True))
+    assert all(torch.equal(x, forward()) for x, forward in zip(quantized, forwards, strict=True))

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from msfp import InputError
@@ -18,6 +19,7 @@ from msfp.support.container import (
     metadata,
     part,
     read,
+    sort_metadata,
     write,
 )
 from msfp.support.fingerprints import digest
@@ -204,3 +206,16 @@ def test_a_file_of_another_run_is_refused_by_the_first_difference(case, file):
     message = f"is {KIND.name} of another run: {message}$"
     with pytest.raises(InputError, match=message):
         check_fingerprint(file, KIND, run | {"a": 0, "z": 1})
+
+
+def test_equal_files_have_equal_bytes_once_their_metadata_are_sorted(tmp_path):
+    told = {"format": "pt", "msfp": '{"name": "\u00e4"}', "a": "", "z": "1"}
+    tensors = {"b": torch.ones(3), "a": torch.ones(2, dtype=torch.float16)}
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_file(tensors, file, told)
+        sort_metadata(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as opened:
+        assert opened.metadata() == told
+        assert all(torch.equal(opened.get_tensor(name), value) for name, value in tensors.items())

@@ -1,5 +1,4 @@
 import errno
-import gc
 
 import pytest
 import torch
@@ -49,7 +48,15 @@ def test_what_is_small_or_has_other_users_stays_in_memory(tmp_path):
     assert shared.sum() == 1
     pages.drop(shared)  # does nothing to what is not in a file
     assert shared.sum() == 1
-    del view
+    assert pages.put(shared, view)  # all users of the memory
+    view.add_(2)
+    pages.drop(view)
+    assert shared.sum() == 2 * NUMBERS - 1
+    later = shared[2:]
+    assert pages.put(shared, later)
+    assert pages.holds(later)
+    assert pages.written == shared.nbytes
+    del view, later
     assert pages.put(shared)
 
 
@@ -60,9 +67,16 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_one_in_a_file(tmp_p
     assert not pages.holds(x)
     pages.drop(x)
     assert x.sum() == NUMBERS
-    del x
-    gc.collect()
-    assert not pages._files
+
+
+def test_casts_inside_a_block_are_in_files(tmp_path):
+    pages, x = PageFolder(tmp_path), torch.arange(2.0 * NUMBERS)
+    with pages.taking_casts():
+        layer = torch.nn.Linear(200, 400).bfloat16()
+        y = x.half()
+    assert torch.equal(y, x.half())
+    assert pages.written == 2 * (len(x) + layer.weight.numel())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_tensor_as_it_was(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ import torch
 from families import call, pipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from refusals import assert_refused
+from tiny import tiny_pipeline
 
+import msfp
 from msfp import QuantizationConfig, load, pack, quantize
 from msfp.cli.main import main
 
@@ -61,3 +63,22 @@ def test_a_lora_that_cannot_be_loaded_is_refused(model, message, tmp_path, capsy
         model = tmp_path / model
     words = ["quantize", model, "--lora", "no.bin=x", "--output", tmp_path / "q"]
     assert_refused(words, message, tmp_path, capsys)
+
+
+def test_shards_are_read_and_offloading_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("msfp.support.paging.SMALL", 64)
+    tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "pipe", max_shard_size="20KB")
+    few = [f"--include={glob}" for glob in ("conv_in", "conv_out", "*.conv1")]
+    words = ["quantize", str(tmp_path / "pipe"), "--refine-samples=4", *few, *QUICK, "--output"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    assert main([*words, str(tmp_path / "away"), "--offload"]) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, other = (tmp_path / folder / name for folder in ("plain", "away"))
+    assert one.read_bytes() == other.read_bytes()
+    assert {each.name for each in tmp_path.iterdir()} == {"pipe", "plain", "away"}
+    pipe = msfp.load(tmp_path / "away")
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("shards/unet/*.safetensors"))) > 1
+    found, tensors = msfp.load(tmp_path / "shards").unet.state_dict(), pipe.unet.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[key]) for key, value in found.items())
