@@ -97,6 +97,8 @@ class RefinementConfig:
         samples: Largest number of noisy samples in the forward pass. The batch is twice as large.
             None means 256, or fewer where samples are large: at most 2^20 numbers in all, but at
             least 64 samples.
+        batch: Largest number of samples in one forward. Fewer need less memory; the last bits of
+            the result may differ. None means as many as have 2^16 numbers in all, at least 1.
         positions: Largest number of pixels or tokens of these samples in the moments.
         seed: Seed of the random draws.
 
@@ -106,7 +108,8 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            branch_rank=0, branch_bits=8, damping=0.03, samples=None, positions=16384, seed=0)
+            branch_rank=0, branch_bits=8, damping=0.03, samples=None, batch=None, positions=16384,
+            seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -117,6 +120,7 @@ class RefinementConfig:
     branch_bits: Literal[8, 16] = 8
     damping: float = 0.03
     samples: int | None = None
+    batch: int | None = None
     positions: int = 16384
     seed: int = 0
 
@@ -130,6 +134,8 @@ class RefinementConfig:
         check_number("damping", self.damping, 1e-6, 1e3)
         if self.samples is not None:
             check_whole("samples", self.samples, 1, 10**6)
+        if self.batch is not None:
+            check_whole("batch", self.batch, 1, 10**6)
         check_whole("positions", self.positions, 1, 10**9)
         check_whole("seed", self.seed, MIN_SEED, MAX_SEED)
 

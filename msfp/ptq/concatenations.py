@@ -92,7 +92,11 @@ class _Concatenations(TorchFunctionMode):
 
 @torch.no_grad()
 def concatenated_inputs(
-    denoiser: nn.Module, trajectories: Trajectories, step: torch.Tensor, row: torch.Tensor
+    denoiser: nn.Module,
+    trajectories: Trajectories,
+    step: torch.Tensor,
+    row: torch.Tensor,
+    batch: int | None = None,
 ) -> dict[str, dict[int, Histogram]]:
     """Return histograms of the inputs that are concatenations, by layer, and by part.
 
@@ -123,7 +127,7 @@ def concatenated_inputs(
         layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in layers
     )
     with hooked(hooks):
-        for part in forwards_of(trajectories, step):
+        for part in forwards_of(trajectories, step, batch):
             with concatenations:
                 trajectories.predict(denoiser, step[part], row[part])
     return {name: parts for name, parts in found.items() if name not in mixed}
@@ -153,6 +157,7 @@ def split_inputs(
     *,
     trajectories: Trajectories,
     samples: int = 64,
+    batch: int | None = None,
     seed: int = 0,
 ) -> list[str]:
     """Give each layer with a concatenated input one scale for each part of it, in place.
@@ -163,6 +168,7 @@ def split_inputs(
         model: A pipeline or its denoiser, quantized by `quantize` and trainable.
         trajectories: Recorded from the full-precision denoiser.
         samples: Largest number of noisy samples to use, spread evenly over the timesteps.
+        batch: Largest number of samples in one forward, as for `RefinementConfig`.
         seed: Seed of the draws.
 
     Returns:
@@ -175,13 +181,15 @@ def split_inputs(
     denoiser = denoiser_of(model)
     check_type("trajectories", trajectories, Trajectories)
     check_whole("samples", samples, 1, 10**6)
+    if batch is not None:
+        check_whole("batch", batch, 1, 10**6)
     check_seed(seed)
     steps, rows = trajectories.samples.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     step, row = spread_batch(steps, rows, samples, generator)
     layers = untrained_layers(denoiser)
     split = []
-    for name, parts in concatenated_inputs(denoiser, trajectories, step, row).items():
+    for name, parts in concatenated_inputs(denoiser, trajectories, step, row, batch).items():
         old = layers[name].input_quantizer
         if old is not None and old.format.signed:
             formats = formats_like(old.format)

@@ -285,7 +285,10 @@ def refine_kept(
     if any(branches.values()):
         add_kept_branches(denoiser, branches, config.branch_bits, state, pages)
     if config.split_inputs:
-        split_inputs(denoiser, trajectories=trajectories, samples=samples, seed=config.seed)
+        split_inputs(
+            denoiser, trajectories=trajectories, samples=samples, batch=config.batch,
+            seed=config.seed,
+        )  # fmt: skip
     if pages is not None:
         pages.drop_all(denoiser)
     generator = torch.Generator().manual_seed(config.seed)
@@ -293,7 +296,7 @@ def refine_kept(
     step, row = spread_batch(steps, rows, samples, generator)
     biased = _biased(denoiser, trajectories, config)
     refiner = _Refiner(config, biased, len(layers), progress, state)
-    visit_layers(denoiser, trajectories, step, row, refiner, pages=pages)
+    visit_layers(denoiser, trajectories, step, row, refiner, batch=config.batch, pages=pages)
     idle = [name for name in layers if name not in refiner.refined]
     if idle:
         refiner.done(len(idle))

@@ -29,18 +29,21 @@ TOGETHER = 2**16
 """Numbers of the samples that run in one forward, if a sample does not have more."""
 
 
-def forwards_of(trajectories: Trajectories, step: torch.Tensor) -> list[slice]:
+def forwards_of(
+    trajectories: Trajectories, step: torch.Tensor, batch: int | None = None
+) -> list[slice]:
     """Return which of some chosen samples run in one forward.
 
-    It depends on nothing but the samples, so that results do not either.
+    It depends on nothing but the samples and the batch, so that results do not either.
 
     Args:
         trajectories: The recorded samples.
         step: Indices of sampler steps, one for each chosen sample.
+        batch: Largest number of samples in a forward; None for as many as have `TOGETHER` numbers.
     """
     numbers = trajectories.samples[0, 0].numel()
     whole = isinstance(trajectories, WholeForwards)
-    size = 1 if whole else max(1, TOGETHER // max(1, numbers))
+    size = 1 if whole else batch or max(1, TOGETHER // max(1, numbers))
     return [slice(start, start + size) for start in range(0, len(step), size)]
 
 
@@ -52,6 +55,7 @@ def visit_layers(
     row: torch.Tensor,
     visitor: Visitor,
     *,
+    batch: int | None = None,
     pages: PageFolder | None = None,
 ) -> torch.Tensor:
     """Run recorded samples through a denoiser in full precision and quantized, layer by layer.
@@ -63,6 +67,7 @@ def visit_layers(
         row: Indices of rows, shape (batch,).
         visitor: Called at each layer whose input depends on the samples, the first time that it
             runs. Its changes to the layer affect only the quantized runs.
+        batch: Largest number of samples in a forward, as for `RefinementConfig`.
         pages: Where the numbers of waiting forwards go, and full-precision weights after the visit;
             None keeps them in memory.
 
@@ -77,7 +82,7 @@ def visit_layers(
     visited = {name: layer for name, layer in layers.items() if name not in constant}
     forwards = [
         functools.partial(_predict, denoiser, trajectories, step[part], row[part])
-        for part in forwards_of(trajectories, step)
+        for part in forwards_of(trajectories, step, batch)
     ]
     full, quantized = run_in_lockstep(denoiser, visited, forwards, visitor, pages)
     return torch.cat(full + quantized)

@@ -77,8 +77,19 @@ def test_samples_run_together_as_far_as_they_are_small():
         samples = torch.zeros(1).expand(2, 200, *shape)
         parts = forwards_of(Trajectories(torch.zeros(2), samples, samples), torch.zeros(300))
         assert [part.stop - part.start for part in parts] == [size] * len(parts)
+        batches = forwards_of(Trajectories(torch.zeros(2), samples, samples), torch.zeros(300), 7)
+        assert [part.stop - part.start for part in batches] == [7] * 43
         assert parts[0].start == 0
         assert parts[-1].start < 300 <= parts[-1].stop
+
+
+def test_a_batch_is_the_size_of_forwards(quantized, trajectories):
+    sizes = []
+    visit_layers(
+        quantized()[0].unet, trajectories, STEP, ROW,
+        lambda visit: sizes.append([len(x) for x, _ in visit.parts()]), batch=4,
+    )  # fmt: skip
+    assert set(map(tuple, sizes)) == {(4, 4, 1)}
 
 
 @pytest.fixture
