@@ -26,6 +26,7 @@ from msfp.support.checks import check_choice, check_whole
 from msfp.support.malloc import release_memory
 from msfp.support.offloading import at_work
 from msfp.support.paging import PageFolder
+from msfp.support.progress import Progress, counted, no_progress
 
 BRANCHES = "branches"
 """Stage of the state."""
@@ -67,6 +68,7 @@ def add_kept_branches(
     bits: Literal[8, 16],
     state: QuantizationState | None,
     pages: PageFolder | None = None,
+    progress: Progress = no_progress,
 ) -> list[str]:
     """Add branches as `add_branches` does, and keep each in a state, from which a run resumes.
 
@@ -76,7 +78,7 @@ def add_kept_branches(
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
         raise InputError("the denoiser has low-rank branches already")
-    names = []
+    names, done = [], counted(progress, "adding branches", len(layers))
     for name, layer in layers.items():
         rank, narrow = ranks[name], layer.weight_quantizer.format.bits < MAX_BITS
         if rank and narrow and is_smaller(layer.weight, rank):
@@ -98,6 +100,7 @@ def add_kept_branches(
                 pages.put_away(layer.weight)
                 release_memory()
             names.append(name)
+        done(1)
     attach_again(denoiser)
     return names
 

@@ -283,7 +283,7 @@ def refine_kept(
     samples = config.samples or default_samples(trajectories.samples[0, 0].numel())
     branches = dict.fromkeys(layers, config.branch_rank) | dict(ranks or {})
     if any(branches.values()):
-        add_kept_branches(denoiser, branches, config.branch_bits, state, pages)
+        add_kept_branches(denoiser, branches, config.branch_bits, state, pages, progress)
     if config.split_inputs:
         split_inputs(
             denoiser, trajectories=trajectories, samples=samples, batch=config.batch,

@@ -12,7 +12,7 @@ Random signs s give an estimate of it: (sum of g (s . x))^2. A layer thus needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -242,14 +242,12 @@ def measure_sensitivities(
     steps, rows = trajectories.samples.shape[:2]
     step, row = spread_batch(steps, rows, SAMPLES, torch.Generator().manual_seed(seed))
     done = counted(progress, "measuring", len(step))
-    with _frozen(denoiser), _checkpointed(denoiser), hooked(_taps(probes)):
+    with _frozen(denoiser), hooked(_taps(probes)):
         for index in range(len(step)):
             chosen = step[index : index + 1], row[index : index + 1]
             if not _restored(probes, index, state):
-                source = torch.Generator().manual_seed((seed + index) % MAX_SEED)
-                for probe in probes.values():
-                    probe.start_sample(source)
-                _run(denoiser, trajectories, chosen, source)
+                number = (seed + index) % MAX_SEED
+                _run(denoiser, trajectories, chosen, probes.values(), number)
                 _keep(probes, index, state)
             done(1)
     every = {name: probe.sensitivity(settings[name]) for name, probe in probes.items()}
@@ -288,19 +286,29 @@ def _run(
     denoiser: nn.Module,
     trajectories: Trajectories,
     sample: tuple[torch.Tensor, torch.Tensor],
-    generator: torch.Generator,
+    probes: Iterable[_Probe],
+    seed: int,
 ) -> None:
-    """Predict a sample, and send a random vector back through the network."""
-    try:
-        with torch.enable_grad():
-            prediction = trajectories.of_sample(trajectories.predict(denoiser, *sample))
-            direction = torch.randn(prediction.shape, generator=generator)
-            prediction.backward(direction.to(prediction))
-    except RuntimeError as error:
-        raise InputError(
-            f"a budget cannot be divided, because {type(denoiser).__name__} computes no gradient: "
-            f"{error}"
-        ) from error
+    """Predict a sample, and send a random vector back through the network.
+
+    The gradient checkpointing of some classes fails. It is then left out.
+    """
+    for saving in (_checkpointed(denoiser), nullcontext()):
+        generator = torch.Generator().manual_seed(seed)
+        for probe in probes:
+            probe.start_sample(generator)
+        try:
+            with saving, torch.enable_grad():
+                prediction = trajectories.of_sample(trajectories.predict(denoiser, *sample))
+                direction = torch.randn(prediction.shape, generator=generator)
+                prediction.backward(direction.to(prediction))
+            return
+        except (RuntimeError, TypeError) as error:
+            failure = error
+    raise InputError(
+        f"a budget cannot be divided, because {type(denoiser).__name__} computes no gradient: "
+        f"{failure}"
+    ) from failure
 
 
 def _restored(probes: Mapping[str, _Probe], index: int, state: QuantizationState | None) -> bool:

@@ -14,7 +14,10 @@ from packaging.version import Version
 
 from msfp import (
     FinetuneConfig,
+    InputError,
     QuantizationConfig,
+    allocate_bits,
+    calibrate,
     finetune,
     pack,
     quantize,
@@ -86,6 +89,30 @@ def test_a_denoiser_is_taken_all_the_way(name, tmp_path):
         config = FinetuneConfig(rank=2, steps=2, batch=2)
         history = finetune(trained, config, trajectories=paths, original=full)
         assert len(history.losses) == 2
+
+
+FLEX = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}
+"""Classes whose attention has no gradient on a CPU."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_budget_is_divided(name, monkeypatch):
+    monkeypatch.setattr("msfp.ptq.sensitivity.SAMPLES", 3)
+    case, (full, _) = CASES[name], plain(name)
+    given = {
+        "calibration": calibrate(full, calls=case.call),
+        "trajectories": record_trajectories(full, calls=case.call),
+    }
+    if name in FLEX:
+        with pytest.raises(InputError, match=f"{name} computes no gradient: FlexAttention"):
+            allocate_bits(full, QuantizationConfig(budget=10), **given)
+        return
+    found = allocate_bits(full, QuantizationConfig(budget=10), **given)
+    assert set(found.chosen) < set(quantizable_layers(full))
+    assert 9 < found.bits_per_weight <= 10
+    assert found.predicted_sqnr > 5
 
 
 @pytest.mark.slow

@@ -241,7 +241,11 @@ def test_progress_is_told_of_every_layer_and_their_names_are_returned(tiny, path
         progress=lambda *facts: told.append(facts),
     )
     assert names == list(trainable_layers(denoiser))
-    assert told == [("refining", done + 1, len(names)) for done in range(len(names))]
+    assert told == [
+        (stage, done + 1, len(names))
+        for stage in ("adding branches", "refining")
+        for done in range(len(names))
+    ]
 
 
 def test_a_plain_or_a_packed_denoiser_is_refused(tiny, paths):

@@ -143,6 +143,29 @@ def test_a_network_without_gradients_is_refused_by_name(monkeypatch):
     assert all(each.requires_grad for each in network.parameters())
 
 
+def test_gradient_checkpointing_that_fails_is_left_out(monkeypatch):
+    class Failing(Linear):
+        _supports_gradient_checkpointing, is_gradient_checkpointing = True, False
+
+        def enable_gradient_checkpointing(self):
+            self.is_gradient_checkpointing = True
+
+        def disable_gradient_checkpointing(self):
+            self.is_gradient_checkpointing = False
+
+        def forward(self, sample, timestep):
+            if self.is_gradient_checkpointing:
+                raise TypeError("an unexpected keyword")
+            return super().forward(sample, timestep)
+
+    torch.manual_seed(0)
+    plain, samples = Linear(nn.Conv2d(8, 6, 1)).eval(), torch.randn(2, 3, 4, 4)
+    network = Failing(plain.middle).eval()
+    network.load_state_dict(plain.state_dict())
+    assert measured(network, samples, monkeypatch)[0] == measured(plain, samples, monkeypatch)[0]
+    assert not network.is_gradient_checkpointing
+
+
 def test_costs_survive_json():
     each = Sensitivity({4: 0.01}, {0: 2.0}, {0: 0.5})
     facts = {"weight_noise": {"4": 0.01}, "by_weight": {"0": 2.0}, "by_input": {"0": 0.5}}
