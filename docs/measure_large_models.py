@@ -14,6 +14,7 @@ import argparse
 import re
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,35 +32,45 @@ OWN = "RssAnon"
 """Memory of the process without pages of files."""
 
 
+@dataclass
+class Cost:
+    """Seconds of a stage, and peaks in GB: of the process, without pages of files, of the GPU."""
+
+    seconds: float = 0
+    cpu: float = 0
+    whole: float = 0
+    own: float = 0
+    gpu: float = 0
+
+
 class Stages:
-    """Seconds and memory of each stage, printed as it ends; `progress` of msfp's functions."""
+    """What each stage takes, printed when the next has begun; `progress` of msfp's functions."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.now, self.most = device, "", 0.0
-        self.began, self.used = time.time(), time.process_time()
-
-    def start(self, stage: str) -> None:
-        """End a stage, and start the next."""
-        if self.now:
-            seconds, cpu = time.time() - self.began, time.process_time() - self.used
-            gpu = ""
-            if self.device != "cpu":
-                gpu = f"{torch.cuda.max_memory_allocated() / 1e9:8.1f}"
-                torch.cuda.reset_peak_memory_stats()
-            whole = memory("VmHWM")
-            print(
-                f"{self.now:22}{seconds:8.0f}{cpu:10.0f}{whole:8.1f}{self.most:8.1f}{gpu}",
-                flush=True,
-            )
-        forget_peak()
-        self.now, self.most = stage, memory(OWN)
-        self.began, self.used = time.time(), time.process_time()
+    def __init__(self, *, gpu: bool) -> None:
+        self.gpu, self.now, self.cost = gpu, "", Cost()
+        self.seen, self.used = time.time(), time.process_time()
+        print(f"{'stage':20}{'seconds':>9}{'CPU':>9}{'peak GB':>9}{'own GB':>9}{'GPU GB':>9}")
 
     def __call__(self, stage: str, _done: int, _total: int, _note: str = "", /) -> None:
-        """Note the progress of a stage."""
+        """Note that a unit of a stage has ended."""
         if stage != self.now:
-            self.start(stage)
-        self.most = max(self.most, memory(OWN))
+            self.end()
+            self.now, self.cost = stage, Cost()
+        cost, now, used = self.cost, time.time(), time.process_time()
+        cost.seconds, self.seen = cost.seconds + now - self.seen, now
+        cost.cpu, self.used = cost.cpu + used - self.used, used
+        cost.whole, cost.own = max(cost.whole, memory("VmHWM")), max(cost.own, memory(OWN))
+        forget_peak()
+        if self.gpu:
+            cost.gpu = max(cost.gpu, torch.cuda.max_memory_allocated() / 1e9)
+            torch.cuda.reset_peak_memory_stats()
+
+    def end(self) -> None:
+        """Print the last stage."""
+        if self.now:
+            each = self.cost
+            peaks = f"{each.whole:9.2f}{each.own:9.2f}{each.gpu:9.2f}"
+            print(f"{self.now:20}{each.seconds:9.0f}{each.cpu:9.0f}{peaks}", flush=True)
 
 
 def memory(key: str) -> float:
@@ -99,13 +110,13 @@ def main() -> None:
     words = parser.parse_args()
     name = next(each for each in MODELS if each.startswith(words.model))
     dtype = getattr(torch, words.dtype)
-    stages = Stages(words.device)
-    print(f"{name}: {words}\n{'stage':22}{'seconds':>8}{'CPU':>10}{'peak GB':>8}{'own GB':>8}")
-    stages.start("making")
+    print(f"{name}, {words.dtype}, {words.device}")
+    stages = Stages(gpu=words.device != "cpu")
     torch.set_default_dtype(dtype)
     with torch.device(words.device):
         network = MODELS[name][0]().eval()
     torch.set_default_dtype(torch.float32)
+    stages("making", 1, 1)
     given = arguments_of(name, words.side, words.device, dtype)
 
     @torch.no_grad()
@@ -116,18 +127,18 @@ def main() -> None:
     refine = None if words.nearest else RefinementConfig(samples=words.refine_samples)
     config = QuantizationConfig(include=(words.only,), refine=refine)
     msfp.quantize(network, config, calibration=call, offload=True, progress=stages)
-    stages.start("packing")
     msfp.pack(network)
+    stages("packing", 1, 1)
     with tempfile.TemporaryDirectory() as folder:
-        stages.start("saving")
         msfp.save(network, Path(folder) / "packed")
-        stages.start("a packed forward pair")
+        stages("saving", 1, 1)
         call(network)
+        stages("two packed forwards", 1, 1)
         size, kind = packed_size(network), cast("type[Any]", type(network))
         del network
-        stages.start("loading")
         kind.from_pretrained(Path(folder) / "packed")
-        stages.start("")
+        stages("loading", 1, 1)
+    stages.end()
     print(f"{size / 1e9:.2f} GB in the file")
 
 

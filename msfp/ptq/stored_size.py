@@ -21,7 +21,7 @@ def layer_bytes(layer: PlainLayer, bits: int, rank: int) -> int:
     Example:
         >>> from torch import nn
         >>> layer_bytes(nn.Linear(64, 32), bits=4, rank=2)
-        1344
+        1536
     """
     rows, columns = layer.weight.flatten(1).shape
     codes = -(-layer.weight.numel() * bits // 8)

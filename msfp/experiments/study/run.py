@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from msfp.config import QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
 from msfp.experiments.study.ablation import RECIPES, REVISION, Row, all_rows
 from msfp.experiments.study.bench import Bench
@@ -74,10 +75,19 @@ def _is_of(record: Record | None, row: Row) -> bool:
         "quantization": None if quantization is None else quantization.to_dict(),
         "finetune": None if tuning is None else tuning.to_dict(),
     }
-    found = dict(record)
-    if found["finetune"] is not None:  # fields that are newer than the record have their defaults
-        found["finetune"] = _plain(FinetuneConfig().to_dict()) | found["finetune"]
+    found = record | {
+        "quantization": _completed(record["quantization"], QuantizationConfig().to_dict()),
+        "finetune": _completed(record["finetune"], FinetuneConfig().to_dict()),
+    }
+    if found["quantization"] is not None:
+        refine = _completed(found["quantization"]["refine"], RefinementConfig().to_dict())
+        found["quantization"] |= {"refine": refine}
     return all(found[key] == _plain(value) for key, value in wanted.items())
+
+
+def _completed(given: Any, default: dict[str, Any]) -> Any:
+    """Return a config with the defaults of fields that are newer than it; others as they are."""
+    return _plain(default) | given if isinstance(given, dict) else given
 
 
 def _plain(value: Any) -> Any:
