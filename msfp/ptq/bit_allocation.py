@@ -175,16 +175,18 @@ def allocate_bits(
             computed, or as `quantize` does.
 
     Example:
-        >>> import msfp
-        >>> pipe, calls = msfp.reference_pipeline(), msfp.Sampler(steps=4, batch=2).calls(2, seed=0)
+        >>> import torch, msfp
+        >>> network = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32)).eval()
+        >>> noise = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+        >>> calls = [lambda network: network(noise)]
         >>> found = allocate_bits(
-        ...     pipe,
-        ...     QuantizationConfig(budget=5),
-        ...     calibration=msfp.calibrate(pipe, calls=calls),
-        ...     trajectories=msfp.record_trajectories(pipe, calls=calls),
+        ...     network,
+        ...     QuantizationConfig(budget=6, end_bits=4),
+        ...     calibration=msfp.calibrate(network, calls=calls),
+        ...     trajectories=msfp.record_trajectories(network, calls=calls),
         ... )
-        >>> len(found.chosen), 4.95 < found.bits_per_weight <= 5
-        (63, True)
+        >>> sorted(found.chosen), 5 < found.bits_per_weight <= 6
+        (['0', '2'], True)
     """
     check_type("config", config, QuantizationConfig)
     check_type("trajectories", trajectories, Trajectories)

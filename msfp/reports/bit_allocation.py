@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from msfp.ptq.bit_allocation import Allocation
 
-STEP = 0.5
-"""Bits for each weight between two rows of the table."""
+STEP, BEYOND = 0.5, 3.0
+"""Bits for each weight between two rows of the table, and from the budget to the last but one."""
 
 
 def describe(found: Allocation) -> str:
@@ -31,7 +31,7 @@ def describe(found: Allocation) -> str:
     """
     lines = [f"{'bits for each weight':>20}{'predicted SQNR, dB':>21}"]
     chosen = found.bits_per_weight, found.predicted_sqnr
-    for point in sorted({chosen, *_spread(found.curve)}):
+    for point in sorted({chosen, *_spread(found.curve, chosen[0])}):
         mark = "   <- budget" if point == chosen else ""
         lines.append(f"{point[0]:20.2f}{point[1]:21.1f}{mark}")
     lines += ["", "million weights, by their bits and the rank of the branch beside them"]
@@ -44,9 +44,10 @@ def describe(found: Allocation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the ends of a curve, and its first point in each step."""
+def _spread(curve: Sequence[tuple[float, float]], budget: float) -> list[tuple[float, float]]:
+    """Return the ends of a curve, and its first point in each step up to some bits more."""
     firsts: dict[int, tuple[float, float]] = {}
     for point in curve:
-        firsts.setdefault(math.floor(point[0] / STEP), point)
-    return [*firsts.values(), curve[-1]]
+        if point[0] <= budget + BEYOND and abs(point[0] - budget) >= STEP / 2:
+            firsts.setdefault(math.floor(point[0] / STEP), point)
+    return [curve[0], *firsts.values(), curve[-1]]

@@ -24,6 +24,13 @@ REFINE = RefinementConfig(samples=8)
 CALLS = [families.images]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_samples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msfp.ptq.sensitivity.SAMPLES", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def quantized():
     """A pipeline that was quantized with a budget."""
@@ -43,14 +50,13 @@ def counted_bytes(network):
     return found
 
 
-def test_a_budget_is_used_but_not_exceeded():
-    pipe = families.pipeline("unet", None)
-    quantize(pipe, QuantizationConfig(refine=REFINE, budget=6.0), calibration=CALLS)
+def test_a_budget_is_used_but_not_exceeded(quantized):
+    pipe = copy.deepcopy(quantized)
     pack(pipe)
     plain = quantizable_layers(denoiser_of(families.pipeline("unet", None)))
-    layers = quantized_layers(pipe.unet)
+    layers, found = quantized_layers(pipe.unet), counted_bytes(pipe.unet)
     weights = sum(plain[name].weight.numel() for name in layers)
-    assert 5.8 < 8 * sum(counted_bytes(pipe.unet)[name] for name in layers) / weights <= 6.0
+    assert 5.8 < 8 * sum(found[name] for name in layers) / weights <= 6.0
 
 
 def test_the_choice_is_among_the_overrides_of_the_recorded_config(quantized):
@@ -205,8 +211,11 @@ def test_a_budget_needs_calls():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 16])
-def test_a_budget_beats_the_same_choice_for_every_layer_at_equal_size(reference_dit, rank):
+def test_a_budget_beats_the_same_choice_for_every_layer_at_equal_size(
+    reference_dit, rank, monkeypatch
+):
     """The shipped transformer: errors of predictions on held-out noise."""
+    monkeypatch.setattr("msfp.ptq.sensitivity.SAMPLES", 32)
     pipe, calls, held_out = reference_dit
     errors, sizes = [], []
     for budget in (None, "size"):

@@ -44,6 +44,7 @@ def test_one_forward_runs_and_is_repeated_by_calibration_and_later_ones_are_coun
     assert call.calibration.readers == ["conv_in"]
 
 
+@pytest.mark.slow
 def test_the_size_is_that_of_the_file(found, pipe, calls, tmp_path):
     msfp.quantize(pipe, CONFIG, calibration=calls)
     msfp.pack(pipe)
