@@ -36,6 +36,7 @@ LONG = {
     "UNet3DConditionModel", "UNetControlNetXSModel", "UNetMotionModel",
     "UNetSpatioTemporalConditionModel", "MotifVideoTransformer3DModel",
     "HunyuanVideoTransformer3DModel", "WanAnimate2Transformer3DModel",
+    "Kandinsky6Transformer3DModel", "WanVACETransformer3DModel",
 }  # fmt: skip
 """Classes that take the longest; always slow."""
 NAMES = [

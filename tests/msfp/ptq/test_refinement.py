@@ -204,6 +204,7 @@ def test_without_bias_correction_biases_stay(tiny):
         assert layer.bias is bias is None or torch.equal(layer.bias, bias)
 
 
+@pytest.mark.slow
 def test_the_last_bias_alone_takes_the_mean_shift_from_the_prediction(
     refined, reference, trajectories
 ):
@@ -394,6 +395,7 @@ def test_columns_in_parts_are_refined_about_as_well_as_together(monkeypatch):
     assert error_in_parts - error < 0.2 * (error_of_nearest - error)
 
 
+@pytest.mark.slow
 def test_offloading_changes_no_bit(tmp_path, monkeypatch, paths):
     monkeypatch.setattr("msfp.support.paging.SMALL", 64)
     states = []
