@@ -158,7 +158,8 @@ def test_convolutions_along_one_dimension_are_refined_and_layers_that_run_twice_
     assert changed == ["inner", "again", "out"]
     searching = [("searching", done, 4) for done in (1, 2, 3, 4)]
     refining = [("refining", done, 4) for done in (1, 2, 3, 4)]
-    assert told == [CALIBRATING, *searching, CALIBRATING, *searching, *refining]
+    branching = [("adding branches", done, 4) for done in (1, 2, 3, 4)]
+    assert told == [CALIBRATING, *searching, CALIBRATING, *searching, *branching, *refining]
     again = Network()
     quantize(again, replace(config, refine=None), calibration=call)
     with pytest.warns(UserWarning, match="not refined.*: queries"):
