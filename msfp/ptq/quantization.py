@@ -414,5 +414,7 @@ def _pack(denoiser: nn.Module) -> list[str]:
         layer = layers.pop()
         with at_work(layer):
             replace_layers(denoiser, {layer: layer.pack()})
+        del layer
+        release_memory()
     attach_again(denoiser, same_outputs=True)
     return names
