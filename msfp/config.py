@@ -176,9 +176,10 @@ class QuantizationConfig:
             of weights and low-rank branches included, as in 4.5; or the size of the denoiser's
             tensors, as in "500MB". Scales of inputs, which are few, are not counted.
             Each layer then gets the bits of its weights (3, 4, 6 or 8) and the rank of its branch
-            (up to 64) that give the least error of the prediction. First and last layers, and
-            layers whose `weight_bits` or `branch_rank` is in `overrides`, keep theirs. None gives
-            all layers the same.
+            (up to 64) that give the least error of the prediction. First and last layers whose
+            bits differ from the others, and layers whose `weight_bits` or `branch_rank` is in
+            `overrides`, keep theirs. None gives all layers the same. Without refinement, and with
+            its `branch_rank=0`, no layer gets a branch.
         refine: How weights are corrected after the search. "auto" applies the defaults of
             `RefinementConfig` if the scheme is "mixup" or "signed" and there are calls to record.
             None rounds each weight to the nearest value, as the paper does.

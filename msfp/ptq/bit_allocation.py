@@ -8,6 +8,7 @@ used up. The result is the best up to one step (the linear relaxation of the kna
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ class Allocation:
             {'conv': {'weight_bits': 6, 'branch_rank': 8}}
         """
         chosen = {
-            name: {"weight_bits": bits, "branch_rank": rank}
+            name: {**config.overrides.get(name, {}), "weight_bits": bits, "branch_rank": rank}
             for name, (bits, rank) in self.chosen.items()
         }
         return replace(config, overrides={**config.overrides, **chosen})
@@ -245,11 +246,28 @@ def allocate(
         name: hull(_options(layers[name], each, left, branches=bool(rank)))
         for name, each in found.items()
     }
-    fixed = _bytes(layers, {n: each for n, each in settings.items() if n not in found}, rank)
+    options |= {name: [_smallest(layers[name])] for name in free if name not in found}
+    _warn_of([name for name in free if name not in found])
+    fixed = _bytes(layers, {n: each for n, each in settings.items() if n not in free}, rank)
     predicted = trajectories.of_sample(trajectories.predictions.flatten(0, 1)).double()
     power = float(predicted.square().sum()) / len(predicted)
     size = budget_bytes(config.budget, denoiser, layers)
     return _divided(options, layers, weights, fixed, size, power)
+
+
+def _smallest(layer: PlainLayer) -> Option:
+    """Return the smallest option of a layer, whose error is unknown."""
+    return Option(layer_bytes(layer, WIDTHS[0], 0), 0.0, WIDTHS[0], 0)
+
+
+def _warn_of(unseen: Sequence[str]) -> None:
+    """Warn of layers that no sample measures."""
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} layers get {WIDTHS[0]} bits, because no gradient of a sample reaches "
+            f"them: give them weight_bits in overrides: {', '.join(unseen[:5])}",
+            stacklevel=3,
+        )
 
 
 def _selected(

@@ -266,6 +266,7 @@ def _observed(
     from msfp.layers.selection import quantizable_layers, settings_by_layer
     from msfp.pipelines.denoiser import denoiser_of, scheduler_of
     from msfp.pipelines.recording import Recording
+    from msfp.ptq.bit_allocation import check_budget
     from msfp.ptq.request import needs_trajectories, refinement_of
     from msfp.ptq.state import state_of
     from msfp.search.observers import calibrate
@@ -274,6 +275,8 @@ def _observed(
     settings = settings_by_layer(denoiser, config, quantizable_layers(denoiser))
     needs_calibration = any(each.needs_calibration for each in settings.values())
     refinement = refinement_of(denoiser, config, settings, recordable=True)
+    if config.budget is not None:
+        check_budget(denoiser, config, settings, refinement.branch_rank if refinement else 0)
     needs_recording = needs_trajectories(config, refinement)
     if needs_calibration or needs_recording:
         sampler.arguments(pipe)

@@ -17,7 +17,7 @@ from msfp.checkpoint.io import packed_size
 from msfp.layers.base import quantized_layers
 from msfp.layers.selection import quantizable_layers
 from msfp.pipelines.denoiser import denoiser_of
-from msfp.ptq.bit_allocation import Option, _Budget, hull
+from msfp.ptq.bit_allocation import Allocation, Option, _Budget, hull
 from msfp.ptq.stored_size import layer_bytes
 
 REFINE = RefinementConfig(samples=8)
@@ -87,6 +87,13 @@ def test_a_size_is_that_of_the_file():
     tensors = pipe.unet.state_dict()
     inputs = sum(each.nbytes for name, each in tensors.items() if "input" in name)
     assert 39_000 < packed_size(pipe.unet) - inputs <= 40_000
+
+
+def test_other_overrides_of_a_layer_stay():
+    found = Allocation({"a": (6, 8)}, 5.0, 20.0, [], {})
+    config = QuantizationConfig(budget=5, overrides={"a": {"activation_bits": 8}})
+    wanted = {"activation_bits": 8, "weight_bits": 6, "branch_rank": 8}
+    assert found.apply(config).overrides == {"a": wanted}
 
 
 def test_a_state_keeps_what_was_measured(tmp_path, quantized):
