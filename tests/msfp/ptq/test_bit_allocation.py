@@ -9,6 +9,7 @@ from itertools import product
 import families
 import pytest
 import torch
+from torch import nn
 
 import msfp
 from msfp import InputError, QuantizationConfig, RefinementConfig, pack, quantize
@@ -244,3 +245,23 @@ def reference_dit():
     sampler = msfp.Sampler(steps=10, batch=20, conditions=tuple(range(10)))
     held_out = msfp.record_trajectories(pipe(), calls=sampler.calls(20, seed=9))
     return pipe, sampler.calls(20, seed=1), held_out
+
+
+def test_layers_that_no_gradient_reaches_are_named_and_have_the_fewest_bits():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {}
+            self.inner, self.side, self.out = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, sample):
+            with torch.no_grad():
+                shift = self.side(sample).mean()
+            return self.out(self.inner(sample).relu()) + shift
+
+    noise, network = torch.randn(8, 32), Beside().eval()
+    config = QuantizationConfig(end_bits=4, refine=None, budget=5)
+    with pytest.warns(UserWarning, match="1 layers get 3 bits.*: side"):
+        quantize(network, config, calibration=lambda model: model(noise))
+    bits = {name: layer.formats.weight.bits for name, layer in quantized_layers(network).items()}
+    assert bits["side"] == 3 < max(bits.values())
