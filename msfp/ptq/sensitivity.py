@@ -27,7 +27,7 @@ from msfp.layers.lora.low_rank import low_rank
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.state import QuantizationState
 from msfp.search.calibration import Calibration
-from msfp.search.layer_search import quantizer_of_input, search_input, search_weight
+from msfp.search.layer_search import finite_weight, quantizer_of_input, search_input, search_weight
 from msfp.support.checks import MAX_SEED
 from msfp.support.hooks import hooked
 from msfp.support.malloc import release_memory
@@ -236,6 +236,7 @@ def measure_sensitivities(
     done = counted(progress, "decomposing", len(layers))
     probes: dict[str, _Probe] = {}
     for name, layer in layers.items():
+        finite_weight(name, layer.weight)
         probes[name] = _Probe(layer, _input(name, settings[name], calibration))
         release_memory()
         done(1)

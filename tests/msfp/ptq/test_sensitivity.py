@@ -166,6 +166,17 @@ def test_gradient_checkpointing_that_fails_is_left_out(monkeypatch):
     assert not network.is_gradient_checkpointing
 
 
+def test_a_weight_that_is_not_finite_is_named():
+    network = Linear(nn.Conv2d(8, 6, 1)).eval()
+    network.middle.weight.data[0] = torch.nan
+    layers = quantizable_layers(network)
+    settings = dict.fromkeys(layers, CONFIG.settings("inner")._replace(activation_bits=None))
+    with pytest.raises(InputError, match="the weight of layer 'middle' is not finite"):
+        measure_sensitivities(
+            network, layers, settings, None, None, seed=0, state=None, progress=lambda *_: None
+        )
+
+
 def test_costs_survive_json():
     each = Sensitivity({4: 0.01}, {0: 2.0}, {0: 0.5})
     facts = {"weight_noise": {"4": 0.01}, "by_weight": {"0": 2.0}, "by_input": {"0": 0.5}}
