@@ -2,7 +2,7 @@
 
 Each layer has options of a size and an error (`sensitivity`). Those on the lower convex hull of a
 layer are its steps. The step with the largest gain for its size is taken first, until the budget is
-used up. The result is the best up to one step (the linear relaxation of the knapsack problem).
+used up. A layer ends at the first of its steps that does not fit.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class _Probe:
         if self.down is None or self.up is None:
             return {0: whole / matrix.shape[1]}
         parts = self.up.float().square() * self.down.float().square().sum(1)
-        taken = torch.cat([torch.zeros_like(parts[:, :1]), parts.cumsum(1)], dim=1)
+        taken = _running(parts)
         most = parts.shape[1]
         return {
             rank: (whole - taken[:, rank]).clamp(min=0) / matrix.shape[1]
@@ -182,17 +182,12 @@ class _Probe:
         sums = torch.stack(self.found).double()
         rows = len(self.layer.weight)
         by_row, whole, parts = sums[:, :rows], sums[:, rows], sums[:, rows + 1 :]
-        gains = by_row.square().mean(0)
-        taken = torch.cat([torch.zeros_like(parts[:, :1]), parts.cumsum(1)], dim=1)
+        gains, taken = by_row.square().mean(0), _running(parts)
         return Sensitivity(
             self._noise(settings),
             {rank: float((each * gains).sum()) for rank, each in self.energy.items()},
-            {
-                rank: float((whole - taken[:, rank]).square().mean()) if rank else
-                float(whole.square().mean())
-                for rank in self.energy
-            },
-        )  # fmt: skip
+            {rank: float((whole - taken[:, rank]).square().mean()) for rank in self.energy},
+        )
 
     def _noise(self, settings: LayerSettings) -> dict[int, float]:
         """Return the squared rounding error of some rows over their energy, by bits."""
@@ -203,6 +198,11 @@ class _Probe:
             quantizer, table = search_weight(some, settings._replace(weight_bits=bits))
             found[bits] = 10 ** (-table[str(quantizer.format)] / 10)
         return found
+
+
+def _running(parts: torch.Tensor) -> torch.Tensor:
+    """Return the sums of the first 0, 1, 2, ... columns, shape (rows, columns + 1)."""
+    return torch.cat([parts.new_zeros(len(parts), 1), parts.cumsum(1)], dim=1)
 
 
 def measure_sensitivities(
