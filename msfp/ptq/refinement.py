@@ -283,7 +283,15 @@ def refine_kept(
     samples = config.samples or default_samples(trajectories.samples[0, 0].numel())
     branches = dict.fromkeys(layers, config.branch_rank) | dict(ranks or {})
     if any(branches.values()):
-        add_kept_branches(denoiser, branches, config.branch_bits, state, pages, progress)
+        added = add_kept_branches(denoiser, branches, config.branch_bits, state, pages, progress)
+        without = [name for name, rank in (ranks or {}).items() if rank and name not in added]
+        if without:
+            warnings.warn(
+                f"{len(without)} layers get no branch of the branch_rank that overrides give them, "
+                "because they have 8 bits or it would be as large as the weight: "
+                f"{', '.join(without[:5])}",
+                stacklevel=2,
+            )
     if config.split_inputs:
         split_inputs(
             denoiser, trajectories=trajectories, samples=samples, batch=config.batch,

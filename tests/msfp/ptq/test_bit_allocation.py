@@ -131,9 +131,14 @@ def test_branches_of_single_layers_are_set_by_overrides():
     name = "mid_block.resnets.0.conv1"
     config = QuantizationConfig(
         refine=replace(REFINE, branch_rank=2),
-        overrides={name: {"branch_rank": 4}, "up_blocks": {"branch_rank": 0}},
+        overrides={
+            name: {"branch_rank": 4},
+            "up_blocks": {"branch_rank": 0},
+            "conv_in": {"branch_rank": 1},
+        },
     )
-    quantize(pipe, config, calibration=CALLS)
+    with pytest.warns(UserWarning, match="1 layers get no branch .*8 bits.*: conv_in"):
+        quantize(pipe, config, calibration=CALLS)
     layers = quantized_layers(pipe.unet)
     assert layers[name].formats.branch_rank == 4
     assert layers["mid_block.resnets.0.conv2"].formats.branch_rank == 2
