@@ -103,12 +103,18 @@ def _section(name: str, facts: CardFacts) -> str:
     lines += [
         f"Formats of weights (number of layers): {_counted(each.weight for each in formats)}.",
         f"Formats of inputs (number of layers): {_counted(each.input for each in formats)}.",
-        f"Scheme `{facts.request.scheme}`; {_refinement(facts.request.refine)}.",
+        f"Scheme `{facts.request.scheme}`; {_refinement(facts.request)}.",
     ]
+    if facts.request.budget is not None:
+        lines.append(f"Bits and ranks were chosen for a budget of {_budget(facts.request.budget)}.")
     if facts.request.attention_bits is not None:
         lines.append(f"Products of attention: {facts.request.attention_bits} bits.")
     lines += _errors(facts)
     return f"## {name or facts.kind}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n"
+
+
+def _budget(budget: float | str) -> str:
+    return budget if isinstance(budget, str) else f"{budget:g} bits for each weight"
 
 
 def _counted(formats: Iterable[Any]) -> str:
@@ -119,11 +125,14 @@ def _counted(formats: Iterable[Any]) -> str:
     return ", ".join(said + ([f"others ({more})"] if more else []))
 
 
-def _refinement(refine: Any) -> str:
+def _refinement(request: QuantizationConfig) -> str:
     """Return in words how weights were corrected."""
+    refine = request.refine
     if not isinstance(refine, RefinementConfig):
         return "each weight is rounded to nearest"
     branch = f", branches of rank {refine.branch_rank}" if refine.branch_rank else ""
+    if branch and request.budget is not None:
+        branch = ", branches of the ranks that the budget chose"
     return f"weights are refined ({refine.rounding}{branch})"
 
 

@@ -36,7 +36,7 @@ from msfp.search.calibration import Calibration
 from msfp.support.checks import check_type
 from msfp.support.decibels import sqnr
 from msfp.support.globs import matches
-from msfp.support.offloading import with_weights
+from msfp.support.offloading import is_moved, with_weights
 from msfp.support.progress import Progress, shown_progress
 from msfp.support.sizes import parse_size
 
@@ -389,7 +389,10 @@ def check_budget(
     settings: Mapping[str, LayerSettings],
     rank: int,
 ) -> None:
-    """Raise InputError if a budget is too small for the smallest choice of each layer.
+    """Raise InputError if a budget is too small, or no gradient can be computed.
+
+    The smallest budget is that of the smallest choice of each layer. Where weights are on another
+    device than the one that computes, they are not there in the backward pass.
 
     Args:
         denoiser: In full precision.
@@ -397,6 +400,11 @@ def check_budget(
         settings: The settings of each layer that is quantized.
         rank: Of the branches beside layers whose settings have none; 0 for no branch.
     """
+    if is_moved(denoiser) and any(is_free(n, each, config) for n, each in settings.items()):
+        raise InputError(
+            "budget needs the weights on the device that computes: remove the offloading, or "
+            "call msfp.allocate_bits before it is enabled and quantize with what its apply returns"
+        )
     layers, weights = _selected(denoiser, settings)
     smallest = {
         name: each._replace(weight_bits=WIDTHS[0], branch_rank=0)

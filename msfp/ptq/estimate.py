@@ -331,7 +331,8 @@ class _Cost:
         """Return the bytes of the quantized denoiser in its file."""
         total = _bytes(self.denoiser.parameters()) - self.weights
         if self.budget is not None:
-            return total + int(budget_bytes(self.budget, self.denoiser, self.layers))
+            most = sum(layer_bytes(layer, max(WIDTHS), 0) for layer in self.layers.values())
+            return total + int(min(most, budget_bytes(self.budget, self.denoiser, self.layers)))
         for name, layer in self.layers.items():
             each = self.settings[name]
             total += layer_bytes(layer, each.weight_bits, rank_of(layer, each, self.rank))
@@ -345,7 +346,7 @@ class _Cost:
         call, loaded, search = self.call, resident_bytes(), self._search()
         layers = self.layers.values()
         searched = SEARCHED * widest_bytes(layers)
-        recorded = self._recorded() if refinement is not None else 0
+        recorded = self._recorded() if refinement is not None or self.budget is not None else 0
 
         def memory(more: float) -> int | None:
             return None if loaded is None else int(loaded + more)
@@ -373,7 +374,7 @@ class _Cost:
     def disk(self, *, refined: bool) -> int:
         """Return the bytes on disk while it runs, and of the result."""
         if not refined:
-            return self.size()
+            return self.size() + (0 if self.budget is None else self._recorded())
         copies = KEPT + (PAGED if self.offload else 0)
         return self.size() + self._recorded() + copies * self.weights
 

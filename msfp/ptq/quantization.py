@@ -354,8 +354,8 @@ class _Quantization:
                     self.denoiser, self.refinement, paths, self.state, pages, progress, ranks
                 )
             except SharedValuesError as error:  # before anything was changed
-                if self.config.refine != "auto":
-                    raise
+                if self.config.refine != "auto" or self.config.budget is not None:
+                    raise  # a budget counts on the branches
                 warnings.warn(f"weights are rounded to nearest: {error}", stacklevel=6)
                 self.refinement = None
         if paths is not None and bits is not None:

@@ -66,6 +66,11 @@ class Sensitivity:
         tables = {name: {int(key): value for key, value in facts[name].items()} for name in facts}
         return cls(**tables)
 
+    @property
+    def matters(self) -> bool:
+        """Whether a change of the layer changes the prediction."""
+        return bool(self.by_weight[0] or self.by_input[0])
+
     def error(self, bits: int, rank: int, *, share: float = 1.0) -> float:
         """Return the error with weights of some bits, and a low-rank branch of some rank.
 
@@ -216,7 +221,7 @@ def measure_sensitivities(
     state: QuantizationState | None,
     progress: Progress,
 ) -> dict[str, Sensitivity]:
-    """Return what rounding each layer costs, without layers that no sample runs.
+    """Return what rounding each layer costs, without layers that no gradient reaches.
 
     Args:
         denoiser: In full precision.
@@ -252,7 +257,7 @@ def measure_sensitivities(
                 _keep(probes, index, state)
             done(1)
     every = {name: probe.sensitivity(settings[name]) for name, probe in probes.items()}
-    found = {name: each for name, each in every.items() if each is not None}
+    found = {name: each for name, each in every.items() if each is not None and each.matters}
     if state is not None:
         state.save(STAGE, RESULT, {"layers": {n: asdict(each) for n, each in found.items()}}, {})
     return found
@@ -304,6 +309,8 @@ def _run(
                 direction = torch.randn(prediction.shape, generator=generator)
                 prediction.backward(direction.to(prediction))
             return
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError) as error:
             failure = error
     raise InputError(

@@ -34,14 +34,20 @@ def describe(found: Allocation) -> str:
     for point in sorted({chosen, *_spread(found.curve, chosen[0])}):
         mark = "   <- budget" if point == chosen else ""
         lines.append(f"{point[0]:20.2f}{point[1]:21.1f}{mark}")
-    lines += ["", "million weights, by their bits and the rank of the branch beside them"]
+    unit, scale, digits = _unit(sum(found.weights.values()))
+    lines += ["", f"{unit}weights, by their bits and the rank of the branch beside them"]
     widths, ranks = (sorted(set(each)) for each in zip(*found.weights, strict=True))
     lines.append("bits " + "".join(f"{f'rank {rank}':>8}" for rank in ranks))
     for bits in widths:
         cells = [found.weights.get((bits, rank)) for rank in ranks]
-        texts = ["" if each is None else f"{each / 1e6:.2f}" for each in cells]
+        texts = ["" if each is None else f"{each / scale:.{digits}f}" for each in cells]
         lines.append(f"{bits:4} {''.join(f'{text:>8}' for text in texts)}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _unit(weights: int) -> tuple[str, float, int]:
+    """Return the unit in which a number of weights is written, its size, and the digits."""
+    return ("million ", 1e6, 2) if weights > 1e6 else ("", 1, 0)
 
 
 def _spread(curve: Sequence[tuple[float, float]], budget: float) -> list[tuple[float, float]]:

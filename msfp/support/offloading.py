@@ -80,7 +80,7 @@ def at_hand(network: nn.Module) -> Iterator[None]:
         True
     """
     with ExitStack() as stack:
-        if any(_mover_of(module) is not None for module in network.modules()):
+        if is_moved(network):
             yield  # inside such a block already
             return
         for taken in (_Groups(network), _Aligned(network)):
@@ -307,6 +307,11 @@ def at_work(module: nn.Module) -> Iterator[None]:
     finally:
         if mover is not None:
             mover.leave(module)
+
+
+def is_moved(network: nn.Module) -> bool:
+    """Return whether weights of a network are on its device only while their module runs."""
+    return any(_mover_of(module) is not None for module in network.modules())
 
 
 def work_device(network: nn.Module) -> torch.device:

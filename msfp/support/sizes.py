@@ -19,7 +19,7 @@ def parse_size(name: str, text: Any) -> float:
         text: A number and a unit of `UNITS`, which are powers of 1000.
 
     Raises:
-        InputError: If it is something else.
+        InputError: If it is something else, or 0.
 
     Example:
         >>> parse_size("budget", "1.5 GB"), parse_size("budget", "700MB")
@@ -28,4 +28,7 @@ def parse_size(name: str, text: Any) -> float:
     found = WRITTEN.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise InputError(f"{name} must be a size such as '500MB' or '1.5GB', not {text!r}")
-    return float(found[1]) * UNITS[found[2]]
+    size = float(found[1]) * UNITS[found[2]]
+    if not size:
+        raise InputError(f"{name} must be larger than 0, not {text!r}")
+    return size

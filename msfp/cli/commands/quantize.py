@@ -153,7 +153,10 @@ def _estimated(
 
 def _title(model: str, config: QuantizationConfig) -> str:
     inputs = "" if config.activation_bits is None else f"A{config.activation_bits}"
-    return f"{Path(model).name} at W{config.weight_bits}{inputs}"
+    if config.budget is None:
+        return f"{Path(model).name} at W{config.weight_bits}{inputs}"
+    unit = "" if isinstance(config.budget, str) else " bits for each weight"
+    return f"{Path(model).name} at {config.budget}{unit}{inputs and f', {inputs}'}"
 
 
 def _check_calibration(file: Path | None) -> None:

@@ -19,7 +19,9 @@ from msfp.layers.base import quantized_layers
 from msfp.layers.selection import quantizable_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.ptq.bit_allocation import Allocation, Option, _Budget, hull
+from msfp.ptq.side_by_side import SharedValuesError
 from msfp.ptq.stored_size import layer_bytes
+from msfp.support import offloading
 
 REFINE = RefinementConfig(samples=8)
 CALLS = [families.images]
@@ -184,6 +186,7 @@ def test_bytes_of_a_layer_are_those_of_its_tensors(quantized):
     [
         ({"budget": 2.5}, "budget must be between 3 and 32, not 2.5"),
         ({"budget": "much"}, "budget must be a size such as '500MB' or '1.5GB', not 'much'"),
+        ({"budget": "0MB"}, "budget must be larger than 0, not '0MB'"),
         ({"budget": True}, "budget must be a number, not True"),
         ({"budget": 5, "scheme": "mx"}, "budget must be None with scheme 'mx', not 5"),
         ({"overrides": {"conv_in": {"branch_rank": -1}}}, "branch_rank must be between 0 and 256"),
@@ -213,6 +216,40 @@ def test_impossible_budgets_are_refused_before_the_first_call(options, message):
             calibration=lambda pipe: called.append(pipe),
         )  # fmt: skip
     assert not called
+
+
+def test_weights_that_wait_on_another_device_are_refused_before_the_first_call():
+    pipe, called = families.pipeline("unet", None), []
+    config = QuantizationConfig(refine=REFINE, budget=6)
+    given = QuantizationConfig(
+        refine=REFINE, budget=6, overrides={"*": {"weight_bits": 4, "branch_rank": 0}}
+    )
+    with offloading._moved(pipe.unet, torch.device("cpu")):
+        with pytest.raises(InputError, match="budget needs the weights on the device that compute"):
+            quantize(pipe, config, calibration=lambda pipe: called.append(pipe))
+        assert not called
+        quantize(pipe, given, calibration=CALLS)  # nothing is left to choose
+
+
+def test_a_budget_does_without_branches_only_if_asked():
+    def fail(*_args, **_keywords):
+        raise SharedValuesError("cannot wait")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msfp.ptq.quantization.refine_kept", fail)
+        pipe = families.pipeline("unet", None)
+        with pytest.raises(SharedValuesError, match="cannot wait"):
+            quantize(pipe, QuantizationConfig(budget=6), calibration=CALLS)
+        assert not quantized_layers(pipe.unet)
+
+
+def test_the_card_says_the_budget(quantized, tmp_path):
+    pipe = copy.deepcopy(quantized)
+    pack(pipe)
+    msfp.save(pipe, tmp_path / "new")
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "budget of 6 bits for each weight" in text
+    assert "ranks that the budget chose" in text
 
 
 def test_a_budget_needs_calls():

@@ -68,6 +68,10 @@ def test_a_budget_is_the_size_and_its_measurement_is_a_stage(pipe, calls):
     assert found.after == pytest.approx(1_200_000, abs=1)
     assert [stage.name for stage in found.stages][:2] == ["calls", "budget"]
     assert found.stages[1].seconds > 0
+    plenty = estimate(pipe, QuantizationConfig(budget="1GB"), calls=calls)
+    assert found.after < plenty.after < found.before / 2
+    bare = estimate(pipe, QuantizationConfig(budget="1.2MB", refine=None), calls=calls)
+    assert bare.disk > bare.after  # calls are kept for the measurement
     with pytest.raises(InputError, match=r"budget must be at least .* MB for this denoiser"):
         estimate(pipe, QuantizationConfig(budget="100kB"), calls=calls)
 

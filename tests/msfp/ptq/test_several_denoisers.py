@@ -7,6 +7,8 @@ from pipelines import CASES
 import msfp
 from msfp.layers.base import quantized_layers
 from msfp.layers.packed import packed_layers
+from msfp.layers.selection import quantizable_layers
+from msfp.ptq.stored_size import layer_bytes
 
 CASE = CASES["WanPipeline, two experts"]
 CONFIG = msfp.QuantizationConfig(refine=None)
@@ -44,6 +46,21 @@ def test_the_second_denoiser_sees_the_first_in_full_precision(pipe):
     msfp.quantize(both, CONFIG, calibration=CASE.call)
     found = [each.transformer_2.state_dict() for each in (one, both)]
     assert all(torch.equal(found[0][key], value) for key, value in found[1].items())
+
+
+def test_each_denoiser_has_the_budget_to_itself(pipe):
+    plain = {name: quantizable_layers(getattr(pipe, name)) for name in CASE.denoisers}
+    config = msfp.QuantizationConfig(budget=6, end_bits=4, refine=msfp.RefinementConfig(samples=4))
+    msfp.quantize(pipe, config, calibration=CASE.call)
+    for name, layers in plain.items():
+        found = quantized_layers(getattr(pipe, name))
+        sizes = {
+            layer: layer_bytes(layers[layer], each.formats.weight.bits, each.formats.branch_rank)
+            for layer, each in found.items()
+        }
+        weights = sum(layers[layer].weight.numel() for layer in found)
+        assert 5 < 8 * sum(sizes.values()) / weights <= 6
+        assert len({each.formats.weight.bits for each in found.values()}) > 1
 
 
 def test_functions_of_one_network_ask_which(pipe):
