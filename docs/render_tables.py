@@ -14,8 +14,8 @@ from msfp.experiments.study.tables import MARGINS, cell, label, markdown_table, 
 DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
-    "matched", "matched-sweeps", "matched-adaround", "split", "branch-4", "branch-16",
-    "samples-256", "branch-16-int8",
+    "matched", "matched-sweeps", "matched-adaround", "split", "pure", "pure-tokens", "branch-4",
+    "branch-16", "samples-256", "branch-16-int8", "tokens",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (

@@ -24,6 +24,7 @@ from .ptq.estimate import Estimate, estimate
 from .ptq.low_rank_branches import add_branches
 from .ptq.quantization import pack, quantize
 from .ptq.refinement import refine
+from .ptq.token_scales import scale_tokens
 from .schedulers.denoising_factors import denoising_factors, timestep_weights
 from .search.calibration import Calibration
 from .search.coverage import Coverage
@@ -89,6 +90,7 @@ __all__ = [
     "refine",
     "save",
     "save_calls",
+    "scale_tokens",
     "select_denoisers",
     "show_progress",
     "split_inputs",

@@ -87,6 +87,8 @@ class RefinementConfig:
         correct_bias: Which biases correct the mean error of the output: those of "all" layers, only
             that of the "last" layer, or "none". "last" removes the mean shift of the prediction.
         split_inputs: Whether an input that is a concatenation gets one scale for each of its parts.
+        token_scales: Whether linear layers get a scale for each token of their input, where that
+            has less error. It is computed from the token when the layer runs.
         branch_rank: Rank of the low-rank branch beside each layer of less than 8 bits; 0 for no
             branch.
         branch_bits: Bits of the inputs and of the first factor of branches: 8, which integer units
@@ -108,14 +110,15 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            branch_rank=0, branch_bits=8, damping=0.03, samples=None, batch=None, positions=16384,
-            seed=0)
+            token_scales=False, branch_rank=0, branch_bits=8, damping=0.03, samples=None,
+            batch=None, positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
     match_inputs: bool = True
     correct_bias: BiasCorrection = "all"
     split_inputs: bool = True
+    token_scales: bool = False
     branch_rank: int = 16
     branch_bits: Literal[8, 16] = 8
     damping: float = 0.03
@@ -127,7 +130,7 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, get_args(Rounding))
         check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
-        for name in ("match_inputs", "split_inputs"):
+        for name in ("match_inputs", "split_inputs", "token_scales"):
             check_truth(name, getattr(self, name))
         check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
         check_choice("branch_bits", self.branch_bits, (8, 16))

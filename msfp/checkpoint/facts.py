@@ -30,7 +30,9 @@ class LayerFacts:
         layer: Dotted name in the denoiser.
         formats: Formats and granularities of the layer.
         weight_clip: The largest weight that can be represented in any output channel or block.
-        input_scale: Scale of the inputs, or the largest if each channel has one. NaN if inputs are
+        input_scale: Scale of the inputs, or the largest if each channel has one. If each token has
+            one, it is in units of the token's largest magnitude, and so are `clip` and
+            `zero_point`. NaN if inputs are
             not quantized, or use block formats, whose scales are computed from each input.
         clip: The smallest and the largest input that can be represented; NaN if `input_scale` is.
         zero_point: Zero point of the inputs, or None if their format is signed.

@@ -7,8 +7,8 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.families import family_of
-from msfp.layers.formats import BlockFormats, LayerFormats
-from msfp.layers.kinds import PlainLayer
+from msfp.layers.formats import TOKEN, BlockFormats, LayerFormats
+from msfp.layers.kinds import PlainLayer, kind_of
 from msfp.layers.lora.routers import ROUTERS
 from msfp.layers.packed import PackedLayer, add_router
 from msfp.layers.selection import quantizable_layers, replace_layers
@@ -29,7 +29,8 @@ def make_room(
         router: The kind of that router, a key of `ROUTERS`.
 
     Raises:
-        InputError: If the denoiser has no such layer, a layer in block formats has several
+        InputError: If the denoiser has no such layer, a convolution has a scale for each token, a
+            layer in block formats has several
             adapters, or a layer has another number of low-rank branches to choose from.
     """
     plain: dict[str, PlainLayer] = quantizable_layers(denoiser)
@@ -39,6 +40,9 @@ def make_room(
             f"{type(denoiser).__name__} has no layer {missing[0]!r} that can be quantized, but "
             "the checkpoint does"
         )
+    for name, each in formats.items():
+        if each.to_dict()["input_granularity"] == TOKEN and kind_of(plain[name]).places:
+            raise InputError(f"layer {name!r}: input_granularity 'token' is for linear layers")
     with torch.device("meta"):  # draws no random numbers
         kind = ROUTERS[router]
         routes = kind.placeholder(len(formats), adapters, denoiser) if adapters > 1 else None

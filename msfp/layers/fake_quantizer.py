@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fpformats import FloatFormat, quantize_scaled
-from msfp.layers.execution.grids import to_whole, whole_steps
+from msfp.layers.execution.grids import to_whole, token_sizes, whole_steps
 from msfp.layers.float32 import Float32Module
 
 
@@ -21,6 +21,9 @@ class Quantizer(Float32Module):
         scale: Float32, any shape that broadcasts with the input.
         zero_point: Float32, any shape that broadcasts with the input, or None for no zero point.
 
+        by_token: Whether scale and zero point, one number each, are in units of the largest
+            magnitude of each token. Features are then on the last axis of the input.
+
     Attributes:
         whole: Whether the zero point is a whole number of steps, which it then stays in training.
     """
@@ -29,10 +32,15 @@ class Quantizer(Float32Module):
     zero_point: torch.Tensor | None
 
     def __init__(
-        self, fmt: FloatFormat, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+        self,
+        fmt: FloatFormat,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None = None,
+        *,
+        by_token: bool = False,
     ) -> None:
         super().__init__()
-        self.format = fmt
+        self.format, self.by_token = fmt, by_token
         self.scale = nn.Parameter(scale.float(), requires_grad=False)
         self.zero_point = (
             None if zero_point is None else nn.Parameter(zero_point.float(), requires_grad=False)
@@ -60,11 +68,17 @@ class Quantizer(Float32Module):
         steps = (-self.zero_point / step).clamp(0, self.format.max_steps)
         return -to_whole(steps) * step
 
+    def grid(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scale and the zero point of each token of an input, or of all."""
+        if not self.by_token:
+            return self.scale, self.shift
+        sizes, shift = token_sizes(x), self.shift
+        return self.scale * sizes, None if shift is None else shift * sizes
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x rounded, same shape and dtype."""
-        rounded: torch.Tensor = quantize_scaled(
-            x, self.format, self.scale, self.shift, clip_gradient=True
-        )
+        scale, shift = self.grid(x)
+        rounded: torch.Tensor = quantize_scaled(x, self.format, scale, shift, clip_gradient=True)
         return rounded
 
     def steps(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,9 +86,11 @@ class Quantizer(Float32Module):
 
         The gradient is that of rounding, divided by the step.
         """
-        return to_whole(self(x.float()) / self.step)
+        step = self.step * token_sizes(x) if self.by_token else self.step
+        return to_whole(self(x.float()) / step)
 
     def extra_repr(self) -> str:
         """Return the description in `repr`."""
         zero = "" if self.zero_point is None else ", zero_point"
-        return f"{self.format}, scale {tuple(self.scale.shape)}{zero}"
+        tokens = ", by token" if self.by_token else ""
+        return f"{self.format}, scale {tuple(self.scale.shape)}{zero}{tokens}"

@@ -15,8 +15,8 @@ from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.support.checks import check_choice
 
-TENSOR, CHANNEL, BLOCK = "tensor", "channel", "block"
-"""Granularities: one scale for the tensor, for each channel, or for each block."""
+TENSOR, CHANNEL, TOKEN, BLOCK = "tensor", "channel", "token", "block"
+"""Granularities: one scale for the tensor, for each channel, for each token, for each block."""
 KEYS = {
     "weight_format", "weight_granularity", "input_format", "input_granularity", "branch_rank",
 }  # fmt: skip
@@ -36,7 +36,7 @@ class LayerFormats:
         input: Format of the inputs, with a zero point if it is unsigned. None if inputs are not
             quantized.
         input_granularity: "tensor" for one scale of the inputs, "channel" for one scale of each
-            input channel.
+            input channel, "token" for one scale of each token, which is computed from the token.
         branch_rank: Rank of the low-rank branch, 0 for no branch.
         branch_adapters: Number of low-rank branches, of which the routing chooses one.
         branch_input: Format of the input of the low-rank branch, whose first factor is then rounded
@@ -86,7 +86,7 @@ class LayerFormats:
         return cls(
             weights.format,
             None if inputs is None else inputs.format,
-            CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR,
+            _granularity(inputs),
             0 if branch_up is None else branch_up.shape[-1],
             len(branch_up) if branch_up is not None and branch_up.dim() > 2 else 1,
             None if branch_inputs is None else branch_inputs.format,
@@ -155,6 +155,13 @@ class BlockFormats:
         }
 
 
+def _granularity(inputs: Quantizer | None) -> str:
+    """Return which inputs share a scale."""
+    if inputs is not None and inputs.by_token:
+        return TOKEN
+    return CHANNEL if inputs is not None and inputs.scale.dim() else TENSOR
+
+
 def read_formats(names: Any) -> LayerFormats | BlockFormats:
     """Return the formats from the result of `to_dict`.
 
@@ -177,7 +184,7 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
     if BRANCH_INPUT in names:
         check_choice(BRANCH_INPUT, names[BRANCH_INPUT], (str(INPUT_FORMAT),) if rank else ())
     in_blocks = names["weight_granularity"] == BLOCK
-    allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL)
+    allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL, TOKEN)
     check_choice("input_granularity", names["input_granularity"], allowed)
     return _block_formats(names) if in_blocks else _layer_formats(names)
 

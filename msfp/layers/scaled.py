@@ -15,9 +15,15 @@ from torch import nn
 
 from fpformats import decode_scaled, encode_scaled, quantize_scaled
 from msfp.layers.branch_factor import BranchFactor
-from msfp.layers.execution.grids import IntegerGrids, integer_grids, to_whole, whole_steps
+from msfp.layers.execution.grids import (
+    IntegerGrids,
+    integer_grids,
+    to_whole,
+    token_sizes,
+    whole_steps,
+)
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.formats import CHANNEL, LayerFormats
+from msfp.layers.formats import CHANNEL, TOKEN, LayerFormats
 from msfp.layers.kinds import groups_of
 from msfp.layers.packed import PackedLayer, from_bits, to_bits, versions
 
@@ -31,7 +37,8 @@ class ScaledLayer(PackedLayer):
     Attributes:
         weight_scale: Bits of the weight scales, int32, shape (out,).
         input_scale: Bits of the input scale, int32, shape (), or (channels,) with one scale for
-            each channel. None if inputs are not quantized.
+            each channel. With one for each token it is in units of the token's largest magnitude,
+            and so is the zero point. None if inputs are not quantized.
         input_zero_point: Bits of the input zero point, int32, shape (). None if inputs are not
             quantized or their format is signed.
         branch_input_scale: Bits of the scale of the input of a low-rank branch in 8 bits, int32,
@@ -166,6 +173,7 @@ class ScaledLayer(PackedLayer):
         if formats.input is not None and scale is not None and bits is not None:
             whole = whole_steps(formats.input, from_bits(scale), from_bits(bits)) is not None
         groups = groups_of(self)
+        by_token = formats.input_granularity == TOKEN
         return integer_grids(
             formats.weight,
             formats.input,
@@ -174,6 +182,7 @@ class ScaledLayer(PackedLayer):
             terms=self.weight_shape[1:].numel(),
             channels=self.weight_shape[1] * groups,
             groups=groups,
+            by_token=by_token,
         )
 
     @property
@@ -201,6 +210,7 @@ class ScaledLayer(PackedLayer):
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             raise ValueError("the inputs of the layer are not quantized")
         step = self._spread_input_scale() * self.formats.input.step
+        step = step * token_sizes(x) if self.by_token else step
         return to_whole(self.quantize_input(x.float()) / step)
 
     def weight_steps(self, adapter: int) -> torch.Tensor:
@@ -223,6 +233,11 @@ class ScaledLayer(PackedLayer):
             return self.weight_steps(adapter).to(torch.int8)
         return self.quantized_weight(adapter)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether each token of the input has a scale."""
+        return self.formats is not None and self.formats.input_granularity == TOKEN
+
     def _spread_input_scale(self) -> torch.Tensor:
         """Return the input scale in a shape that broadcasts with an input."""
         scale = from_bits(self.input_scale)  # type: ignore[arg-type]
@@ -232,9 +247,12 @@ class ScaledLayer(PackedLayer):
         """Return the input rounded, same shape and dtype; narrow dtypes are computed in float32."""
         if self.formats is None or self.formats.input is None or self.input_scale is None:
             return x
-        zero = None if self.input_zero_point is None else from_bits(self.input_zero_point)
+        scale, zero = self._spread_input_scale(), self.input_shift
+        if self.by_token:
+            sizes = token_sizes(x)
+            scale, zero = scale * sizes, None if zero is None else zero * sizes
         rounded: torch.Tensor = quantize_scaled(
-            x, self.formats.input, self._spread_input_scale(), zero, clip_gradient=True
+            x, self.formats.input, scale, zero, clip_gradient=True
         )
         return rounded
 
@@ -268,7 +286,7 @@ class ScaledLayer(PackedLayer):
         scale = scale.view(-1, *trailing[1:]) if scale.dim() else scale
         bits = self.input_zero_point
         zero = None if bits is None else from_bits(bits).clone()
-        return weights, Quantizer(self.formats.input, scale, zero)
+        return weights, Quantizer(self.formats.input, scale, zero, by_token=self.by_token)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

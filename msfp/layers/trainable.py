@@ -104,6 +104,7 @@ class TrainableLayer(QuantizedLayer):
             terms=shape[1:].numel(),
             channels=shape[1] * groups,
             groups=groups,
+            by_token=inputs is not None and inputs.by_token,
         )
 
     @property

@@ -30,6 +30,7 @@ from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
 from msfp.ptq.side_by_side import check_forwards, probed_layers, visit_layers
 from msfp.ptq.state import QuantizationState
+from msfp.ptq.token_scales import SAMPLES, scale_tokens
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
 from msfp.support.paging import PageFolder
@@ -297,6 +298,11 @@ def refine_kept(
             denoiser, trajectories=trajectories, samples=samples, batch=config.batch,
             seed=config.seed,
         )  # fmt: skip
+    if config.token_scales:
+        few = min(samples, SAMPLES)
+        scale_tokens(
+            denoiser, trajectories=trajectories, samples=few, batch=config.batch, seed=config.seed
+        )
     if pages is not None:
         pages.drop_all(denoiser)
     generator = torch.Generator().manual_seed(config.seed)

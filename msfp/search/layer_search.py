@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,16 +77,30 @@ def search_input(inputs: Histogram, bits: int, name: Scheme) -> tuple[Choice, Ch
     formats = scheme.formats(bits, signed=True)
     if scheme.unsigned and is_asymmetric(inputs):
         formats += scheme.formats(bits, signed=False)
+    choice = search_formats(inputs, formats, clips=scheme.clips)
+    signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
+    return choice, min(signed, key=lambda each: each.squared_error)
+
+
+def search_formats(
+    inputs: Histogram, formats: Sequence[FloatFormat], *, clips: bool = True
+) -> Choice:
+    """Return the best choice of grid among formats for an input.
+
+    Args:
+        inputs: Histogram of the input.
+        formats: The formats; unsigned ones get a zero point.
+        clips: Whether scales are searched, as in `ScaledScheme`.
+    """
     choice = search(
         inputs,
         formats,
-        ratios=RATIOS if scheme.clips else NO_CLIP,
+        ratios=RATIOS if clips else NO_CLIP,
         zero_points=ZERO_POINTS,
-        refine=scheme.clips,
+        refine=clips,
         whole_zero_points=True,
     )
-    signed = (each for fmt, each in choice.by_format.items() if fmt.signed)
-    return _for_integer_units(choice), min(signed, key=lambda each: each.squared_error)
+    return _for_integer_units(choice)
 
 
 def grid_of_branch(inputs: Histogram) -> tuple[float, float] | None:

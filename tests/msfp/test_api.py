@@ -32,7 +32,7 @@ SECOND = {"config", "folder", "bits", "lora", "names", "rank"}
 """What may be given by position after the model."""
 CHANGES = {
     "add_branches", "cache_weights", "finetune", "fuse_lora", "pack", "quantize",
-    "quantize_attention", "refine", "split_inputs", "unpack",
+    "quantize_attention", "refine", "scale_tokens", "split_inputs", "unpack",
 }  # fmt: skip
 """Functions that change their model."""
 NAMES_OF_LAYERS = CHANGES - {"cache_weights", "finetune", "fuse_lora", "quantize"}
@@ -152,6 +152,7 @@ CASES = {
     "save": ("packed", {}),
     "save_calls": ("plain", {"calls": call}),
     "select_denoisers": ("plain", {"names": ["unet"]}),
+    "scale_tokens": ("trainable", TRAINED_ON | {"samples": 4}),
     "split_inputs": ("trainable", TRAINED_ON | {"samples": 4}),
     "unpack": ("packed", {"original": "plain"}),
 }

@@ -110,6 +110,18 @@ _ABLATION = (
     _retired("matched-adaround", "mixup + AdaRound, matched", ("matched",)),
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
     Recipe(
+        "pure",
+        "matched + split inputs, 256 samples",
+        _refined(split_inputs=True, samples=None),
+        against=("split",),
+    ),
+    Recipe(
+        "pure-tokens",
+        "matched + split inputs, 256 samples, scales of tokens",
+        _refined(split_inputs=True, samples=None, token_scales=True),
+        against=("pure",),
+    ),
+    Recipe(
         "branch-4",
         "split + low-rank branch of rank 4",
         _refined(split_inputs=True, branch_rank=4),
@@ -132,6 +144,12 @@ _ABLATION = (
         "split + low-rank branch of rank 16 in 8 bits, 256 samples",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
         against=("samples-256", "mixup", "nvfp4"),
+    ),
+    Recipe(
+        "tokens",
+        "split + low-rank branch of rank 16 in 8 bits, 256 samples, scales of tokens",
+        _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None, token_scales=True),
+        against=(DEFAULT, "pure-tokens"),
     ),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)

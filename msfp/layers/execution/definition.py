@@ -11,13 +11,17 @@ to the dtype of the input. Every back end gives these bits, on every device, in 
 The input of a layer may be split into parts of channels with one scale each. Then S and the two
 products are those of each part. The bias is added to the first part, and the next parts are added
 one by one.
+
+The input of a linear layer may have a scale for each token (`by_token`). Its step is then
+fl(input_step * largest), where `largest` is the largest magnitude of its features (`token_sizes`).
+Its zero point is that of the layer times `largest`, rounded likewise.
 """
 
 from __future__ import annotations
 
 import torch
 
-from msfp.layers.execution.grids import DIGITS, IntegerGrids, to_whole
+from msfp.layers.execution.grids import DIGITS, IntegerGrids, to_whole, token_sizes
 from msfp.layers.execution.protocol import ProductLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,9 +45,10 @@ def float_product(layer: ProductLayer, x: torch.Tensor, adapter: int) -> torch.T
     numbers, weight = layer.input_steps(x), layer.weight_steps(adapter)
     y: torch.Tensor | None = None
     axis = layer.kind.channel_axis(numbers)
+    sizes = token_sizes(x) if grids.by_token else 1.0
     for part, (n, m) in enumerate(_pieces(grids, numbers, weight, axis)):
         total = _exact_sums(layer, n, m, grids.digits)
-        scaled = total * layer.input_step(part)
+        scaled = total * (layer.input_step(part) * sizes)
         scaled = scaled * _by_row(layer, layer.weight_step, scaled)
         if y is None:
             y = scaled if layer.bias is None else scaled + _by_row(layer, layer.bias, scaled)

@@ -8,6 +8,8 @@ import torch
 
 from fpformats import FloatFormat
 
+SMALLEST, LARGEST = 2.0**-100, 2.0**120
+"""Ends of what the largest magnitude of a token is taken as, so that its scale is a number."""
 EXACT = 2**24
 """Float32 sums of whole numbers are exact below this bound, in any order."""
 MAX_SUM = 2**31
@@ -40,6 +42,8 @@ class IntegerGrids:
         terms: Largest number of products in a sum.
         digits: Digits of a weight in float32 products, so that all sums are exact.
         pair: Largest sum of two products of a byte and a weight.
+        by_token: Whether scale and zero point of the input are in units of the largest magnitude of
+            each token.
     """
 
     weight: FloatFormat
@@ -48,6 +52,7 @@ class IntegerGrids:
     terms: int
     digits: int
     pair: int
+    by_token: bool = False
 
 
 def integer_grids(
@@ -59,6 +64,7 @@ def integer_grids(
     terms: int,
     channels: int,
     groups: int = 1,
+    by_token: bool = False,
 ) -> IntegerGrids | str:
     """Return the grids of a layer as whole numbers, or the reason why its product has no such form.
 
@@ -70,6 +76,7 @@ def integer_grids(
         terms: Number of products in one output.
         channels: Number of input channels.
         groups: Number of groups of a convolution.
+        by_token: Whether the scale is in units of the largest magnitude of each token.
     """
     if inputs is None or scale is None:
         return "its inputs are not quantized"
@@ -88,7 +95,8 @@ def integer_grids(
     byte = inputs.max_steps + (128 if inputs.signed else 0)
     if digits is None or terms * MAX_BYTE * weight.max_steps >= MAX_SUM:
         return f"its sums have {terms} products, which may be too much for an int32"
-    return IntegerGrids(weight, inputs, parts, terms, digits, 2 * byte * weight.max_steps)
+    pair = 2 * byte * weight.max_steps
+    return IntegerGrids(weight, inputs, parts, terms, digits, pair, by_token)
 
 
 def _digits(sum_of_inputs: int, weight: FloatFormat) -> int | None:
@@ -122,6 +130,23 @@ def whole_steps(
     steps = (-zero_point.detach() / step).round()
     is_whole = (-steps * step == zero_point) & (steps >= 0) & (steps <= fmt.max_steps)
     return steps if bool(is_whole.all()) else None
+
+
+def token_sizes(x: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of each token, float32, shape (..., 1), without a gradient.
+
+    It is at least 2^-100 and at most 2^120. A token with NaN has 1, so that its other numbers stay
+    numbers.
+
+    Args:
+        x: Features on the last axis.
+
+    Example:
+        >>> token_sizes(torch.tensor([[1.0, -3.0], [0.0, 0.0]])).tolist() == [[3.0], [2.0**-100]]
+        True
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True).float()
+    return largest.clamp(SMALLEST, LARGEST).nan_to_num(1.0)
 
 
 class _Round(torch.autograd.Function):

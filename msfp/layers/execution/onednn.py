@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fpformats import StepEncoder, encode_steps
 from msfp.layers.execution.definition import is_defined
-from msfp.layers.execution.grids import IntegerGrids
+from msfp.layers.execution.grids import IntegerGrids, token_sizes
 from msfp.layers.execution.inputs import input_grid, is_unwatched, padded
 from msfp.layers.execution.operators import (
     Convolution,
@@ -48,12 +48,15 @@ class Part(NamedTuple):
         multiply: The product of bytes and weights.
         channels: Number of input channels.
         padding: Padding with zero that comes before the product, for F.pad, or None.
+        token_step: What a byte counts, in units of the largest magnitude of a token; None where
+            all tokens have one scale. The product gives the sums then.
     """
 
     encode: StepEncoder
     multiply: Product
     channels: int
     padding: list[int] | None
+    token_step: torch.Tensor | None = None
 
 
 class OneDNN:
@@ -139,6 +142,8 @@ def _part_of_product(
 ) -> torch.Tensor | None:
     """Return the product for some input channels; None if they have NaN."""
     try:
+        if part.token_step is not None:
+            return _product_by_token(layer, x, part, part.token_step, bias).to(dtype)
         numbers: torch.Tensor = part.encode(x)
     except ValueError:
         return None
@@ -150,6 +155,30 @@ def _part_of_product(
     return part.multiply(numbers, bias, dtype)
 
 
+def _product_by_token(
+    layer: ProductLayer,
+    x: torch.Tensor,
+    part: Part,
+    step: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the product, in float32, where each token has a scale.
+
+    Raises:
+        ValueError: If the input has NaN (not checked under torch.compile).
+    """
+    encode, sizes = part.encode, token_sizes(x)
+    zero = None if encode.zero_point is None else sizes * encode.zero_point
+    numbers = encode_steps(x, encode.format, sizes * encode.scale, zero)
+    sums = part.multiply(numbers.reshape(-1, x.shape[-1]), None, torch.float32)
+    y, steps = sums.view(*x.shape[:-1], -1), (sizes * step, layer.weight_step.detach())
+    if torch.compiler.is_compiling():  # fuses them, without writing to operands
+        y = y * steps[0] * steps[1]
+        return y if bias is None else y + bias
+    y = y.mul_(steps[0]).mul_(steps[1])
+    return y if bias is None else y.add_(bias)
+
+
 def _traced_product(
     layer: ProductLayer, x: torch.Tensor, parts: list[Part], bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -157,6 +186,10 @@ def _traced_product(
 
     NaN anywhere in the input makes all outputs NaN.
     """
+    step = parts[0].token_step
+    if step is not None:
+        y = _product_by_token(layer, x, parts[0], step, bias)
+        return torch.where(x.isnan().any(), torch.nan, y).to(x.dtype)
     sizes, axis = [each.channels for each in parts], layer.kind.channel_axis(x)
     total: torch.Tensor | None = None
     for channels, part in zip(x.split(sizes, axis), parts, strict=True):
@@ -240,8 +273,9 @@ def prepare(
         grid, offset = input_grid(layer, grids, part), SIGNED_ZERO if grids.input.signed else 0
         encode = StepEncoder(grids.input, grid.scale, grid.shift)
         step, zero = layer.weight_step.detach(), grid.zero + offset
+        scales = (torch.ones_like(step), 1.0) if grids.by_token else (step, grid.step.item())
         multiply = checked_product(
-            Operands(piece, step, grid.step.item(), zero),
+            Operands(piece, *scales, zero),
             (shape[0], channels, *shape[2:]),
             convolution,
             largest=grids.input.max_steps + offset,
@@ -249,7 +283,8 @@ def prepare(
         )
         if multiply is None:
             return []
-        parts.append(Part(encode, multiply, channels, explicit))
+        token_step = grid.step if grids.by_token else None
+        parts.append(Part(encode, multiply, channels, explicit, token_step))
     return parts
 
 

@@ -108,6 +108,7 @@ class TritonPath:
         return (
             device.type == self.device
             and len(grids.parts) == 1
+            and not grids.by_token
             and _is_supported(device)
             and agrees(device)
         )

@@ -283,7 +283,11 @@ DAMAGE = {
     ),
     "input granularity": (
         formats_of("conv_in", input_granularity="row"),
-        r"\('tensor', 'channel'\), not",
+        r"\('tensor', 'channel', 'token'\), not",
+    ),
+    "token scales": (
+        formats_of("conv_in", input_granularity="token"),
+        "layer 'conv_in': input_granularity 'token' is for linear layers",
     ),
     "channel scales": (
         formats_of(UNSIGNED, input_granularity="channel"),
