@@ -111,13 +111,13 @@ _ABLATION = (
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
     Recipe(
         "pure",
-        "matched + split inputs, 256 samples",
+        "default without branches",
         _refined(split_inputs=True, samples=None),
         against=("split",),
     ),
     Recipe(
         "pure-tokens",
-        "matched + split inputs, 256 samples, scales of tokens",
+        "default without branches, with token scales",
         _refined(split_inputs=True, samples=None, token_scales=True),
         against=("pure",),
     ),
@@ -147,7 +147,7 @@ _ABLATION = (
     ),
     Recipe(
         "tokens",
-        "split + low-rank branch of rank 16 in 8 bits, 256 samples, scales of tokens",
+        "default with token scales",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None, token_scales=True),
         against=(DEFAULT, "pure-tokens"),
     ),
