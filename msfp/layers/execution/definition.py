@@ -74,7 +74,11 @@ def _by_row(layer: ProductLayer, numbers: torch.Tensor, y: torch.Tensor) -> torc
 
 def _exact_sums(layer: ProductLayer, n: torch.Tensor, m: torch.Tensor, digits: int) -> torch.Tensor:
     """Return the exact sums, rounded to float32."""
-    n, m = layer.kind.channels_last(n), layer.kind.channels_last(m)
+    if layer.kind.places and m.shape[1] == 1:
+        # With one channel, last in memory, convolutions of torch have given wrong numbers.
+        n, m = (each.clone(memory_format=torch.contiguous_format) for each in (n, m))
+    else:
+        n, m = layer.kind.channels_last(n), layer.kind.channels_last(m)
     if n.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # cuDNN may choose algorithms, such as Winograd's, whose steps are no whole numbers.
         with torch.backends.cudnn.flags(enabled=False):

@@ -14,6 +14,8 @@ from msfp.layers.execution.grids import EXACT
 
 COMPARED = 100
 """Number of results, at least, that are compared with the definition."""
+LONG = 3072
+"""Terms of the sums of examples that need more than 24 bits."""
 FEW = 1 << 14
 """Number of results up to which `torch._int_mm` and several passes are faster."""
 LARGEST = {False: (191, 64), True: (255, 127)}
@@ -157,9 +159,18 @@ def prepare_product(
     convolution: Convolution | None,
     *,
     fused: bool,
+    long: bool = False,
 ) -> Product:
-    """Return the product of bytes of a shape and a weight."""
-    if convolution is None and shape[0] * len(operands.weight) <= FEW:
+    """Return the product of bytes of a shape and a weight.
+
+    Args:
+        operands: The weight, and what its numbers and bytes count.
+        shape: Shape of the bytes.
+        convolution: How it moves, or None for a product of matrices.
+        fused: As for `LargeProduct`.
+        long: Whether sums need more than 24 bits, and only `torch._int_mm` has them all.
+    """
+    if convolution is None and (long or shape[0] * len(operands.weight) <= FEW):
         return SmallMatrix(operands)
     return LargeProduct(operands, shape, convolution, fused=fused)
 
@@ -193,14 +204,18 @@ def checked_product(
         largest: The largest byte.
         wide: Whether pairs of products need more than 16 bits.
     """
-    key = (tuple(operands.weight.shape), shape, convolution, operands.zero == 0, wide)
+    long = operands.zero != 0 and _largest_sum(operands.weight, largest) >= EXACT
+    long = long and not has_long_sums()
+    key = (tuple(operands.weight.shape), shape, convolution, operands.zero == 0, wide, long)
     given = (operands, shape, convolution)
     if key not in _modes:
         fused = fuses(wide=wide)
         modes = () if fused is None else (True, False) if fused else (False,)
         if convolution is not None and convolution.groups > 1:
             modes = modes[-1:]  # some of their algorithms round in another order
-        _modes[key] = next((each for each in modes if _is_right(*given, largest, each)), None)
+        if convolution is not None and long:
+            modes = ()
+        _modes[key] = next((each for each in modes if _is_right(*given, largest, each, long)), None)
         if _modes[key] is None:
             warnings.warn(
                 f"products of the shapes {key[0]} and {shape} are computed in floating point: the "
@@ -208,7 +223,14 @@ def checked_product(
                 stacklevel=2,
             )
     mode = _modes[key]
-    return None if mode is None else prepare_product(*given, fused=mode)
+    return None if mode is None else prepare_product(*given, fused=mode, long=long)
+
+
+def _largest_sum(weight: torch.Tensor, largest: int) -> int:
+    """Return the largest magnitude of the sums of bytes times weights."""
+    rows = weight.flatten(1)
+    ends = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1).neg()
+    return largest * int(torch.maximum(*ends).amax())
 
 
 def _is_right(
@@ -217,9 +239,10 @@ def _is_right(
     convolution: Convolution | None,
     largest: int,
     fused: bool,
+    long: bool,
 ) -> bool:
     """Compare a product with its definition, on random bytes."""
-    multiply = prepare_product(operands, shape, convolution, fused=fused)
+    multiply = prepare_product(operands, shape, convolution, fused=fused, long=long)
     generator = torch.Generator().manual_seed(0)
     shape = (max(shape[0], 1), *shape[1:])
     bias = torch.randn(len(operands.weight), generator=generator)
@@ -271,6 +294,20 @@ def _checked(wide: bool) -> bool | None:
     return None
 
 
+@functools.cache
+def has_long_sums() -> bool:
+    """Return whether sums that need more than 24 bits are exact on this machine.
+
+    Those of AMX are float32 numbers before what a zero point adds is subtracted.
+    """
+    return all(
+        _agrees(wide, each, bool(fuses(wide=wide)), long=True)
+        for wide in (False, True)
+        for each in _EXAMPLES
+        if fuses(wide=wide) is not None
+    )
+
+
 _EXAMPLES = (
     None,
     Convolution((1,), (1,), (1,), 1),
@@ -280,19 +317,31 @@ _EXAMPLES = (
 )
 
 
-def _agrees(wide: bool, convolution: Convolution | None, fused: bool) -> bool:
-    """Compare the operators with the definition for one kind of layer."""
+def _agrees(
+    wide: bool, convolution: Convolution | None, fused: bool, *, long: bool = False
+) -> bool:
+    """Compare the operators with the definition for one kind of layer.
+
+    Args:
+        wide: As for `fuses`.
+        convolution: The kind, or None for a product of matrices.
+        fused: As for `LargeProduct`.
+        long: Whether some sums need more than 24 bits.
+    """
     generator = torch.Generator().manual_seed(0)
     byte, most = LARGEST[wide]
     places = 0 if convolution is None else len(convolution.stride)
     groups = 1 if convolution is None else convolution.groups
-    shape = (48, 64 // groups, *(3,) * places)
+    inputs = 64 * (-(-LONG // 3**places) // 64 if long else 1)
+    shape = (48, inputs // groups, *(3,) * places)
     weight = torch.randint(-most, most + 1, shape, generator=generator).to(torch.int8)
     weight[0], weight[1], weight[2] = most, -most, most
+    if not long:
+        weight.flatten(1)[:3, (EXACT - 1) // (byte * most) :] = 0
     step = torch.rand(48, generator=generator) / 100 + 1e-3
     bias = torch.randn(48, generator=generator)
     for rows in (3, 3 if places else 400):
-        x = torch.randint(0, byte + 1, (rows, 64, *(6,) * places), generator=generator)
+        x = torch.randint(0, byte + 1, (rows, inputs, *(6,) * places), generator=generator)
         x = x.to(torch.uint8)
         x[0] = byte
         for zero, given in ((0, None), (0, bias), (3, bias), (128, None)):
