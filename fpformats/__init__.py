@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpformats.engine.backends import show_backends
 from fpformats.engine.bit_packing import pack, unpack
+from fpformats.fitting.block_scales import search_blocks
 from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import Choice, search
 from fpformats.formats import FloatFormat, Specials, format_name, p3109
@@ -80,6 +81,7 @@ __all__ = [
     "quantize_parametric",
     "quantize_scaled",
     "search",
+    "search_blocks",
     "show_backends",
     "unpack",
     "values",

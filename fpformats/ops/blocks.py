@@ -8,6 +8,8 @@ other composition works the same way.
 
 The quotient that is rounded to the scale is one float64 operation. v / s and element * s are
 float32 operations (float64 for float64 values), with true division.
+
+Scales may also be given, such as those that `fpformats.fitting.block_scales` finds.
 """
 
 from __future__ import annotations
@@ -131,7 +133,8 @@ class Blocks(NamedTuple):
     Attributes:
         codes: Codes of the elements, of the shape of the data.
         scales: Codes of the scales; along the axis of the blocks, one for each block.
-        tensor_scale: The float32 scale of the whole tensor, None if there is none.
+        tensor_scale: The float32 scale of the whole tensor, or several that broadcast to the shape
+            of `scales`. None if there is none.
     """
 
     codes: Any
@@ -163,6 +166,8 @@ def encode_blocks(
     fmt: BlockFormat | str,
     *,
     axis: int = -1,
+    scales: Any = None,
+    tensor_scale: Any = None,
     rounding: str = NEAREST,
     saturation: str = FINITE,
     random: Any = None,
@@ -180,6 +185,9 @@ def encode_blocks(
         x: Array or tensor of float16, bfloat16, float32 or float64, of at least one dimension.
         fmt: The block format, or the name of one of `PRESETS`.
         axis: The axis that blocks lie along.
+        scales: Codes of the scales, as in `Blocks`. None computes them by the rule of the format.
+        tensor_scale: The float32 scale of the whole tensor, as in `Blocks`, such as one from
+            calibration. None computes it. Scales that would be too large for their format saturate.
         rounding: Rounding mode of the elements, as in `fpformats.quantize`.
         saturation: Saturation mode of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
@@ -191,9 +199,12 @@ def encode_blocks(
         Codes and scales, of the library and device of `x`.
 
     Raises:
-        TypeError: If `x` is not a floating-point array, or `fmt` not a block format.
-        ValueError: If `axis` is out of range, the formats do not fit into the compute dtype, or
-            `x` contains NaN and the scale format has none.
+        TypeError: If `x` is not a floating-point array, `fmt` not a block format, `scales` are not
+            integers, or an argument is of another library than `x`.
+        ValueError: If `axis` is out of range, the formats do not fit into the compute dtype, `x`
+            contains NaN and the scale format has none, `scales` do not match the blocks or lack
+            the tensor scale that the format has, or `tensor_scale` is not positive and finite,
+            does not broadcast to the scales, or the format has none.
 
     Example:
         >>> blocks = encode_blocks(np.array([[1.0, -3.0, 0.2], [0.0, 8.0, 100.0]]), MXFP4)
@@ -204,12 +215,12 @@ def encode_blocks(
     axis = _checked_axis(x, tuple(getattr(x, "shape", ())), axis)
     check_packable(x, fmt.element, packed)
     working = compute_dtype(float_dtype_of(x)).name
-    xp, tensor_scale, scales, divisors = _scales(x, fmt, axis, working)
-    if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
+    xp, whole, numbers, divisors = _scales(x, fmt, axis, working, scales, tensor_scale)
+    if not fmt.scale.has_nan and not is_hidden(numbers) and bool(xp.isnan(numbers).any()):
         raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
     with quiet():
         v = widened(x, float_dtype_named(working)) / divisors
-        # The scale is already NaN, so any code will do if the element format has no NaN.
+        # A computed scale is already NaN, so any code will do if the element format has no NaN.
         codes = elementwise.encode(
             v,
             fmt.element,
@@ -217,13 +228,15 @@ def encode_blocks(
             saturation=saturation,
             random=random,
             random_bits=random_bits,
-            nan=None if fmt.element.has_nan or not fmt.scale.has_nan else 0,
+            nan=0 if scales is None and fmt.scale.has_nan and not fmt.element.has_nan else None,
         )
     if fmt.twos_complement:
         codes = _twos_complement(xp, codes, fmt.element)
     if packed:
         codes = pack(codes, fmt.element.bits)
-    return Blocks(codes, elementwise.encode(scales, fmt.scale), tensor_scale)
+    return Blocks(
+        codes, elementwise.encode(numbers, fmt.scale) if scales is None else scales, whole
+    )
 
 
 def decode_blocks(
@@ -284,6 +297,8 @@ def quantize_blocks(
     fmt: BlockFormat | str,
     *,
     axis: int = -1,
+    scales: Any = None,
+    tensor_scale: Any = None,
     rounding: str = NEAREST,
     saturation: str = FINITE,
     random: Any = None,
@@ -298,6 +313,8 @@ def quantize_blocks(
         x: As in `encode_blocks`.
         fmt: The block format, or its name.
         axis: The axis that blocks lie along.
+        scales: As in `encode_blocks`.
+        tensor_scale: As in `encode_blocks`.
         rounding: Rounding mode of the elements, as in `fpformats.quantize`.
         saturation: Saturation mode of the elements, as in `fpformats.quantize`.
         random: As in `fpformats.quantize`.
@@ -322,7 +339,7 @@ def quantize_blocks(
     working = compute_dtype(dtype)
     check_out(out, x)
     learning = needs_gradient(x, out=out)
-    _, _, _, divisors = _scales(x, fmt, axis, working.name)
+    _, _, _, divisors = _scales(x, fmt, axis, working.name, scales, tensor_scale)
     with quiet():
         q = elementwise.quantize(
             widened(x, working) / divisors,
@@ -357,25 +374,79 @@ def as_block_format(fmt: Any) -> BlockFormat:
     return PRESETS[fmt.upper()]
 
 
-def _scales(x: Any, fmt: BlockFormat, axis: int, working: str) -> tuple[ModuleType, Any, Any, Any]:
-    """Give the library, the tensor's scale, the blocks' scales, and the divisors of `x`."""
+def _scales(
+    x: Any, fmt: BlockFormat, axis: int, working: str, codes: Any, tensor_scale: Any
+) -> tuple[ModuleType, Any, Any, Any]:
+    """Give the library, the tensor's scale, the blocks' scales, and the divisors of `x`.
+
+    Codes of the scales and the tensor's scale may be given; None computes them.
+    """
     xp = library_of(x)
+    shape = list(x.shape)
+    shape[axis] = -(-shape[axis] // fmt.size)
+    whole = _given_tensor_scale(xp, x, fmt, shape, tensor_scale)
+    if codes is None:
+        scales, whole = _computed_scales(xp, x, fmt, axis, whole)
+    else:
+        _check_given(codes, x, fmt, shape, whole)
+        scales = elementwise.decode(codes, fmt.scale, dtype="float64")
+    with quiet():
+        totals = cast(scales, working)
+        if whole is not None:
+            totals = totals * cast(whole, working)
+    divisors = take_blocks(totals, fmt.size, axis, x.shape[axis])
+    return xp, whole, scales, xp.where(divisors == 0, float("inf"), divisors)
+
+
+def _computed_scales(
+    xp: ModuleType, x: Any, fmt: BlockFormat, axis: int, tensor_scale: Any
+) -> tuple[Any, Any]:
+    """Give the scales that follow from the rule, and the tensor's scale, which may be given."""
     magnitudes = widened(x, float_dtype_named("float64"))
     magnitudes = abs(magnitudes) if fmt.element.signed else xp.clip(magnitudes, 0.0, None)
     largest = _block_maxima(xp, magnitudes, fmt.size, axis)
     by_max = fmt.rule in (ScaleRule.RCeil, ScaleRule.Max)
     quotients = largest / (fmt.element.max if by_max else 2.0**fmt.element.max_exponent)
-    tensor_scale = None
     with quiet():
         if fmt.tensor_scale:
-            tensor_scale = _tensor_scale(xp, largest, fmt)
+            tensor_scale = _tensor_scale(xp, largest, fmt) if tensor_scale is None else tensor_scale
             quotients = quotients / tensor_scale
-        scales = elementwise.quantize(quotients, fmt.scale, rounding=_ROUNDINGS[fmt.rule])
-        totals = cast(scales, working)
-        if tensor_scale is not None:
-            totals = totals * cast(tensor_scale, working)
-    divisors = take_blocks(totals, fmt.size, axis, x.shape[axis])
-    return xp, tensor_scale, scales, xp.where(divisors == 0, float("inf"), divisors)
+        return elementwise.quantize(
+            quotients, fmt.scale, rounding=_ROUNDINGS[fmt.rule]
+        ), tensor_scale
+
+
+def _given_tensor_scale(
+    xp: ModuleType, x: Any, fmt: BlockFormat, shape: list[int], tensor_scale: Any
+) -> Any:
+    """Give a tensor scale as float32 of the library of `x`, checked; None if none is given."""
+    if tensor_scale is None:
+        return None
+    if not fmt.tensor_scale:
+        raise ValueError(f"tensor_scale is {tensor_scale!r}; the format has none: it must be None")
+    if is_tensor(tensor_scale) and not is_tensor(x):
+        raise TypeError(f"tensor_scale is a {type(tensor_scale).__name__}; x is a NumPy array")
+    on = {"device": x.device} if is_tensor(x) else {}
+    scale = xp.asarray(tensor_scale, dtype=xp.float32, **on)
+    ends = zip(reversed(scale.shape), reversed(shape), strict=False)
+    if len(scale.shape) > len(shape) or any(size not in (1, wanted) for size, wanted in ends):
+        raise ValueError(
+            f"tensor_scale has shape {tuple(scale.shape)}, which does not broadcast to the shape "
+            f"{tuple(shape)} of the scales"
+        )
+    if not is_hidden(scale) and not bool(((scale > 0) & (scale < float("inf"))).all()):
+        raise ValueError("tensor_scale must be positive and finite")
+    return scale
+
+
+def _check_given(codes: Any, x: Any, fmt: BlockFormat, shape: list[int], whole: Any) -> None:
+    """Raise an error unless codes of scales are of the library of `x`, and suit its blocks."""
+    if is_tensor(codes) != is_tensor(x) or not (is_tensor(codes) or isinstance(codes, np.ndarray)):
+        raise TypeError(f"scales is a {type(codes).__name__}; x is a {type(x).__name__}")
+    if tuple(codes.shape) != tuple(shape):
+        raise ValueError(f"scales has shape {tuple(codes.shape)}; x needs {tuple(shape)}")
+    if fmt.tensor_scale and whole is None:
+        raise ValueError("tensor_scale is None; scales of this format need the one they belong to")
 
 
 def _tensor_scale(xp: ModuleType, largest: Any, fmt: BlockFormat) -> Any:

@@ -206,9 +206,9 @@ def execution(facts: Sequence[LayerFacts]) -> list[str]:
         more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
         sentences.append(f"In floating point: {named}{more} ({why}).")
     branches = [
-        each.formats.branch_input is not None
+        isinstance(each.formats, LayerFormats) and each.formats.branch_input is not None
         for each in facts
-        if isinstance(each.formats, LayerFormats) and each.formats.branch_rank
+        if each.formats.branch_rank
     ]
     if branches:
         narrow = f"{sum(branches)} of {len(branches)}"

@@ -21,6 +21,7 @@ from torch import nn
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.checkpoint.io import save
 from msfp.errors import InputError
+from msfp.layers.block import BlockLayer
 from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import groups_of
 from msfp.layers.lora.talora import remove_router
@@ -84,7 +85,7 @@ def export_lora(model: DiffusionPipeline, folder: str | Path) -> Path:
     tensors = lora_tensors(model)
     bare = copy.deepcopy(denoiser_of(model))
     for layer in packed_layers(bare).values():
-        if isinstance(layer, ScaledLayer):
+        if isinstance(layer, ScaledLayer | BlockLayer):
             layer.remove_branch()
     attach_again(bare)
     folder = check_path("folder", folder)

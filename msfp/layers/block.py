@@ -1,22 +1,22 @@
-"""Layers with weight and input in block formats, MX and NVFP4.
-
-They need no search and cannot be trained, so they are packed from the start.
-"""
+"""Packed layers with weight and input in block formats, MX and NVFP4."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 import torch
 from torch import nn
 
-from fpformats import Blocks, decode_blocks, encode_blocks, pack, quantize_blocks, unpack
+from fpformats import Blocks, decode_blocks, encode_blocks, pack, unpack
 from msfp.errors import InputError
+from msfp.layers.base import quantized_layers
+from msfp.layers.block_quantizer import WEIGHT_AXIS, BlockQuantizer, quantize_input_blocks
 from msfp.layers.formats import BlockFormats
-from msfp.layers.packed import PackedLayer, from_bits, packed_layers, to_bits
+from msfp.layers.packed import PackedLayer, add_empty_branch, from_bits, packed_layers, to_bits
 
-WEIGHT_AXIS = 1
-"""The axis of a weight along which blocks are formed: the input channels."""
+FLOAT_REASON = "block formats have a scale for each block"
+"""Why integer units do not compute these layers."""
 
 
 class BlockLayer(PackedLayer):
@@ -30,7 +30,6 @@ class BlockLayer(PackedLayer):
     """
 
     formats: BlockFormats | None = None
-    branch_down = branch_up = None
     weight_scale: torch.Tensor
     tensor_scale: torch.Tensor | None
 
@@ -45,6 +44,7 @@ class BlockLayer(PackedLayer):
         packed.register_buffer("weight_scale", scale)
         bits = torch.zeros((), dtype=torch.int32, device=device)
         packed.register_buffer("tensor_scale", bits if fmt.tensor_scale else None)
+        add_empty_branch(packed, formats.branch_rank)
         return packed
 
     @classmethod
@@ -52,25 +52,51 @@ class BlockLayer(PackedLayer):
     def of_weight(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
         """Return a layer with another's attributes and bias, and with a packed weight."""
         packed = cls.empty_like(layer, formats)
-        blocks = encode_blocks(weight, formats.weight_blocks, axis=WEIGHT_AXIS)
-        packed.codes = nn.Parameter(pack(blocks.codes, formats.bits), requires_grad=False)
-        packed.weight_scale = blocks.scales
-        if blocks.tensor_scale is not None:
-            packed.tensor_scale = to_bits(blocks.tensor_scale)
+        packed._set_blocks(encode_blocks(weight, formats.weight_blocks, axis=WEIGHT_AXIS))
         return packed
+
+    @classmethod
+    @torch.no_grad()
+    def of_quantizer(
+        cls,
+        layer: nn.Module,
+        weight: torch.Tensor,
+        quantizer: BlockQuantizer,
+        formats: BlockFormats,
+    ) -> Self:
+        """Return a layer with another's attributes, bias and branch, and with a packed weight."""
+        down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
+        packed = cls.empty_like(layer, formats)
+        packed.branch_down, packed.branch_up = down, up
+        codes = quantizer.encode(weight)
+        packed._set_blocks(Blocks(codes, quantizer.codes.clone(), quantizer.tensor_scale))
+        return packed
+
+    def _set_blocks(self, blocks: Blocks) -> None:
+        """Set the codes and scales of the weight."""
+        if self.formats is None:
+            raise ValueError("the layer has no formats yet")
+        self.codes = nn.Parameter(pack(blocks.codes, self.formats.bits), requires_grad=False)
+        self.weight_scale = blocks.scales
+        if blocks.tensor_scale is not None:
+            self.tensor_scale = to_bits(blocks.tensor_scale)
+
+    def remove_branch(self) -> None:
+        """Remove the low-rank branch, if there is one."""
+        if self.formats is not None:
+            self.formats = replace(self.formats, branch_rank=0)
+            self.branch_down = self.branch_up = None
 
     @property
     def integer_grids(self) -> str:
         """The reason why the operands are not whole numbers times one step."""
-        return "block formats have a scale for each block"
+        return FLOAT_REASON
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded with one scale for each block of channels; same shape, dtype."""
         if self.formats is None or self.formats.input_blocks is None:
             return x
-        axis = self.kind.channel_axis(x)
-        rounded: torch.Tensor = quantize_blocks(x, self.formats.input_blocks, axis=axis)
-        return rounded
+        return quantize_input_blocks(x, self.formats.input_blocks, self.kind.channel_axis(x))
 
     def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
         """Return the dequantized weight; block layers have one adapter, so `adapter` is ignored."""
@@ -94,5 +120,8 @@ def block_layers(denoiser: nn.Module) -> dict[str, BlockLayer]:
 
 def refuse_block_layers(denoiser: nn.Module) -> None:
     """Raise InputError if a denoiser has block layers, which cannot be fine-tuned."""
-    for name, layer in block_layers(denoiser).items():
-        raise InputError(f"layer {name!r} cannot be fine-tuned: {layer.formats} are block formats")
+    for name, layer in quantized_layers(denoiser).items():
+        if isinstance(layer.formats, BlockFormats):
+            raise InputError(
+                f"layer {name!r} cannot be fine-tuned: {layer.formats} are block formats"
+            )

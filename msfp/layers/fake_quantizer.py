@@ -56,6 +56,10 @@ class Quantizer(Float32Module):
         """The scale times the format's step, without a gradient, shape of the scale."""
         return self.scale.detach() * self.format.step
 
+    def scales_of(self, shape: torch.Size) -> torch.Tensor:  # noqa: ARG002
+        """Return the scales of a weight of a shape, in a shape that broadcasts to it."""
+        return self.scale
+
     @property
     def shift(self) -> torch.Tensor | None:
         """The zero point; if it is whole, rounded to a whole number of steps."""

@@ -10,6 +10,7 @@ from msfp.layers.block import BlockLayer
 from msfp.layers.kinds import plain_class
 from msfp.layers.scaled import ScaledLayer
 from msfp.layers.trainable import TrainableLayer
+from msfp.layers.trainable_block import TrainableBlockLayer
 
 
 class QuantLinear(ScaledLayer, nn.Linear):  # type: ignore[override]
@@ -23,7 +24,13 @@ class TrainableLinear(TrainableLayer, nn.Linear):
 
 
 class BlockLinear(BlockLayer, nn.Linear):  # type: ignore[override]
-    """nn.Linear with weight and input in blocks."""
+    """nn.Linear with packed weight and quantized input in blocks."""
+
+
+class TrainableBlockLinear(TrainableBlockLayer, nn.Linear):
+    """nn.Linear with quantized weight and input in blocks, to be refined."""
+
+    block_class = BlockLinear
 
 
 class QuantConv1d(ScaledLayer, nn.Conv1d):  # type: ignore[override]
@@ -37,7 +44,13 @@ class TrainableConv1d(TrainableLayer, nn.Conv1d):
 
 
 class BlockConv1d(BlockLayer, nn.Conv1d):  # type: ignore[override]
-    """nn.Conv1d with weight and input in blocks."""
+    """nn.Conv1d with packed weight and quantized input in blocks."""
+
+
+class TrainableBlockConv1d(TrainableBlockLayer, nn.Conv1d):
+    """nn.Conv1d with quantized weight and input in blocks, to be refined."""
+
+    block_class = BlockConv1d
 
 
 class QuantConv2d(ScaledLayer, nn.Conv2d):  # type: ignore[override]
@@ -51,7 +64,13 @@ class TrainableConv2d(TrainableLayer, nn.Conv2d):
 
 
 class BlockConv2d(BlockLayer, nn.Conv2d):  # type: ignore[override]
-    """nn.Conv2d with weight and input in blocks."""
+    """nn.Conv2d with packed weight and quantized input in blocks."""
+
+
+class TrainableBlockConv2d(TrainableBlockLayer, nn.Conv2d):
+    """nn.Conv2d with quantized weight and input in blocks, to be refined."""
+
+    block_class = BlockConv2d
 
 
 class QuantConv3d(ScaledLayer, nn.Conv3d):  # type: ignore[override]
@@ -65,7 +84,13 @@ class TrainableConv3d(TrainableLayer, nn.Conv3d):
 
 
 class BlockConv3d(BlockLayer, nn.Conv3d):  # type: ignore[override]
-    """nn.Conv3d with weight and input in blocks."""
+    """nn.Conv3d with packed weight and quantized input in blocks."""
+
+
+class TrainableBlockConv3d(TrainableBlockLayer, nn.Conv3d):
+    """nn.Conv3d with quantized weight and input in blocks, to be refined."""
+
+    block_class = BlockConv3d
 
 
 class Family(NamedTuple):
@@ -75,18 +100,20 @@ class Family(NamedTuple):
         packed: Class with packed codes and one scale for each output channel.
         trainable: Class with the full-precision weight.
         block: Class with packed codes and one scale for each block.
+        trainable_block: Class with the full-precision weight, and one scale for each block.
     """
 
     packed: type[ScaledLayer]
     trainable: type[TrainableLayer]
     block: type[BlockLayer]
+    trainable_block: type[TrainableBlockLayer]
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
-    nn.Linear: Family(QuantLinear, TrainableLinear, BlockLinear),
-    nn.Conv1d: Family(QuantConv1d, TrainableConv1d, BlockConv1d),
-    nn.Conv2d: Family(QuantConv2d, TrainableConv2d, BlockConv2d),
-    nn.Conv3d: Family(QuantConv3d, TrainableConv3d, BlockConv3d),
+    nn.Linear: Family(QuantLinear, TrainableLinear, BlockLinear, TrainableBlockLinear),
+    nn.Conv1d: Family(QuantConv1d, TrainableConv1d, BlockConv1d, TrainableBlockConv1d),
+    nn.Conv2d: Family(QuantConv2d, TrainableConv2d, BlockConv2d, TrainableBlockConv2d),
+    nn.Conv3d: Family(QuantConv3d, TrainableConv3d, BlockConv3d, TrainableBlockConv3d),
 }
 """The quantized classes of each plain class in `kinds.KINDS`."""
 

@@ -114,6 +114,7 @@ class BlockFormats:
     Attributes:
         weight: Name of the weight's block format in `fpformats`.
         input: Name of the inputs' block format, or None if inputs are not quantized.
+        branch_rank: Rank of the low-rank branch, which is in full precision; 0 for no branch.
 
     Example:
         >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
@@ -125,6 +126,7 @@ class BlockFormats:
 
     weight: str
     input: str | None = None
+    branch_rank: int = 0
 
     @property
     def weight_blocks(self) -> BlockFormat:
@@ -142,7 +144,12 @@ class BlockFormats:
         return self.weight_blocks.element.bits
 
     def __str__(self) -> str:
-        return f"weight={self.weight}" + ("" if self.input is None else f", input={self.input}")
+        parts = [f"weight={self.weight}"]
+        if self.input is not None:
+            parts.append(f"input={self.input}")
+        if self.branch_rank:
+            parts.append(f"branch_rank={self.branch_rank}")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
@@ -151,7 +158,7 @@ class BlockFormats:
             "weight_granularity": BLOCK,
             "input_format": self.input,
             "input_granularity": BLOCK,
-            "branch_rank": 0,
+            "branch_rank": self.branch_rank,
         }
 
 
@@ -202,12 +209,13 @@ def _layer_formats(names: dict[str, Any]) -> LayerFormats:
 
 
 def _block_formats(names: dict[str, Any]) -> BlockFormats:
-    if names["branch_rank"]:
-        raise InputError(f"branch_rank must be 0 in block formats, not {names['branch_rank']}")
+    for key in (BRANCH_ADAPTERS, BRANCH_INPUT):
+        if key in names:
+            raise InputError(f"{key} must be absent in block formats, not {names[key]!r}")
     known = dict.fromkeys(name for widths in BLOCK_SCHEMES.values() for name in widths.values())
     check_choice("weight_format", names["weight_format"], known)
     check_choice("input_format", names["input_format"], (*known, None))
-    return BlockFormats(names["weight_format"], names["input_format"])
+    return BlockFormats(names["weight_format"], names["input_format"], names["branch_rank"])
 
 
 def narrow_format(key: str, name: Any) -> FloatFormat:

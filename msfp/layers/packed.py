@@ -193,6 +193,23 @@ def _nothing_kept() -> dict[str, Any]:
     return {"_kept": {}, "_kept_of": (), "_factors": {}, "_factors_of": ()}
 
 
+def add_empty_branch(packed: PackedLayer, rank: int, adapters: int = 1) -> None:
+    """Give a packed layer factors of a low-rank branch, or of several, with numbers of 0.
+
+    Args:
+        packed: The layer, in place.
+        rank: Rank of the branch; 0 for no branch.
+        adapters: Number of branches.
+    """
+    rows, columns = packed.weight_shape[0], packed.weight_shape[1:].numel()
+    for name, *shape in (("branch_down", rank, columns), ("branch_up", rows, rank)):
+        several = (adapters,) if adapters > 1 else ()
+        factor = torch.zeros(*several, *shape, dtype=packed.dtype, device=packed.codes.device)
+        # If a gradient is required, products may differ in the last bit.
+        fixed = nn.Parameter(factor, requires_grad=False)
+        packed.register_parameter(name, fixed if rank else None)
+
+
 def versions(*tensors: torch.Tensor | None) -> int:
     """Return a number that changes when one of some tensors is changed in place."""
     try:

@@ -25,7 +25,7 @@ from msfp.layers.execution.grids import (
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.formats import CHANNEL, TOKEN, LayerFormats
 from msfp.layers.kinds import groups_of
-from msfp.layers.packed import PackedLayer, from_bits, to_bits, versions
+from msfp.layers.packed import PackedLayer, add_empty_branch, from_bits, to_bits, versions
 
 GRIDS = "grids"
 """Key of the integer grids in what a layer keeps."""
@@ -74,16 +74,7 @@ class ScaledLayer(PackedLayer):
         ):
             bits = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             packed.register_buffer(name, bits if needed else None)
-        rank, columns = formats.branch_rank, weight[0].numel()
-        for name, rows, width in (
-            ("branch_down", rank, columns),
-            ("branch_up", len(weight), rank),
-        ):
-            shape = (*((formats.branch_adapters,) if several else ()), rows, width)
-            factor = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            # If a gradient is required, products may differ in the last bit.
-            fixed = nn.Parameter(factor, requires_grad=False)
-            packed.register_parameter(name, fixed if rank else None)
+        add_empty_branch(packed, formats.branch_rank, formats.branch_adapters)
         return packed
 
     @classmethod

@@ -13,6 +13,7 @@ from fpformats import search
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import MAX_BITS, MAX_RANK
 from msfp.errors import InputError
+from msfp.layers.block_quantizer import BlockQuantizer
 from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.kinds import groups_of
@@ -155,6 +156,8 @@ def _keep(name: str, layer: TrainableLayer, state: QuantizationState | None) -> 
 
 def _searched(weight: torch.Tensor, old: Quantizer) -> Quantizer:
     """Return a new quantizer of a weight, with the kind, width and granularity of the old one."""
+    if isinstance(old, BlockQuantizer):
+        return BlockQuantizer.of(old.name, weight)
     axis = 0 if len(old.scale.unique()) > 1 else None
     choice = search(weight, formats_like(old.format), ratios=WEIGHT_RATIOS, axis=axis)
     scale = torch.as_tensor(choice.scale, dtype=torch.float32, device=weight.device)

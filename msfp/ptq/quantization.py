@@ -68,7 +68,8 @@ def quantize(
     """Quantize the denoisers of a pipeline, or a network, in place.
 
     Trainable quantized layers replace the layers that the config selects, and share their
-    parameters. With block schemes, packed layers replace them, as in `msfp.layers.block`.
+    parameters. With block schemes, and without refinement, packed layers replace them, as in
+    `msfp.layers.block`.
 
     Denoisers may be offloaded by Accelerate (`cpu_offload`, `disk_offload`, a device map) or
     diffusers (`enable_sequential_cpu_offload`, `enable_group_offload`). Their hooks are off while
@@ -309,8 +310,9 @@ class _Quantization:
         layers, summaries = {}, []
         for name, each in settings.items():
             layers[name], summary = searched_layer(
-                name, self.plain[name], each, self.seen, self.state
-            )
+                name, self.plain[name], each, self.seen, self.state,
+                refined=self.refinement is not None,
+            )  # fmt: skip
             summaries.append(summary)
             if pages is not None:
                 pages.drop(self.plain[name].weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +13,7 @@ from torch import nn
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import RefinementConfig
 from msfp.errors import InputError
+from msfp.layers.block_quantizer import BlockQuantizer
 from msfp.layers.trainable import untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
@@ -29,7 +31,7 @@ from msfp.ptq.moments import (
 from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
 from msfp.ptq.side_by_side import check_forwards, probed_layers, visit_layers
-from msfp.ptq.state import QuantizationState
+from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer_state
 from msfp.ptq.token_scales import SAMPLES, scale_tokens
 from msfp.support.checks import check_type
 from msfp.support.malloc import release_memory
@@ -88,10 +90,14 @@ class _Refiner:
         if kept is None:
             return False
         (facts, tensors), layer = kept, visit.layer
-        layer.weight = _parameter(tensors["weight"].to(layer.weight.device), layer.weight)
+        tensors = on_device(tensors, layer.weight)
+        layer.weight = _parameter(tensors["weight"], layer.weight)
+        if "quantizer" in facts:
+            found = quantizer_of("quantizer", facts, tensors)
+            layer.weight_quantizer = layer.weight_quantizer if found is None else found
         if "bias" in tensors and layer.bias is not None:
-            layer.bias = _parameter(tensors["bias"].to(layer.bias.device), layer.bias)
-        self.generator.set_state(tensors["generator"])
+            layer.bias = _parameter(tensors["bias"], layer.bias)
+        self.generator.set_state(tensors["generator"].cpu())
         if facts["damping"] is not None:
             self.damped[visit.name] = facts["damping"]
         return True
@@ -104,7 +110,10 @@ class _Refiner:
         tensors = {"weight": layer.weight.detach(), "generator": self.generator.get_state()}
         if layer.bias is not None:
             tensors["bias"] = layer.bias.detach()
-        facts = {"damping": self.damped.get(visit.name)}
+        facts: dict[str, Any] = {"damping": self.damped.get(visit.name)}
+        if isinstance(layer.weight_quantizer, BlockQuantizer):
+            found, scales = quantizer_state("quantizer", layer.weight_quantizer)
+            facts, tensors = facts | found, tensors | scales
         self.state.save(REFINED, visit.name, facts, tensors)
 
     def _refine(self, visit: Visit) -> None:
@@ -112,7 +121,8 @@ class _Refiner:
         centred = visit.name in self.biased and layer.bias is not None
         matrix = as_matrix(layer, layer.weight.float())
         draws = self.generator.get_state()
-        for columns in _column_parts(matrix):
+        parts = _column_parts(matrix)
+        for columns in parts:
             self.generator.set_state(draws)
             moments = layer_moments(
                 layer,
@@ -123,7 +133,9 @@ class _Refiner:
                 generator=self.generator,
             )
             means = moments.input_mean, moments.output_mean
-            part = self._corrected(matrix[..., columns], moments, visit, centred=centred)
+            part = self._corrected(
+                matrix[..., columns], moments, visit, columns, centred=centred, fit=len(parts) == 1
+            )
             matrix = torch.cat(
                 [matrix[..., : columns.start], part, matrix[..., columns.stop :]], dim=-1
             )
@@ -133,9 +145,19 @@ class _Refiner:
         release_memory()
 
     def _corrected(
-        self, matrix: torch.Tensor, moments: Moments, visit: Visit, *, centred: bool
+        self,
+        matrix: torch.Tensor,
+        moments: Moments,
+        visit: Visit,
+        columns: slice,
+        *,
+        centred: bool,
+        fit: bool,
     ) -> torch.Tensor:
-        """Return some columns of the matrix, corrected and rounded; the moments are used up."""
+        """Return some columns of the matrix, corrected and rounded; the moments are used up.
+
+        Scales of blocks are searched again if they are to `fit` the matched matrix.
+        """
         layer, config = visit.layer, self.config
         residual = moments.residual(matrix, centred=centred) if config.match_inputs else None
         upper, damping = _damped_factor(moments, config.damping, centred=centred)
@@ -143,7 +165,11 @@ class _Refiner:
             self.damped[visit.name] = max(damping, self.damped.get(visit.name, 0))
         if residual is not None:
             matrix = matched_matrix(matrix, residual, upper)
-        scale = layer.weight_quantizer.scale.view(*matrix.shape[:2], 1)
+        old = layer.weight_quantizer
+        if fit and isinstance(old, BlockQuantizer):
+            layer.weight_quantizer = BlockQuantizer.of(old.name, matrix.view(layer.weight.shape))
+        scale = as_matrix(layer, layer.weight_quantizer.scales_of(layer.weight.shape))
+        scale = scale[..., columns] if scale.shape[-1] > 1 else scale
         return ROUNDINGS[config.rounding](matrix, layer.weight_quantizer.format, scale, upper=upper)
 
 

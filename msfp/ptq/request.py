@@ -37,7 +37,7 @@ def refinement_of(
     for name in ("refine", "attention_bits", "budget"):
         if getattr(config, name) in ("auto", None):
             continue
-        if in_blocks:
+        if in_blocks and name != "refine":
             raise InputError(f"{name} must be None where layers are in block formats")
         if not recordable:
             raise InputError(
@@ -51,8 +51,7 @@ def refinement_of(
     _check_branches(config, settings)
     if config.refine != "auto":
         return config.refine
-    suited = SCHEMES[config.scheme].refined and not in_blocks
-    return RefinementConfig() if suited and recordable else None
+    return RefinementConfig() if SCHEMES[config.scheme].refined and recordable else None
 
 
 def _check_branches(config: QuantizationConfig, settings: Mapping[str, LayerSettings]) -> None:

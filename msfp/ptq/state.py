@@ -15,8 +15,10 @@ from fpformats import parse
 from msfp.config import LayerSettings, QuantizationConfig
 from msfp.errors import InputError
 from msfp.layers.block import BlockLayer
+from msfp.layers.block_quantizer import BlockQuantizer
 from msfp.layers.fake_quantizer import Quantizer
 from msfp.layers.families import family_of
+from msfp.layers.formats import LayerFormats
 from msfp.layers.kinds import PlainLayer
 from msfp.layers.packed import from_bits, to_bits
 from msfp.layers.trainable import TrainableLayer
@@ -136,6 +138,11 @@ def trajectories_digest(path: Trajectories | None) -> str | None:
 
 def quantizer_state(name: str, quantizer: Quantizer) -> tuple[dict[str, Any], Named]:
     """Return a quantizer as facts and tensors, whose names begin with its name."""
+    if isinstance(quantizer, BlockQuantizer):
+        tensors = {f"{name}.codes": quantizer.codes}
+        if quantizer.tensor_scale is not None:
+            tensors[f"{name}.tensor_scale"] = to_bits(quantizer.tensor_scale)
+        return {name: quantizer.name}, tensors
     tensors = {f"{name}.scale": to_bits(quantizer.scale)}
     if quantizer.zero_point is not None:
         tensors[f"{name}.zero_point"] = to_bits(quantizer.zero_point)
@@ -146,6 +153,10 @@ def quantizer_of(name: str, facts: dict[str, Any], tensors: Named) -> Quantizer 
     """Return the quantizer that `quantizer_state` described, or None if there was none."""
     if name not in facts:
         return None
+    if f"{name}.codes" in tensors:
+        whole = tensors.get(f"{name}.tensor_scale")
+        whole = None if whole is None else from_bits(whole)
+        return BlockQuantizer(facts[name], tensors[f"{name}.codes"], whole)
     zero = tensors.get(f"{name}.zero_point")
     scale = from_bits(tensors[f"{name}.scale"])
     return Quantizer(parse(facts[name]), scale, None if zero is None else from_bits(zero))
@@ -162,10 +173,12 @@ def searched_layer(
     settings: LayerSettings,
     calibration: Calibration | None,
     state: QuantizationState | None,
+    *,
+    refined: bool,
 ) -> tuple[TrainableLayer | BlockLayer, LayerSummary]:
     """Return what `quantize_layer` returns, from the state if it is kept there.
 
-    Layers in block formats are not kept, because nothing is searched for them.
+    Layers in block formats are not kept, because their search is short.
     """
     kept = None if state is None else state.load(SEARCHED, name)
     if kept is not None:
@@ -178,8 +191,9 @@ def searched_layer(
             wrapped = family_of(layer).trainable.wrap(layer, *grids)
             return wrapped, LayerSummary.from_dict(facts["summary"])
     with at_work(layer):
-        found, summary = quantize_layer(name, layer, settings, calibration)
-    if state is not None and isinstance(found, TrainableLayer):
+        found, summary = quantize_layer(name, layer, settings, calibration, refined=refined)
+    if state is not None and isinstance(found.formats, LayerFormats):
+        assert isinstance(found, TrainableLayer)  # noqa: S101 - no other has these formats here
         facts, tensors = quantizer_state("weight", found.weight_quantizer)
         if found.input_quantizer is not None:
             more, others = quantizer_state("input", found.input_quantizer)

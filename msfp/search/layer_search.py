@@ -24,6 +24,7 @@ from msfp.layers.formats import BlockFormats
 from msfp.layers.kinds import PlainLayer
 from msfp.layers.packed import PackedLayer
 from msfp.layers.trainable import TrainableLayer
+from msfp.layers.trainable_block import TrainableBlockLayer
 from msfp.search.calibration import Calibration
 from msfp.search.schemes import SCHEMES, BlockScheme, scaled_scheme
 from msfp.search.summary import LayerSummary
@@ -182,7 +183,12 @@ def finite_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_layer(
-    name: str, layer: PlainLayer, settings: LayerSettings, calibration: Calibration | None
+    name: str,
+    layer: PlainLayer,
+    settings: LayerSettings,
+    calibration: Calibration | None,
+    *,
+    refined: bool = False,
 ) -> tuple[TrainableLayer | BlockLayer, LayerSummary]:
     """Search the grids of one layer.
 
@@ -191,12 +197,15 @@ def quantize_layer(
         layer: The plain layer.
         settings: What to search.
         calibration: Histograms of layer inputs; not needed if inputs are not quantized.
+        refined: Whether the layer is to be refined. In block formats it is packed at once if not.
 
     Returns:
         The trainable quantized layer or the block layer, and a summary of the search.
     """
     weight = finite_weight(name, layer.weight)
     if isinstance(SCHEMES[settings.scheme], BlockScheme):
+        if refined:
+            return _trainable_block_layer(name, layer, weight, settings)
         return _block_layer(name, layer, weight, settings)
     weight_quantizer, summary = _searched(name, weight, settings)
     input_quantizer = branch_grid = None
@@ -247,15 +256,32 @@ def _searched(
 def _block_layer(
     name: str, layer: nn.Module, weight: torch.Tensor, settings: LayerSettings
 ) -> tuple[BlockLayer, LayerSummary]:
-    """Return the block layer and its summary; block formats need no search."""
-    names = BLOCK_SCHEMES[settings.scheme]
-    bits = settings.activation_bits
-    inputs = None if bits is None else names[bits]
-    formats = BlockFormats(names[settings.weight_bits], inputs)
+    """Return the packed block layer, with the scales of the format's rule, and its summary."""
+    formats = _block_formats(settings)
     blocks = family_of(layer).block.of_weight(layer, weight, formats)
-    noise = blocks.quantized_weight(dtype=torch.float32) - weight
+    return blocks, _block_summary(name, formats, weight, blocks)
+
+
+def _trainable_block_layer(
+    name: str, layer: PlainLayer, weight: torch.Tensor, settings: LayerSettings
+) -> tuple[TrainableBlockLayer, LayerSummary]:
+    """Return the trainable block layer, whose scales are searched, and its summary."""
+    formats = _block_formats(settings)
+    blocks = family_of(layer).trainable_block.of(layer, weight, formats)
+    return blocks, _block_summary(name, formats, weight, blocks)
+
+
+def _block_formats(settings: LayerSettings) -> BlockFormats:
+    names, bits = BLOCK_SCHEMES[settings.scheme], settings.activation_bits
+    return BlockFormats(names[settings.weight_bits], None if bits is None else names[bits])
+
+
+def _block_summary(
+    name: str, formats: BlockFormats, weight: torch.Tensor, layer: BlockLayer | TrainableBlockLayer
+) -> LayerSummary:
+    noise = layer.quantized_weight(dtype=torch.float32).detach() - weight
     quality = sqnr(energy(weight), energy(noise))
-    return blocks, LayerSummary(name, formats.weight, quality, {formats.weight: quality}, inputs)
+    return LayerSummary(name, formats.weight, quality, {formats.weight: quality}, formats.input)
 
 
 def quantizer_of_input(choice: Choice) -> Quantizer:

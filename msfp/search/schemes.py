@@ -69,7 +69,7 @@ class ScaledScheme:
 
 @dataclass(frozen=True)
 class BlockScheme:
-    """A scheme in which each block of elements shares a scale, without any search.
+    """A scheme in which each block of elements shares a scale.
 
     Attributes:
         formats: Names of the block formats, by width.
@@ -86,8 +86,8 @@ SCHEMES: dict[Scheme, ScaledScheme | BlockScheme] = {
     "int_minmax": ScaledScheme(integer_formats, clips=False),
     "int_mse": ScaledScheme(integer_formats),
     "int_zero_point": ScaledScheme(integer_formats, unsigned=True),
-    "mx": BlockScheme(BLOCK_SCHEMES["mx"]),
-    "nvfp4": BlockScheme(BLOCK_SCHEMES["nvfp4"]),
+    "mx": BlockScheme(BLOCK_SCHEMES["mx"], refined=True),
+    "nvfp4": BlockScheme(BLOCK_SCHEMES["nvfp4"], refined=True),
 }
 """All schemes, by name."""
 

@@ -73,6 +73,17 @@ def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
     return _refined(rounding=rounding, **(alone | options))
 
 
+def _refined_blocks(scheme: str, label: str) -> tuple[Recipe, Recipe]:
+    """Return the recipes that refine a block scheme, without and with branches."""
+    pure = _refined(samples=None) | {"scheme": scheme}
+    branched = _refined(branch_rank=16, samples=None) | {"scheme": scheme}
+    name = f"{scheme}-pure"
+    return (
+        Recipe(name, f"{label} blocks, refined without branches", pure, against=(scheme,)),
+        Recipe(f"{scheme}-refined", f"{label} blocks, refined", branched, against=(name, scheme)),
+    )
+
+
 _ABLATION = (
     Recipe(FULL_PRECISION, "full precision", None),
     Recipe("int-minmax", "INT min-max", PLAIN | {"scheme": "int_minmax"}),
@@ -85,6 +96,8 @@ _ABLATION = (
     ),
     Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against=("int-mse",)),
     Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against=("mx",)),
+    *_refined_blocks("mx", "MX"),
+    *_refined_blocks("nvfp4", "NVFP4"),
     Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against=("int-mse",)),
     Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed", "nvfp4")),
     Recipe(

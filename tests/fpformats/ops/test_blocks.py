@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import assert_same_bits
 
-from fpformats import exact, pack, parse, quantize
+from fpformats import decode, exact, pack, parse, quantize
 from fpformats.ops.blocks import (
     MXFP4,
     MXFP8_E4M3,
@@ -288,3 +288,96 @@ def test_bad_input_is_refused():
         decode_blocks(blocks._replace(scales=blocks.scales[:1]), MXFP4)
     with pytest.raises(ValueError, match="float32 cannot hold"):
         decode_blocks(blocks, BlockFormat(parse("FP64"), parse("E8M0"), 32), dtype="float16")
+
+
+GIVEN = [MXFP4, MXFP8_E4M3, MXINT8, NVFP4, UNSIGNED]
+
+
+@on_backends
+@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize("fmt", GIVEN, ids=lambda fmt: f"{fmt.element} {fmt.scale}")
+def test_given_scales_are_used_as_defined(fmt, as_torch):
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((3, 40)).astype(np.float32)
+    shape = (3, -(-40 // fmt.size))
+    middle = int(
+        encode_blocks(
+            np.ones((1, fmt.size), np.float32), fmt, tensor_scale=1.0 if fmt.tensor_scale else None
+        ).scales[0, 0]
+    )
+    codes = generator.integers(middle - 2, middle + 3, shape).astype(np.uint8)
+    whole = np.float32(0.7) if fmt.tensor_scale else None
+    scale = decode(codes, fmt.scale) * (np.float32(1) if whole is None else whole)
+    spread = np.repeat(scale, fmt.size, axis=1)[:, :40]
+    values = [[float(exact.quantize(float(v), fmt.element)) for v in row] for row in x / spread]
+    expected = np.array(values, np.float32) * spread
+    data, given = x, codes
+    if as_torch:
+        data, given = torch.from_numpy(x), torch.from_numpy(codes)
+    rounded = quantize_blocks(data, fmt, scales=given, tensor_scale=whole)
+    blocks = encode_blocks(data, fmt, scales=given, tensor_scale=whole)
+    assert np.array_equal(np.asarray(rounded), expected)
+    assert np.array_equal(np.asarray(decode_blocks(blocks, fmt)), expected)
+    assert np.array_equal(np.asarray(blocks.scales), codes)
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4])
+def test_the_scales_of_an_encoding_give_the_same_encoding(fmt):
+    x = np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32)
+    blocks = encode_blocks(x, fmt)
+    again = encode_blocks(x, fmt, scales=blocks.scales, tensor_scale=blocks.tensor_scale)
+    assert np.array_equal(blocks.codes, again.codes)
+
+
+def test_each_row_may_have_a_scale_of_its_own():
+    x = np.random.default_rng(2).standard_normal((3, 40)).astype(np.float32)
+    whole = np.array([[1e-3], [2e-3], [3e-3]], np.float32)
+    together = quantize_blocks(x, NVFP4, tensor_scale=whole)
+    for row, scale in zip(range(3), whole[:, 0], strict=True):
+        alone = quantize_blocks(x[row], NVFP4, tensor_scale=float(scale))
+        assert np.array_equal(together[row], alone)
+
+
+def test_a_tensor_scale_of_another_tensor_saturates_and_stays_finite():
+    x = np.array([1.0, 1e6], np.float32)
+    assert (
+        quantize_blocks(x, NVFP4, tensor_scale=1e-3).max() == np.float32(448) * np.float32(1e-3) * 6
+    )
+
+
+ONES = np.ones((2, 32), np.float32)
+REFUSED = {
+    "shape": ({"scales": np.ones((2, 3), np.uint8), "tensor_scale": 1.0}, "scales has shape"),
+    "no tensor scale": ({"scales": np.ones((2, 2), np.uint8)}, "tensor_scale is None"),
+    "negative": ({"tensor_scale": -1.0}, "tensor_scale must be positive and finite"),
+    "nan": ({"tensor_scale": math.nan}, "tensor_scale must be positive and finite"),
+    "broadcast": ({"tensor_scale": np.ones((3, 1), np.float32)}, "does not broadcast"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("function", [encode_blocks, quantize_blocks])
+def test_given_scales_that_do_not_suit_are_refused(function, name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        function(ONES, NVFP4, **options)
+
+
+@pytest.mark.parametrize("function", [encode_blocks, quantize_blocks])
+def test_given_scales_of_other_kinds_are_refused(function):
+    with pytest.raises(ValueError, match="it must be None"):
+        function(ONES, MXFP4, tensor_scale=1.0)
+    with pytest.raises(TypeError, match="scales is a Tensor"):
+        function(ONES, MXFP4, scales=torch.ones(2, 1, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="integer"):
+        function(ONES, MXFP4, scales=np.ones((2, 1), np.float32))
+    with pytest.raises(TypeError, match="tensor_scale is a Tensor"):
+        function(ONES, NVFP4, tensor_scale=torch.ones(()))
+
+
+def test_nan_with_given_scales_is_refused_or_stays_nan():
+    x = np.array([1.0, math.nan], np.float32)
+    scales = np.full(1, 127, np.uint8)
+    assert np.isnan(quantize_blocks(x, MXFP4, scales=scales)).tolist() == [False, True]
+    with pytest.raises(ValueError, match="NaN"):
+        encode_blocks(x, MXFP4, scales=scales)

@@ -41,9 +41,9 @@ LOADED_DTYPES = [
     pytest.param(name, marks=[pytest.mark.slow] * (name != "torch.float32")) for name in DTYPES
 ]
 CONFIGS = {
-    "mx": QuantizationConfig(scheme="mx"),
-    "mx6": QuantizationConfig(scheme="mx", weight_bits=6, activation_bits=None),
-    "nvfp4": QuantizationConfig(scheme="nvfp4"),
+    "mx": QuantizationConfig(scheme="mx", refine=None),
+    "mx6": QuantizationConfig(scheme="mx", weight_bits=6, activation_bits=None, refine=None),
+    "nvfp4": QuantizationConfig(scheme="nvfp4", refine=None),
     "mixed": QuantizationConfig(
         refine=None, overrides={"mid_block": {"scheme": "nvfp4"}, "*.conv1": {"scheme": "mx"}}
     ),
@@ -242,7 +242,9 @@ DAMAGE = {
     "input": (of_layer(input_format="E2M1"), "input_format must be one of"),
     "granularity": (of_layer(weight_granularity="channel"), "input_granularity must be one of"),
     "mixed": (of_layer(input_granularity="tensor"), "input_granularity must be one of"),
-    "branch": (of_layer(branch_rank=1), "branch_rank must be 0 in block formats"),
+    "branch": (of_layer(branch_rank=1), "tensors are missing: .*branch_down"),
+    "no rank": (of_layer(branch_rank=-1), "branch_rank must be a whole number"),
+    "branches": (of_layer(branch_rank=1, branch_adapters=2), "branch_adapters must be absent"),
     "other format": (of_layer(weight_format="MXFP4"), r"tensor_scale|weight_scale"),
     "adapters": (lambda config, _: config.update(adapters=2), "adapters must be 1"),
     "short codes": (tensor("codes", lambda t: t[:-1].clone()), r"codes expected shape"),

@@ -12,6 +12,7 @@ from msfp.layers.kinds import KINDS, kind_of, plain_class
 from msfp.layers.scaled import ScaledLayer
 from msfp.layers.selection import quantizable_layers
 from msfp.layers.trainable import TrainableLayer
+from msfp.layers.trainable_block import TrainableBlockLayer
 from msfp.ptq.concatenations import split_quantizer
 from msfp.ptq.moments import layer_moments
 from msfp.search.layer_search import pack_layer, quantize_layer
@@ -24,12 +25,14 @@ def test_every_kind_has_a_family_and_no_other_class_has():
 @pytest.mark.parametrize("plain", FAMILIES)
 def test_the_classes_of_a_family_compute_as_the_plain_one(plain):
     family = FAMILIES[plain]
-    for layer, base in zip(family, (ScaledLayer, TrainableLayer, BlockLayer), strict=True):
+    bases = ScaledLayer, TrainableLayer, BlockLayer, TrainableBlockLayer
+    for layer, base in zip(family, bases, strict=True):
         assert issubclass(layer, base)
         assert issubclass(layer, plain)
         assert plain_class(layer) is plain
         assert layer.kind is KINDS[plain]
     assert family.trainable.packed_class is family.packed
+    assert family.trainable_block.block_class is family.block
 
 
 @pytest.mark.parametrize("plain", FAMILIES)

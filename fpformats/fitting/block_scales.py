@@ -1,0 +1,125 @@
+"""Scales of blocks with the least squared error, among the codes of the scale format.
+
+The rule of a block format derives a scale from the largest magnitude of the block. Other scales can
+have a smaller error: a smaller one saturates the largest element and rounds the others finer, a
+larger one puts the largest element on a lower value of the format ("four over six" is the case of 4
+in place of 6 for E2M1). All codes near that of the rule are tried, and the best is kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fpformats.engine.arrays import cast, float_dtype_named, is_tensor, library_of, padded, widened
+from fpformats.ops.blocks import (
+    BlockFormat,
+    Blocks,
+    as_block_format,
+    encode_blocks,
+    quantize_blocks,
+)
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+WIDE = float_dtype_named("float64")
+MOST_IN_OCTAVE = 8
+"""Most scales that are tried within an octave."""
+
+
+def search_blocks(
+    x: Any,
+    fmt: BlockFormat | str,
+    *,
+    axis: int = -1,
+    importance: Any = None,
+    tensor_scale: Any = None,
+) -> Blocks:
+    """Round to the codes of blocks, with the scales that have the least squared error.
+
+    The scales tried are those of the codes from half an octave below that of the rule to an octave
+    above it. Zero is not tried, unless the rule gives it for a block of zeros. Of equally good
+    scales, the one nearest to that of the rule is kept, the smaller one of two.
+
+    Args:
+        x: Finite array or tensor of float16, bfloat16, float32 or float64, of at least one
+            dimension.
+        fmt: The block format, or the name of a preset.
+        axis: The axis that blocks lie along.
+        importance: Weights of the squared errors, in any shape that broadcasts with `x`. None
+            weights all alike.
+        tensor_scale: As in `encode_blocks`.
+
+    Returns:
+        Codes and scales, as `encode_blocks` gives.
+
+    Raises:
+        TypeError: As in `encode_blocks`.
+        ValueError: As in `encode_blocks`, or if `x` is not finite, or `importance` is negative, not
+            finite, or does not broadcast with `x`.
+
+    Example:
+        >>> x = np.array([1.0, 0.7, 0.5, -0.2] * 4)
+        >>> def error(blocks):
+        ...     return float(np.square(decode_blocks(blocks, "NVFP4") - x).mean())
+        >>> from fpformats import decode_blocks, encode_blocks
+        >>> round(error(encode_blocks(x, "NVFP4")), 4), round(error(search_blocks(x, "NVFP4")), 4)
+        (0.0007, 0.0002)
+    """
+    fmt = as_block_format(fmt)
+    base = encode_blocks(x, fmt, axis=axis, tensor_scale=tensor_scale)
+    xp, whole = library_of(x), base.tensor_scale
+    if not bool(xp.isfinite(x).all()):
+        raise ValueError("x must be finite")
+    weights = None if importance is None else _checked_importance(importance, x)
+    start, kind = cast(base.scales, "int32"), str(base.scales.dtype).removeprefix("torch.")
+    least, best = None, start
+    for offset in _offsets(fmt):
+        codes = xp.clip(start + offset, fmt.scale.smallest_code, fmt.scale.max_code)
+        codes = xp.where(start == 0, start, codes) if fmt.scale.zero and offset == 0 else codes
+        rounded = quantize_blocks(x, fmt, axis=axis, scales=cast(codes, kind), tensor_scale=whole)
+        errors = xp.square(widened(rounded, WIDE) - widened(x, WIDE))
+        sums = _block_sums(xp, errors if weights is None else errors * weights, fmt.size, axis)
+        if least is not None:
+            codes = xp.where(sums < least, codes, best)
+            sums = xp.minimum(sums, least)
+        least, best = sums, codes
+    scales = cast(best, kind)
+    return encode_blocks(x, fmt, axis=axis, scales=scales, tensor_scale=whole)
+
+
+def _offsets(fmt: BlockFormat) -> list[int]:
+    """Give the codes to try, relative to that of the rule: the nearest first."""
+    octave = 1 << fmt.scale.mantissa_bits
+    step = max(1, octave // MOST_IN_OCTAVE)
+    offsets = range(-(-(-octave // 2) // step) * step, octave + 1, step)
+    return sorted(offsets, key=lambda offset: (abs(offset), offset))
+
+
+def _checked_importance(importance: Any, x: Any) -> Any:
+    """Give weights of squared errors in float64; raise an error unless they suit `x`."""
+    if is_tensor(importance) != is_tensor(x):
+        kinds = type(importance).__name__, type(x).__name__
+        raise TypeError("importance is a {}; x is a {}".format(*kinds))
+    try:
+        fits = tuple(np.broadcast_shapes(tuple(importance.shape), tuple(x.shape))) == tuple(x.shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        shapes = tuple(importance.shape), tuple(x.shape)
+        raise ValueError("importance has shape {}, which does not broadcast to {}".format(*shapes))
+    if not bool(((importance >= 0) & (importance < float("inf"))).all()):
+        raise ValueError("importance must be at least 0 and finite")
+    return widened(importance, WIDE)
+
+
+def _block_sums(xp: ModuleType, errors: Any, size: int, axis: int) -> Any:
+    """Give the sum of each block, added in order, so that all libraries give the same bits."""
+    rows = padded(xp, xp.swapaxes(errors, axis, -1), size)
+    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
+    total = grouped[..., 0]
+    for place in range(1, size):
+        total = total + grouped[..., place]
+    return xp.swapaxes(total, -1, axis)

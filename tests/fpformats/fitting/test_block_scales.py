@@ -1,0 +1,112 @@
+"""The scales that a search finds for blocks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpformats import BlockFormat, decode, decode_blocks, encode_blocks, parse, search_blocks
+from fpformats.ops.blocks import MXFP4, NVFP4, PRESETS
+
+FORMATS = {**PRESETS, "unsigned": BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, "Max")}
+
+
+def data(seed, shape=(4, 70), spread=4):
+    generator = np.random.default_rng(seed)
+    return (
+        generator.standard_normal(shape) * 2.0 ** generator.uniform(-spread, spread, (shape[0], 1))
+    ).astype(np.float32)
+
+
+def error(x, blocks, fmt, importance=1.0):
+    difference = decode_blocks(blocks, fmt, dtype="float64") - x.astype(np.float64)
+    return (difference**2 * importance).sum()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_other_scale_of_a_block_has_less_error(name):
+    """One block at a time, against all codes from half an octave below to one above."""
+    fmt = FORMATS[name]
+    octave = 2**fmt.scale.mantissa_bits
+    for seed in range(5):
+        x = data(seed, (1, fmt.size))
+        found = search_blocks(x, fmt)
+        rule = int(encode_blocks(x, fmt).scales[0, 0])
+        most = min(rule + octave, fmt.scale.max_code)
+        tried = range(max(rule - octave // 2, 1), most + 1, max(1, octave // 8))
+        errors = {}
+        for code in tried:
+            scales = np.full((1, 1), code, found.scales.dtype)
+            blocks = encode_blocks(x, fmt, scales=scales, tensor_scale=found.tensor_scale)
+            errors[code] = error(x, blocks, fmt)
+        assert errors[int(found.scales[0, 0])] == min(errors.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 999), st.integers(1, 40), st.booleans())
+def test_the_error_is_at_most_that_of_the_rule_and_both_libraries_agree(name, seed, length, weigh):
+    fmt, x = FORMATS[name], data(seed, (3, length))
+    importance = np.random.default_rng(seed).uniform(0, 2, length) if weigh else None
+    found = search_blocks(x, fmt, importance=importance)
+    weights = 1.0 if importance is None else importance
+    assert error(x, found, fmt, weights) <= error(x, encode_blocks(x, fmt), fmt, weights)
+    given = None if importance is None else torch.from_numpy(importance)
+    other = search_blocks(torch.from_numpy(x), fmt, importance=given)
+    for mine, theirs in zip(found, other, strict=True):
+        assert mine is theirs is None or np.array_equal(mine, theirs.numpy())
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_blocks_lie_along_the_axis(axis):
+    x = np.ascontiguousarray(data(0, (40, 40)))
+    found = search_blocks(x, MXFP4, axis=axis)
+    turned = search_blocks(np.swapaxes(x, axis, -1), MXFP4)
+    assert np.array_equal(found.scales, np.swapaxes(turned.scales, axis, -1))
+
+
+def test_importance_decides_which_elements_are_near():
+    x = np.array([[6.0] + [0.9] * 15], np.float32)
+    largest = search_blocks(x, NVFP4, importance=np.array([1.0] + [0.0] * 15))
+    others = search_blocks(x, NVFP4, importance=np.array([0.0] + [1.0] * 15))
+    near = decode_blocks(largest, NVFP4)[0], decode_blocks(others, NVFP4)[0]
+    assert abs(near[0][0] - 6) <= abs(near[1][0] - 6)
+    assert np.abs(near[1][1:] - 0.9).sum() < np.abs(near[0][1:] - 0.9).sum()
+
+
+def test_blocks_of_zeros_stay_zero():
+    found = search_blocks(np.zeros((2, 32), np.float32), NVFP4)
+    assert not decode_blocks(found, NVFP4).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"importance": np.full(8, -1.0)}, "importance must be at least 0"),
+        ({"importance": np.ones(3)}, r"importance has shape \(3,\)"),
+        ({"tensor_scale": 0.0}, "tensor_scale must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        search_blocks(np.ones((2, 8), np.float32), NVFP4, **changes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="x must be finite"):
+        search_blocks(np.array([1.0, value], np.float32), MXFP4)
+
+
+def test_importance_of_another_library_is_refused():
+    with pytest.raises(TypeError, match="importance is a Tensor; x is a ndarray"):
+        search_blocks(np.ones((2, 8), np.float32), NVFP4, importance=torch.ones(8))
+
+
+def test_scales_are_codes_of_the_scale_format():
+    found = search_blocks(data(3), NVFP4)
+    values = decode(found.scales, NVFP4.scale)
+    assert (values > 0).all()
+    assert (values <= NVFP4.scale.max).all()
