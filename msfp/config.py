@@ -28,8 +28,8 @@ Granularity = Literal["channel", "tensor"]
 BiasCorrection = Literal["all", "last", "none"]
 MIN_BITS, MAX_BITS = 3, 8
 BLOCK_SCHEMES: dict[str, dict[int, str]] = {
-    "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXFP8_E4M3"},
-    "nvfp4": {4: "NVFP4", 8: "MXFP8_E4M3"},
+    "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXINT8"},
+    "nvfp4": {4: "NVFP4", 8: "MXINT8"},
 }
 """The formats of each block scheme by bit width; blocks of elements share a scale."""
 MAX_RANK = 256
@@ -160,8 +160,8 @@ class QuantizationConfig:
             point only. "int_minmax" is symmetric integers without clipping. "int_mse" is symmetric
             integers with a searched clipping range. "int_zero_point" is "int_mse" with a zero point
             where "mixup" may have one. "mx" and "nvfp4" are the block formats of OCP and NVIDIA;
-            they need no calibration and are not refined. "mx" has 4, 6 and 8 bits. "nvfp4" has 4
-            bits, and 8 bits as MXFP8.
+            they need no calibration. "mx" has 4 and 6 bits, and 8 bits as MXINT8. "nvfp4" has 4
+            bits, and 8 bits as MXINT8.
         include: Layers to quantize: globs of the dotted names of layers or of modules around them.
         exclude: Layers to leave in full precision: globs as in `include`.
         first_layers: The layers that read the noisy sample: globs of whole names. By default,
@@ -184,7 +184,8 @@ class QuantizationConfig:
             `overrides`, keep theirs. None gives all layers the same. Without refinement, and with
             its `branch_rank=0`, no layer gets a branch.
         refine: How weights are corrected after the search. "auto" applies the defaults of
-            `RefinementConfig` if the scheme is "mixup" or "signed" and there are calls to record.
+            `RefinementConfig` if the scheme is "mixup", "signed", "mx" or "nvfp4" and there are
+            calls to record.
             None rounds each weight to the nearest value, as the paper does.
         attention_bits: Bits of the operands of the matrix products in attention, or None to leave
             them unquantized.

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fpformats.engine.arrays import cast, float_dtype_named, is_tensor, library_of, padded, widened
+from fpformats.engine.arrays import cast, float_dtype_named, library_of, padded, widened
 from fpformats.ops.blocks import (
     BlockFormat,
     Blocks,
@@ -34,7 +32,6 @@ def search_blocks(
     fmt: BlockFormat | str,
     *,
     axis: int = -1,
-    importance: Any = None,
     tensor_scale: Any = None,
 ) -> Blocks:
     """Round to the codes of blocks, with the scales that have the least squared error.
@@ -48,8 +45,6 @@ def search_blocks(
             dimension.
         fmt: The block format, or the name of a preset.
         axis: The axis that blocks lie along.
-        importance: Weights of the squared errors, in any shape that broadcasts with `x`. None
-            weights all alike.
         tensor_scale: As in `encode_blocks`.
 
     Returns:
@@ -57,8 +52,7 @@ def search_blocks(
 
     Raises:
         TypeError: As in `encode_blocks`.
-        ValueError: As in `encode_blocks`, or if `x` is not finite, or `importance` is negative, not
-            finite, or does not broadcast with `x`.
+        ValueError: As in `encode_blocks`, or if `x` is not finite.
 
     Example:
         >>> x = np.array([1.0, 0.7, 0.5, -0.2] * 4)
@@ -73,7 +67,6 @@ def search_blocks(
     xp, whole = library_of(x), base.tensor_scale
     if not bool(xp.isfinite(x).all()):
         raise ValueError("x must be finite")
-    weights = None if importance is None else _checked_importance(importance, x)
     start, kind = cast(base.scales, "int32"), str(base.scales.dtype).removeprefix("torch.")
     least, best = None, start
     for offset in _offsets(fmt):
@@ -81,7 +74,7 @@ def search_blocks(
         codes = xp.where(start == 0, start, codes) if fmt.scale.zero and offset == 0 else codes
         rounded = quantize_blocks(x, fmt, axis=axis, scales=cast(codes, kind), tensor_scale=whole)
         errors = xp.square(widened(rounded, WIDE) - widened(x, WIDE))
-        sums = _block_sums(xp, errors if weights is None else errors * weights, fmt.size, axis)
+        sums = _block_sums(xp, errors, fmt.size, axis)
         if least is not None:
             codes = xp.where(sums < least, codes, best)
             sums = xp.minimum(sums, least)
@@ -96,23 +89,6 @@ def _offsets(fmt: BlockFormat) -> list[int]:
     step = max(1, octave // MOST_IN_OCTAVE)
     offsets = range(-(-(-octave // 2) // step) * step, octave + 1, step)
     return sorted(offsets, key=lambda offset: (abs(offset), offset))
-
-
-def _checked_importance(importance: Any, x: Any) -> Any:
-    """Give weights of squared errors in float64; raise an error unless they suit `x`."""
-    if is_tensor(importance) != is_tensor(x):
-        kinds = type(importance).__name__, type(x).__name__
-        raise TypeError("importance is a {}; x is a {}".format(*kinds))
-    try:
-        fits = tuple(np.broadcast_shapes(tuple(importance.shape), tuple(x.shape))) == tuple(x.shape)
-    except ValueError:
-        fits = False
-    if not fits:
-        shapes = tuple(importance.shape), tuple(x.shape)
-        raise ValueError("importance has shape {}, which does not broadcast to {}".format(*shapes))
-    if not bool(((importance >= 0) & (importance < float("inf"))).all()):
-        raise ValueError("importance must be at least 0 and finite")
-    return widened(importance, WIDE)
 
 
 def _block_sums(xp: ModuleType, errors: Any, size: int, axis: int) -> Any:

@@ -71,7 +71,7 @@ class BlockQuantizer(Quantizer):
         rounded: torch.Tensor = quantize_blocks(
             x, self.blocks, axis=WEIGHT_AXIS, scales=self.codes, tensor_scale=self.tensor_scale
         )
-        return rounded
+        return rounded + 0.0 if self.blocks.twos_complement else rounded  # integers have one zero
 
     def encode(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the codes of a weight's elements, uint8, same shape."""

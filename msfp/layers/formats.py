@@ -9,7 +9,6 @@ import torch
 
 from fpformats import FloatFormat, parse
 from fpformats.ops.blocks import PRESETS, BlockFormat
-from msfp.config import BLOCK_SCHEMES
 from msfp.errors import InputError
 from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
@@ -212,9 +211,8 @@ def _block_formats(names: dict[str, Any]) -> BlockFormats:
     for key in (BRANCH_ADAPTERS, BRANCH_INPUT):
         if key in names:
             raise InputError(f"{key} must be absent in block formats, not {names[key]!r}")
-    known = dict.fromkeys(name for widths in BLOCK_SCHEMES.values() for name in widths.values())
-    check_choice("weight_format", names["weight_format"], known)
-    check_choice("input_format", names["input_format"], (*known, None))
+    check_choice("weight_format", names["weight_format"], PRESETS)
+    check_choice("input_format", names["input_format"], (*PRESETS, None))
     return BlockFormats(names["weight_format"], names["input_format"], names["branch_rank"])
 
 

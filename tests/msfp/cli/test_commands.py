@@ -133,7 +133,7 @@ def test_block_formats_are_written_sampled_and_inspected(tmp_path, capsys):
     capsys.readouterr()
     assert msfp("inspect", tmp_path / "nvfp4", "--filter", "conv_*") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "conv_" in line]
-    assert [line.split()[1] for line in lines[:2]] == ["MXFP8_E4M3", "MXFP8_E4M3"]
+    assert [line.split()[1] for line in lines[:2]] == ["MXINT8", "MXINT8"]
     assert lines[2:] == [
         "In floating point: conv_in, conv_out (block formats have a scale for each block)."
     ]

@@ -27,6 +27,7 @@ FORMATS = [
     BlockFormats("NVFP4"),
     BlockFormats("MXFP4", "MXFP4"),
     BlockFormats("MXFP8_E4M3", "MXFP8_E4M3", 2),
+    BlockFormats("MXINT8", "MXINT8"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

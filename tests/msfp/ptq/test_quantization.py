@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from torch import nn
 
 from fpformats import quantize_blocks
-from fpformats.ops.blocks import MXFP4, MXFP8_E4M3, NVFP4
+from fpformats.ops.blocks import MXFP4, MXINT8, NVFP4
 from msfp import (
     Calibration,
     FinetuneConfig,
@@ -136,8 +136,8 @@ def refinement_of(denoiser):
         ({"activation_bits": None}, RefinementConfig()),
         ({"refine": None}, None),
         ({"scheme": "int_mse"}, None),
-        ({"scheme": "mx"}, None),
-        ({"overrides": {"mid_block": {"scheme": "mx"}}}, None),
+        ({"scheme": "mx"}, RefinementConfig()),
+        ({"overrides": {"mid_block": {"scheme": "mx"}}}, RefinementConfig()),
         ({"scheme": "int_mse", "refine": {"rounding": "nearest"}}, RefinementConfig("nearest")),
     ],
 )
@@ -186,8 +186,8 @@ def test_a_calibration_alone_gives_nothing_to_refine_by_and_trajectories_do():
         quantize(plain, config, calibration=calibration)
     with pytest.raises(InputError, match="attention_bits needs calls"):
         quantize(plain, QuantizationConfig(attention_bits=4), calibration=calibration)
-    with pytest.raises(InputError, match="refine must be None where layers are in block formats"):
-        config = QuantizationConfig(scheme="mx", refine=RefinementConfig())
+    with pytest.raises(InputError, match="attention_bits must be None where layers are in block"):
+        config = QuantizationConfig(scheme="mx", attention_bits=4)
         quantize(plain, config, calibration=families.call)
     assert not quantized_layers(plain)
     rounded, refined, at_once = (copy.deepcopy(plain) for _ in range(3))
@@ -372,21 +372,22 @@ def test_block_formats_round_weight_and_input_along_the_input_channels(scheme):
     network = Network()
     plain = copy.deepcopy(network)
     inner = MXFP4 if scheme == "mx" else NVFP4
-    config = QuantizationConfig(scheme=scheme, exclude=("idle",))
+    config = QuantizationConfig(scheme=scheme, exclude=("idle",), refine=None)
     summaries = quantize(network, config, calibration=drive)
     assert all(isinstance(layer, BlockLayer) for layer in block_layers(network).values())
     assert [s.weight_format for s in summaries] == [
-        "MXFP8_E4M3", "MXFP4" if scheme == "mx" else "NVFP4", "MXFP8_E4M3",
+        "MXINT8", "MXFP4" if scheme == "mx" else "NVFP4", "MXINT8",
     ]  # fmt: skip
     assert [s.input_format for s in summaries] == [s.weight_format for s in summaries]
 
     def rounded(layer, x, fmt, axis):
         layer.weight.data = quantize_blocks(layer.weight.data, fmt, axis=1)
-        return layer(quantize_blocks(x, fmt, axis=axis))
+        samples = [quantize_blocks(each, fmt, axis=axis) for each in x.split(1)]
+        return layer(torch.cat(samples))
 
-    hidden = F.silu(rounded(plain.inner, X, MXFP8_E4M3, 1)).unsqueeze(2)
+    hidden = F.silu(rounded(plain.inner, X, MXINT8, 1)).unsqueeze(2)
     hidden = F.gelu(rounded(plain.conv, hidden, inner, 1).squeeze(2)).mT
-    assert torch.equal(network(X), rounded(plain.out, hidden, MXFP8_E4M3, -1))
+    assert torch.equal(network(X), rounded(plain.out, hidden, MXINT8, -1))
 
 
 def test_block_formats_take_no_calibration_and_no_second_quantization():
