@@ -89,6 +89,9 @@ class RefinementConfig:
         split_inputs: Whether an input that is a concatenation gets one scale for each of its parts.
         token_scales: Whether linear layers get a scale for each token of their input, where that
             has less error. It is computed from the token when the layer runs.
+        search_input_scales: Whether layers in block formats of less than 8 bits search the scale of
+            each block of their input when they run. It has less error than that of the format's
+            rule, and takes several times as long.
         branch_rank: Rank of the low-rank branch beside each layer of less than 8 bits; 0 for no
             branch.
         branch_bits: Bits of the inputs and of the first factor of branches: 8, which integer units
@@ -110,8 +113,8 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            token_scales=False, branch_rank=0, branch_bits=8, damping=0.03, samples=None,
-            batch=None, positions=16384, seed=0)
+            token_scales=False, search_input_scales=False, branch_rank=0, branch_bits=8,
+            damping=0.03, samples=None, batch=None, positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -119,6 +122,7 @@ class RefinementConfig:
     correct_bias: BiasCorrection = "all"
     split_inputs: bool = True
     token_scales: bool = False
+    search_input_scales: bool = False
     branch_rank: int = 16
     branch_bits: Literal[8, 16] = 8
     damping: float = 0.03
@@ -130,7 +134,7 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, get_args(Rounding))
         check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
-        for name in ("match_inputs", "split_inputs", "token_scales"):
+        for name in ("match_inputs", "split_inputs", "token_scales", "search_input_scales"):
             check_truth(name, getattr(self, name))
         check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
         check_choice("branch_bits", self.branch_bits, (8, 16))

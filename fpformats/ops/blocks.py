@@ -220,6 +220,8 @@ def encode_blocks(
         raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
     with quiet():
         v = widened(x, float_dtype_named(working)) / divisors
+        if scales is not None:  # a scale that is NaN makes its block NaN, with any codes
+            v = xp.where(xp.isnan(divisors), 0.0, v)
         # A computed scale is already NaN, so any code will do if the element format has no NaN.
         codes = elementwise.encode(
             v,

@@ -96,7 +96,8 @@ class BlockLayer(PackedLayer):
         """Return the input rounded with one scale for each block of channels; same shape, dtype."""
         if self.formats is None or self.formats.input_blocks is None:
             return x
-        return quantize_input_blocks(x, self.formats.input_blocks, self.kind.channel_axis(x))
+        blocks, axis = self.formats.input_blocks, self.kind.channel_axis(x)
+        return quantize_input_blocks(x, blocks, axis, searched=self.formats.searches_inputs)
 
     def decoded_weight(self, adapter: int, dtype: str) -> torch.Tensor:
         """Return the dequantized weight; block layers have one adapter, so `adapter` is ignored."""

@@ -85,7 +85,9 @@ class BlockQuantizer(Quantizer):
         return f"{self.name}, scale {tuple(self.scale.shape)}"
 
 
-def quantize_input_blocks(x: torch.Tensor, blocks: BlockFormat, axis: int) -> torch.Tensor:
+def quantize_input_blocks(
+    x: torch.Tensor, blocks: BlockFormat, axis: int, *, searched: bool = False
+) -> torch.Tensor:
     """Return an input rounded with one scale for each block of channels; same shape, dtype.
 
     A format with a scale of the whole tensor has one of each sample, so that samples do not depend
@@ -95,11 +97,16 @@ def quantize_input_blocks(x: torch.Tensor, blocks: BlockFormat, axis: int) -> to
         x: The input, samples first.
         blocks: The block format.
         axis: The axis of the channels.
+        searched: Whether the scales are searched, for less error than those of the rule have.
     """
     whole = None
     if blocks.tensor_scale and x.numel():
         whole = tensor_scale(x, blocks, tuple(range(1, x.dim())) if x.dim() > 1 else (0,))
-    rounded: torch.Tensor = quantize_blocks(x, blocks, axis=axis, tensor_scale=whole)
+    scales = None
+    if searched:
+        found = search_blocks(x.detach(), blocks, axis=axis, tensor_scale=whole)
+        scales, whole = found.scales, found.tensor_scale
+    rounded: torch.Tensor = quantize_blocks(x, blocks, axis=axis, scales=scales, tensor_scale=whole)
     return rounded
 
 

@@ -24,6 +24,8 @@ BRANCH_ADAPTERS = "branch_adapters"
 """An additional key of layers with several low-rank branches."""
 BRANCH_INPUT = "branch_input_format"
 """An additional key of layers with a low-rank branch in 8 bits."""
+INPUT_SCALES, SEARCHED = "input_scales", "searched"
+"""An additional key of layers that search the scales of their inputs' blocks, and its value."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class BlockFormats:
         weight: Name of the weight's block format in `fpformats`.
         input: Name of the inputs' block format, or None if inputs are not quantized.
         branch_rank: Rank of the low-rank branch, which is in full precision; 0 for no branch.
+        searches_inputs: Whether the scales of the inputs' blocks are searched when the layer runs,
+            for less error than those of the format's rule have.
 
     Example:
         >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
@@ -126,6 +130,7 @@ class BlockFormats:
     weight: str
     input: str | None = None
     branch_rank: int = 0
+    searches_inputs: bool = False
 
     @property
     def weight_blocks(self) -> BlockFormat:
@@ -146,13 +151,17 @@ class BlockFormats:
         parts = [f"weight={self.weight}"]
         if self.input is not None:
             parts.append(f"input={self.input}")
+        if self.searches_inputs:
+            parts.append("input scales searched")
         if self.branch_rank:
             parts.append(f"branch_rank={self.branch_rank}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the formats by name, as plain JSON types."""
+        searched = {INPUT_SCALES: SEARCHED} if self.searches_inputs else {}
         return {
+            **searched,
             "weight_format": self.weight,
             "weight_granularity": BLOCK,
             "input_format": self.input,
@@ -175,7 +184,8 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
         InputError: If a key is missing or unknown, a format is unknown or has more than 8 bits, or
             a granularity, a rank or a number of low-rank branches is invalid.
     """
-    if not isinstance(names, dict) or set(names) - {BRANCH_ADAPTERS, BRANCH_INPUT} != KEYS:
+    more = {BRANCH_ADAPTERS, BRANCH_INPUT, INPUT_SCALES}
+    if not isinstance(names, dict) or set(names) - more != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
     check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
     rank = names["branch_rank"]
@@ -196,6 +206,8 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
 
 
 def _layer_formats(names: dict[str, Any]) -> LayerFormats:
+    if INPUT_SCALES in names:
+        raise InputError(f"{INPUT_SCALES} is of layers in block formats alone")
     given = names["input_format"]
     return LayerFormats(
         narrow_format("weight_format", names["weight_format"]),
@@ -213,7 +225,13 @@ def _block_formats(names: dict[str, Any]) -> BlockFormats:
             raise InputError(f"{key} must be absent in block formats, not {names[key]!r}")
     check_choice("weight_format", names["weight_format"], PRESETS)
     check_choice("input_format", names["input_format"], (*PRESETS, None))
-    return BlockFormats(names["weight_format"], names["input_format"], names["branch_rank"])
+    if INPUT_SCALES in names:
+        allowed = () if names["input_format"] is None else (SEARCHED,)
+        check_choice(INPUT_SCALES, names[INPUT_SCALES], allowed)
+    searched = INPUT_SCALES in names
+    return BlockFormats(
+        names["weight_format"], names["input_format"], names["branch_rank"], searched
+    )
 
 
 def narrow_format(key: str, name: Any) -> FloatFormat:

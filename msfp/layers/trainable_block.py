@@ -21,10 +21,12 @@ class TrainableBlockLayer(TrainableLayer):
     Attributes:
         weight_quantizer: Quantizer of the weight, with one scale for each block.
         input_blocks: Name of the block format of inputs, or None if they are not quantized.
+        searches_inputs: Whether the scales of inputs are searched when the layer runs.
     """
 
     block_class: type[BlockLayer]
     input_blocks: str | None
+    searches_inputs: bool = False
 
     @classmethod
     def of(cls, layer: nn.Module, weight: torch.Tensor, formats: BlockFormats) -> Self:
@@ -36,7 +38,7 @@ class TrainableBlockLayer(TrainableLayer):
             formats: The block formats.
         """
         trainable = cls.wrap(layer, BlockQuantizer.of(formats.weight, weight), None)
-        trainable.input_blocks = formats.input
+        trainable.input_blocks, trainable.searches_inputs = formats.input, formats.searches_inputs
         return trainable
 
     @property
@@ -50,7 +52,8 @@ class TrainableBlockLayer(TrainableLayer):
     def formats(self) -> BlockFormats:  # type: ignore[override]
         """Block formats of weight and inputs."""
         rank = 0 if self.branch_up is None else self.branch_up.shape[-1]
-        return BlockFormats(self.block_quantizer.name, self.input_blocks, rank)
+        name = self.block_quantizer.name
+        return BlockFormats(name, self.input_blocks, rank, self.searches_inputs)
 
     @property
     def integer_grids(self) -> str:
@@ -59,8 +62,10 @@ class TrainableBlockLayer(TrainableLayer):
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input rounded with one scale for each block of channels; same shape, dtype."""
-        blocks = self.formats.input_blocks
-        return x if blocks is None else quantize_input_blocks(x, blocks, self.kind.channel_axis(x))
+        blocks, axis = self.formats.input_blocks, self.kind.channel_axis(x)
+        if blocks is None:
+            return x
+        return quantize_input_blocks(x, blocks, axis, searched=self.searches_inputs)
 
     @torch.no_grad()
     def pack(self) -> BlockLayer:

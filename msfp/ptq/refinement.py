@@ -10,11 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpformats.ops.blocks import PRESETS
 from msfp.checkpoint.diffusers_quantizer import attach_again
-from msfp.config import RefinementConfig
+from msfp.config import MAX_BITS, RefinementConfig
 from msfp.errors import InputError
 from msfp.layers.block_quantizer import BlockQuantizer
 from msfp.layers.trainable import untrained_layers
+from msfp.layers.trainable_block import TrainableBlockLayer
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
 from msfp.ptq.concatenations import split_inputs
@@ -324,6 +326,10 @@ def refine_kept(
             denoiser, trajectories=trajectories, samples=samples, batch=config.batch,
             seed=config.seed,
         )  # fmt: skip
+    if config.search_input_scales:
+        for layer in layers.values():
+            if isinstance(layer, TrainableBlockLayer) and layer.input_blocks is not None:
+                layer.searches_inputs = PRESETS[layer.input_blocks].element.bits < MAX_BITS
     if config.token_scales:
         few = min(samples, SAMPLES)
         scale_tokens(

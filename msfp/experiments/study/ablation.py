@@ -73,14 +73,29 @@ def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
     return _refined(rounding=rounding, **(alone | options))
 
 
-def _refined_blocks(scheme: str, label: str) -> tuple[Recipe, Recipe]:
-    """Return the recipes that refine a block scheme, without and with branches."""
+def _refined_blocks(scheme: str, label: str) -> tuple[Recipe, ...]:
+    """Return the recipes that refine a block scheme."""
     pure = _refined(samples=None) | {"scheme": scheme}
     branched = _refined(branch_rank=16, samples=None) | {"scheme": scheme}
     name = f"{scheme}-pure"
+    searched = {"search_input_scales": True}
+    pure_searched = {**pure, "refine": pure["refine"] | searched}
+    branched_searched = {**branched, "refine": branched["refine"] | searched}
     return (
         Recipe(name, f"{label} blocks, refined without branches", pure, against=(scheme,)),
         Recipe(f"{scheme}-refined", f"{label} blocks, refined", branched, against=(name, scheme)),
+        Recipe(
+            f"{name}-searched",
+            f"{label} blocks, refined without branches, input scales searched",
+            pure_searched,
+            against=(name,),
+        ),
+        Recipe(
+            f"{scheme}-searched",
+            f"{label} blocks, refined, input scales searched",
+            branched_searched,
+            against=(f"{scheme}-refined", f"{name}-searched"),
+        ),
     )
 
 

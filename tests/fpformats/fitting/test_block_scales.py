@@ -76,9 +76,15 @@ def test_a_tensor_scale_is_checked(fmt):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_data_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="x must be finite"):
-        search_blocks(np.array([1.0, value], np.float32), MXFP4)
+def test_a_block_that_is_not_finite_has_the_scale_of_the_rule(value):
+    x = data(0, (2, 64))
+    x[0, 3] = value
+    for kind in (np.asarray, torch.from_numpy):
+        found, rule = search_blocks(kind(x), MXFP4), encode_blocks(kind(x), MXFP4)
+        assert found.scales[0, 0] == rule.scales[0, 0]
+        assert np.array_equal(found.codes[0, :32], rule.codes[0, :32])
+        finite = search_blocks(kind(x[1:]), MXFP4)
+        assert np.array_equal(found.codes[1:], finite.codes)
 
 
 def test_scales_are_codes_of_the_scale_format():

@@ -53,7 +53,7 @@ def check_policy(x, fmt, policy, expected):
 
 
 @pytest.mark.parametrize(
-    "bits", [pytest.param(n, marks=[pytest.mark.slow] * (n in (3, 4, 5, 6))) for n in BITS]
+    "bits", [pytest.param(n, marks=[pytest.mark.slow] * (n in (3, 4, 5, 6, 7))) for n in BITS]
 )
 def test_every_format_rounds_and_saturates_as_defined(bits, each_backend):
     wraps = [np.asarray, torch.from_numpy] if bits < 5 else [np.asarray]

@@ -41,6 +41,7 @@ def saved(packed, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_a_new_process_samples_bit_equal(routed, sampler, tmp_path):
     expected = sampler(routed, 8, 3)
     save(routed, tmp_path / "model")

@@ -22,6 +22,7 @@ from torch import nn
 
 import fpformats
 import msfp
+from fpformats import quantize_blocks
 from msfp import Calibration, DatasetStatistics, InputError, QuantizationConfig
 from msfp.checkpoint.diffusers_config import MSFPConfig
 from msfp.evaluation.dataset_statistics import dataset_statistics
@@ -126,6 +127,17 @@ def weights(network):
             weight = layer.quantized_weight(adapter, torch.float32)
             found.update(weight.detach().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def one_scale_for_the_batch(monkeypatch):
+    """That version had one tensor scale of NVFP4 for a batch; now each sample has its own."""
+
+    def of_the_batch(x, blocks, axis, *, searched):
+        assert not searched
+        return quantize_blocks(x, blocks, axis=axis)
+
+    monkeypatch.setattr("msfp.layers.block.quantize_input_blocks", of_the_batch)
 
 
 @torch.no_grad()

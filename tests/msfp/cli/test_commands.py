@@ -125,8 +125,8 @@ def test_weights_alone_take_no_calibration(tmp_path):
 
 
 def test_block_formats_are_written_sampled_and_inspected(tmp_path, capsys):
-    code = msfp("quantize", "digits", "--scheme", "nvfp4", "--output", tmp_path / "nvfp4",
-                "--report", tmp_path / "r.html")  # fmt: skip
+    code = msfp("quantize", "digits", "--scheme", "nvfp4", "--refine", "none",
+                "--output", tmp_path / "nvfp4", "--report", tmp_path / "r.html")  # fmt: skip
     assert code == 0
     assert "NVFP4" in (tmp_path / "r.html").read_text()
     assert msfp("sample", tmp_path / "nvfp4", *QUICK, "--output", tmp_path / "grid.png") == 0
@@ -488,12 +488,12 @@ BAD = {
             "digits",
             "--scheme",
             "mx",
-            "--refine-seed",
-            1,
+            "--attention-bits",
+            4,
             "--output",
             t / "x",
         ],
-        "refine must be None where layers are in block formats",
+        "attention_bits must be None where layers are in block formats",
     ),
     "refine twice": (
         lambda t, _: [

@@ -140,6 +140,7 @@ def test_its_report_says_how_it_was_run(folders, whole):
         assert f"<td>{key}</td><td>{value}</td>" in page
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_to_the_same_codes(
     folders, whole, tmp_path, stopped_at, capsys
 ):
@@ -256,6 +257,7 @@ def test_what_interrupts_before_the_first_state_leaves_nothing(folders, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_that_brings_nothing_is_reported_as_that(folders, tmp_path, capsys):
     groups = ("adapters", "weight-scales", "input-scales")
     rates = [word for group in groups for word in (f"--rates-{group}", "1")]
@@ -293,6 +295,7 @@ def test_it_trains_on_images_where_it_is_given_a_folder_of_them(
     assert found["rows"][1]["best"] > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_predicts_at_each_step_gives_the_same(folders, alone, tmp_path):
     assert finetuned(folders, tmp_path / "computed", "--no-cache-teacher") == 0
     computed = numbers(tmp_path / "computed")

@@ -244,6 +244,7 @@ DAMAGE = {
     "mixed": (of_layer(input_granularity="tensor"), "input_granularity must be one of"),
     "branch": (of_layer(branch_rank=1), "tensors are missing: .*branch_down"),
     "no rank": (of_layer(branch_rank=-1), "branch_rank must be a whole number"),
+    "input scales": (of_layer(input_scales="best"), "input_scales must be one of"),
     "branches": (of_layer(branch_rank=1, branch_adapters=2), "branch_adapters must be absent"),
     "other format": (of_layer(weight_format="MXFP4"), r"tensor_scale|weight_scale"),
     "adapters": (lambda config, _: config.update(adapters=2), "adapters must be 1"),

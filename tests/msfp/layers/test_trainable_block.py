@@ -28,6 +28,7 @@ FORMATS = [
     BlockFormats("MXFP4", "MXFP4"),
     BlockFormats("MXFP8_E4M3", "MXFP8_E4M3", 2),
     BlockFormats("MXINT8", "MXINT8"),
+    BlockFormats("NVFP4", "NVFP4", 0, searches_inputs=True),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -127,8 +128,9 @@ def test_each_weight_has_the_scale_of_its_block():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_samples_do_not_depend_on_the_others_of_their_batch(name):
-    layer = made(name, BlockFormats("NVFP4", "NVFP4"))
+@pytest.mark.parametrize("searched", [False, True])
+def test_samples_do_not_depend_on_the_others_of_their_batch(name, searched):
+    layer = made(name, BlockFormats("NVFP4", "NVFP4", 0, searched))
     x = inputs_of(layer)
     x[1] *= 1000
     together = layer.quantize_input(x)
@@ -145,15 +147,28 @@ def test_inputs_have_the_bits_of_the_format_for_each_sample():
         assert torch.equal(quantize_input_blocks(x, PRESETS[name], -1), expected)
 
 
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
+def test_searched_scales_of_inputs_have_less_error(name):
+    x = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(0))
+    errors = [
+        (quantize_input_blocks(x, PRESETS[name], -1, searched=searched) - x).square().sum()
+        for searched in (False, True)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("searched", [False, True])
 @pytest.mark.parametrize("x", [torch.zeros(2, 16), torch.empty(0, 16), torch.ones(16)], ids=str)
-def test_inputs_of_any_shape_are_rounded(x):
-    assert torch.equal(quantize_input_blocks(x, PRESETS["NVFP4"], -1), x)
+def test_inputs_of_any_shape_are_rounded(x, searched):
+    rounded = quantize_input_blocks(x, PRESETS["NVFP4"], -1, searched=searched)
+    assert torch.equal(rounded, x)
 
 
-def test_numbers_that_are_not_finite_stay_in_their_blocks():
+@pytest.mark.parametrize("searched", [False, True])
+def test_numbers_that_are_not_finite_stay_in_their_blocks(searched):
     x = torch.randn(2, 48)
     x[0, 0], x[1, 20] = torch.nan, torch.inf
-    rounded = quantize_input_blocks(x, PRESETS["NVFP4"], -1)
+    rounded = quantize_input_blocks(x, PRESETS["NVFP4"], -1, searched=searched)
     assert rounded[0, :16].isnan().all()
     assert rounded[0, 16:].isfinite().all()
     assert rounded[1].isfinite().all()

@@ -99,6 +99,7 @@ def test_other_overrides_of_a_layer_stay():
     assert found.apply(config).overrides == {"a": wanted}
 
 
+@pytest.mark.slow
 def test_a_state_keeps_what_was_measured(tmp_path, quantized):
     def interrupt(stage, done, _total, _note="", /):
         if (stage, done) == ("measuring", 3):

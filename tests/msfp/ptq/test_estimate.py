@@ -94,7 +94,7 @@ def test_a_forward_of_the_denoiser_itself_stays(pipe, calls):
 
 @pytest.mark.parametrize("config", [
     QuantizationConfig(refine=None),
-    QuantizationConfig(scheme="nvfp4", end_bits=4),
+    QuantizationConfig(scheme="nvfp4", end_bits=4, refine=None),
     QuantizationConfig(activation_bits=None, refine=None),
 ], ids=["nearest", "blocks", "weights"])  # fmt: skip
 def test_without_refinement_there_are_only_calls_and_a_search(config, pipe, calls):

@@ -42,7 +42,7 @@ def error(pipe, paths):
     return sum(noise_errors(pipe, trajectories=paths))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param("mx", marks=pytest.mark.slow), "nvfp4"])
 def test_refinement_lowers_the_error_and_branches_lower_it_more(paths, scheme):
     plain = quantized(scheme=scheme, refine=None)
     assert all(isinstance(each, BlockLayer) for each in quantized_layers(plain.unet).values())
@@ -70,7 +70,9 @@ def test_calls_refine_by_default_and_without_them_layers_are_packed_at_once():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_weights_are_values_of_their_blocks_and_are_packed_as_they_are(paths, scheme, dtype):
     pipe = families.pipeline("unet", None).to(dtype)
     paths = paths if dtype is torch.float32 else None
@@ -99,6 +101,23 @@ def test_a_folder_gives_the_same_bits_and_says_what_it_is(tmp_path):
     assert "branch" in (tmp_path / "saved" / "README.md").read_text()
 
 
+def test_searched_scales_of_inputs_lower_the_error_and_are_saved(paths, tmp_path):
+    plain = quantized(refine=RefinementConfig(**FEW))
+    pipe = quantized(refine=RefinementConfig(**FEW, search_input_scales=True))
+    assert error(pipe, paths) < error(plain, paths)
+    formats = {each.formats for each in quantized_layers(pipe.unet).values()}
+    assert formats == {
+        BlockFormats("NVFP4", "NVFP4", 0, searches_inputs=True),
+        BlockFormats("MXINT8", "MXINT8"),
+    }
+    pack(pipe)
+    expected = families.call(pipe.unet)
+    msfp.save(pipe, tmp_path / "saved")
+    loaded = msfp.load(tmp_path / "saved")
+    assert {each.formats for each in quantized_layers(loaded.unet).values()} == formats
+    assert torch.equal(families.call(loaded.unet), expected)
+
+
 def test_branches_are_exported_as_a_lora(tmp_path):
     config = RefinementConfig(samples=8, branch_rank=2)
     pipe = quantized("conditional_unet", folder=tmp_path, refine=config)
@@ -120,6 +139,7 @@ def interrupt_at(stage, done):
     return tell
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path):
     config = QuantizationConfig(scheme="nvfp4", refine=RefinementConfig(samples=8, branch_rank=2))
 
@@ -138,6 +158,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
+@pytest.mark.slow
 def test_columns_in_parts_are_refined_too(paths, monkeypatch):
     plain = quantized(refine=None)
     monkeypatch.setattr("msfp.ptq.refinement.MOST_COLUMNS", 12)

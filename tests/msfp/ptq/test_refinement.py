@@ -166,6 +166,7 @@ def test_convolutions_along_one_dimension_are_refined_and_layers_that_run_twice_
         assert refine(again, config.refine, trajectories=paths) == changed
 
 
+@pytest.mark.slow
 def test_the_mean_output_of_every_layer_is_that_of_full_precision(quantized, trajectories):
     denoiser = quantized()[0].unet
     config = RefinementConfig(rounding="nearest", samples=16, positions=10**6)
@@ -192,6 +193,7 @@ def test_it_is_reproduced_by_its_seed(tiny):
     assert not torch.equal(first.weight, other.weight)
 
 
+@pytest.mark.slow
 def test_the_full_precision_model_is_left_alone(reference, refined):
     before = copy.deepcopy(reference.unet.state_dict())
     refined()
@@ -225,6 +227,7 @@ def test_the_last_bias_alone_takes_the_mean_shift_from_the_prediction(
     assert changed == ["conv_out"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_ends_better_from_refined_weights(refined, quantized, trajectories):
     config = FinetuneConfig(rank=2, steps=3, batch=8)
     errors = []

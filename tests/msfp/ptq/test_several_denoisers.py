@@ -87,6 +87,7 @@ def test_a_selection_shares_its_components(pipe):
         msfp.select_denoisers(pipe, [])
 
 
+@pytest.mark.slow
 def test_a_network_that_is_no_denoiser_can_be_selected(tmp_path):
     case = CASES["StableDiffusionControlNetPipeline"]
     pipe = case.make()

@@ -61,6 +61,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(tmp_path,
     assert before < 60
 
 
+@pytest.mark.slow
 def test_calls_and_layers_that_are_done_are_not_done_again(tmp_path, expected, monkeypatch):
     run(families.pipeline("unet", None), tmp_path)
     for name in ("state.quantize_layer", "low_rank_branches._add_branch", "refinement.ROUNDINGS"):

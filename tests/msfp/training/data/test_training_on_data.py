@@ -1,9 +1,11 @@
+import pytest
 from tiny import SAMPLER
 
 from msfp import FinetuneConfig, data_trajectories, finetune
 from msfp.experiments.reference.digits import digits
 
 
+@pytest.mark.slow
 def test_training_on_noised_images_lowers_the_error_on_other_images(full, student):
     images = digits()[0][:, :, ::2, ::2]
     path = data_trajectories(full, calls=SAMPLER.calls(8, seed=5), images=images[:8])
