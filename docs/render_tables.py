@@ -15,7 +15,8 @@ DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
     "matched", "matched-sweeps", "matched-adaround", "split", "pure", "pure-tokens", "branch-4",
-    "branch-16", "samples-256", "branch-16-int8", "tokens",
+    "branch-16", "samples-256", "branch-16-int8", "tokens", "nvfp4", "nvfp4-pure",
+    "nvfp4-refined",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
