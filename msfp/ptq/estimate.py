@@ -20,6 +20,7 @@ from torch import nn
 
 from msfp.config import MAX_BITS, LayerSettings, QuantizationConfig, RefinementConfig
 from msfp.layers.adapters import merged_adapters
+from msfp.layers.block_quantizer import BlockQuantizer
 from msfp.layers.formats import BlockFormats
 from msfp.layers.kinds import PlainLayer
 from msfp.layers.lora.low_rank import low_rank
@@ -343,7 +344,8 @@ class _Cost:
 
     def stages(self, refinement: RefinementConfig | None) -> Iterator[Stage]:
         """Yield the stages in their order."""
-        call, loaded, search = self.call, resident_bytes(), self._search()
+        call, loaded = self.call, resident_bytes()
+        search = self._search(refined=refinement is not None)
         layers = self.layers.values()
         searched = SEARCHED * widest_bytes(layers)
         recorded = self._recorded() if refinement is not None or self.budget is not None else 0
@@ -387,14 +389,18 @@ class _Cost:
         ordered = sorted(sizes, key=sizes.__getitem__)
         return next((name for name in ordered if sizes[name] >= TRIED), ordered[-1])
 
-    def _search(self) -> float:
+    def _search(self, *, refined: bool) -> float:
         """Return the seconds of the search, from that of one layer."""
         name = self._tried()
         weight, settings = self.layers[name].weight.detach().float(), self.settings[name]
-        if isinstance(SCHEMES[settings.scheme], BlockScheme):
-            return 0.0
-        seconds = _timed(lambda: search_weight(weight, settings))
         numbers = sum(each.weight.numel() for each in self.layers.values())
+        if isinstance(SCHEMES[settings.scheme], BlockScheme):
+            if not refined:
+                return 0.0
+            blocks = _formats(settings, settings.weight_bits, of_weights=True)[0]
+            seconds = _timed(lambda: BlockQuantizer.of(blocks, weight))
+            return seconds * numbers / weight.numel()
+        seconds = _timed(lambda: search_weight(weight, settings))
         return seconds * numbers / weight.numel() + self._input_search(name) * len(self.layers)
 
     def _input_search(self, name: str) -> float:

@@ -10,13 +10,17 @@ import torch
 from race import race
 
 from fpformats import (
+    Blocks,
     StepEncoder,
     decode,
+    decode_blocks,
     encode,
     encode_steps,
     parse,
     quantize,
+    quantize_blocks,
     quantize_scaled,
+    search_blocks,
     unpack,
 )
 from fpformats.engine import backends
@@ -93,6 +97,28 @@ def test_a_small_call(benchmark):
     }
     benchmark.extra_info.update(table="call", backend=backends.available()[0], size=10_000)
     race(benchmark, contenders, rounds=200, repeats=20)
+
+
+@pytest.mark.parametrize("size", [10_000, 1_000_000])
+def test_blocks_of_channels(benchmark, size):
+    size = size if benchmark.enabled else 9_600
+    x = torch.randn(size // 80, 80, generator=torch.Generator().manual_seed(0))
+    y = torch.empty_like(x)
+    codes, scales, whole = search_blocks(x, "NVFP4")
+
+    def given():
+        return quantize_blocks(x, "NVFP4", scales=scales, tensor_scale=whole, out=y)
+
+    assert torch.equal(given(), decode_blocks(Blocks(codes, scales, whole), "NVFP4"))
+    contenders = {
+        "copy": lambda: y.copy_(x),
+        "MXFP4": lambda: quantize_blocks(x, "MXFP4", out=y),
+        "NVFP4": lambda: quantize_blocks(x, "NVFP4", out=y),
+        "NVFP4, given scales": given,
+        "NVFP4, scales searched": lambda: search_blocks(x, "NVFP4"),
+    }
+    benchmark.extra_info.update(table="blocks", backend=backends.available()[0], size=size)
+    race(benchmark, contenders, rounds=20)
 
 
 @pytest.mark.parametrize("size", [10_000, 1_000_000])

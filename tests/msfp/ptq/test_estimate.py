@@ -158,3 +158,10 @@ def test_networks_of_all_kinds_are_estimated():
     found = estimate(network, calls=lambda each: each(torch.ones(4, 8)))
     assert sum(group.layers for group in found.groups) == 2
     assert denoiser_of(network) is network
+
+
+def test_blocks_that_are_refined_have_a_search_and_branches(pipe, calls):
+    config = QuantizationConfig(scheme="nvfp4", refine=RefinementConfig(branch_rank=2))
+    found = {stage.name: stage for stage in estimate(pipe, config, calls=calls).stages}
+    assert list(found) == ["calls", "search", "branches", "refinement"]
+    assert found["search"].seconds > 0
