@@ -15,8 +15,10 @@ from fpformats.ops.blocks import (
     BlockFormat,
     Blocks,
     as_block_format,
+    checked_axis,
     encode_blocks,
     quantize_blocks,
+    rule_scales,
 )
 
 if TYPE_CHECKING:
@@ -63,10 +65,19 @@ def search_blocks(
         >>> decode_blocks(search_blocks(x, "NVFP4"), "NVFP4", dtype="float64")[:4].round(2).tolist()
         [3.86, 2.89, 1.93, 0.96]
     """
+    scales, whole = search_scales(x, fmt, axis=axis, tensor_scale=tensor_scale)
+    return encode_blocks(x, fmt, axis=axis, scales=scales, tensor_scale=whole)
+
+
+def search_scales(
+    x: Any, fmt: BlockFormat | str, *, axis: int = -1, tensor_scale: Any = None
+) -> tuple[Any, Any]:
+    """Give the codes of the scales that `search_blocks` finds, and the tensor's scale or None."""
     fmt = as_block_format(fmt)
-    base = encode_blocks(x, fmt, axis=axis, tensor_scale=tensor_scale)
-    xp, whole = library_of(x), base.tensor_scale
-    start, kind = cast(base.scales, "int32"), str(base.scales.dtype).removeprefix("torch.")
+    axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
+    rule, whole = rule_scales(x, fmt, axis, tensor_scale)
+    xp = library_of(x)
+    start, kind = cast(rule, "int32"), str(rule.dtype).removeprefix("torch.")
     least, best = None, start
     for offset in _offsets(fmt):
         codes = xp.clip(start + offset, fmt.scale.smallest_code, fmt.scale.max_code)
@@ -74,13 +85,12 @@ def search_blocks(
         rounded = quantize_blocks(x, fmt, axis=axis, scales=cast(codes, kind), tensor_scale=whole)
         with quiet():
             errors = xp.square(widened(rounded, WIDE) - widened(x, WIDE))
-        sums = _block_sums(xp, errors, fmt.size, axis)
+            sums = _block_sums(xp, errors, fmt.size, axis)
         if least is not None:
             codes = xp.where(sums < least, codes, best)
             sums = xp.minimum(sums, least)
         least, best = sums, codes
-    scales = cast(best, kind)
-    return encode_blocks(x, fmt, axis=axis, scales=scales, tensor_scale=whole)
+    return cast(best, kind), whole
 
 
 def _offsets(fmt: BlockFormat) -> list[int]:

@@ -212,12 +212,11 @@ def encode_blocks(
         ([[4, 15, 1], [0, 1, 7]], [[126], [131]])
     """
     fmt = as_block_format(fmt)
-    axis = _checked_axis(x, tuple(getattr(x, "shape", ())), axis)
+    axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
     check_packable(x, fmt.element, packed)
     working = compute_dtype(float_dtype_of(x)).name
     xp, whole, numbers, divisors = _scales(x, fmt, axis, working, scales, tensor_scale)
-    if not fmt.scale.has_nan and not is_hidden(numbers) and bool(xp.isnan(numbers).any()):
-        raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
+    _check_nan(xp, numbers, fmt)
     with quiet():
         v = widened(x, float_dtype_named(working)) / divisors
         if scales is not None:  # a scale that is NaN makes its block NaN, with any codes
@@ -239,6 +238,24 @@ def encode_blocks(
     return Blocks(
         codes, elementwise.encode(numbers, fmt.scale) if scales is None else scales, whole
     )
+
+
+def rule_scales(x: Any, fmt: BlockFormat, axis: int, tensor_scale: Any) -> tuple[Any, Any]:
+    """Give the codes of the scales by the rule of a format, and the tensor's scale.
+
+    Args:
+        x: As in `encode_blocks`, like `axis` and `tensor_scale`.
+        fmt: The block format.
+        axis: The axis, at least 0.
+        tensor_scale: Scale of the whole tensor, or None to compute it.
+
+    Raises:
+        ValueError: If `x` contains NaN and the scale format has none.
+    """
+    working = compute_dtype(float_dtype_of(x)).name
+    xp, whole, numbers, _ = _scales(x, fmt, axis, working, None, tensor_scale)
+    _check_nan(xp, numbers, fmt)
+    return elementwise.encode(numbers, fmt.scale), whole
 
 
 def decode_blocks(
@@ -280,7 +297,7 @@ def decode_blocks(
     if shape is not None:
         codes = unpack(codes, fmt.element.bits, shape=shape)
     lengths = tuple(getattr(codes, "shape", ()))
-    axis = _checked_axis(codes, lengths, axis)
+    axis = checked_axis(codes, lengths, axis)
     result = result_dtype(dtype, codes)
     working = compute_dtype(result).name
     _check_scales(blocks, fmt, lengths, axis)
@@ -336,7 +353,7 @@ def quantize_blocks(
         array([ 1.  , -3.  ,  0.25])
     """
     fmt = as_block_format(fmt)
-    axis = _checked_axis(x, tuple(getattr(x, "shape", ())), axis)
+    axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
     dtype = float_dtype_of(x)
     working = compute_dtype(dtype)
     check_out(out, x)
@@ -416,6 +433,12 @@ def _computed_scales(
         return elementwise.quantize(
             quotients, fmt.scale, rounding=_ROUNDINGS[fmt.rule]
         ), tensor_scale
+
+
+def _check_nan(xp: ModuleType, scales: Any, fmt: BlockFormat) -> None:
+    """Raise ValueError if scales are NaN but their format has none."""
+    if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
+        raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
 
 
 def _given_tensor_scale(
@@ -504,7 +527,8 @@ def _check_scales(blocks: Blocks, fmt: BlockFormat, shape: tuple[int, ...], axis
         raise ValueError(f"blocks.scales has shape {given}; the codes need {tuple(expected)}")
 
 
-def _checked_axis(x: Any, shape: tuple[int, ...], axis: int) -> int:
+def checked_axis(x: Any, shape: tuple[int, ...], axis: int) -> int:
+    """Give an axis of an array of a shape as a number from 0 on; raise an error if it has none."""
     refuse_list(x, "x")
     if not (is_tensor(x) or isinstance(x, np.ndarray)):
         raise TypeError(f"x is a {type(x).__name__}; it must be a NumPy array or a torch tensor")

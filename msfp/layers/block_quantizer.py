@@ -6,7 +6,8 @@ from typing import Self
 
 import torch
 
-from fpformats import decode, encode_blocks, quantize_blocks, search_blocks
+from fpformats import decode, encode_blocks, quantize_blocks
+from fpformats.fitting.block_scales import search_scales
 from fpformats.ops.blocks import PRESETS, BlockFormat
 from msfp.layers.fake_quantizer import Quantizer
 
@@ -49,7 +50,7 @@ class BlockQuantizer(Quantizer):
         whole = tensor_scale(weight, blocks) if blocks.tensor_scale else None
         rows = max(1, PART // max(1, weight[0].numel()))
         found = [
-            search_blocks(part, blocks, axis=WEIGHT_AXIS, tensor_scale=whole).scales
+            search_scales(part, blocks, axis=WEIGHT_AXIS, tensor_scale=whole)[0]
             for part in weight.detach().float().split(rows)
         ]
         # A block of zeros may have any scale, and rounding divides by it.
@@ -104,8 +105,7 @@ def quantize_input_blocks(
         whole = tensor_scale(x, blocks, tuple(range(1, x.dim())) if x.dim() > 1 else (0,))
     scales = None
     if searched:
-        found = search_blocks(x.detach(), blocks, axis=axis, tensor_scale=whole)
-        scales, whole = found.scales, found.tensor_scale
+        scales, whole = search_scales(x.detach(), blocks, axis=axis, tensor_scale=whole)
     rounded: torch.Tensor = quantize_blocks(x, blocks, axis=axis, scales=scales, tensor_scale=whole)
     return rounded
 

@@ -191,3 +191,13 @@ def test_a_branch_is_merged_or_removed():
     assert packed.formats == BlockFormats("NVFP4", "NVFP4")
     bare = nn.functional.linear(packed.quantize_input(x), packed.weight, packed.bias)
     assert torch.equal(packed(x), bare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[-1]], ids=["rule", "searched"])
+def test_compiling_without_a_graph_break_gives_the_same_bits(formats):
+    packed = made("linear", formats).pack()
+    x = inputs_of(packed)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(packed, fullgraph=True)(x), packed(x))
