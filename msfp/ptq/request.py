@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from msfp.config import LayerSettings, QuantizationConfig, RefinementConfig
+from msfp.config import (
+    BLOCK_SCHEMES,
+    MAX_BITS,
+    LayerSettings,
+    QuantizationConfig,
+    RefinementConfig,
+)
 from msfp.errors import InputError
 from msfp.layers.attention import attention_modules
 from msfp.layers.selection import settings_by_layer
@@ -49,6 +55,7 @@ def refinement_of(
             f"attention_bits must be None: {type(denoiser).__name__} has no attention module"
         )
     _check_branches(config, settings)
+    _check_searched(config, settings)
     if config.refine != "auto":
         return config.refine
     return RefinementConfig() if SCHEMES[config.scheme].refined and recordable else None
@@ -60,6 +67,18 @@ def _check_branches(config: QuantizationConfig, settings: Mapping[str, LayerSett
     if name is not None and config.refine is None:
         rank = settings[name].branch_rank
         raise InputError(f"branch_rank of layer {name!r} must be 0 without refine, not {rank}")
+
+
+def _check_searched(config: QuantizationConfig, settings: Mapping[str, LayerSettings]) -> None:
+    """Raise InputError if scales of inputs are to be searched, but no inputs are in blocks."""
+    if not isinstance(config.refine, RefinementConfig) or not config.refine.search_input_scales:
+        return
+    bits = (each.activation_bits for each in settings.values() if each.scheme in BLOCK_SCHEMES)
+    if not any(each is not None and each < MAX_BITS for each in bits):
+        raise InputError(
+            "search_input_scales must be False where no layer has an input of less than 8 bits in "
+            "a block format"
+        )
 
 
 def needs_trajectories(config: QuantizationConfig, refinement: RefinementConfig | None) -> bool:

@@ -192,6 +192,12 @@ def test_what_blocks_do_not_have_is_refused_by_name(name):
         quantized(**{name: value})
 
 
+@pytest.mark.parametrize("config", [{"scheme": "mixup"}, {"activation_bits": None}])
+def test_a_search_that_no_layer_can_do_is_refused(config):
+    with pytest.raises(InputError, match="search_input_scales must be False where no layer has"):
+        quantized(**config, refine=RefinementConfig(**FEW, search_input_scales=True))
+
+
 def test_a_network_that_is_no_pipeline_is_refined():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16))
