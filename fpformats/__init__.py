@@ -19,7 +19,7 @@ from fpformats.fitting.block_scales import search_blocks
 from fpformats.fitting.histogram import Histogram
 from fpformats.fitting.search import Choice, search
 from fpformats.formats import FloatFormat, Specials, format_name, p3109
-from fpformats.ops.blocks import (
+from fpformats.ops.block_formats import (
     MXFP4,
     MXFP6_E2M3,
     MXFP6_E3M2,
@@ -27,13 +27,12 @@ from fpformats.ops.blocks import (
     MXFP8_E5M2,
     MXINT8,
     NVFP4,
+    NVFP4_INT4,
     BlockFormat,
     Blocks,
     ScaleRule,
-    decode_blocks,
-    encode_blocks,
-    quantize_blocks,
 )
+from fpformats.ops.blocks import decode_blocks, encode_blocks, quantize_blocks
 from fpformats.ops.elementwise import decode, encode, quantize, values
 from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
 from fpformats.ops.steps import StepEncoder, encode_steps
@@ -53,6 +52,7 @@ __all__ = [
     "MXFP8_E5M2",
     "MXINT8",
     "NVFP4",
+    "NVFP4_INT4",
     "BlockFormat",
     "Blocks",
     "Choice",

@@ -8,23 +8,13 @@ in place of 6 for E2M1). All codes near that of the rule are tried, and the best
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fpformats.engine.arrays import cast, float_dtype_named, library_of, padded, quiet, widened
-from fpformats.ops.blocks import (
-    BlockFormat,
-    Blocks,
-    as_block_format,
-    checked_axis,
-    encode_blocks,
-    quantize_blocks,
-    rule_scales,
-)
+from fpformats.engine.arrays import cast, library_of
+from fpformats.ops.block_formats import BlockFormat, Blocks, as_block_format
+from fpformats.ops.block_scaling import better, block_errors, checked_tensor_scale, rule_codes
+from fpformats.ops.blocks import checked_axis, encode_blocks
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-WIDE = float_dtype_named("float64")
 MOST_IN_OCTAVE = 8
 """Most scales that are tried within an octave."""
 
@@ -75,22 +65,28 @@ def search_scales(
     """Give the codes of the scales that `search_blocks` finds, and the tensor's scale or None."""
     fmt = as_block_format(fmt)
     axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
-    rule, whole = rule_scales(x, fmt, axis, tensor_scale)
+    whole = checked_tensor_scale(x, fmt, axis, tensor_scale)
+    rules, whole = rule_codes(x, fmt, axis, whole)
+    pairs = zip(fmt.choices, rules, strict=True)
+    found = [_searched(x, choice, axis, rule, whole) for choice, rule in pairs]
+    codes, errors = zip(*found, strict=True)
+    return better(fmt, list(codes), list(errors))[0], whole
+
+
+def _searched(x: Any, fmt: BlockFormat, axis: int, rule: Any, whole: Any) -> tuple[Any, Any]:
+    """Give the best codes near those of the rule, of one element format, and their errors."""
     xp = library_of(x)
     start, kind = cast(rule, "int32"), str(rule.dtype).removeprefix("torch.")
     least, best = None, start
     for offset in _offsets(fmt):
         codes = xp.clip(start + offset, fmt.scale.smallest_code, fmt.scale.max_code)
         codes = codes if offset else start  # which may stand for zero or NaN
-        rounded = quantize_blocks(x, fmt, axis=axis, scales=cast(codes, kind), tensor_scale=whole)
-        with quiet():
-            errors = xp.square(widened(rounded, WIDE) - widened(x, WIDE))
-            sums = _block_sums(xp, errors, fmt.size, axis)
+        errors = block_errors(x, fmt, axis, cast(codes, kind), whole)
         if least is not None:
-            codes = xp.where(sums < least, codes, best)
-            sums = xp.minimum(sums, least)
-        least, best = sums, codes
-    return cast(best, kind), whole
+            codes = xp.where(errors < least, codes, best)
+            errors = xp.minimum(errors, least)
+        least, best = errors, codes
+    return cast(best, kind), least
 
 
 def _offsets(fmt: BlockFormat) -> list[int]:
@@ -99,13 +95,3 @@ def _offsets(fmt: BlockFormat) -> list[int]:
     step = max(1, octave // MOST_IN_OCTAVE)
     offsets = range(-(-(-octave // 2) // step) * step, octave + 1, step)
     return sorted(offsets, key=lambda offset: (abs(offset), offset))
-
-
-def _block_sums(xp: ModuleType, errors: Any, size: int, axis: int) -> Any:
-    """Give the sum of each block, added in order, so that all libraries give the same bits."""
-    rows = padded(xp, xp.swapaxes(errors, axis, -1), size)
-    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
-    total = grouped[..., 0]
-    for place in range(1, size):
-        total = total + grouped[..., place]
-    return xp.swapaxes(total, -1, axis)

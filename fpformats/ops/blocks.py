@@ -1,22 +1,14 @@
-"""Block formats: the elements of a block have one format and share a scale in another format.
+"""Encoding, decoding and rounding of blocks.
 
 A block of values v along one axis is stored as the code of a scale s and the codes of v / s. A
-stored element stands for element * s. The scale is the block's largest magnitude m, divided by a
-power of two or by the largest element, and rounded to the scale format. Scale rules differ only
-in the divisor and in the rounding. MX (OCP MX 1.0) and NVFP4 (NVIDIA, cuDNN) are presets; any
-other composition works the same way.
-
-The quotient that is rounded to the scale is one float64 operation. v / s and element * s are
-float32 operations (float64 for float64 values), with true division.
-
-Scales may also be given, such as those that `fpformats.fitting.block_scales` finds.
+stored element stands for element * s. v / s and element * s are float32 operations (float64 for
+float64 values), with true division. `fpformats.ops.block_scaling` has the scales, and
+`fpformats.ops.block_formats` the formats.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,13 +19,10 @@ from fpformats.engine.arrays import (
     check_out,
     check_target,
     compute_dtype,
-    float_dtype_named,
     float_dtype_of,
-    is_hidden,
     is_tensor,
     library_of,
     needs_gradient,
-    padded,
     quiet,
     refuse_list,
     result_dtype,
@@ -43,122 +32,13 @@ from fpformats.engine.arrays import (
 from fpformats.engine.bit_packing import pack, unpack
 from fpformats.formats import FloatFormat
 from fpformats.ops import elementwise
+from fpformats.ops.block_formats import BlockFormat, Blocks, as_block_format
+from fpformats.ops.block_scaling import block_scales, rounded_blocks, scale_values
 from fpformats.ops.elementwise import check_packable
-from fpformats.parsing import as_format, parse
 from fpformats.rounding import FINITE, NEAREST
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-
-class ScaleRule(StrEnum):
-    """How the scale follows from the largest magnitude m of a block.
-
-    Here, max is the largest element and E is its exponent: 2**E <= max < 2**(E+1).
-    """
-
-    Floor = "Floor"
-    """m / 2**E rounded down (OCP MX 1.0, 6.3): the largest values may saturate."""
-
-    Ceil = "Ceil"
-    """m / 2**E rounded up."""
-
-    Nearest = "Nearest"
-    """m / 2**E rounded to nearest, ties to even."""
-
-    RCeil = "RCeil"
-    """m / max rounded up: nothing saturates."""
-
-    Max = "Max"
-    """m / max rounded to nearest, ties to even (IEEE P3109, NVFP4)."""
-
-
-_ROUNDINGS = {
-    ScaleRule.Floor: "TowardZero",
-    ScaleRule.Ceil: "TowardPositive",
-    ScaleRule.Nearest: "NearestTiesToEven",
-    ScaleRule.RCeil: "TowardPositive",
-    ScaleRule.Max: "NearestTiesToEven",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
-    """A composition of an element format and a scale format.
-
-    Attributes:
-        element: Format of the elements; a name becomes its format.
-        scale: Format of the scales, likewise.
-        size: Number of elements that share a scale.
-        rule: How the scale of a block is computed.
-        tensor_scale: Whether scales are relative to one float32 scale of the whole tensor. It
-            maps the largest scale to the largest value of the scale format.
-        twos_complement: Whether the codes of a uniform element format are two's complement
-            integers, as in MXINT8.
-
-    Raises:
-        TypeError: If element or scale is not a format.
-        ValueError: If no format has the name, the size is not a positive integer, the rule is
-            unknown, or `twos_complement` is True for an element that is not signed and uniform.
-
-    Example:
-        >>> from fpformats import E2M1U, UE5M3
-        >>> ours = BlockFormat(E2M1U, UE5M3, 16, ScaleRule.Max)
-        >>> quantize_blocks(np.array([0.1, 0.5, 0.9, -0.2]), ours)
-        array([0.078125, 0.46875 , 0.9375  , 0.      ])
-    """
-
-    element: FloatFormat
-    scale: FloatFormat
-    size: int
-    rule: ScaleRule = ScaleRule.Floor
-    tensor_scale: bool = False
-    twos_complement: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("element", "scale"):
-            object.__setattr__(self, name, as_format(getattr(self, name), name))
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"size is {self.size!r}; it must be a positive integer")
-        if self.rule not in list(ScaleRule):
-            raise ValueError(f"rule is {self.rule!r}; allowed: {', '.join(ScaleRule)}")
-        uniform = self.element.exponent_bits == 0 and self.element.signed
-        if self.twos_complement and not uniform:
-            raise ValueError(f"element is {self.element}; two's complement is for signed E0My")
-
-
-class Blocks(NamedTuple):
-    """Encoded blocks.
-
-    Attributes:
-        codes: Codes of the elements, of the shape of the data.
-        scales: Codes of the scales; along the axis of the blocks, one for each block.
-        tensor_scale: The float32 scale of the whole tensor, or several that broadcast to the shape
-            of `scales`. None if there is none.
-    """
-
-    codes: Any
-    scales: Any
-    tensor_scale: Any
-
-
-MXFP8_E4M3 = BlockFormat(parse("E4M3"), parse("E8M0"), 32)
-MXFP8_E5M2 = BlockFormat(parse("E5M2"), parse("E8M0"), 32)
-MXFP6_E2M3 = BlockFormat(parse("E2M3"), parse("E8M0"), 32)
-MXFP6_E3M2 = BlockFormat(parse("E3M2"), parse("E8M0"), 32)
-MXFP4 = BlockFormat(parse("E2M1"), parse("E8M0"), 32)
-MXINT8 = BlockFormat(parse("E0M7"), parse("E8M0"), 32, twos_complement=True)
-NVFP4 = BlockFormat(parse("E2M1"), parse("E4M3"), 16, ScaleRule.Max, tensor_scale=True)
-PRESETS = {
-    "MXFP8_E4M3": MXFP8_E4M3,
-    "MXFP8_E5M2": MXFP8_E5M2,
-    "MXFP6_E2M3": MXFP6_E2M3,
-    "MXFP6_E3M2": MXFP6_E3M2,
-    "MXFP4": MXFP4,
-    "MXINT8": MXINT8,
-    "NVFP4": NVFP4,
-}
-"""Block formats of OCP and NVIDIA by name."""
 
 
 def encode_blocks(
@@ -214,48 +94,36 @@ def encode_blocks(
     fmt = as_block_format(fmt)
     axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
     check_packable(x, fmt.element, packed)
-    working = compute_dtype(float_dtype_of(x)).name
-    xp, whole, numbers, divisors = _scales(x, fmt, axis, working, scales, tensor_scale)
-    _check_nan(xp, numbers, fmt)
+    working, xp = compute_dtype(float_dtype_of(x)), library_of(x)
+    found = block_scales(x, fmt, axis, scales, tensor_scale)
     with quiet():
-        v = widened(x, float_dtype_named(working)) / divisors
-        if scales is not None:  # a scale that is NaN makes its block NaN, with any codes
-            v = xp.where(xp.isnan(divisors), 0.0, v)
-        # A computed scale is already NaN, so any code will do if the element format has no NaN.
-        codes = elementwise.encode(
+        v = widened(x, working) / found.divisors
+        # A scale that is NaN makes its block NaN, with any codes.
+        v = xp.where(xp.isnan(found.divisors), 0.0, v)
+
+    def encoded(v: Any, element: FloatFormat) -> Any:
+        return elementwise.encode(
             v,
-            fmt.element,
+            element,
             rounding=rounding,
             saturation=saturation,
             random=random,
             random_bits=random_bits,
-            nan=0 if scales is None and fmt.scale.has_nan and not fmt.element.has_nan else None,
+        )
+
+    if found.chosen is None:
+        codes = encoded(v, fmt.element)
+    else:  # what the other format has is not encoded, so that it cannot be refused
+        codes = xp.where(
+            found.chosen,
+            encoded(xp.where(found.chosen, v, 0.0), fmt.choices[1].element),
+            encoded(xp.where(found.chosen, 0.0, v), fmt.element),
         )
     if fmt.twos_complement:
         codes = _twos_complement(xp, codes, fmt.element)
     if packed:
         codes = pack(codes, fmt.element.bits)
-    return Blocks(
-        codes, elementwise.encode(numbers, fmt.scale) if scales is None else scales, whole
-    )
-
-
-def rule_scales(x: Any, fmt: BlockFormat, axis: int, tensor_scale: Any) -> tuple[Any, Any]:
-    """Give the codes of the scales by the rule of a format, and the tensor's scale.
-
-    Args:
-        x: As in `encode_blocks`, like `axis` and `tensor_scale`.
-        fmt: The block format.
-        axis: The axis, at least 0.
-        tensor_scale: Scale of the whole tensor, or None to compute it.
-
-    Raises:
-        ValueError: If `x` contains NaN and the scale format has none.
-    """
-    working = compute_dtype(float_dtype_of(x)).name
-    xp, whole, numbers, _ = _scales(x, fmt, axis, working, None, tensor_scale)
-    _check_nan(xp, numbers, fmt)
-    return elementwise.encode(numbers, fmt.scale), whole
+    return Blocks(codes, found.codes, found.whole)
 
 
 def decode_blocks(
@@ -302,11 +170,15 @@ def decode_blocks(
     working = compute_dtype(result).name
     _check_scales(blocks, fmt, lengths, axis)
     check_target(out, codes, result.name, lengths)
-    scales = elementwise.decode(blocks.scales, fmt.scale, dtype=working)
+    scales, chosen = scale_values(blocks.scales, fmt, working)
     if blocks.tensor_scale is not None:
         scales = scales * blocks.tensor_scale
     with quiet():
         values = _element_values(codes, fmt, working)
+        if chosen is not None:
+            chosen = take_blocks(chosen, fmt.size, axis, lengths[axis])
+            others = elementwise.decode(codes, fmt.choices[1].element, dtype=working)
+            values = library_of(codes).where(chosen, others, values)
         values = values * take_blocks(scales, fmt.size, axis, lengths[axis])
         return assigned(out, cast(values, result.name))
 
@@ -355,146 +227,31 @@ def quantize_blocks(
     fmt = as_block_format(fmt)
     axis = checked_axis(x, tuple(getattr(x, "shape", ())), axis)
     dtype = float_dtype_of(x)
-    working = compute_dtype(dtype)
     check_out(out, x)
     learning = needs_gradient(x, out=out)
-    _, _, _, divisors = _scales(x, fmt, axis, working.name, scales, tensor_scale)
-    with quiet():
-        q = elementwise.quantize(
-            widened(x, working) / divisors,
-            fmt.element,
+    found = block_scales(x, fmt, axis, scales, tensor_scale)
+
+    def rounded(element: FloatFormat) -> Any:
+        return rounded_blocks(
+            x,
+            element,
+            found.divisors,
             rounding=rounding,
             saturation=saturation,
             random=random,
             random_bits=random_bits,
         )
-        # For a scale of zero, the divisor is infinity and q is zero; their product would be NaN.
-        y = cast(q * _where_finite(divisors), dtype.name)
+
+    with quiet():
+        y = rounded(fmt.element)
+        if found.chosen is not None:
+            y = library_of(x).where(found.chosen, rounded(fmt.choices[1].element), y)
+        y = cast(y, dtype.name)
     if learning:
         from fpformats.ops.gradients import straight_through
 
         return straight_through(y, x, None)
     return assigned(out, y)
-
-
-def as_block_format(fmt: Any) -> BlockFormat:
-    """Turn a block format or its name into the block format.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If no preset has the name.
-    """
-    if isinstance(fmt, BlockFormat):
-        return fmt
-    if not isinstance(fmt, str):
-        raise TypeError(f"fmt is {fmt!r}; it must be a BlockFormat, such as MXFP4, or a name")
-    if fmt.upper() not in PRESETS:
-        raise ValueError(f"fmt is {fmt!r}; block formats are {', '.join(PRESETS)}")
-    return PRESETS[fmt.upper()]
-
-
-def _scales(
-    x: Any, fmt: BlockFormat, axis: int, working: str, codes: Any, tensor_scale: Any
-) -> tuple[ModuleType, Any, Any, Any]:
-    """Give the library, the tensor's scale, the blocks' scales, and the divisors of `x`.
-
-    Codes of the scales and the tensor's scale may be given; None computes them.
-    """
-    xp = library_of(x)
-    shape = list(x.shape)
-    shape[axis] = -(-shape[axis] // fmt.size)
-    whole = _given_tensor_scale(xp, x, fmt, shape, tensor_scale)
-    if codes is None:
-        scales, whole = _computed_scales(xp, x, fmt, axis, whole)
-    else:
-        _check_given(codes, x, fmt, shape, whole)
-        scales = elementwise.decode(codes, fmt.scale, dtype="float64")
-    with quiet():
-        totals = cast(scales, working)
-        if whole is not None:
-            totals = totals * cast(whole, working)
-    divisors = take_blocks(totals, fmt.size, axis, x.shape[axis])
-    return xp, whole, scales, xp.where(divisors == 0, float("inf"), divisors)
-
-
-def _computed_scales(
-    xp: ModuleType, x: Any, fmt: BlockFormat, axis: int, tensor_scale: Any
-) -> tuple[Any, Any]:
-    """Give the scales that follow from the rule, and the tensor's scale, which may be given."""
-    magnitudes = widened(x, float_dtype_named("float64"))
-    magnitudes = abs(magnitudes) if fmt.element.signed else xp.clip(magnitudes, 0.0, None)
-    largest = _block_maxima(xp, magnitudes, fmt.size, axis)
-    by_max = fmt.rule in (ScaleRule.RCeil, ScaleRule.Max)
-    quotients = largest / (fmt.element.max if by_max else 2.0**fmt.element.max_exponent)
-    with quiet():
-        if fmt.tensor_scale:
-            tensor_scale = _tensor_scale(xp, largest, fmt) if tensor_scale is None else tensor_scale
-            quotients = quotients / tensor_scale
-        return elementwise.quantize(
-            quotients, fmt.scale, rounding=_ROUNDINGS[fmt.rule]
-        ), tensor_scale
-
-
-def _check_nan(xp: ModuleType, scales: Any, fmt: BlockFormat) -> None:
-    """Raise ValueError if scales are NaN but their format has none."""
-    if not fmt.scale.has_nan and not is_hidden(scales) and bool(xp.isnan(scales).any()):
-        raise ValueError(f"x contains NaN, which the scales' format {fmt.scale} does not have")
-
-
-def _given_tensor_scale(
-    xp: ModuleType, x: Any, fmt: BlockFormat, shape: list[int], tensor_scale: Any
-) -> Any:
-    """Give a tensor scale as float32 of the library of `x`, checked; None if none is given."""
-    if tensor_scale is None:
-        return None
-    if not fmt.tensor_scale:
-        raise ValueError(f"tensor_scale is {tensor_scale!r}; the format has none: it must be None")
-    if is_tensor(tensor_scale) and not is_tensor(x):
-        raise TypeError(f"tensor_scale is a {type(tensor_scale).__name__}; x is a NumPy array")
-    on = {"device": x.device} if is_tensor(x) else {}
-    scale = xp.asarray(tensor_scale, dtype=xp.float32, **on)
-    ends = zip(reversed(scale.shape), reversed(shape), strict=False)
-    if len(scale.shape) > len(shape) or any(size not in (1, wanted) for size, wanted in ends):
-        raise ValueError(
-            f"tensor_scale has shape {tuple(scale.shape)}, which does not broadcast to the shape "
-            f"{tuple(shape)} of the scales"
-        )
-    if not is_hidden(scale) and not bool(((scale > 0) & (scale < float("inf"))).all()):
-        raise ValueError("tensor_scale must be positive and finite")
-    return scale
-
-
-def _check_given(codes: Any, x: Any, fmt: BlockFormat, shape: list[int], whole: Any) -> None:
-    """Raise an error unless codes of scales are of the library of `x`, and suit its blocks."""
-    if is_tensor(codes) != is_tensor(x) or not (is_tensor(codes) or isinstance(codes, np.ndarray)):
-        raise TypeError(f"scales is a {type(codes).__name__}; x is a {type(x).__name__}")
-    if tuple(codes.shape) != tuple(shape):
-        raise ValueError(f"scales has shape {tuple(codes.shape)}; x needs {tuple(shape)}")
-    if fmt.tensor_scale and whole is None:
-        raise ValueError("tensor_scale is None; scales of this format need the one they belong to")
-
-
-def _tensor_scale(xp: ModuleType, largest: Any, fmt: BlockFormat) -> Any:
-    """Give the scale that maps the largest magnitude to the largest element and block scale."""
-    if 0 in largest.shape:
-        return xp.ones_like(largest, dtype=xp.float32).sum() + 1
-    # Products with a scale must stay finite, even if the data contain infinity.
-    limit = float(np.finfo(np.float32).max) / fmt.scale.max
-    largest = xp.where(xp.isnan(largest), 0.0, largest)  # NaN affects only its block
-    scale = xp.clip(largest.max() / (fmt.element.max * fmt.scale.max), None, limit)
-    rounded = xp.asarray(scale, dtype=xp.float32)
-    return xp.where(rounded == 0, xp.ones_like(rounded), rounded)
-
-
-def _block_maxima(xp: ModuleType, magnitudes: Any, size: int, axis: int) -> Any:
-    rows = padded(xp, xp.swapaxes(magnitudes, axis, -1), size)
-    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
-    largest = grouped.amax(-1) if is_tensor(grouped) else grouped.max(axis=-1)
-    return xp.swapaxes(largest, -1, axis)
-
-
-def _where_finite(divisors: Any) -> Any:
-    return library_of(divisors).where(divisors == float("inf"), 0.0, divisors)
 
 
 def _twos_complement(xp: ModuleType, codes: Any, element: FloatFormat) -> Any:

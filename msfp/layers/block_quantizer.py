@@ -8,7 +8,7 @@ import torch
 
 from fpformats import decode, encode_blocks, quantize_blocks
 from fpformats.fitting.block_scales import search_scales
-from fpformats.ops.blocks import PRESETS, BlockFormat
+from fpformats.ops.block_formats import PRESETS, BlockFormat
 from msfp.layers.fake_quantizer import Quantizer
 
 WEIGHT_AXIS = 1

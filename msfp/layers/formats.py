@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 
 from fpformats import FloatFormat, parse
-from fpformats.ops.blocks import PRESETS, BlockFormat
+from fpformats.ops.block_formats import PRESETS, BlockFormat
 from msfp.errors import InputError
 from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer

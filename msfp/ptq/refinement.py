@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpformats.ops.blocks import PRESETS
+from fpformats.ops.block_formats import PRESETS
 from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import MAX_BITS, RefinementConfig
 from msfp.errors import InputError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpformats import BlockFormat, decode, decode_blocks, encode_blocks, parse, search_blocks
-from fpformats.ops.blocks import MXFP4, NVFP4, PRESETS
+from fpformats.ops.block_formats import MXFP4, NVFP4, PRESETS
 
 FORMATS = {**PRESETS, "unsigned": BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, "Max")}
 
@@ -34,14 +34,15 @@ def test_no_other_scale_of_a_block_has_less_error(name):
     for seed in range(5):
         x = data(seed, (1, fmt.size))
         found = search_blocks(x, fmt)
-        rule = int(encode_blocks(x, fmt).scales[0, 0])
-        most = min(rule + octave, fmt.scale.max_code)
-        tried = range(max(rule - octave // 2, 1), most + 1, max(1, octave // 8))
         errors = {}
-        for code in tried:
-            scales = np.full((1, 1), code, found.scales.dtype)
-            blocks = encode_blocks(x, fmt, scales=scales, tensor_scale=found.tensor_scale)
-            errors[code] = error(x, blocks, fmt)
+        for sign, choice in zip((0, 1 << fmt.scale.magnitude_bits), fmt.choices, strict=False):
+            whole = found.tensor_scale
+            rule = int(encode_blocks(x, choice, tensor_scale=whole).scales[0, 0])
+            most = min(rule + octave, fmt.scale.max_code)
+            for code in range(max(rule - octave // 2, 1), most + 1, max(1, octave // 8)):
+                scales = np.full((1, 1), code | sign, found.scales.dtype)
+                blocks = encode_blocks(x, fmt, scales=scales, tensor_scale=whole)
+                errors[code | sign] = error(x, blocks, fmt)
         assert errors[int(found.scales[0, 0])] == min(errors.values())
 
 

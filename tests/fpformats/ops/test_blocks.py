@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -7,22 +8,24 @@ import torch
 from oracles import assert_same_bits
 
 from fpformats import decode, exact, pack, parse, quantize
-from fpformats.ops.blocks import (
+from fpformats.ops.block_formats import (
     MXFP4,
     MXFP8_E4M3,
     MXINT8,
     NVFP4,
+    NVFP4_INT4,
     PRESETS,
     BlockFormat,
     ScaleRule,
-    decode_blocks,
-    encode_blocks,
-    quantize_blocks,
 )
+from fpformats.ops.blocks import decode_blocks, encode_blocks, quantize_blocks
 
 on_backends = pytest.mark.usefixtures("backend")
 
 UNSIGNED = BlockFormat(parse("E2M1U"), parse("UE5M3"), 5, ScaleRule.Max)
+MIXED_SIGN = BlockFormat(
+    parse("E2M1"), parse("E4M3"), 8, ScaleRule.Max, tensor_scale=True, alternative=parse("E2M2U")
+)
 
 
 def block_scale(block, fmt, tensor_scale):
@@ -42,21 +45,28 @@ def block_scale(block, fmt, tensor_scale):
     return float(exact.quantize(largest / reach / tensor_scale, fmt.scale, rounding))
 
 
+def block_by_definition(block, fmt, tensor_scale):
+    """A block of float32 rounded, and its squared error."""
+    scale = block_scale(block.tolist(), fmt, Fraction(float(tensor_scale)))
+    total = np.float32(scale) * tensor_scale
+    v = block / (total if total else np.float32(math.inf))
+    q = [float(exact.quantize(float(number), fmt.element)) for number in v]
+    rounded = np.array(q, dtype=np.float32) * total
+    return rounded, sum(((rounded.astype(float) - block) ** 2).tolist())
+
+
 def by_definition(x, fmt):
     """Rows of float32 along the last axis, block by block."""
     tensor_scale = np.float32(1)
     if fmt.tensor_scale and np.abs(x).max() > 0:
-        tensor_scale = np.float32(np.float64(np.abs(x).max()) / (fmt.element.max * fmt.scale.max))
+        reach = min(choice.element.max for choice in fmt.choices)
+        tensor_scale = np.float32(np.float64(np.abs(x).max()) / (reach * fmt.scale.max))
     result = np.empty_like(x)
     for index in np.ndindex(x.shape[:-1]):
         for start in range(0, x.shape[-1], fmt.size):
             place = (*index, slice(start, start + fmt.size))
-            block = x[place]
-            scale = block_scale(block.tolist(), fmt, Fraction(float(tensor_scale)))
-            total = np.float32(scale) * tensor_scale
-            v = block / (total if total else np.float32(math.inf))
-            q = [float(exact.quantize(float(number), fmt.element)) for number in v]
-            result[place] = np.array(q, dtype=np.float32) * total
+            found = [block_by_definition(x[place], each, tensor_scale) for each in fmt.choices]
+            result[place] = min(found, key=lambda pair: pair[1])[0]
     return result
 
 
@@ -69,9 +79,11 @@ def random_blocks(shape, seed=0):
 
 @on_backends
 @pytest.mark.parametrize("rule", ScaleRule)
-@pytest.mark.parametrize("fmt", [*PRESETS.values(), UNSIGNED], ids=[*PRESETS, "unsigned"])
+@pytest.mark.parametrize(
+    "fmt", [*PRESETS.values(), UNSIGNED, MIXED_SIGN], ids=[*PRESETS, "unsigned", "mixed sign"]
+)
 def test_blocks_are_as_defined(fmt, rule):
-    fmt = BlockFormat(fmt.element, fmt.scale, fmt.size, rule, fmt.tensor_scale, fmt.twos_complement)
+    fmt = replace(fmt, rule=rule)
     x = random_blocks((3, 2 * fmt.size + 7))
     expected = by_definition(x, fmt)
     for array in (x, torch.from_numpy(x)):
@@ -205,11 +217,68 @@ def test_the_gradient_passes_straight_through():
     assert torch.equal(x.grad, torch.arange(64.0))
 
 
-def test_blocks_compile():
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4_INT4], ids=["MXFP4", "NVFP4_INT4"])
+def test_blocks_compile(fmt):
     x = torch.randn(3, 40)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: quantize_blocks(x, MXFP4), fullgraph=True)(x)
-    assert torch.equal(compiled, quantize_blocks(x, MXFP4))
+    compiled = torch.compile(lambda x: quantize_blocks(x, fmt), fullgraph=True)(x)
+    assert torch.equal(compiled, quantize_blocks(x, fmt))
+
+
+def test_the_sign_of_a_scale_chooses_integers_for_its_block():
+    x = np.concatenate([np.arange(-8, 8), [0, 0.5, 1, 1.5, 2, 3, 4, 6] * 2]).astype(np.float32)
+    x[0] = 7
+    for kind in (np.asarray, torch.from_numpy):
+        blocks = encode_blocks(kind(x), NVFP4_INT4, tensor_scale=1.0)
+        assert blocks.scales.tolist() == [0x80 | 0x38, 0x38]  # both scales are 1
+        assert blocks.codes[:4].tolist() == [7, 15, 14, 13]
+        assert_same_bits(np.asarray(decode_blocks(blocks, NVFP4_INT4)), x)
+        assert_same_bits(np.asarray(quantize_blocks(kind(x), NVFP4_INT4, tensor_scale=1.0)), x)
+
+
+def test_equally_good_formats_leave_the_scale_positive():
+    for x in (np.zeros(16, np.float32), -np.zeros(16, np.float32), np.full(16, np.nan, np.float32)):
+        for kind in (np.asarray, torch.from_numpy):
+            assert (np.asarray(encode_blocks(kind(x), NVFP4_INT4).scales) < 0x80).all()
+
+
+def test_a_second_format_never_has_more_error():
+    x = random_blocks((50, 64), seed=2).astype(np.float64)
+    errors = [
+        ((quantize_blocks(x, fmt) - x) ** 2).reshape(50, 4, 16).sum(-1)
+        for fmt in (NVFP4, NVFP4_INT4)
+    ]
+    assert (errors[1] <= errors[0]).all()
+    assert (errors[1] < errors[0]).any()
+
+
+def test_codes_out_of_range_of_a_signed_scale_are_refused():
+    blocks = encode_blocks(np.ones(16, np.float32), NVFP4_INT4)
+    for code in (-1, 256):
+        wrong = blocks._replace(scales=np.array([code]))
+        with pytest.raises(ValueError, match=f"{code}.*E4M3"):
+            decode_blocks(wrong, NVFP4_INT4)
+
+
+def test_a_policy_concerns_the_format_that_a_block_has():
+    x = np.zeros(16, np.float32)
+    x[:8] = np.arange(8)  # 7 is above the largest E2M1, and the block has integers
+    blocks = encode_blocks(x, NVFP4_INT4, tensor_scale=1.0, saturation="OverflowNaN")
+    assert_same_bits(decode_blocks(blocks, NVFP4_INT4), x)
+
+
+def test_nan_that_saturation_makes_is_refused():
+    x = np.array([7.9] + [0.0] * 31, np.float32)
+    for kind in (np.asarray, torch.from_numpy):
+        with pytest.raises(ValueError, match="NaN"):
+            encode_blocks(kind(x), MXFP4, saturation="OverflowNaN")
+
+
+def test_a_negative_zero_has_the_same_scale_in_both_libraries():
+    fmt = BlockFormat(parse("E2M1U"), parse("E4M3"), 16, ScaleRule.Max)
+    x = np.array([-0.0], np.float32)
+    assert encode_blocks(x, fmt).scales.tolist() == [0]
+    assert encode_blocks(torch.from_numpy(x), fmt).scales.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +288,12 @@ def test_blocks_compile():
         ({"size": True}, "size is True"),
         ({"rule": "Up"}, "rule is 'Up'; allowed: Floor, Ceil, Nearest, RCeil, Max"),
         ({"twos_complement": True}, "element is E2M1; two's complement is for signed E0My"),
+        ({"alternative": "E2M2"}, "alternative is E2M2 of 5 bits; element E2M1 has 4"),
+        ({"alternative": "E0M3"}, "alternative is E0M3; with the unsigned scale E8M0"),
+        (
+            {"element": "E0M3", "twos_complement": True, "alternative": "E2M1"},
+            "alternative is E2M1; with two's complement",
+        ),
     ],
 )
 def test_impossible_compositions_are_refused(arguments, message):

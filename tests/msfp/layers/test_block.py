@@ -14,7 +14,7 @@ from scripts import forked
 from torch import nn
 
 from fpformats import quantize_blocks
-from fpformats.ops.blocks import PRESETS
+from fpformats.ops.block_formats import PRESETS
 from msfp import (
     FinetuneConfig,
     InputError,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fpformats import decode, quantize_blocks
-from fpformats.ops.blocks import PRESETS
+from fpformats.ops.block_formats import PRESETS
 from msfp.layers.block import BlockLayer
 from msfp.layers.block_quantizer import BlockQuantizer, quantize_input_blocks
 from msfp.layers.families import family_of

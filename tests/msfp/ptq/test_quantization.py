@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from torch import nn
 
 from fpformats import quantize_blocks
-from fpformats.ops.blocks import MXFP4, MXINT8, NVFP4
+from fpformats.ops.block_formats import MXFP4, MXINT8, NVFP4
 from msfp import (
     Calibration,
     FinetuneConfig,
