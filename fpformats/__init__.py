@@ -34,6 +34,7 @@ from fpformats.ops.block_formats import (
 )
 from fpformats.ops.blocks import decode_blocks, encode_blocks, quantize_blocks
 from fpformats.ops.elementwise import decode, encode, quantize, values
+from fpformats.ops.hadamard import hadamard
 from fpformats.ops.scaled import decode_scaled, encode_scaled, quantize_scaled
 from fpformats.ops.steps import StepEncoder, encode_steps
 from fpformats.parsing import dtype_of, parse
@@ -73,6 +74,7 @@ __all__ = [
     "encode_steps",
     "format_name",
     "format_parameters",
+    "hadamard",
     "p3109",
     "pack",
     "parse",

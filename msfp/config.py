@@ -20,7 +20,9 @@ from msfp.support.checks import (
 )
 from msfp.support.sizes import parse_size
 
-Scheme = Literal["mixup", "signed", "int_minmax", "int_mse", "int_zero_point", "mx", "nvfp4"]
+Scheme = Literal[
+    "mixup", "signed", "int_minmax", "int_mse", "int_zero_point", "mx", "nvfp4", "nvfp4_int4"
+]
 """Keys of `msfp.search.schemes.SCHEMES`."""
 Rounding = Literal["gptq", "nearest"]
 """Keys of `msfp.ptq.rounding.methods.ROUNDINGS`."""
@@ -30,6 +32,7 @@ MIN_BITS, MAX_BITS = 3, 8
 BLOCK_SCHEMES: dict[str, dict[int, str]] = {
     "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXINT8"},
     "nvfp4": {4: "NVFP4", 8: "MXINT8"},
+    "nvfp4_int4": {4: "NVFP4_INT4", 8: "MXINT8"},
 }
 """The formats of each block scheme by bit width; blocks of elements share a scale."""
 MAX_RANK = 256

@@ -71,6 +71,11 @@ def kernel_of(
     return native.kernel_of(fmt, dtype, policy.rounding, policy.saturation)
 
 
+def takes(x: Any) -> bool:
+    """Tell whether a compiled kernel can read an array or tensor."""
+    return _enabled and _in_host_memory(x) and native.library() is not None
+
+
 def nearest(x: Any, fmt: FloatFormat | str, out: Any = None) -> Any:
     """Round by the default policy on the shortest path; None if the input needs the full path.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fpformats.engine.arrays import cast, library_of
 from fpformats.ops.block_formats import BlockFormat, Blocks, as_block_format
-from fpformats.ops.block_scaling import better, block_errors, checked_tensor_scale, rule_codes
+from fpformats.ops.block_scaling import better, checked_tensor_scale, rule_codes, try_scales
 from fpformats.ops.blocks import checked_axis, encode_blocks
 
 MOST_IN_OCTAVE = 8
@@ -81,7 +81,7 @@ def _searched(x: Any, fmt: BlockFormat, axis: int, rule: Any, whole: Any) -> tup
     for offset in _offsets(fmt):
         codes = xp.clip(start + offset, fmt.scale.smallest_code, fmt.scale.max_code)
         codes = codes if offset else start  # which may stand for zero or NaN
-        errors = block_errors(x, fmt, axis, cast(codes, kind), whole)
+        errors, _ = try_scales(x, fmt, axis, cast(codes, kind), whole)
         if least is not None:
             codes = xp.where(errors < least, codes, best)
             errors = xp.minimum(errors, least)

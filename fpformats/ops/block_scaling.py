@@ -50,12 +50,15 @@ class BlockScales(NamedTuple):
         divisors: What each number is divided by, of the shape of the array; infinity for a scale
             of zero.
         chosen: Where the elements have the alternative format, likewise. None if there is none.
+        nearest: The numbers rounded to nearest, in the compute dtype, if the choice of the format
+            needed them; or None.
     """
 
     codes: Any
     whole: Any
     divisors: Any
     chosen: Any
+    nearest: Any = None
 
 
 def block_scales(
@@ -82,8 +85,10 @@ def block_scales(
     if fmt.alternative is None:
         return _spread(x, fmt, axis, rules[0], whole)
     pairs = zip(fmt.choices, rules, strict=True)
-    errors = [block_errors(x, choice, axis, rule, whole) for choice, rule in pairs]
-    return _spread(x, fmt, axis, better(fmt, rules, errors)[0], whole)
+    tried = [try_scales(x, choice, axis, rule, whole) for choice, rule in pairs]
+    found = _spread(x, fmt, axis, better(fmt, rules, [errors for errors, _ in tried])[0], whole)
+    nearest = library_of(x).where(found.chosen, tried[1][1], tried[0][1])
+    return found._replace(nearest=nearest)
 
 
 def rule_codes(x: Any, fmt: BlockFormat, axis: int, whole: Any) -> tuple[list[Any], Any]:
@@ -118,8 +123,8 @@ def better(fmt: BlockFormat, codes: list[Any], errors: list[Any]) -> tuple[Any, 
     return xp.where(chosen, marked, codes[0]), xp.where(chosen, errors[1], errors[0])
 
 
-def block_errors(x: Any, fmt: BlockFormat, axis: int, codes: Any, whole: Any) -> Any:
-    """Give the squared error of each block in float64, rounded to nearest with given scales.
+def try_scales(x: Any, fmt: BlockFormat, axis: int, codes: Any, whole: Any) -> tuple[Any, Any]:
+    """Give the squared errors of blocks, in float64, and their numbers rounded to nearest.
 
     Args:
         x: The array or tensor.
@@ -133,7 +138,7 @@ def block_errors(x: Any, fmt: BlockFormat, axis: int, codes: Any, whole: Any) ->
     rounded = rounded_blocks(x, fmt.element, divisors)
     with quiet():
         errors = xp.square(widened(rounded, WIDE) - widened(x, WIDE))
-        return _block_sums(xp, errors, fmt.size, axis)
+        return _block_sums(xp, errors, fmt.size, axis), rounded
 
 
 def rounded_blocks(x: Any, element: Any, divisors: Any, **policies: Any) -> Any:
@@ -257,10 +262,14 @@ def _block_maxima(x: Any, fmt: BlockFormat, axis: int) -> Any:
 
 
 def _block_sums(xp: ModuleType, errors: Any, size: int, axis: int) -> Any:
-    """Give the sum of each block, added in order, so that all libraries give the same bits."""
+    """Give the sum of each block: halves are added, so that all libraries give the same bits."""
     rows = padded(xp, xp.swapaxes(errors, axis, -1), size)
-    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
-    total = grouped[..., 0]
-    for place in range(1, size):
-        total = total + grouped[..., place]
-    return xp.swapaxes(total, -1, axis)
+    total = padded(xp, rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size), _power(size))
+    while half := total.shape[-1] // 2:
+        total = total[..., :half] + total[..., half:]
+    return xp.swapaxes(total[..., 0], -1, axis)
+
+
+def _power(size: int) -> int:
+    """Give the smallest power of two that is not less than a size."""
+    return 1 << (size - 1).bit_length()

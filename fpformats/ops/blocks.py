@@ -242,10 +242,14 @@ def quantize_blocks(
             random_bits=random_bits,
         )
 
-    with quiet():
+    if found.nearest is not None and (rounding, saturation, random) == (NEAREST, FINITE, None):
+        y = found.nearest
+    elif found.chosen is not None:
+        others = rounded(fmt.choices[1].element)
+        y = library_of(x).where(found.chosen, others, rounded(fmt.element))
+    else:
         y = rounded(fmt.element)
-        if found.chosen is not None:
-            y = library_of(x).where(found.chosen, rounded(fmt.choices[1].element), y)
+    with quiet():
         y = cast(y, dtype.name)
     if learning:
         from fpformats.ops.gradients import straight_through

@@ -71,6 +71,28 @@ class Step(NamedTuple):
         )
 
 
+class _SelfAdjoint(torch.autograd.Function):
+    """A linear map with a symmetric matrix, which is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.map = apply
+        return apply(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.map(grads[0]), None
+
+
+_self_adjoint: Callable[..., Tensor] = _SelfAdjoint.apply
+
+
+def self_adjoint(x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a linear map with a symmetric matrix to a tensor, with its gradient."""
+    mapped: Tensor = _self_adjoint(x, apply)
+    return mapped
+
+
 class _Surrogate(torch.autograd.Function):
     """A rounded result, with given partial derivatives with respect to its inputs."""
 

@@ -19,7 +19,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fpformats import decode, parse
+from fpformats import parse
+from fpformats.ops.block_scaling import scale_values
 from msfp.checkpoint.diffusers_config import MSFPConfig
 from msfp.checkpoint.facts import LayerFacts, ProductFacts
 from msfp.checkpoint.integrity import as_stored
@@ -299,7 +300,10 @@ def _largest_in_blocks(
 ) -> float:
     """Return the largest weight that can be represented in any block of a layer."""
     fmt = formats.weight_blocks
-    scales: torch.Tensor = decode(read(f"{layer}.weight_scale"), fmt.scale)
+    scales, chosen = scale_values(read(f"{layer}.weight_scale"), fmt, "float32")
     if fmt.tensor_scale:
         scales = scales * read(f"{layer}.tensor_scale").view(torch.float32)
-    return (scales.max() * float(fmt.element.max)).item()
+    largest = torch.full_like(scales, fmt.element.max)
+    if chosen is not None:
+        largest[chosen] = fmt.choices[1].element.max
+    return float((scales * largest).max())

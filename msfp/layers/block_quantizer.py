@@ -6,9 +6,10 @@ from typing import Self
 
 import torch
 
-from fpformats import decode, encode_blocks, quantize_blocks
+from fpformats import FloatFormat, encode_blocks, quantize_blocks
 from fpformats.fitting.block_scales import search_scales
 from fpformats.ops.block_formats import PRESETS, BlockFormat
+from fpformats.ops.block_scaling import scale_values
 from msfp.layers.fake_quantizer import Quantizer
 
 WEIGHT_AXIS = 1
@@ -30,17 +31,21 @@ class BlockQuantizer(Quantizer):
 
     Attributes:
         scale: The scales as numbers, float32, shape of `codes`.
+        chosen: Which blocks have the alternative format, shape of `codes`, or None if there is
+            none.
     """
 
     codes: torch.Tensor
+    chosen: torch.Tensor | None
     tensor_scale: torch.Tensor | None
 
     def __init__(self, name: str, codes: torch.Tensor, tensor_scale: torch.Tensor | None) -> None:
         blocks = PRESETS[name]
-        scale = decode(codes, blocks.scale)
+        scale, chosen = scale_values(codes, blocks, "float32")
         super().__init__(blocks.element, scale if tensor_scale is None else scale * tensor_scale)
         self.name = name
         self.register_buffer("codes", codes)
+        self.register_buffer("chosen", chosen)
         self.register_buffer("tensor_scale", tensor_scale)
 
     @classmethod
@@ -62,10 +67,23 @@ class BlockQuantizer(Quantizer):
         """The block format."""
         return PRESETS[self.name]
 
+    @property
+    def alternative(self) -> FloatFormat | None:
+        """The second format of elements, or None."""
+        return self.blocks.alternative
+
     def scales_of(self, shape: torch.Size) -> torch.Tensor:
         """Return the scale of each number of a weight of a shape."""
-        index = torch.arange(shape[WEIGHT_AXIS], device=self.scale.device) // self.blocks.size
-        return self.scale.index_select(WEIGHT_AXIS, index)
+        return self._spread(self.scale, shape)
+
+    def chosen_of(self, shape: torch.Size) -> torch.Tensor | None:
+        """Return which weights have the alternative format; None if there is none."""
+        return None if self.chosen is None else self._spread(self.chosen, shape)
+
+    def _spread(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Return values of blocks for each weight."""
+        index = torch.arange(shape[WEIGHT_AXIS], device=values.device) // self.blocks.size
+        return values.index_select(WEIGHT_AXIS, index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a weight rounded, same shape and dtype."""
@@ -125,6 +143,6 @@ def tensor_scale(
     largest = largest.amax() if dims is None else largest.amax(dims, keepdim=True)
     # NaN affects its own block alone, and products with a scale must be finite.
     largest = largest.double().nan_to_num(0.0, posinf=LARGEST)
-    scale = largest / (blocks.element.max * blocks.scale.max)
+    scale = largest / (blocks.largest_element * blocks.scale.max)
     scale = scale.clamp(max=LARGEST / blocks.scale.max).float()
     return torch.where(scale == 0, 1.0, scale)

@@ -60,6 +60,15 @@ class Quantizer(Float32Module):
         """Return the scales of a weight of a shape, in a shape that broadcasts to it."""
         return self.scale
 
+    def chosen_of(self, shape: torch.Size) -> torch.Tensor | None:  # noqa: ARG002
+        """Return which weights of a shape have the alternative format; None if there is none."""
+        return None
+
+    @property
+    def alternative(self) -> FloatFormat | None:
+        """A second format, of the weights for which `chosen_of` is true."""
+        return None
+
     @property
     def shift(self) -> torch.Tensor | None:
         """The zero point; if it is whole, rounded to a whole number of steps."""

@@ -32,6 +32,7 @@ from msfp.ptq.moments import (
 )
 from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
+from msfp.ptq.rounding.weight_grid import WeightGrid
 from msfp.ptq.side_by_side import check_forwards, probed_layers, visit_layers
 from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer_state
 from msfp.ptq.token_scales import SAMPLES, scale_tokens
@@ -170,9 +171,14 @@ class _Refiner:
         old = layer.weight_quantizer
         if fit and isinstance(old, BlockQuantizer):
             layer.weight_quantizer = BlockQuantizer.of(old.name, matrix.view(layer.weight.shape))
-        scale = as_matrix(layer, layer.weight_quantizer.scales_of(layer.weight.shape))
+        quantizer, shape = layer.weight_quantizer, layer.weight.shape
+        scale = as_matrix(layer, quantizer.scales_of(shape))
         scale = scale[..., columns] if scale.shape[-1] > 1 else scale
-        return ROUNDINGS[config.rounding](matrix, layer.weight_quantizer.format, scale, upper=upper)
+        grid, chosen = WeightGrid(quantizer.format, scale), quantizer.chosen_of(shape)
+        if chosen is not None:
+            chosen = as_matrix(layer, chosen)[..., columns]
+            grid = WeightGrid(quantizer.format, scale, quantizer.alternative, chosen)
+        return ROUNDINGS[config.rounding](matrix, grid, upper=upper)
 
 
 def _targets(visit: Visit, *, centred: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -88,6 +88,7 @@ SCHEMES: dict[Scheme, ScaledScheme | BlockScheme] = {
     "int_zero_point": ScaledScheme(integer_formats, unsigned=True),
     "mx": BlockScheme(BLOCK_SCHEMES["mx"], refined=True),
     "nvfp4": BlockScheme(BLOCK_SCHEMES["nvfp4"], refined=True),
+    "nvfp4_int4": BlockScheme(BLOCK_SCHEMES["nvfp4_int4"], refined=True),
 }
 """All schemes, by name."""
 

@@ -99,6 +99,17 @@ struct Trial {
   double* out;  // (row_count, candidates); for sums, six values for each
 };
 
+// Hadamard transforms of all groups of an array of shape (outer, size, inner) along the size.
+struct Transform {
+  FloatDtype dtype;  // float32 or float64
+  const void* in;
+  void* out;  // may be `in`
+  int64_t outer, size, inner;  // the size is a power of two up to hadamard_most
+  double factor;               // multiplies the sums
+};
+
+constexpr int64_t hadamard_most = 1024;
+
 constexpr int sum_count = 6;  // the fields of Sums in objective.py, in the same order
 
 // Flags for input that a pass has found and its caller must refuse.
@@ -118,6 +129,7 @@ struct Passes {
   // For rows of a trial: weighted sums of squared errors, and the sums for a least-squares fit.
   void (*errors)(const Trial&, int64_t begin_row, int64_t end_row);
   void (*sums)(const Trial&, int64_t begin_row, int64_t end_row);
+  void (*transform)(const Transform&, int64_t begin, int64_t end);  // of outer indices
 };
 
 const Passes& baseline_passes();

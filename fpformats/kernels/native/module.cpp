@@ -189,6 +189,24 @@ nb::tuple moments(uint64_t numbers, int64_t count, int low_bits) {
   return nb::make_tuple(array_of(result.bins.data(), {bins}), array_of(fields, {bins, 3}));
 }
 
+// Hadamard transforms, in float32 or, if wide, float64: see Transform.
+void transform(uint64_t in, uint64_t out, int64_t outer, int64_t size, int64_t inner,
+               double factor, bool wide, int threads) {
+  if (size > hadamard_most) throw std::invalid_argument("the size of a transform is too large");
+  const Transform job = {
+      wide ? FloatDtype::float64 : FloatDtype::float32,
+      pointer(in),
+      const_cast<void*>(pointer(out)),
+      outer,
+      size,
+      inner,
+      factor,
+  };
+  const TransformGroups pass = chosen->transform;
+  nb::gil_scoped_release release;
+  run(pass, job, threads);
+}
+
 // The address of the memory of an array that is contiguous in row-major order.
 uint64_t address(const nb::handle& array) {
   Py_buffer view;
@@ -256,6 +274,9 @@ NB_MODULE(_native, m) {
            nb::arg("zero_points"), nb::arg("row_count"), nb::arg("length"), nb::arg("candidates"),
            nb::arg("out"), nb::arg("sums"), nb::arg("threads"));
   m.def("moments", &moments, nb::arg("numbers"), nb::arg("count"), nb::arg("low_bits"));
+  m.def("transform", &transform, nb::arg("source"), nb::arg("out"), nb::arg("outer"),
+        nb::arg("size"), nb::arg("inner"), nb::arg("factor"), nb::arg("wide"),
+        nb::arg("threads"));
   m.def("address", &address, nb::arg("array"));
   m.def("names", &names);
   m.def("modes", [] { return mode_names; });

@@ -66,4 +66,11 @@ void run(Attempt attempt, const Trial& trial, int threads) {
   });
 }
 
+void run(TransformGroups transform, const Transform& job, int threads) {
+  const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(job.outer, 1));
+  share(parts, [&](int64_t index) {
+    transform(job, job.outer * index / parts, job.outer * (index + 1) / parts);
+  });
+}
+
 }  // namespace fpformats

@@ -20,4 +20,9 @@ unsigned run(Pass pass, const Job& job, int threads);
 // Try all rows of a trial, on up to `threads` threads.
 void run(Attempt attempt, const Trial& trial, int threads);
 
+using TransformGroups = void (*)(const Transform&, int64_t begin, int64_t end);
+
+// Transform all groups, on up to `threads` threads.
+void run(TransformGroups transform, const Transform& job, int threads);
+
 }  // namespace fpformats

@@ -5,6 +5,7 @@
 
 #include "dtypes.hpp"
 #include "decoding.hpp"
+#include "hadamard.hpp"
 #include "packing.hpp"
 #include "philox.hpp"
 #include "rounding.hpp"
@@ -399,6 +400,12 @@ void attempt(const Trial& trial, int64_t begin_row, int64_t end_row) {
   (trial.dtype == FloatDtype::float64 ? wide : narrow)(trial, begin_row, end_row);
 }
 
+void transform(const Transform& job, int64_t begin, int64_t end) {
+  const Arithmetic arithmetic;
+  (job.dtype == FloatDtype::float64 ? transform_groups<double> : transform_groups<float>)(
+      job, begin, end);
+}
+
 using Pass = unsigned (*)(const Job&, int64_t, int64_t);
 
 template <Pass narrow, Pass wide>
@@ -428,6 +435,7 @@ const Passes& FPFORMATS_PASSES(FPFORMATS_ISA)() {
       pass<differentiate_lanes<float>, differentiate_lanes<double>>,
       attempt<errors_of_rows<float>, errors_of_rows<double>>,
       attempt<sums_of_rows<float>, sums_of_rows<double>>,
+      transform,
   };
   return passes;
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from fpformats import FloatFormat, quantize_scaled
+from msfp.ptq.rounding.weight_grid import WeightGrid
 
 BLOCK = 64
 """Columns in a block; a matrix product applies the errors of all earlier blocks to a block."""
@@ -83,16 +83,15 @@ def output_error(error: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 class _Columns:
     """A matrix that is rounded column by column, stored transposed to make columns contiguous."""
 
-    def __init__(self, matrix: torch.Tensor, fmt: FloatFormat, scale: torch.Tensor) -> None:
-        self.format = fmt
+    def __init__(self, matrix: torch.Tensor, grid: WeightGrid) -> None:
         self.wanted = matrix.mT.contiguous()
-        self.scale = scale.expand_as(matrix).mT
+        self.grid = grid.transposed(matrix.shape)
         self.rounded = torch.zeros_like(self.wanted)
         self.error = torch.zeros_like(self.wanted)
 
     def round(self, column: int, target: torch.Tensor) -> None:
         """Round a column to the value nearest to a target."""
-        value = quantize_scaled(target, self.format, self.scale[:, column])
+        value = self.grid.row(column).round(target)
         self.rounded[:, column] = value
         self.error[:, column] = self.wanted[:, column] - value
 
@@ -110,15 +109,12 @@ class _Columns:
                 target[:, j + 1 :] += rest
 
 
-def gptq(
-    matrix: torch.Tensor, fmt: FloatFormat, scale: torch.Tensor, *, upper: torch.Tensor
-) -> torch.Tensor:
-    """Round a matrix to the values of a format times a scale, with a small error of its output.
+def gptq(matrix: torch.Tensor, grid: WeightGrid, *, upper: torch.Tensor) -> torch.Tensor:
+    """Round a matrix to the values of a grid, with a small error of its output.
 
     Args:
         matrix: The wanted weights, shape (groups, rows, columns).
-        fmt: Any format.
-        scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
+        grid: The values that its weights can have.
         upper: The `upper_factor` of the second moments of the columns that it multiplies, shape
             (groups, columns, columns). They are of dequantized values, which include the zero
             point, and positive definite (see `damped`).
@@ -132,9 +128,10 @@ def gptq(
 
         >>> from fpformats import E2M1
         >>> matrix, second = torch.tensor([[[1.2, 1.2]]]), damped(torch.ones(1, 2, 2), 0.001)
-        >>> gptq(matrix, E2M1, torch.tensor(1.0), upper=upper_factor(second))
+        >>> grid = WeightGrid(E2M1, torch.tensor(1.0))
+        >>> gptq(matrix, grid, upper=upper_factor(second))
         tensor([[[1.0000, 1.5000]]])
     """
-    columns = _Columns(matrix, fmt, scale)
+    columns = _Columns(matrix, grid)
     columns.feed_forward(upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
     return columns.rounded.mT.contiguous()

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
-from fpformats import FloatFormat, quantize_scaled
 from msfp.config import Rounding
 from msfp.ptq.rounding.gptq import gptq
+from msfp.ptq.rounding.weight_grid import WeightGrid
 
 
 class RoundMatrix(Protocol):
@@ -20,17 +20,15 @@ class RoundMatrix(Protocol):
     def __call__(
         self,
         matrix: torch.Tensor,
-        fmt: FloatFormat,
-        scale: torch.Tensor,
+        grid: WeightGrid,
         *,
         upper: torch.Tensor,
     ) -> torch.Tensor:
-        """Return a matrix rounded to the values of a format times a scale.
+        """Return a matrix rounded to the values of a grid.
 
         Args:
             matrix: The wanted weights, shape (groups, rows, columns).
-            fmt: Any format.
-            scale: Scale of each weight, in any shape that broadcasts to that of the matrix.
+            grid: The values that its weights can have.
             upper: The `upper_factor` of the damped second moments of the columns that it
                 multiplies, shape (groups, columns, columns).
         """
@@ -38,15 +36,13 @@ class RoundMatrix(Protocol):
 
 def nearest(
     matrix: torch.Tensor,
-    fmt: FloatFormat,
-    scale: torch.Tensor,
+    grid: WeightGrid,
     *,
     upper: torch.Tensor,
 ) -> torch.Tensor:
     """Round each weight to the nearest value, without using the moments."""
     del upper
-    rounded: torch.Tensor = quantize_scaled(matrix.contiguous(), fmt, scale)
-    return rounded
+    return grid.round(matrix.contiguous())
 
 
 ROUNDINGS: dict[Rounding, RoundMatrix] = {"gptq": gptq, "nearest": nearest}

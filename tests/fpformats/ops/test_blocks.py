@@ -52,7 +52,12 @@ def block_by_definition(block, fmt, tensor_scale):
     v = block / (total if total else np.float32(math.inf))
     q = [float(exact.quantize(float(number), fmt.element)) for number in v]
     rounded = np.array(q, dtype=np.float32) * total
-    return rounded, sum(((rounded.astype(float) - block) ** 2).tolist())
+    errors = ((rounded.astype(float) - block) ** 2).tolist()
+    errors += [0.0] * (2 ** math.ceil(math.log2(fmt.size)) - len(errors))
+    while len(errors) > 1:
+        half = len(errors) // 2
+        errors = [a + b for a, b in zip(errors[:half], errors[half:], strict=True)]
+    return rounded, errors[0]
 
 
 def by_definition(x, fmt):

@@ -7,6 +7,7 @@ from msfp.layers.kinds import kind_of
 from msfp.ptq.moments import as_matrix
 from msfp.ptq.rounding import gptq as rounding
 from msfp.ptq.rounding.gptq import damped, output_error, upper_factor
+from msfp.ptq.rounding.weight_grid import WeightGrid
 
 FORMATS = ("E1M2", "E2M1", "E3M0", "E0M3", "E2M2U", "E4M3")
 
@@ -22,7 +23,7 @@ def problem(rows=8, columns=24, groups=1, seed=0, dtype=torch.float64):
 
 
 def gptq(matrix, second, fmt, scale):
-    return rounding.gptq(matrix, fmt, scale, upper=upper_factor(second))
+    return rounding.gptq(matrix, WeightGrid(fmt, scale), upper=upper_factor(second))
 
 
 def by_the_book(weight, second, fmt, scale):
