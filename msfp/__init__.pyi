@@ -24,6 +24,7 @@ from .ptq.estimate import Estimate, estimate
 from .ptq.low_rank_branches import add_branches
 from .ptq.quantization import pack, quantize
 from .ptq.refinement import refine
+from .ptq.rotation import rotate_inputs
 from .ptq.token_scales import scale_tokens
 from .schedulers.denoising_factors import denoising_factors, timestep_weights
 from .search.calibration import Calibration
@@ -88,6 +89,7 @@ __all__ = [
     "record_trajectories",
     "reference_pipeline",
     "refine",
+    "rotate_inputs",
     "save",
     "save_calls",
     "scale_tokens",

@@ -92,6 +92,8 @@ class RefinementConfig:
         split_inputs: Whether an input that is a concatenation gets one scale for each of its parts.
         token_scales: Whether linear layers get a scale for each token of their input, where that
             has less error. It is computed from the token when the layer runs.
+        rotate_inputs: Whether groups of input channels are rotated before they are rounded, where
+            the output of the layer has less error. The layer does so when it runs.
         search_input_scales: Whether layers in block formats of less than 8 bits search the scale of
             each block of their input when they run. It has less error than that of the format's
             rule, and takes several times as long.
@@ -116,8 +118,8 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            token_scales=False, search_input_scales=False, branch_rank=0, branch_bits=8,
-            damping=0.03, samples=None, batch=None, positions=16384, seed=0)
+            token_scales=False, rotate_inputs=False, search_input_scales=False, branch_rank=0,
+            branch_bits=8, damping=0.03, samples=None, batch=None, positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -125,6 +127,7 @@ class RefinementConfig:
     correct_bias: BiasCorrection = "all"
     split_inputs: bool = True
     token_scales: bool = False
+    rotate_inputs: bool = False
     search_input_scales: bool = False
     branch_rank: int = 16
     branch_bits: Literal[8, 16] = 8
@@ -137,7 +140,9 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, get_args(Rounding))
         check_choice("correct_bias", self.correct_bias, get_args(BiasCorrection))
-        for name in ("match_inputs", "split_inputs", "token_scales", "search_input_scales"):
+        for name in (
+            "match_inputs", "split_inputs", "token_scales", "rotate_inputs", "search_input_scales",
+        ):  # fmt: skip
             check_truth(name, getattr(self, name))
         check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
         check_choice("branch_bits", self.branch_bits, (8, 16))
@@ -166,9 +171,10 @@ class QuantizationConfig:
             or unsigned with a zero point, whichever has less error. "signed" is signed floating
             point only. "int_minmax" is symmetric integers without clipping. "int_mse" is symmetric
             integers with a searched clipping range. "int_zero_point" is "int_mse" with a zero point
-            where "mixup" may have one. "mx" and "nvfp4" are the block formats of OCP and NVIDIA;
-            they need no calibration. "mx" has 4 and 6 bits, and 8 bits as MXINT8. "nvfp4" has 4
-            bits, and 8 bits as MXINT8.
+            where "mixup" may have one. "mx" and "nvfp4" are the block formats of OCP and NVIDIA.
+            "nvfp4_int4" is NVFP4 in which each block has floating-point numbers or integers,
+            whichever have less error. Blocks need no calibration. "mx" has 4 and 6 bits, the other
+            two have 4, and all have 8 bits as MXINT8.
         include: Layers to quantize: globs of the dotted names of layers or of modules around them.
         exclude: Layers to leave in full precision: globs as in `include`.
         first_layers: The layers that read the noisy sample: globs of whole names. By default,
@@ -191,7 +197,7 @@ class QuantizationConfig:
             `overrides`, keep theirs. None gives all layers the same. Without refinement, and with
             its `branch_rank=0`, no layer gets a branch.
         refine: How weights are corrected after the search. "auto" applies the defaults of
-            `RefinementConfig` if the scheme is "mixup", "signed", "mx" or "nvfp4" and there are
+            `RefinementConfig` if the scheme is "mixup", "signed" or one of blocks, and there are
             calls to record.
             None rounds each weight to the nearest value, as the paper does.
         attention_bits: Bits of the operands of the matrix products in attention, or None to leave

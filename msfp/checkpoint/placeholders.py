@@ -7,7 +7,7 @@ from torch import nn
 
 from msfp.errors import InputError
 from msfp.layers.families import family_of
-from msfp.layers.formats import TOKEN, BlockFormats, LayerFormats
+from msfp.layers.formats import TOKEN, BlockFormats, LayerFormats, can_rotate
 from msfp.layers.kinds import PlainLayer, kind_of
 from msfp.layers.lora.routers import ROUTERS
 from msfp.layers.packed import PackedLayer, add_router
@@ -43,6 +43,11 @@ def make_room(
     for name, each in formats.items():
         if each.to_dict()["input_granularity"] == TOKEN and kind_of(plain[name]).places:
             raise InputError(f"layer {name!r}: input_granularity 'token' is for linear layers")
+        if each.rotation > 1 and not can_rotate(plain[name], each.rotation):
+            raise InputError(
+                f"layer {name!r}: input_rotation must be 16, 64 or 256 and divide its input "
+                f"channels, which are in one group, not {each.rotation}"
+            )
     with torch.device("meta"):  # draws no random numbers
         kind = ROUTERS[router]
         routes = kind.placeholder(len(formats), adapters, denoiser) if adapters > 1 else None

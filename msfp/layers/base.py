@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpformats import hadamard
 from msfp.errors import InputError
 from msfp.layers.branch_factor import BranchFactor
 from msfp.layers.execution.backends import product
@@ -18,6 +19,9 @@ from msfp.layers.formats import BlockFormats, LayerFormats
 from msfp.layers.kinds import KINDS, LayerKind, groups_of, kernel_shape, plain_class
 from msfp.layers.lora.talora import Routing
 from msfp.pipelines.denoiser import Networks, denoisers_of, networks_of
+
+WEIGHT_AXIS = 1
+"""The axis of the input channels in a weight."""
 
 
 class QuantizedLayer(nn.Module, ABC):
@@ -34,6 +38,9 @@ class QuantizedLayer(nn.Module, ABC):
             rank). None if there is no low-rank branch.
         routing: The denoiser's routing, or None if there is one adapter.
         index: The layer's number in the routing.
+        rotation: Number of adjacent input channels that a Hadamard transform rotates before they
+            are rounded, or 1. The weight is that of rotated inputs. Low-rank branches read the
+            input as it is.
     """
 
     kind: LayerKind
@@ -44,6 +51,7 @@ class QuantizedLayer(nn.Module, ABC):
     adapters: int = 1
     routing: Routing | None = None
     index: int = 0
+    rotation: int = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,9 +134,27 @@ class QuantizedLayer(nn.Module, ABC):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of the quantized weight and the quantized input, plus the bias."""
+        x = self.rotated(x)
         if self.weights_are_routed:
             return self._by_adapter(x, lambda part, adapter: product(self, part, adapter))
         return product(self, x, 0)
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an input with groups of channels rotated, as the weight expects it."""
+        if self.rotation == 1:
+            return x
+        turned: torch.Tensor = hadamard(x, self.rotation, axis=self.kind.channel_axis(x))
+        return turned
+
+    def unrotated_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight of rotated inputs as one of the inputs; or the reverse, as both are one.
+
+        It is computed in float32.
+        """
+        if self.rotation == 1:
+            return weight
+        turned: torch.Tensor = hadamard(weight.float(), self.rotation, axis=WEIGHT_AXIS)
+        return turned.to(weight.dtype)
 
     def add_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return an output plus the output of the low-rank branch, if there is one."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from fpformats import FloatFormat, parse
 from fpformats.ops.block_formats import PRESETS, BlockFormat
 from msfp.errors import InputError
 from msfp.layers.branch_factor import INPUT_FORMAT
 from msfp.layers.fake_quantizer import Quantizer
+from msfp.layers.kinds import groups_of
 from msfp.support.checks import check_choice
 
 TENSOR, CHANNEL, TOKEN, BLOCK = "tensor", "channel", "token", "block"
@@ -26,6 +28,10 @@ BRANCH_INPUT = "branch_input_format"
 """An additional key of layers with a low-rank branch in 8 bits."""
 INPUT_SCALES, SEARCHED = "input_scales", "searched"
 """An additional key of layers that search the scales of their inputs' blocks, and its value."""
+INPUT_ROTATION = "input_rotation"
+"""An additional key of layers that rotate their input."""
+ROTATIONS = (16, 64, 256)
+"""Sizes of the groups of input channels that are rotated: the transform is then exactly scaled."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class LayerFormats:
         branch_adapters: Number of low-rank branches, of which the routing chooses one.
         branch_input: Format of the input of the low-rank branch, whose first factor is then rounded
             to 8 bits too. None for a branch in full precision.
+        rotation: Number of adjacent input channels that are rotated together, or 1.
 
     Example:
         >>> formats = LayerFormats(parse("E2M1"), parse("E2M2U"))
@@ -57,6 +64,7 @@ class LayerFormats:
     branch_rank: int = 0
     branch_adapters: int = 1
     branch_input: FloatFormat | None = None
+    rotation: int = 1
 
     @property
     def bits(self) -> int:
@@ -73,6 +81,8 @@ class LayerFormats:
             parts.append(f"branch_adapters={self.branch_adapters}")
         if self.branch_input is not None:
             parts.append(f"branch_input={self.branch_input}")
+        if self.rotation > 1:
+            parts.append(f"rotation={self.rotation}")
         return ", ".join(parts)
 
     @classmethod
@@ -82,6 +92,7 @@ class LayerFormats:
         inputs: Quantizer | None,
         branch_up: torch.Tensor | None,
         branch_inputs: Quantizer | None = None,
+        rotation: int = 1,
     ) -> Self:
         """Return the formats of a layer from its quantizers and a factor of its low-rank branch."""
         return cls(
@@ -91,6 +102,7 @@ class LayerFormats:
             0 if branch_up is None else branch_up.shape[-1],
             len(branch_up) if branch_up is not None and branch_up.dim() > 2 else 1,
             None if branch_inputs is None else branch_inputs.format,
+            rotation,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +117,7 @@ class LayerFormats:
             "branch_rank": self.branch_rank,
             **several,
             **narrow,
+            **_rotation(self.rotation),
         }
 
 
@@ -118,6 +131,7 @@ class BlockFormats:
         branch_rank: Rank of the low-rank branch, which is in full precision; 0 for no branch.
         searches_inputs: Whether the scales of the inputs' blocks are searched when the layer runs,
             for less error than those of the format's rule have.
+        rotation: Number of adjacent input channels that are rotated together, or 1.
 
     Example:
         >>> formats = BlockFormats("NVFP4", "MXFP8_E4M3")
@@ -131,6 +145,7 @@ class BlockFormats:
     input: str | None = None
     branch_rank: int = 0
     searches_inputs: bool = False
+    rotation: int = 1
 
     @property
     def weight_blocks(self) -> BlockFormat:
@@ -155,6 +170,8 @@ class BlockFormats:
             parts.append("input scales searched")
         if self.branch_rank:
             parts.append(f"branch_rank={self.branch_rank}")
+        if self.rotation > 1:
+            parts.append(f"rotation={self.rotation}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +184,13 @@ class BlockFormats:
             "input_format": self.input,
             "input_granularity": BLOCK,
             "branch_rank": self.branch_rank,
+            **_rotation(self.rotation),
         }
+
+
+def _rotation(size: int) -> dict[str, int]:
+    """Return the key of a rotation, if there is one."""
+    return {INPUT_ROTATION: size} if size > 1 else {}
 
 
 def _granularity(inputs: Quantizer | None) -> str:
@@ -184,7 +207,7 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
         InputError: If a key is missing or unknown, a format is unknown or has more than 8 bits, or
             a granularity, a rank or a number of low-rank branches is invalid.
     """
-    more = {BRANCH_ADAPTERS, BRANCH_INPUT, INPUT_SCALES}
+    more = {BRANCH_ADAPTERS, BRANCH_INPUT, INPUT_SCALES, INPUT_ROTATION}
     if not isinstance(names, dict) or set(names) - more != KEYS:
         raise InputError(f"it must have the keys {sorted(KEYS)}, not {names!r}")
     check_choice("weight_granularity", names["weight_granularity"], (CHANNEL, BLOCK))
@@ -199,6 +222,8 @@ def read_formats(names: Any) -> LayerFormats | BlockFormats:
         )
     if BRANCH_INPUT in names:
         check_choice(BRANCH_INPUT, names[BRANCH_INPUT], (str(INPUT_FORMAT),) if rank else ())
+    if INPUT_ROTATION in names:
+        check_choice(INPUT_ROTATION, names[INPUT_ROTATION], ROTATIONS)
     in_blocks = names["weight_granularity"] == BLOCK
     allowed = (BLOCK,) if in_blocks else (TENSOR, CHANNEL, TOKEN)
     check_choice("input_granularity", names["input_granularity"], allowed)
@@ -216,6 +241,7 @@ def _layer_formats(names: dict[str, Any]) -> LayerFormats:
         names["branch_rank"],
         names.get(BRANCH_ADAPTERS) or 1,
         INPUT_FORMAT if BRANCH_INPUT in names else None,
+        names.get(INPUT_ROTATION, 1),
     )
 
 
@@ -230,8 +256,18 @@ def _block_formats(names: dict[str, Any]) -> BlockFormats:
         check_choice(INPUT_SCALES, names[INPUT_SCALES], allowed)
     searched = INPUT_SCALES in names
     return BlockFormats(
-        names["weight_format"], names["input_format"], names["branch_rank"], searched
+        names["weight_format"],
+        names["input_format"],
+        names["branch_rank"],
+        searched,
+        names.get(INPUT_ROTATION, 1),
     )
+
+
+def can_rotate(layer: nn.Module, size: int) -> bool:
+    """Return whether groups of a size divide the input channels of a layer without groups."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    return size in ROTATIONS and groups_of(layer) == 1 and weight.shape[1] % size == 0
 
 
 def narrow_format(key: str, name: Any) -> FloatFormat:

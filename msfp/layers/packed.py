@@ -69,6 +69,7 @@ class PackedLayer(QuantizedLayer):
         packed = adopt(cls, layer)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         packed.formats, packed.adapters, packed.cache = formats, adapters, None
+        packed.rotation = formats.rotation
         packed.forget()
         packed.weight_shape, packed.dtype = weight.shape, weight.dtype
         del packed._parameters["weight"]
@@ -80,9 +81,13 @@ class PackedLayer(QuantizedLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight of the first adapter; without formats, the weight parameter."""
+        """The dequantized weight of the first adapter; without formats, the weight parameter.
+
+        It is that of the inputs, also where these are rotated.
+        """
         if self.formats is not None:
-            return self.quantized_weight().as_subclass(DequantizedWeight)
+            values = self.unrotated_weight(self.quantized_weight())
+            return values.as_subclass(DequantizedWeight)
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError("weight is not set yet")
@@ -252,9 +257,9 @@ def adopt(cls: type[Layer], layer: nn.Module) -> Layer:
 def dequantized(layer: PackedLayer) -> nn.Module:
     """Return a packed layer as a plain layer: first adapter, low-rank branch merged."""
     plain = adopt(plain_class(type(layer)), layer)
-    for name in ("formats", "adapters", "weight_shape", "dtype", "cache", "keeps"):
+    for name in ("formats", "adapters", "weight_shape", "dtype", "cache", "keeps", "rotation"):
         plain.__dict__.pop(name, None)
-    weight = layer.quantized_weight()
+    weight = layer.unrotated_weight(layer.quantized_weight())
     if layer.branch_down is not None and layer.branch_up is not None:
         weight = weight + (layer.branch_up @ layer.branch_down).view_as(weight)
     plain._parameters.clear()

@@ -99,7 +99,8 @@ class ScaledLayer(PackedLayer):
         """
         inputs, fmt = input_quantizer, weight_quantizer.format
         down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
-        formats = LayerFormats.of(weight_quantizer, inputs, up, branch_input)
+        rotation: int = layer.rotation  # type: ignore[assignment]
+        formats = LayerFormats.of(weight_quantizer, inputs, up, branch_input, rotation)
         packed = cls.empty_like(layer, formats, len(weights))
         packed.branch_down, packed.branch_up = down, up
         codes = [encode_scaled(w, fmt, weight_quantizer.scale, packed=True) for w in weights]

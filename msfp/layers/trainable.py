@@ -78,7 +78,7 @@ class TrainableLayer(QuantizedLayer):
     def formats(self) -> LayerFormats:  # type: ignore[override]
         """Formats of weight and inputs."""
         quantizers = self.weight_quantizer, self.input_quantizer
-        return LayerFormats.of(*quantizers, self.branch_up, self.branch_input)
+        return LayerFormats.of(*quantizers, self.branch_up, self.branch_input, self.rotation)
 
     def merged_weight(self, adapter: int = 0) -> torch.Tensor:
         """Return the weight plus the correction of an adapter of the hub, before rounding."""
@@ -156,8 +156,11 @@ class TrainableLayer(QuantizedLayer):
     def in_full_precision(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the output of the plain layer and its low-rank branch, with nothing rounded."""
-        y = self.compute(x, weight, bias)
+        """Return the output of the plain layer and its low-rank branch, with nothing rounded.
+
+        The weight is that of rotated inputs.
+        """
+        y = self.compute(self.rotated(x), weight, bias)
         if self.branch_down is None or self.branch_up is None:
             return y
         return y + self.low_rank(x, self.branch_down, self.branch_up)
@@ -233,7 +236,7 @@ class TrainableLayer(QuantizedLayer):
         scale = self.routing.gradient_scale(self.index)
         if not scale or not choices.requires_grad:
             return y
-        read = x if self._hub_is_beside else self.quantize_input(x).detach()
+        read = x if self._hub_is_beside else self.quantize_input(self.rotated(x)).detach()
         routed: torch.Tensor = _choose(y, scale * choices, read, self)
         return routed
 

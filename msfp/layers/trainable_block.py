@@ -53,7 +53,7 @@ class TrainableBlockLayer(TrainableLayer):
         """Block formats of weight and inputs."""
         rank = 0 if self.branch_up is None else self.branch_up.shape[-1]
         name = self.block_quantizer.name
-        return BlockFormats(name, self.input_blocks, rank, self.searches_inputs)
+        return BlockFormats(name, self.input_blocks, rank, self.searches_inputs, self.rotation)
 
     @property
     def integer_grids(self) -> str:

@@ -191,7 +191,7 @@ def split_inputs(
     split = []
     for name, parts in concatenated_inputs(denoiser, trajectories, step, row, batch).items():
         old = layers[name].input_quantizer
-        if old is not None and old.format.signed:
+        if old is not None and old.format.signed and layers[name].rotation == 1:
             formats = formats_like(old.format)
             layers[name].input_quantizer = split_quantizer(layers[name], parts, formats)
             split.append(name)

@@ -128,7 +128,7 @@ def _add_branch(layer: TrainableLayer, rank: int) -> None:
     layer.branch_down, layer.branch_up = (nn.Parameter(f, requires_grad=False) for f in (down, up))
     rest = (matrix - up.float() @ down.float()).view_as(layer.weight)
     layer.weight = nn.Parameter(rest.to(dtype), requires_grad=False)
-    layer.weight_quantizer = _searched(rest, layer.weight_quantizer)
+    layer.weight_quantizer = searched_again(rest, layer.weight_quantizer)
 
 
 def _restored(name: str, layer: TrainableLayer, state: QuantizationState | None) -> bool:
@@ -154,7 +154,7 @@ def _keep(name: str, layer: TrainableLayer, state: QuantizationState | None) -> 
     state.save(BRANCHES, name, facts, tensors)
 
 
-def _searched(weight: torch.Tensor, old: Quantizer) -> Quantizer:
+def searched_again(weight: torch.Tensor, old: Quantizer) -> Quantizer:
     """Return a new quantizer of a weight, with the kind, width and granularity of the old one."""
     if isinstance(old, BlockQuantizer):
         return BlockQuantizer.of(old.name, weight)

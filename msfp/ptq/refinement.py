@@ -30,6 +30,7 @@ from msfp.ptq.moments import (
     matched_bias,
     matched_matrix,
 )
+from msfp.ptq.rotation import rotate_inputs
 from msfp.ptq.rounding.gptq import damp_, factor_of_flipped
 from msfp.ptq.rounding.methods import ROUNDINGS
 from msfp.ptq.rounding.weight_grid import WeightGrid
@@ -194,7 +195,7 @@ def _targets(visit: Visit, *, centred: bool) -> Iterator[tuple[torch.Tensor, tor
         if layer.bias is not None and not centred:
             axis = layer.kind.channel_axis(wanted)
             wanted = wanted - layer.bias.view(-1, *(1,) * (wanted.dim() - 1 - axis))
-        yield layer.quantize_input(inputs).float(), wanted.float()
+        yield layer.quantize_input(layer.rotated(inputs)).float(), wanted.float()
 
 
 def _column_parts(matrix: torch.Tensor) -> list[slice]:
@@ -341,6 +342,12 @@ def refine_kept(
         scale_tokens(
             denoiser, trajectories=trajectories, samples=few, batch=config.batch, seed=config.seed
         )
+    if config.rotate_inputs:
+        few = min(samples, SAMPLES)
+        rotate_inputs(
+            denoiser, trajectories=trajectories, samples=few, batch=config.batch,
+            token_scales=config.token_scales, seed=config.seed,
+        )  # fmt: skip
     if pages is not None:
         pages.drop_all(denoiser)
     generator = torch.Generator().manual_seed(config.seed)

@@ -20,23 +20,19 @@ from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import MAX_BITS
 from msfp.layers.execution.grids import token_sizes
 from msfp.layers.fake_quantizer import Quantizer
-from msfp.layers.trainable import TrainableLayer, full_precision, untrained_layers
+from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
-from msfp.ptq.side_by_side import forwards_of
+from msfp.ptq.input_visits import Look, look_at_inputs
 from msfp.search.layer_search import quantizer_of_input, search_formats
 from msfp.search.observers import draw
 from msfp.search.schemes import formats_like
 from msfp.support.checks import check_seed, check_type, check_whole
-from msfp.support.hooks import hooked
 
 SAMPLES = 32
 """Most samples on which scales for each token are compared with one scale."""
 TOKENS = 256
 """Most tokens of an input in a forward whose errors are compared."""
-
-Look = Callable[[str, torch.Tensor], None]
-"""A function of the name of a layer and an input of it."""
 
 
 def scale_tokens(
@@ -76,7 +72,7 @@ def scale_tokens(
     sample = spread_batch(steps, rows, samples, torch.Generator().manual_seed(seed))
 
     def look(note: Look) -> None:
-        _look_at_inputs(denoiser, layers, trajectories, sample, batch, note)
+        look_at_inputs(denoiser, layers, trajectories, sample, batch, note)
 
     found = _searched(layers, look)
     better = _better(layers, found, look)
@@ -97,34 +93,9 @@ def _is_eligible(layer: TrainableLayer) -> bool:
     )
 
 
-@torch.no_grad()
-def _look_at_inputs(
-    denoiser: nn.Module,
-    layers: Mapping[str, TrainableLayer],
-    trajectories: Trajectories,
-    sample: tuple[torch.Tensor, torch.Tensor],
-    batch: int | None,
-    note: Look,
-) -> None:
-    """Call a function with the full-precision inputs of layers, in float32, tokens first."""
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, object]) -> None:
-            x = args[0] if args else kwargs["input"]
-            assert isinstance(x, torch.Tensor)  # noqa: S101 - as a layer needs it
-            if x.numel():
-                note(name, x.detach().float().reshape(-1, x.shape[-1]))
-
-        return see
-
-    step, row = sample
-    hooks = [
-        each.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, each in layers.items()
-    ]
-    with hooked(hooks), full_precision(denoiser):
-        for part in forwards_of(trajectories, step, batch):
-            trajectories.predict(denoiser, step[part], row[part])
+def _tokens(layer: TrainableLayer, x: torch.Tensor) -> torch.Tensor:
+    """Return what a linear layer rounds of an input, tokens first."""
+    return layer.rotated(x).reshape(-1, x.shape[-1])
 
 
 def _searched(
@@ -135,6 +106,7 @@ def _searched(
     runs: Counter[str] = Counter()
 
     def note(name: str, x: torch.Tensor) -> None:
+        x = _tokens(layers[name], x)
         relative = draw(x / token_sizes(x), f"{name} {runs[name]}")
         histograms.setdefault(name, Histogram()).update(relative)
         runs[name] += 1
@@ -160,6 +132,7 @@ def _better(
 
     def note(name: str, x: torch.Tensor) -> None:
         if name in found:
+            x = _tokens(layers[name], x)
             some = x[:: -(-len(x) // TOKENS)]
             sums = errors.setdefault(name, [0.0, 0.0])
             for index, quantizer in enumerate((layers[name].input_quantizer, found[name])):

@@ -38,9 +38,14 @@ class Teacher:
             return
         parameters = dict(denoiser.named_parameters())
         check_same_parameters(original, parameters)
+        layers = trainable_layers(denoiser)
         for name, value in original.named_parameters():
-            if not torch.equal(value.to(parameters[name].device), parameters[name]):
-                self._kept[name] = value.detach().to(parameters[name].device)
+            layer = layers.get(name.removesuffix(".weight"))
+            full = value.detach().to(parameters[name].device)
+            if layer is not None and name.endswith(".weight"):
+                full = layer.unrotated_weight(full)  # which rotates it
+            if not torch.equal(full, parameters[name]):
+                self._kept[name] = full
         for name, value in parameters.items():
             if name.rpartition(".")[2] == "branch_up":  # the original's weights still contain it
                 self._kept[name] = torch.zeros_like(value)

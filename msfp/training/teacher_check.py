@@ -98,5 +98,6 @@ def _excess(layer: ScaledLayer, value: torch.Tensor) -> float:
     rest = weight
     if layer.branch_down is not None and layer.branch_up is not None:
         rest = weight - (layer.branch_up.float() @ layer.branch_down.float()).view_as(weight)
+    rest = layer.unrotated_weight(rest)
     quantizer, _ = layer.quantizers()
     return _relative(rest - packed, weight) - _relative(rest - quantizer(rest), weight)

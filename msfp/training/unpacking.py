@@ -99,11 +99,12 @@ def _trainable(layer: ScaledLayer, plain: nn.Module) -> TrainableLayer:
     """Return the trainable layer of a packed one."""
     weight_quantizer, input_quantizer = layer.quantizers()
     trainable = family_of(plain).trainable.wrap(plain, weight_quantizer, input_quantizer)
-    trainable.branch_input = layer.branch_quantizer()
+    trainable.branch_input, trainable.rotation = layer.branch_quantizer(), layer.rotation
     packed = layer.quantized_weight()
     weight = trainable.weight.to(packed)
     if layer.branch_down is not None and layer.branch_up is not None:
         weight = weight - (layer.branch_up @ layer.branch_down).view_as(weight)
+    weight = layer.unrotated_weight(weight)
     same = trainable.weight_quantizer(weight) == packed
     trainable.weight = nn.Parameter(torch.where(same, weight, packed), requires_grad=False)
     trainable.bias = layer.bias

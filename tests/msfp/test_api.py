@@ -32,7 +32,7 @@ SECOND = {"config", "folder", "bits", "lora", "names", "rank"}
 """What may be given by position after the model."""
 CHANGES = {
     "add_branches", "cache_weights", "finetune", "fuse_lora", "pack", "quantize",
-    "quantize_attention", "refine", "scale_tokens", "split_inputs", "unpack",
+    "quantize_attention", "refine", "rotate_inputs", "scale_tokens", "split_inputs", "unpack",
 }  # fmt: skip
 """Functions that change their model."""
 NAMES_OF_LAYERS = CHANGES - {"cache_weights", "finetune", "fuse_lora", "quantize"}
@@ -149,6 +149,7 @@ CASES = {
     "quantize_attention": ("trainable", TRAINED_ON | {"bits": 4, "samples": 4}),
     "record_trajectories": ("plain", {"calls": call}),
     "refine": ("trainable", TRAINED_ON | {"config": msfp.RefinementConfig(samples=4)}),
+    "rotate_inputs": ("trainable", TRAINED_ON | {"samples": 4}),
     "save": ("packed", {}),
     "save_calls": ("plain", {"calls": call}),
     "select_denoisers": ("plain", {"names": ["unet"]}),

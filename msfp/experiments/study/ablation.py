@@ -73,28 +73,49 @@ def _rounded(rounding: str, **options: Any) -> dict[str, Any]:
     return _refined(rounding=rounding, **(alone | options))
 
 
-def _refined_blocks(scheme: str, label: str) -> tuple[Recipe, ...]:
-    """Return the recipes that refine a block scheme."""
+def _refined_blocks(scheme: str, label: str, beside: str = "") -> tuple[Recipe, ...]:
+    """Return the recipes that refine a block scheme, against those of another scheme too."""
+    others = [(f"{beside}-pure",), (f"{beside}-refined",)] if beside else [(), ()]
     pure = _refined(samples=None) | {"scheme": scheme}
     branched = _refined(branch_rank=16, samples=None) | {"scheme": scheme}
     name = f"{scheme}-pure"
-    searched = {"search_input_scales": True}
-    pure_searched = {**pure, "refine": pure["refine"] | searched}
-    branched_searched = {**branched, "refine": branched["refine"] | searched}
+
+    def more(recipe: dict[str, Any], **options: bool) -> dict[str, Any]:
+        return {**recipe, "refine": recipe["refine"] | options}
+
     return (
-        Recipe(name, f"{label} blocks, refined without branches", pure, against=(scheme,)),
-        Recipe(f"{scheme}-refined", f"{label} blocks, refined", branched, against=(name, scheme)),
+        Recipe(
+            name, f"{label} blocks, refined without branches", pure, against=(scheme, *others[0])
+        ),
+        Recipe(
+            f"{scheme}-refined",
+            f"{label} blocks, refined",
+            branched,
+            against=(name, scheme, *others[1]),
+        ),
         Recipe(
             f"{name}-searched",
             f"{label} blocks, refined without branches, input scales searched",
-            pure_searched,
+            more(pure, search_input_scales=True),
             against=(name,),
         ),
         Recipe(
             f"{scheme}-searched",
             f"{label} blocks, refined, input scales searched",
-            branched_searched,
+            more(branched, search_input_scales=True),
             against=(f"{scheme}-refined", f"{name}-searched"),
+        ),
+        Recipe(
+            f"{name}-rotated",
+            f"{label} blocks, refined without branches, inputs rotated",
+            more(pure, rotate_inputs=True),
+            against=(name,),
+        ),
+        Recipe(
+            f"{scheme}-rotated",
+            f"{label} blocks, refined, inputs rotated",
+            more(branched, rotate_inputs=True),
+            against=(f"{scheme}-refined", f"{name}-rotated"),
         ),
     )
 
@@ -111,8 +132,15 @@ _ABLATION = (
     ),
     Recipe("mx", "MX blocks", PLAIN | {"scheme": "mx"}, against=("int-mse",)),
     Recipe("nvfp4", "NVFP4 blocks", PLAIN | {"scheme": "nvfp4"}, against=("mx",)),
+    Recipe(
+        "nvfp4_int4",
+        "NVFP4 or INT4 blocks",
+        PLAIN | {"scheme": "nvfp4_int4"},
+        against=("nvfp4",),
+    ),
     *_refined_blocks("mx", "MX"),
     *_refined_blocks("nvfp4", "NVFP4"),
+    *_refined_blocks("nvfp4_int4", "NVFP4 or INT4", beside="nvfp4"),
     Recipe("signed", "signed FP", PLAIN | {"scheme": "signed"}, against=("int-mse",)),
     Recipe("mixup", "mixup-sign FP", PLAIN, against=("signed", "nvfp4")),
     Recipe(
@@ -150,6 +178,18 @@ _ABLATION = (
         against=("pure",),
     ),
     Recipe(
+        "pure-rotated",
+        "default without branches, with rotated inputs",
+        _refined(split_inputs=True, samples=None, rotate_inputs=True),
+        against=("pure",),
+    ),
+    Recipe(
+        "pure-tokens-rotated",
+        "default without branches, with token scales and rotated inputs",
+        _refined(split_inputs=True, samples=None, token_scales=True, rotate_inputs=True),
+        against=("pure-tokens", "pure-rotated"),
+    ),
+    Recipe(
         "branch-4",
         "split + low-rank branch of rank 4",
         _refined(split_inputs=True, branch_rank=4),
@@ -178,6 +218,27 @@ _ABLATION = (
         "default with token scales",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None, token_scales=True),
         against=(DEFAULT, "pure-tokens"),
+    ),
+    Recipe(
+        "rotated",
+        "default with rotated inputs",
+        _refined(
+            split_inputs=True, branch_rank=16, branch_bits=8, samples=None, rotate_inputs=True
+        ),
+        against=(DEFAULT, "pure-rotated"),
+    ),
+    Recipe(
+        "tokens-rotated",
+        "default with token scales and rotated inputs",
+        _refined(
+            split_inputs=True,
+            branch_rank=16,
+            branch_bits=8,
+            samples=None,
+            token_scales=True,
+            rotate_inputs=True,
+        ),
+        against=("tokens", "rotated"),
     ),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
