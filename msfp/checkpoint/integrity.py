@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fpformats import decode
+from fpformats.ops.block_scaling import scale_values
 from msfp.checkpoint.migrations import config_of_version_1
 from msfp.errors import InputError
 from msfp.layers.formats import BlockFormats, LayerFormats
@@ -150,7 +150,7 @@ def _check_layer(
             _check_numbers(key, numbers, positive="zero_point" not in leaf)
         elif leaf == "weight_scale" and isinstance(formats, BlockFormats):
             # The scale of a block may be zero if other blocks have much larger numbers.
-            scales = decode(tensors[key], formats.weight_blocks.scale)
+            scales, _ = scale_values(tensors[key], formats.weight_blocks, "float32")
             if not (scales.isfinite() & (scales >= 0)).all():
                 raise InputError(f"{key} must hold codes of finite, non-negative numbers")
 

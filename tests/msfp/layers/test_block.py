@@ -44,6 +44,7 @@ CONFIGS = {
     "mx": QuantizationConfig(scheme="mx", refine=None),
     "mx6": QuantizationConfig(scheme="mx", weight_bits=6, activation_bits=None, refine=None),
     "nvfp4": QuantizationConfig(scheme="nvfp4", refine=None),
+    "nvfp4_int4": QuantizationConfig(scheme="nvfp4_int4", refine=None),
     "mixed": QuantizationConfig(
         refine=None, overrides={"mid_block": {"scheme": "nvfp4"}, "*.conv1": {"scheme": "mx"}}
     ),
@@ -245,6 +246,11 @@ DAMAGE = {
     "branch": (of_layer(branch_rank=1), "tensors are missing: .*branch_down"),
     "no rank": (of_layer(branch_rank=-1), "branch_rank must be a whole number"),
     "input scales": (of_layer(input_scales="best"), "input_scales must be one of"),
+    "rotation": (of_layer(input_rotation=32), r"input_rotation must be one of \(16, 64, 256\)"),
+    "rotated": (
+        of_layer(input_rotation=256),
+        "input_rotation must be .* divide its input channels",
+    ),
     "branches": (of_layer(branch_rank=1, branch_adapters=2), "branch_adapters must be absent"),
     "other format": (of_layer(weight_format="MXFP4"), r"tensor_scale|weight_scale"),
     "adapters": (lambda config, _: config.update(adapters=2), "adapters must be 1"),

@@ -23,7 +23,7 @@ from msfp.layers.trainable import trainable_layers
 from msfp.layers.trainable_block import TrainableBlockLayer
 from msfp.pipelines.denoiser import denoiser_of
 
-SCHEMES = ["mx", "nvfp4"]
+SCHEMES = ["mx", "nvfp4", "nvfp4_int4"]
 FEW = {"samples": 16, "branch_rank": 0}
 
 
@@ -42,7 +42,14 @@ def error(pipe, paths):
     return sum(noise_errors(pipe, trajectories=paths))
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("mx", marks=pytest.mark.slow), "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param("mx", marks=pytest.mark.slow),
+        "nvfp4",
+        pytest.param("nvfp4_int4", marks=pytest.mark.slow),
+    ],
+)
 def test_refinement_lowers_the_error_and_branches_lower_it_more(paths, scheme):
     plain = quantized(scheme=scheme, refine=None)
     assert all(isinstance(each, BlockLayer) for each in quantized_layers(plain.unet).values())
