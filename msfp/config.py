@@ -28,6 +28,7 @@ Rounding = Literal["gptq", "nearest"]
 """Keys of `msfp.ptq.rounding.methods.ROUNDINGS`."""
 Granularity = Literal["channel", "tensor"]
 BiasCorrection = Literal["all", "last", "none"]
+BranchMetric = Literal["inputs", "weight"]
 MIN_BITS, MAX_BITS = 3, 8
 BLOCK_SCHEMES: dict[str, dict[int, str]] = {
     "mx": {4: "MXFP4", 6: "MXFP6_E2M3", 8: "MXINT8"},
@@ -102,6 +103,8 @@ class RefinementConfig:
         branch_bits: Bits of the inputs and of the first factor of branches: 8, which integer units
             compute, where that is accurate enough for the input of the layer; or 16 for full
             precision everywhere.
+        branch_metric: Which part of a weight its branch takes. "inputs" weighs the columns of the
+            weight by how large the input channels are; "weight" weighs them equally, as SVDQuant.
         damping: Value added to the diagonal of the second moments, in units of the mean of that
             diagonal. A larger value keeps the weights closer to full precision.
         samples: Largest number of noisy samples in the forward pass. The batch is twice as large.
@@ -118,8 +121,9 @@ class RefinementConfig:
     Example:
         >>> RefinementConfig(branch_rank=0)  # nothing beside the quantized weights
         RefinementConfig(rounding='gptq', match_inputs=True, correct_bias='all', split_inputs=True,
-            token_scales=False, rotate_inputs=False, search_input_scales=False, branch_rank=0,
-            branch_bits=8, damping=0.03, samples=None, batch=None, positions=16384, seed=0)
+            token_scales=False, rotate_inputs=True, search_input_scales=False, branch_rank=0,
+            branch_bits=8, branch_metric='inputs', damping=0.03, samples=None, batch=None,
+            positions=16384, seed=0)
     """
 
     rounding: Rounding = "gptq"
@@ -127,10 +131,11 @@ class RefinementConfig:
     correct_bias: BiasCorrection = "all"
     split_inputs: bool = True
     token_scales: bool = False
-    rotate_inputs: bool = False
+    rotate_inputs: bool = True
     search_input_scales: bool = False
     branch_rank: int = 16
     branch_bits: Literal[8, 16] = 8
+    branch_metric: BranchMetric = "inputs"
     damping: float = 0.03
     samples: int | None = None
     batch: int | None = None
@@ -146,6 +151,7 @@ class RefinementConfig:
             check_truth(name, getattr(self, name))
         check_whole("branch_rank", self.branch_rank, 0, MAX_RANK)
         check_choice("branch_bits", self.branch_bits, (8, 16))
+        check_choice("branch_metric", self.branch_metric, get_args(BranchMetric))
         check_number("damping", self.damping, 1e-6, 1e3)
         if self.samples is not None:
             check_whole("samples", self.samples, 1, 10**6)

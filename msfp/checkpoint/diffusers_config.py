@@ -10,6 +10,7 @@ from typing import Any, Self
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from msfp.checkpoint.integrity import KIND
+from msfp.checkpoint.migrations import REFINEMENT_BEFORE
 from msfp.checkpoint.model_card import Measured
 from msfp.config import QuantizationConfig
 from msfp.errors import InputError
@@ -119,6 +120,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version = config_dict.get("format_version", KIND.version)
         check_version("quantization_config", version, KIND)
         current = migrated(Header({}, config_dict), version, KIND).facts
+        if isinstance(refine := current.get("refine"), Mapping) and current.get("layers"):
+            current = current | {"refine": {**REFINEMENT_BEFORE, **refine}}
         config = cls(**current | {"format_version": KIND.version})
         config.described = config_dict
         return config

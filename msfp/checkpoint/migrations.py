@@ -16,6 +16,8 @@ REQUEST_OF_1 = {
     "attention": "attention_bits",
 }
 """Names of version 1, of msfp 0.2.0, and their current names."""
+REFINEMENT_BEFORE = {"branch_bits": 16, "branch_metric": "weight", "rotate_inputs": False}
+"""What a refinement did where its file does not have these settings, which came later."""
 DEFAULTS_OF_1 = {"sweeps": 0, "scales": "weight"}
 """Refinement settings that only version 1 had, with their defaults."""
 
@@ -52,8 +54,7 @@ def request_of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
         }
         if refine.get("rounding") == "adaround":
             retired["rounding"] = refine.pop("rounding")
-        refine.setdefault("branch_bits", 16)
-        current["refine"] = refine
+        current["refine"] = REFINEMENT_BEFORE | refine
         if retired:
             current["retired"] = retired
     return current

@@ -99,7 +99,7 @@ class ScaledLayer(PackedLayer):
         """
         inputs, fmt = input_quantizer, weight_quantizer.format
         down, up = (layer._parameters.get(name) for name in ("branch_down", "branch_up"))
-        rotation: int = layer.rotation  # type: ignore[assignment]
+        rotation: int = getattr(layer, "rotation", 1)  # a plain layer has none
         formats = LayerFormats.of(weight_quantizer, inputs, up, branch_input, rotation)
         packed = cls.empty_like(layer, formats, len(weights))
         packed.branch_down, packed.branch_up = down, up

@@ -20,6 +20,7 @@ from msfp.layers.kinds import groups_of
 from msfp.layers.lora.low_rank import low_rank
 from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.pipelines.denoiser import denoiser_of
+from msfp.ptq.channel_sizes import column_weights
 from msfp.ptq.state import QuantizationState, on_device, quantizer_of, quantizer_state
 from msfp.search.layer_search import WEIGHT_RATIOS
 from msfp.search.schemes import formats_like
@@ -70,11 +71,13 @@ def add_kept_branches(
     state: QuantizationState | None,
     pages: PageFolder | None = None,
     progress: Progress = no_progress,
+    sizes: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:
     """Add branches as `add_branches` does, and keep each in a state, from which a run resumes.
 
     Each layer has a rank, 0 for no branch. The rest of each weight is put into `pages`, where there
-    is such a folder.
+    is such a folder. Columns are weighed by the `sizes` of a layer's input channels, if there are
+    some.
     """
     layers = untrained_layers(denoiser)
     if any(layer.branch_up is not None for layer in layers.values()):
@@ -86,7 +89,7 @@ def add_kept_branches(
             whole = layer.weight
             with at_work(layer):
                 if not _restored(name, layer, state):
-                    _add_branch(layer, rank)
+                    _add_branch(layer, rank, (sizes or {}).get(name))
                     _keep(name, layer, state)
                 if (
                     bits == INPUT_FORMAT.bits
@@ -117,13 +120,20 @@ def is_smaller(weight: torch.Tensor, rank: int) -> bool:
     return rank * (rows + columns) < rows * columns
 
 
-def _add_branch(layer: TrainableLayer, rank: int) -> None:
+def _add_branch(layer: TrainableLayer, rank: int, sizes: torch.Tensor | None = None) -> None:
     """Move the largest singular values of a layer's weight into a low-rank branch."""
     dtype = layer.weight.dtype
     matrix = layer.weight.float().flatten(1)
     # Rounded to 16 bits, as in files, and laid out in memory as after loading: strides can change
     # the last bit of products.
-    halves = (factor.half() for factor in low_rank(matrix, rank))
+    weights = column_weights(layer, sizes)
+    if weights is None:
+        factors = low_rank(matrix, rank)
+    else:
+        weights = weights.to(matrix.device)
+        weighted, rows = low_rank(matrix * weights, rank)
+        factors = weighted / weights, rows
+    halves = (factor.half() for factor in factors)
     down, up = (torch.empty(f.shape, dtype=dtype, device=f.device).copy_(f) for f in halves)
     layer.branch_down, layer.branch_up = (nn.Parameter(f, requires_grad=False) for f in (down, up))
     rest = (matrix - up.float() @ down.float()).view_as(layer.weight)

@@ -15,10 +15,11 @@ from msfp.checkpoint.diffusers_quantizer import attach_again
 from msfp.config import MAX_BITS, RefinementConfig
 from msfp.errors import InputError
 from msfp.layers.block_quantizer import BlockQuantizer
-from msfp.layers.trainable import untrained_layers
+from msfp.layers.trainable import TrainableLayer, untrained_layers
 from msfp.layers.trainable_block import TrainableBlockLayer
 from msfp.pipelines.denoiser import denoiser_of
 from msfp.pipelines.trajectories import Trajectories, spread_batch
+from msfp.ptq.channel_sizes import channel_sizes
 from msfp.ptq.concatenations import split_inputs
 from msfp.ptq.lockstep import Visit
 from msfp.ptq.low_rank_branches import add_kept_branches
@@ -319,7 +320,10 @@ def refine_kept(
     samples = config.samples or default_samples(trajectories.samples[0, 0].numel())
     branches = dict.fromkeys(layers, config.branch_rank) | dict(ranks or {})
     if any(branches.values()):
-        added = add_kept_branches(denoiser, branches, config.branch_bits, state, pages, progress)
+        sizes = _sizes(denoiser, layers, branches, config, trajectories, min(samples, SAMPLES))
+        added = add_kept_branches(
+            denoiser, branches, config.branch_bits, state, pages, progress, sizes
+        )
         without = [name for name, rank in (ranks or {}).items() if rank and name not in added]
         if without:
             warnings.warn(
@@ -367,6 +371,27 @@ def refine_kept(
     _note_damping(refiner.damped, config.damping)
     attach_again(denoiser, refine=config)
     return [name for name in layers if name in refiner.refined]
+
+
+def _sizes(
+    denoiser: nn.Module,
+    layers: Mapping[str, TrainableLayer],
+    ranks: Mapping[str, int],
+    config: RefinementConfig,
+    trajectories: Trajectories,
+    samples: int,
+) -> dict[str, torch.Tensor]:
+    """Return the sizes of the input channels by which branches weigh columns, if they do."""
+    if config.branch_metric == "weight":
+        return {}
+    return channel_sizes(
+        denoiser,
+        {name: layer for name, layer in layers.items() if ranks[name]},
+        trajectories,
+        samples=samples,
+        batch=config.batch,
+        seed=config.seed,
+    )
 
 
 def _note_damping(raised: dict[str, float], damping: float) -> None:

@@ -36,6 +36,8 @@ from msfp.support.checks import check_seed, check_truth, check_type, check_whole
 
 SAMPLES = 32
 """Most samples on which rotations are compared."""
+WORTH = 0.9
+"""Error of a rotated layer's output, relative to that without rotation, that is worth its time."""
 
 
 class Way(NamedTuple):
@@ -178,8 +180,10 @@ class _Search:
 
     @property
     def best(self) -> Way:
-        """The way with the least error; no rotation, if the layer did not run."""
-        return min(self.errors, key=lambda way: self.errors[way], default=PLAIN)
+        """The way with the least error; none if that gains little or the layer did not run."""
+        best = min(self.errors, key=lambda way: self.errors[way], default=PLAIN)
+        gains = best != PLAIN and self.errors[best] < WORTH * self.errors[PLAIN]
+        return best if gains else PLAIN
 
     def apply(self) -> None:
         """Rotate the input of the layer in the best way."""

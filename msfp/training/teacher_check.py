@@ -18,7 +18,7 @@ The branch has taken everything there. Casts leave a fifth of this limit. Noise 
 weights' standard deviation leaves three times the limit.
 """
 SVD = 0.02
-"""Largest deviation of a low-rank branch's rows from orthogonality, if they are still an SVD."""
+"""Largest deviation of the columns of a branch from orthogonality, if they are still an SVD."""
 MAX_EXCESS = 0.15
 """Limit of a packed weight's excess distance from the teacher's, in the layer with the least.
 
@@ -79,7 +79,7 @@ def _check_branch(name: str, layer: ScaledLayer, value: torch.Tensor, argument: 
     if layer.branch_down is None or layer.branch_up is None:
         return
     down, up = layer.branch_down.float(), layer.branch_up.float()
-    products = down @ down.mT
+    products = up.mT @ up
     if _relative(products - products.diag().diag(), products) > SVD:
         return  # fine-tuning has changed the branch
     matrix = value.to(down.device).float().flatten(1)

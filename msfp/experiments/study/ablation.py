@@ -52,12 +52,19 @@ TUNED: dict[str, Any] = {"steps": 160}
 FIXED_SCALES = {"rates": {"weight_scales": 0.0, "input_scales": 0.0}}
 TWO_HUBS = TUNED | {"hub": 2}
 FULL_PRECISION = "full-precision"
-DEFAULT = "branch-16-int8"
+DEFAULT = "default"
 """The recipe that `msfp quantize` uses by default."""
 
 
 def _refined(**options: Any) -> dict[str, Any]:
-    basic = {"split_inputs": False, "branch_rank": 0, "branch_bits": 16, "samples": 64}
+    basic = {
+        "split_inputs": False,
+        "branch_rank": 0,
+        "branch_bits": 16,
+        "branch_metric": "weight",
+        "rotate_inputs": False,
+        "samples": 64,
+    }
     return {"refine": basic | options}
 
 
@@ -208,16 +215,17 @@ _ABLATION = (
         against=("branch-16", "mixup", "nvfp4"),
     ),
     Recipe(
-        DEFAULT,
-        "split + low-rank branch of rank 16 in 8 bits, 256 samples",
+        "branch-16-int8",
+        "split + low-rank branch of rank 16 in 8 bits, 256 samples (default until 0.5)",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
         against=("samples-256", "mixup", "nvfp4"),
     ),
+    Recipe(DEFAULT, "default", {"refine": {}}, against=("branch-16-int8", "mixup", "nvfp4")),
     Recipe(
         "tokens",
         "default with token scales",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None, token_scales=True),
-        against=(DEFAULT, "pure-tokens"),
+        against=("branch-16-int8", "pure-tokens"),
     ),
     Recipe(
         "rotated",
@@ -225,7 +233,7 @@ _ABLATION = (
         _refined(
             split_inputs=True, branch_rank=16, branch_bits=8, samples=None, rotate_inputs=True
         ),
-        against=(DEFAULT, "pure-rotated"),
+        against=("branch-16-int8", "pure-rotated"),
     ),
     Recipe(
         "tokens-rotated",
@@ -323,11 +331,11 @@ _ABLATION = (
         against=("samples-256", "branch-16-lora", "lora"),
     ),
     Recipe(
-        f"{DEFAULT}-lora",
+        "branch-16-int8-lora",
         "split + low-rank branch of rank 16 in 8 bits, 256 samples + LoRA",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
         TUNED,
-        against=(DEFAULT, "samples-256-lora", "lora"),
+        against=("branch-16-int8", "samples-256-lora", "lora"),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _ABLATION}
