@@ -93,6 +93,8 @@ def rotate_inputs(
     check_truth("token_scales", token_scales)
     check_seed(seed)
     layers = {n: each for n, each in untrained_layers(denoiser).items() if _is_eligible(each)}
+    if not layers:
+        return []
     steps, rows = trajectories.samples.shape[:2]
     sample = spread_batch(steps, rows, samples, torch.Generator().manual_seed(seed))
 

@@ -77,13 +77,14 @@ def test_a_pipeline_of_any_family_is_quantized_in_one_call_and_saved(family, tmp
             assert summary.activation is None
     # Two steps to calibrate and record, of which the first runs again with another sample; rows
     # that are put together otherwise; two single samples three times, to see that they can wait
-    # for each other; all that was recorded, to look for concatenations; two single
-    # samples, to see which layers depend on them; all in full precision and quantized, to refine
-    # by; and up to eight samples, to measure.
+    # for each other; all that was recorded, to see the sizes of channels, to look for
+    # concatenations, to search rotations and to compare them; two single samples, to see which
+    # layers depend on them; all in full precision and quantized, to refine by; and up to eight
+    # samples, to measure.
     rows = GUIDED.get(family, 1)
     tried = [1, rows + 1] if rows < 3 else [1]
     assert batches == [rows] * 3 + tried + [1] * 6 + [
-        2 * rows,
+        *[2 * rows] * 4,
         1,
         1,
         2 * rows,
