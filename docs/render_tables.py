@@ -14,9 +14,10 @@ from msfp.experiments.study.tables import MARGINS, cell, label, markdown_table, 
 DOCS = Path(__file__).parent
 METHODS = (
     "mixup", "last-bias", "all-biases", "gptq", "gptq-sweeps", "adaround", "matched-nearest",
-    "matched", "matched-sweeps", "matched-adaround", "split", "pure", "pure-tokens", "branch-4",
-    "branch-16", "samples-256", "branch-16-int8", "tokens", "nvfp4", "nvfp4-pure",
-    "nvfp4-refined",
+    "matched", "matched-sweeps", "matched-adaround", "split", "pure", "pure-tokens",
+    "pure-rotated", "pure-tokens-rotated", "branch-4", "branch-16", "samples-256",
+    "branch-16-int8", "tokens", "rotated", "tokens-rotated", "default", "nvfp4", "nvfp4-pure",
+    "nvfp4_int4-pure", "nvfp4_int4-pure-rotated", "nvfp4-refined", "nvfp4_int4-refined",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
@@ -49,7 +50,8 @@ def methods() -> str:
         means = [cell(group.mean(recipe, ERROR), 2) for group in groups]
         means += [cell(group.mean(recipe, "psnr"), 1) for group in groups]
         counts = [str(len(group.values(recipe, ERROR)) or "-") for group in groups]
-        seconds = f"{groups[0].seconds(recipe, 'quantize'):.1f}"
+        taken = groups[0].seconds(recipe, "quantize")
+        seconds = "" if taken is None else f"{taken:.1f}"
         rows.append([label(recipe), *means, seconds, ", ".join(counts)])
     columns = [f"{of}, {name}" for of in ("error", "PSNR") for name in COLUMNS]
     return markdown_table(("method", *columns, "CPU seconds, digits", "seeds"), rows)

@@ -174,25 +174,25 @@ _ABLATION = (
     Recipe("split", "matched + split inputs", _refined(split_inputs=True), against=("matched",)),
     Recipe(
         "pure",
-        "default without branches",
+        "split, 256 samples",
         _refined(split_inputs=True, samples=None),
         against=("split",),
     ),
     Recipe(
         "pure-tokens",
-        "default without branches, with token scales",
+        "split, 256 samples, token scales",
         _refined(split_inputs=True, samples=None, token_scales=True),
         against=("pure",),
     ),
     Recipe(
         "pure-rotated",
-        "default without branches, with rotated inputs",
+        "split, 256 samples, rotated inputs",
         _refined(split_inputs=True, samples=None, rotate_inputs=True),
         against=("pure",),
     ),
     Recipe(
         "pure-tokens-rotated",
-        "default without branches, with token scales and rotated inputs",
+        "split, 256 samples, token scales, rotated inputs",
         _refined(split_inputs=True, samples=None, token_scales=True, rotate_inputs=True),
         against=("pure-tokens", "pure-rotated"),
     ),
@@ -216,20 +216,20 @@ _ABLATION = (
     ),
     Recipe(
         "branch-16-int8",
-        "split + low-rank branch of rank 16 in 8 bits, 256 samples (default until 0.5)",
+        "split + low-rank branch of rank 16 in 8 bits, 256 samples",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
         against=("samples-256", "mixup", "nvfp4"),
     ),
-    Recipe(DEFAULT, "default", {"refine": {}}, against=("branch-16-int8", "mixup", "nvfp4")),
+    Recipe(DEFAULT, "default", {"refine": {}}, against=("branch-16-int8", "rotated", "mixup")),
     Recipe(
         "tokens",
-        "default with token scales",
+        "low-rank branch in 8 bits, 256 samples, token scales",
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None, token_scales=True),
         against=("branch-16-int8", "pure-tokens"),
     ),
     Recipe(
         "rotated",
-        "default with rotated inputs",
+        "low-rank branch in 8 bits, 256 samples, rotated inputs",
         _refined(
             split_inputs=True, branch_rank=16, branch_bits=8, samples=None, rotate_inputs=True
         ),
@@ -237,7 +237,7 @@ _ABLATION = (
     ),
     Recipe(
         "tokens-rotated",
-        "default with token scales and rotated inputs",
+        "low-rank branch in 8 bits, 256 samples, token scales, rotated inputs",
         _refined(
             split_inputs=True,
             branch_rank=16,

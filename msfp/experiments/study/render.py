@@ -28,6 +28,7 @@ from msfp.experiments.study.tables import (
     comparison_table,
     cost_table,
     distance_table,
+    label,
     markdown_table,
     quality_table,
     settings_table,
@@ -101,7 +102,8 @@ SETTING_NAMES = {SETTING[0], f"{SETTING[1]}-{SETTING[2]}", "training 0"}
 UNTOLD = ("code", "date")
 """Keys whose values differ between records of one machine."""
 SUMMARY = (
-    "int-mse", "nvfp4", "mixup", "lora", "talora-2", "samples-256", DEFAULT, f"{DEFAULT}-lora",
+    "int-mse", "nvfp4", "mixup", "lora", "talora-2", "pure", "pure-rotated", "nvfp4-pure",
+    "nvfp4_int4-pure", "samples-256", DEFAULT, "nvfp4-refined", "nvfp4_int4-refined",
 )  # fmt: skip
 """Recipes of the table at the beginning of the page."""
 NAMED = {
@@ -113,7 +115,6 @@ NAMED = {
     "long-lora": ("LoRA, 640 steps", "below"),
     "branch-4": ("low-rank branch of rank 4", "left"),
     DEFAULT: ("default", "above"),
-    f"{DEFAULT}-lora": ("default + LoRA", "above"),
 }
 """Labels of some recipes in the plot over time, and the side of the point for each label."""
 
@@ -165,14 +166,16 @@ def _summary(of_models: Mapping[str, Sequence[Record]]) -> str:
     """Return the first table of the page: paired PSNR of some recipes, a column for each model."""
     groups = {BENCHMARK_MODELS[model].label: _at_setting(own) for model, own in of_models.items()}
     rows = [
-        [RECIPES[recipe].label] + [cell(each.mean(recipe, "psnr"), 1) for each in groups.values()]
+        [label(recipe)] + [cell(each.mean(recipe, "psnr"), 1) for each in groups.values()]
         for recipe in SUMMARY
         if any(recipe in each.by_recipe for each in groups.values())
     ]
     bits, sampler, steps = SETTING
     return (
-        f"Paired PSNR in dB at {bits}, {sampler}, {steps} steps. The default of `msfp quantize` is "
-        f"{RECIPES[DEFAULT].label}.\n\n"
+        f"Paired PSNR in dB at {bits}, {sampler}, {steps} steps. {label(DEFAULT)} is that of "
+        "`msfp quantize`: floating point with mixed signs, weights matched and rounded by GPTQ, "
+        "split inputs, rotated inputs where that pays, low-rank branches of rank 16 that weigh "
+        "columns by the inputs (in 8 bits beside convolutions), and 256 samples.\n\n"
     ) + markdown_table(("recipe", *groups), rows)
 
 
@@ -241,7 +244,7 @@ def _add_plots(page: Page, model: str, group: Group) -> None:
     for recipe, each in means.items():
         if each is not None:
             values = list(group.values(recipe, ERROR).values())
-            points[_kind(recipe)].append((_plotted(recipe), each, values))
+            points[_kind(recipe)].append((RECIPES[recipe].title, each, values))
     page.add_plot(
         f"{model}-errors",
         recipe_points(points, "error of the prediction x 1000"),
@@ -255,7 +258,7 @@ def _add_plots(page: Page, model: str, group: Group) -> None:
     )
     firsts = {recipe: group.first(recipe) for recipe in group.quantized()}
     curves = [
-        (_plotted(recipe), each["noise_errors"])
+        (RECIPES[recipe].title, each["noise_errors"])
         for recipe, each in firsts.items()
         if recipe in SHADES
     ]
@@ -271,7 +274,7 @@ def _add_plots(page: Page, model: str, group: Group) -> None:
         for recipe in group.recipes()
         if 0 in group.by_recipe[recipe] and recipe in (FULL_PRECISION, *SHADES)
     }
-    shown = [(_plotted(recipe), file) for recipe, file in files.items() if file.exists()]
+    shown = [(RECIPES[recipe].title, file) for recipe, file in files.items() if file.exists()]
     if shown:
         page.add_plot(
             f"{model}-images", strips(shown), "Every column starts from the same noise, seed 0."
@@ -287,11 +290,6 @@ def _timed(group: Group) -> list[Timed]:
         if psnr is not None:
             found.append(Timed(*NAMED.get(recipe, ("", "")), _kind(recipe), sum(seconds), psnr))
     return found
-
-
-def _plotted(recipe: str) -> str:
-    """Return the name of a recipe in plots."""
-    return RECIPES[recipe].title + (" (default)" if recipe == DEFAULT else "")
 
 
 def _kind(recipe: str) -> str:
@@ -328,8 +326,8 @@ def _add_settings(
             value = group.mean(recipe, "psnr")
             if value is not None:
                 series[recipe][name] = value
-    followed = {_plotted(recipe): means for recipe, means in series.items() if len(means) > 1}
-    shades = {_plotted(recipe): shade for recipe, shade in SHADES.items()}
+    followed = {RECIPES[recipe].title: means for recipe, means in series.items() if len(means) > 1}
+    shades = {RECIPES[recipe].title: shade for recipe, shade in SHADES.items()}
     joined = axis == "sampler-steps"
     page.add_plot(
         f"{model}-{axis}",

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from msfp.checkpoint.migrations import REFINEMENT_BEFORE
 from msfp.config import QuantizationConfig, RefinementConfig
 from msfp.errors import InputError
 from msfp.experiments.study.ablation import RECIPES, REVISION, Row, all_rows
@@ -80,7 +81,8 @@ def _is_of(record: Record | None, row: Row) -> bool:
         "finetune": _completed(record["finetune"], FinetuneConfig().to_dict()),
     }
     if found["quantization"] is not None:
-        refine = _completed(found["quantization"]["refine"], RefinementConfig().to_dict())
+        defaults = RefinementConfig().to_dict() | REFINEMENT_BEFORE
+        refine = _completed(found["quantization"]["refine"], defaults)
         found["quantization"] |= {"refine": refine}
     return all(found[key] == _plain(value) for key, value in wanted.items())
 

@@ -24,7 +24,7 @@ DISTANCES = {
 def label(recipe: str) -> str:
     """Return the name of a recipe in tables."""
     title = RECIPES[recipe].title
-    return f"**{title}** (default)" if recipe == DEFAULT else title
+    return f"**{title}**" if recipe == DEFAULT else title
 
 
 def cell(value: Mean | None, digits: int) -> str:
