@@ -65,7 +65,8 @@ class BlockFormat:
             with a scale without a sign bit.
 
     Example:
-        >>> from fpformats import E2M1U, UE5M3
+        >>> import numpy as np
+        >>> from fpformats import E2M1U, UE5M3, quantize_blocks
         >>> ours = BlockFormat(E2M1U, UE5M3, 16, ScaleRule.Max)
         >>> quantize_blocks(np.array([0.1, 0.5, 0.9, -0.2]), ours)
         array([0.078125, 0.46875 , 0.9375  , 0.      ])

@@ -87,6 +87,7 @@ def encode_blocks(
             does not broadcast to the scales, or the format has none.
 
     Example:
+        >>> from fpformats import MXFP4
         >>> blocks = encode_blocks(np.array([[1.0, -3.0, 0.2], [0.0, 8.0, 100.0]]), MXFP4)
         >>> blocks.codes.tolist(), blocks.scales.tolist()
         ([[4, 15, 1], [0, 1, 7]], [[126], [131]])
@@ -156,6 +157,7 @@ def decode_blocks(
             number of packed bytes does not match `shape`, or `out` is of another shape.
 
     Example:
+        >>> from fpformats import MXFP4
         >>> blocks = encode_blocks(np.array([1.0, -3.0, 0.2]), MXFP4)
         >>> decode_blocks(blocks, MXFP4)
         array([ 1.  , -3.  ,  0.25], dtype=float32)

@@ -220,7 +220,6 @@ _ABLATION = (
         _refined(split_inputs=True, branch_rank=16, branch_bits=8, samples=None),
         against=("samples-256", "mixup", "nvfp4"),
     ),
-    Recipe(DEFAULT, "default", {"refine": {}}, against=("branch-16-int8", "rotated", "mixup")),
     Recipe(
         "tokens",
         "low-rank branch in 8 bits, 256 samples, token scales",
@@ -248,6 +247,7 @@ _ABLATION = (
         ),
         against=("tokens", "rotated"),
     ),
+    Recipe(DEFAULT, "default", {"refine": {}}, against=("branch-16-int8", "rotated", "mixup")),
     Recipe(
         "signed-lora", "signed + LoRA", PLAIN | {"scheme": "signed"}, TUNED, against=("signed",)
     ),

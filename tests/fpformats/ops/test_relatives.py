@@ -62,8 +62,9 @@ class TestUnsigned:
 class TestDoubleRounding:
     X = 1 + 2**-4 + 2**-45
 
-    def test_numpy_and_torch_round_twice_from_float64(self):
-        assert float(np.float64(self.X).astype(ml_dtypes.float8_e4m3fn)) == 1
+    def test_torch_rounds_twice_from_float64(self):
+        # So does ml_dtypes before version 0.7.
+        assert float(np.float64(self.X).astype(ml_dtypes.float8_e4m3fn)) in (1, 1.125)
         assert torch.tensor(self.X, dtype=torch.float64).to(torch.float8_e4m3fn).double() == 1
         assert quantize(self.X, E4M3) == 1.125
         assert quantize(torch.tensor(self.X, dtype=torch.float64), E4M3).item() == 1.125
