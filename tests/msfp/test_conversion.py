@@ -68,6 +68,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averages", [True, False])
 @pytest.mark.parametrize("folder", MODELS)
 def test_a_conversion_gives_the_original_weights(folder, averages, tmp_path, monkeypatch):

@@ -167,6 +167,7 @@ def test_what_is_not_packed_or_not_quantized_is_refused(reference, tmp_path):
         inspect_layers(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_split_input_shows_the_largest_of_its_clips(tmp_path):
     pipe = pipeline("unet", tmp_path)
     config = QuantizationConfig(refine=RefinementConfig(split_inputs=True, branch_rank=2))

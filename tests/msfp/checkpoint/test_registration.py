@@ -74,6 +74,7 @@ def expected(tmp_path_factory):
     return folder, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", [pytest.param("msfp first", marks=pytest.mark.slow), "diffusers first"]
 )

@@ -151,6 +151,7 @@ def resume(folder, *more):
     return main([str(word) for word in (*words, folder / "tuned", *FINETUNE, "--resume", *more)])
 
 
+@pytest.mark.slow
 def test_a_run_of_0_2_0_is_resumed_where_it_was_and_ends_as_it_would_have(old, monkeypatch):
     """To the last bit on the machine that wrote it; others may round otherwise."""
     trained, told = finetuning_run.FinetuningRun.finetuned, []

@@ -102,6 +102,7 @@ def test_a_model_with_a_router_can_be_compared(quantized, reference, trajectorie
     assert min(found.layers.values()) > 10
 
 
+@pytest.mark.slow
 def test_both_branches_of_guidance_count(tmp_path):
     full = pipeline("conditional_unet", tmp_path)
     sampler = Sampler(2, 2, ("a", "a a"), guidance_scale=3.0)

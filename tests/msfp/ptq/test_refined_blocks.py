@@ -108,6 +108,7 @@ def test_a_folder_gives_the_same_bits_and_says_what_it_is(tmp_path):
     assert "branch" in (tmp_path / "saved" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_searched_scales_of_inputs_lower_the_error_and_are_saved(paths, tmp_path):
     plain = quantized(refine=RefinementConfig(**FEW))
     pipe = quantized(refine=RefinementConfig(**FEW, search_input_scales=True))
@@ -125,6 +126,7 @@ def test_searched_scales_of_inputs_lower_the_error_and_are_saved(paths, tmp_path
     assert torch.equal(families.call(loaded.unet), expected)
 
 
+@pytest.mark.slow
 def test_branches_are_exported_as_a_lora(tmp_path):
     config = RefinementConfig(samples=8, branch_rank=2)
     pipe = quantized("conditional_unet", folder=tmp_path, refine=config)

@@ -48,6 +48,7 @@ def test_the_second_denoiser_sees_the_first_in_full_precision(pipe):
     assert all(torch.equal(found[0][key], value) for key, value in found[1].items())
 
 
+@pytest.mark.slow
 def test_each_denoiser_has_the_budget_to_itself(pipe):
     plain = {name: quantizable_layers(getattr(pipe, name)) for name in CASE.denoisers}
     config = msfp.QuantizationConfig(budget=6, end_bits=4, refine=msfp.RefinementConfig(samples=4))

@@ -23,6 +23,7 @@ def other_trajectories(reference, sampler):
     return record_trajectories(reference, calls=sampler.calls(8, seed=77))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_it_lowers_the_error_on_trajectories_it_has_not_seen(
     quantized, trajectories, other_trajectories, hub

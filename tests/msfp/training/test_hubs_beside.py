@@ -1,7 +1,10 @@
+import pytest
+
 from msfp import FinetuneConfig, finetune
 from msfp.layers.packed import packed_layers
 
 
+@pytest.mark.slow
 def test_a_hub_of_branches_lowers_the_error_and_moves_its_router(student, path, held_out):
     config = FinetuneConfig(
         hub=2, lora_position="beside", steps=20, batch=8, rank=4, evaluate_every=20,

@@ -36,6 +36,7 @@ def two(tmp_path, name, *arguments):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
 def test_two_processes_follow_one_at_the_same_global_batch(tmp_path, position):
     folders = two(tmp_path, "two", "--plain", f"--{position}")
