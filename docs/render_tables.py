@@ -17,7 +17,7 @@ METHODS = (
     "matched", "matched-sweeps", "matched-adaround", "split", "pure", "pure-tokens",
     "pure-rotated", "pure-tokens-rotated", "branch-4", "branch-16", "samples-256",
     "branch-16-int8", "tokens", "rotated", "tokens-rotated", "default", "nvfp4", "nvfp4-pure",
-    "nvfp4_int4-pure", "nvfp4_int4-pure-rotated", "nvfp4-refined", "nvfp4_int4-refined",
+    "nvfp4_int4-pure", "nvfp4-refined", "nvfp4_int4-refined",
 )  # fmt: skip
 """Recipes of the table of methods, in its order."""
 INGREDIENTS = (
