@@ -16,6 +16,7 @@ from fpformats import (
     decode_blocks,
     encode,
     encode_steps,
+    hadamard,
     parse,
     quantize,
     quantize_blocks,
@@ -114,10 +115,32 @@ def test_blocks_of_channels(benchmark, size):
         "copy": lambda: y.copy_(x),
         "MXFP4": lambda: quantize_blocks(x, "MXFP4", out=y),
         "NVFP4": lambda: quantize_blocks(x, "NVFP4", out=y),
+        "NVFP4_INT4": lambda: quantize_blocks(x, "NVFP4_INT4", out=y),
         "NVFP4, given scales": given,
         "NVFP4, scales searched": lambda: search_blocks(x, "NVFP4"),
     }
     benchmark.extra_info.update(table="blocks", backend=backends.available()[0], size=size)
+    race(benchmark, contenders, rounds=20)
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_hadamard_transforms_against_a_product_with_the_matrix(benchmark, group):
+    rows = 4096 if benchmark.enabled else 32
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0))
+    y, matrix = torch.empty_like(x), hadamard(torch.eye(group), group)
+    images = x.view(-1, 256, 4, 4)
+
+    def product():
+        return torch.matmul(x.view(-1, group), matrix)
+
+    assert torch.allclose(product().view_as(x), hadamard(x, group), atol=1e-4)
+    contenders = {
+        "copy": lambda: y.copy_(x),
+        "channels last": lambda: hadamard(x, group),
+        "channels of images": lambda: hadamard(images, group, axis=1),
+        "product with the matrix": product,
+    }
+    benchmark.extra_info.update(table="hadamard", backend=backends.available()[0], size=group)
     race(benchmark, contenders, rounds=20)
 
 
